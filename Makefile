@@ -1,0 +1,71 @@
+# The two commands of the README are `make demo` and `make test`. Each makes .venv when it is
+# missing, installs what it needs (the versions in constraints.txt), then runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check install -c constraints.txt
+base := $(VENV)/.stamp-base
+demo := $(VENV)/.stamp-demo
+dev := $(VENV)/.stamp-test
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types format clean
+
+help:
+	@echo "make demo    transcribe the sample clips with the checkpoint that ships in the package"
+	@echo "make test    run the tests (PYTEST_ARGS=... goes to pytest)"
+	@echo "make lint    ruff: lint rules and formatting"
+	@echo "make types   mypy, strict"
+	@echo "make format  ruff: rewrite the files as lint wants them"
+	@echo "make clean   remove .venv and everything that was built"
+	@echo
+	@echo "PYTHON=python3.12 make ...  makes .venv with that interpreter (3.10 or later; tests: 3.11)"
+
+demo: $(demo)
+	$(bin)/w2vbert-fast transcribe --model demo w2vbert_fast/demo/samples/*.flac
+
+test: $(dev)
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(dev)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+types: $(dev)
+	$(bin)/mypy
+
+format: $(dev)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find csrc_triton w2vbert_fast tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp is written only after its installation succeeded, so a broken one is repeated.
+#
+# PyTorch comes first and alone: an index may offer CPU and CUDA builds of one version, and what is
+# installed by then is kept. The build backend comes along, so that the project itself installs
+# without an isolated (unpinned) build environment.
+$(base): constraints.txt
+	@$(bin)/python -m pip --version >/dev/null 2>&1 || { \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	        { echo "Python 3.10 or later is needed: PYTHON=python3.11 make ..." >&2; exit 1; }; \
+	    echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(pip) torch hatchling
+	@touch $@
+
+$(demo): $(base) pyproject.toml
+	$(pip) --quiet --no-build-isolation -e '.[audio,cli]'
+	@touch $@
+
+$(dev): $(base) pyproject.toml
+	@$(bin)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "The tests need Python 3.11 or later (as transformers does):" \
+	           "make clean, then PYTHON=python3.11 make test" >&2; exit 1; }
+	$(pip) --quiet --no-build-isolation -e '.[all]'
+	@touch $(demo) $@

@@ -1,0 +1,61 @@
+"""Wav2Vec2-BERT, fast: the reference's weights, names and answers.
+
+Names are loaded on first use, so that importing the package costs nothing and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AutoFeatureExtractor": ("features", "SeamlessM4TFeatureExtractor"),
+    "AutoProcessor": ("processing", "Wav2Vec2BertProcessor"),
+    "SeamlessM4TFeatureExtractor": ("features", "SeamlessM4TFeatureExtractor"),
+    "Wav2Vec2BertConfig": ("configuration", "Wav2Vec2BertConfig"),
+    "Wav2Vec2BertForAudioFrameClassification": (
+        "models",
+        "Wav2Vec2BertForAudioFrameClassification",
+    ),
+    "Wav2Vec2BertForCTC": ("models", "Wav2Vec2BertForCTC"),
+    "Wav2Vec2BertForSequenceClassification": ("models", "Wav2Vec2BertForSequenceClassification"),
+    "Wav2Vec2BertForXVector": ("models", "Wav2Vec2BertForXVector"),
+    "Wav2Vec2BertModel": ("models", "Wav2Vec2BertModel"),
+    "Wav2Vec2BertProcessor": ("processing", "Wav2Vec2BertProcessor"),
+    "Wav2Vec2CTCTokenizer": ("tokenization", "Wav2Vec2CTCTokenizer"),
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+if TYPE_CHECKING:
+    from .configuration import Wav2Vec2BertConfig as Wav2Vec2BertConfig
+    from .features import SeamlessM4TFeatureExtractor as SeamlessM4TFeatureExtractor
+    from .models import (
+        Wav2Vec2BertForAudioFrameClassification as Wav2Vec2BertForAudioFrameClassification,
+    )
+    from .models import Wav2Vec2BertForCTC as Wav2Vec2BertForCTC
+    from .models import (
+        Wav2Vec2BertForSequenceClassification as Wav2Vec2BertForSequenceClassification,
+    )
+    from .models import Wav2Vec2BertForXVector as Wav2Vec2BertForXVector
+    from .models import Wav2Vec2BertModel as Wav2Vec2BertModel
+    from .processing import Wav2Vec2BertProcessor as Wav2Vec2BertProcessor
+    from .tokenization import Wav2Vec2CTCTokenizer as Wav2Vec2CTCTokenizer
+
+    AutoFeatureExtractor = SeamlessM4TFeatureExtractor
+    AutoProcessor = Wav2Vec2BertProcessor
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _EXPORTS[name]
+    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,62 @@
+"""The small files of one checkpoint, from a local folder or the hub."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w2vbert_fast._json import read_json
+from w2vbert_fast.hub import pinned_revision, resolve_file
+
+
+@dataclass
+class Repository:
+    """Where the files of a checkpoint are.
+
+    Attributes:
+        path_or_id: A folder or a hub id.
+        revision: Branch, tag or commit on the hub. Once a file is found it is the commit of that
+            file, so that all files come from one state of the repository.
+        cache_dir: Folder of the hub's cache.
+        local_files_only: Whether to look in the cache only.
+        token: Hub access token.
+        subfolder: Folder inside the repository.
+    """
+
+    path_or_id: str | os.PathLike[str]
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+    subfolder: str = ""
+
+    def find(self, filename: str) -> Path | None:
+        """The path of a file, or None if the repository has no such file.
+
+        Raises:
+            OSError: There is no such repository.
+        """
+        path = resolve_file(
+            self.path_or_id,
+            filename,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+            token=self.token,
+            subfolder=self.subfolder,
+        )
+        if path is not None:
+            self.revision = pinned_revision(path) or self.revision
+        return path
+
+    def read_json(self, filename: str) -> dict[str, Any] | None:
+        """The content of a JSON file, or None if the repository has no such file.
+
+        Raises:
+            OSError: There is no such repository, or the file cannot be read.
+            ValueError: The file is no JSON object.
+        """
+        path = self.find(filename)
+        return None if path is None else read_json(path)

@@ -1,0 +1,150 @@
+"""Finding the files of a checkpoint: in a local folder, or through the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+_REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+
+def resolve_file(
+    path_or_id: str | os.PathLike[str],
+    filename: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    subfolder: str = "",
+) -> Path | None:
+    """Find one file of a checkpoint.
+
+    A local folder comes first. Anything else is a repository id of the hub: its file is downloaded
+    into the cache, or taken from the cache when the hub cannot be reached.
+
+    Args:
+        path_or_id: a folder, or an id such as `facebook/w2v-bert-2.0`.
+        filename: the file's name within the folder or repository.
+        revision: branch, tag or commit of the repository; ignored for a folder.
+        cache_dir: the hub's cache folder, where it is not the usual one.
+        local_files_only: never ask the hub, use the cache alone.
+        token: the hub's access token, as `huggingface_hub` takes it.
+        subfolder: folder within the folder or repository that holds the file.
+
+    Returns:
+        The file's path, or None when the folder or repository has no such file. With the hub out
+        of reach, None means that the revision is in the cache and this file of it is not.
+
+    Raises:
+        OSError: `path_or_id` is neither a folder nor a repository that can be had: a file, a path
+            that does not exist, an unknown id or revision, or an id that is not in the cache while
+            the hub cannot be reached.
+    """
+    path = Path(path_or_id)
+    if not os.fspath(path_or_id):
+        raise FileNotFoundError("the path or hub id is empty")
+    if path.is_dir():
+        candidate = path / subfolder / filename
+        return candidate if candidate.is_file() else None
+    if path.exists():
+        raise NotADirectoryError(
+            f"{path} is a file; a folder that holds {filename} or a hub id is needed"
+        )
+    if not isinstance(path_or_id, str) or not _REPOSITORY_ID.fullmatch(path_or_id):
+        raise FileNotFoundError(f"{os.fspath(path_or_id)!r} is no folder, and no hub id either")
+    return _resolve_on_hub(
+        path_or_id,
+        filename,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        subfolder=subfolder,
+    )
+
+
+def pinned_revision(path: Path) -> str | None:
+    """The commit of a file in the hub's cache, from `.../snapshots/COMMIT/FILE`, else None.
+
+    Asking for the other files of a checkpoint by this commit keeps them from different states of
+    a branch that moves meanwhile.
+    """
+    parts = path.parts
+    for index in range(len(parts) - 2, 0, -1):
+        if parts[index - 1] == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", parts[index]):
+            return parts[index]
+    return None
+
+
+def _resolve_on_hub(
+    repository: str,
+    filename: str,
+    *,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    token: str | bool | None,
+    subfolder: str,
+) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        found = hf_hub_download(
+            repository,
+            filename,
+            subfolder=subfolder or None,
+            revision=revision,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+            token=token,
+        )
+    except LocalEntryNotFoundError as error:
+        # A subclass of EntryNotFoundError that says less: the hub was not asked, or did not answer.
+        if _has_cached_snapshot(repository, revision, cache_dir):
+            return None
+        reason = "local_files_only is set" if local_files_only else "the hub cannot be reached"
+        raise OSError(
+            f"{repository!r} is no local folder, its files{at} are not in the hub's cache, "
+            f"and {reason}"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise OSError(
+            f"hub repository {repository!r} is gated: accept its terms on its page and pass token="
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"hub repository {repository!r} has no revision {revision!r}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise OSError(
+            f"{repository!r} is no local folder, and no hub repository that can be seen"
+            " (a private one needs token=)"
+        ) from error
+    return Path(found)
+
+
+def _has_cached_snapshot(
+    repository: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
+) -> bool:
+    """Whether any file of this revision of the repository is in the hub's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = Path(cache_dir if cache_dir is not None else HF_HUB_CACHE)
+    folder = root / ("models--" + repository.replace("/", "--"))
+    reference = folder / "refs" / (revision or "main")
+    commit = revision or "main"
+    if reference.is_file():
+        commit = reference.read_text(encoding="utf-8").strip()
+    snapshot = folder / "snapshots" / commit
+    return snapshot.is_dir() and any(snapshot.iterdir())

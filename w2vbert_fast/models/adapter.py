@@ -1,0 +1,115 @@
+"""The convolutional adapter that shortens the encoder's output in time.
+
+Reference: `Wav2Vec2BertAdapter` in transformers. There the strided convolutions read whatever lies
+behind the end of a padded utterance; here that is always zero, as it is for the utterance alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..configuration import Wav2Vec2BertConfig
+from ..layout import PackedBatch
+from .layers import Wav2Vec2BertFeedForward, Wav2Vec2BertSelfAttention, apply_linear
+
+
+def conv_output_length(length: int, kernel_size: int, stride: int) -> int:
+    """Frames that an adapter convolution (padding `stride // 2` on both sides) makes of `length`.
+
+    0 frames when the kernel does not fit or there is no input.
+    """
+    if length == 0:
+        return 0
+    return max(0, (length + 2 * (stride // 2) - kernel_size) // stride + 1)
+
+
+class Wav2Vec2BertAdapterLayer(nn.Module):
+    """Strided GLU convolutions into attention without positions, then a feed-forward block."""
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__()
+        width = config.output_hidden_size
+        assert width is not None
+        self.kernel_size = config.adapter_kernel_size
+        self.stride = config.adapter_stride
+        self.residual_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.residual_conv = self._strided_conv(width)
+        self.self_attn_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.self_attn_conv = self._strided_conv(width)
+        self.self_attn = Wav2Vec2BertSelfAttention(config, is_adapter_attention=True)
+        self.self_attn_dropout = nn.Dropout(config.conformer_conv_dropout)
+        self.ffn_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.ffn = Wav2Vec2BertFeedForward(config, act_fn=config.adapter_act, hidden_size=width)
+
+    def _strided_conv(self, width: int) -> nn.Conv1d:
+        return nn.Conv1d(
+            width, 2 * width, self.kernel_size, stride=self.stride, padding=self.stride // 2
+        )
+
+    def shortened(self, layout: PackedBatch) -> PackedBatch:
+        """The layout of this layer's output."""
+        lengths = [conv_output_length(n, self.kernel_size, self.stride) for n in layout.lengths]
+        padded = conv_output_length(layout.padded_length, self.kernel_size, self.stride)
+        return layout.with_lengths(lengths, max(padded, *lengths, 0))
+
+    def _conv_glu(
+        self, x: Tensor, conv: nn.Conv1d, layout: PackedBatch, out: PackedBatch
+    ) -> Tensor:
+        padded = layout.unpack(x).transpose(1, 2)  # [batch, C, T]
+        # A batch too short for one window still goes through: what is too much is cut by `pack`.
+        padded = F.pad(padded, (0, max(0, self.kernel_size - padded.shape[-1])))
+        y = F.glu(conv(padded), dim=1).transpose(1, 2)  # [batch, T', C]
+        return out.pack(y[:, : out.padded_length])
+
+    def forward(self, hidden_states: Tensor, layout: PackedBatch) -> tuple[Tensor, PackedBatch]:
+        """`[N, C']` right-padded layout -> `[N', C']` and its layout."""
+        out = self.shortened(layout)
+        norm = self.residual_layer_norm
+        residual = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
+        residual = self._conv_glu(residual, self.residual_conv, layout, out)
+        norm = self.self_attn_layer_norm
+        x = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
+        x = self._conv_glu(x, self.self_attn_conv, layout, out)
+        x, _ = self.self_attn(x, out)
+        x = self.self_attn_dropout(x)
+        norm = self.ffn_layer_norm
+        residual, x = ops.residual_layer_norm(residual, x, 1.0, norm.weight, norm.bias, norm.eps)
+        return residual + self.ffn(x), out
+
+
+class Wav2Vec2BertAdapter(nn.Module):
+    """Projection to `output_hidden_size` where it differs, then the adapter layers."""
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__()
+        width = config.output_hidden_size
+        assert width is not None
+        self.proj: nn.Linear | None = None
+        self.proj_layer_norm: nn.LayerNorm | None = None
+        if width != config.hidden_size:
+            self.proj = nn.Linear(config.hidden_size, width)
+            self.proj_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            Wav2Vec2BertAdapterLayer(config) for _ in range(config.num_adapter_layers)
+        )
+        self.layerdrop = config.layerdrop
+
+    def forward(self, hidden_states: Tensor, layout: PackedBatch) -> tuple[Tensor, PackedBatch]:
+        """`[N, C]` -> `[N', C']` and its layout.
+
+        A layer that LayerDrop skips shortens nothing; the layout says so.
+        """
+        if self.proj is not None and self.proj_layer_norm is not None:
+            norm = self.proj_layer_norm
+            hidden_states = apply_linear(self.proj, hidden_states)
+            hidden_states = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
+        # A stride counts from an utterance's first frame, whichever side the batch was padded on.
+        layout = layout.with_lengths(list(layout.lengths), layout.padded_length)
+        for layer in self.layers:
+            if self.training and self.layerdrop > 0.0 and torch.rand(()).item() <= self.layerdrop:
+                continue
+            hidden_states, layout = layer(hidden_states, layout)
+        return hidden_states, layout

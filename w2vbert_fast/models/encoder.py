@@ -1,0 +1,338 @@
+"""The stack of Conformer layers, and the bare model around it.
+
+Reference: `Wav2Vec2BertEncoder` and `Wav2Vec2BertModel` in transformers. A tensor's way: padded
+`input_features` `[batch, T, 160]` are packed once, go through feature projection, SpecAugment,
+layers and adapter as `[num_tokens, ...]`, and are unpacked once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..configuration import Wav2Vec2BertConfig
+from ..layout import PackedBatch, sequence_ids
+from .adapter import Wav2Vec2BertAdapter, conv_output_length
+from .layers import (
+    Wav2Vec2BertEncoderLayer,
+    Wav2Vec2BertFeatureProjection,
+    Wav2Vec2BertFeedForward,
+)
+from .outputs import HiddenStates, Wav2Vec2BaseModelOutput, as_requested
+from .positions import Wav2Vec2BertRelPositionalEmbedding, Wav2Vec2BertRotaryPositionalEmbedding
+from .pretrained import Wav2Vec2BertPreTrainedModel
+from .spec_augment import sample_mask_spans
+
+HiddenStatesRequest = bool | int | Sequence[int] | None
+
+
+def requested_hidden_states(request: HiddenStatesRequest, num_layers: int) -> set[int]:
+    """Indices into `hidden_states` that `output_hidden_states` asks for.
+
+    Args:
+        request: `True` for all `num_layers + 1`, `False` or `None` for none, or one index or
+            several (negative ones count from the end).
+        num_layers: encoder layers.
+
+    Raises:
+        ValueError: an index is out of range.
+    """
+    count = num_layers + 1
+    if request is None or isinstance(request, bool):
+        return set(range(count)) if request else set()
+    indices = [request] if isinstance(request, int) else list(request)
+    for index in indices:
+        if not -count <= index < count:
+            raise ValueError(
+                f"output_hidden_states asks for index {index}; a model of {num_layers} layers has "
+                f"hidden states 0 to {num_layers}"
+            )
+    return {index % count for index in indices}
+
+
+class Wav2Vec2BertEncoder(nn.Module):
+    """`num_hidden_layers` Conformer layers over packed tokens."""
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_positions: nn.Module | None = None
+        if config.position_embeddings_type == "relative":
+            self.embed_positions = Wav2Vec2BertRelPositionalEmbedding(config)
+        elif config.position_embeddings_type == "rotary":
+            self.embed_positions = Wav2Vec2BertRotaryPositionalEmbedding(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(
+            Wav2Vec2BertEncoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: Tensor, layout: PackedBatch, wanted: set[int], output_attentions: bool
+    ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
+        """Run the layers.
+
+        Args:
+            hidden_states: `[N, C]`.
+            layout: the utterances.
+            wanted: indices of the hidden states to keep (0 is what enters the first layer).
+            output_attentions: keep the attention maps.
+
+        Returns:
+            The last layer's output `[N, C]`, the kept hidden states `[N, C]` by index, and the maps
+            `[batch, heads, T, T]` of each layer. A layer that LayerDrop skips hands its input on
+            and gives no map.
+        """
+        hidden_states = self.dropout(hidden_states)
+        positions = None
+        if self.embed_positions is not None:
+            positions = self.embed_positions(hidden_states, layout)
+        kept = {0: hidden_states} if 0 in wanted else {}
+        attentions: list[Tensor] = []
+        for index, layer in enumerate(self.layers, start=1):
+            drop = self.training and torch.rand(()).item() < self.config.layerdrop
+            if not drop:
+                arguments = (hidden_states, layout, positions, output_attentions)
+                if self.gradient_checkpointing and self.training:
+                    result = checkpoint(layer, *arguments, use_reentrant=False)
+                else:
+                    result = layer(*arguments)
+                hidden_states, probabilities = result
+                if output_attentions:
+                    attentions.append(probabilities)
+            if index in wanted:
+                kept[index] = hidden_states
+        return hidden_states, kept, attentions
+
+
+@dataclass
+class PackedEncoding:
+    """What the bare model hands to a head: everything packed.
+
+    Attributes:
+        hidden_state: `[N', C']`, the model's output.
+        layout: where `hidden_state`'s utterances lie (shorter than the input's behind an adapter).
+        input_layout: the layout of the input and of `hidden_states`.
+        extract_features: `[N, feature_dim]`.
+        hidden_states: `[N, C]` each, by index.
+        attentions: `[batch, heads, T, T]` each.
+    """
+
+    hidden_state: Tensor
+    layout: PackedBatch
+    input_layout: PackedBatch
+    extract_features: Tensor
+    hidden_states: dict[int, Tensor]
+    attentions: list[Tensor]
+
+
+class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
+    """The bare encoder: mel features in, hidden states out.
+
+    Follows `Wav2Vec2BertModel` of transformers 5.23. Differences, all in padded batches: an
+    utterance's output is what the reference gives for it alone, and padded positions of every
+    output are zero.
+    """
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__(config)
+        self.feature_projection = Wav2Vec2BertFeatureProjection(config)
+        if config.mask_time_prob > 0.0 or config.mask_feature_prob > 0.0:
+            self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size))
+        self.encoder = Wav2Vec2BertEncoder(config)
+        self.adapter = Wav2Vec2BertAdapter(config) if config.add_adapter else None
+        self.intermediate_ffn: Wav2Vec2BertFeedForward | None = None
+        if config.use_intermediate_ffn_before_adapter:
+            self.intermediate_ffn = Wav2Vec2BertFeedForward(config, act_fn="relu")
+        self.post_init()
+
+    def forward(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: HiddenStatesRequest = None,
+        return_dict: bool | None = None,
+    ) -> Wav2Vec2BaseModelOutput | tuple[Any, ...]:
+        """Encode a padded batch.
+
+        Args:
+            input_features: floating `[batch, T, feature_projection_input_dim]`.
+            attention_mask: `[batch, T]`, non-zero where a frame is valid; the valid frames of an
+                utterance must be contiguous. `None`: all are.
+            mask_time_indices: bool `[batch, T]`, frames to replace by `masked_spec_embed`, also
+                outside training. `None`: drawn in training when `mask_time_prob` is above 0.
+            output_attentions: also return attention maps. `None`: as `config` says.
+            output_hidden_states: `True`, or the indices to keep (the other places are `None`).
+            return_dict: `False` for a plain tuple. `None`: as `config` says.
+
+        Raises:
+            ValueError: a shape does not fit, or `mask_time_indices` is given to a model without
+                `masked_spec_embed`.
+        """
+        encoding = self.encode_packed(
+            input_features,
+            attention_mask,
+            mask_time_indices,
+            output_attentions,
+            output_hidden_states,
+        )
+        output = Wav2Vec2BaseModelOutput(
+            last_hidden_state=encoding.layout.unpack(encoding.hidden_state),
+            extract_features=encoding.input_layout.unpack(encoding.extract_features),
+            hidden_states=self.unpack_hidden_states(encoding, output_hidden_states),
+            attentions=self.unpack_attentions(encoding, output_attentions),
+        )
+        return as_requested(output, return_dict, self.config.return_dict)
+
+    def encode_packed(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        mask_time_indices: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: HiddenStatesRequest = None,
+    ) -> PackedEncoding:
+        """`forward` without the unpacking, for heads; same arguments."""
+        config = self.config
+        if (
+            input_features.dim() != 3
+            or input_features.shape[2] != config.feature_projection_input_dim
+        ):
+            raise ValueError(
+                f"input_features has shape {tuple(input_features.shape)}; it must be "
+                f"(batch, frames, {config.feature_projection_input_dim})"
+            )
+        layout = PackedBatch.from_attention_mask(
+            attention_mask,
+            input_features.shape[0],
+            input_features.shape[1],
+            input_features.device,
+        )
+        x, extract_features = self.feature_projection(layout.pack(input_features))
+        x = self._spec_augment(x, layout, mask_time_indices)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        wanted = requested_hidden_states(output_hidden_states, config.num_hidden_layers)
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        x, kept, attentions = self.encoder(x, layout, wanted, bool(output_attentions))
+        if self.intermediate_ffn is not None:
+            x = x + 0.5 * self.intermediate_ffn(x)
+        out_layout = layout
+        if self.adapter is not None:
+            x, out_layout = self.adapter(x, layout)
+        return PackedEncoding(x, out_layout, layout, extract_features, kept, attentions)
+
+    def unpack_hidden_states(
+        self, encoding: PackedEncoding, output_hidden_states: HiddenStatesRequest
+    ) -> HiddenStates | None:
+        """The `hidden_states` field, or `None` when it was not asked for."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states is None or output_hidden_states is False:
+            return None
+        layout, kept = encoding.input_layout, encoding.hidden_states
+        count = self.config.num_hidden_layers + 1
+        return tuple(layout.unpack(kept[i]) if i in kept else None for i in range(count))
+
+    def unpack_attentions(
+        self, encoding: PackedEncoding, output_attentions: bool | None
+    ) -> HiddenStates | None:
+        """The `attentions` field at the padded size `[batch, heads, T, T]`, or `None`."""
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        if not wanted:
+            return None
+        return tuple(_place_maps(maps, encoding.input_layout) for maps in encoding.attentions)
+
+    def valid_lengths(self, attention_mask: Tensor) -> Tensor:
+        """Output frames of each utterance, the adapter's shortening included.
+
+        Args:
+            attention_mask: `[batch, T]`, non-zero where an input frame is valid.
+
+        Returns:
+            int64 `[batch]` on the mask's device.
+        """
+        lengths = (attention_mask != 0).sum(-1).tolist()
+        if self.adapter is not None:
+            config = self.config
+            for _ in range(config.num_adapter_layers):
+                lengths = [
+                    conv_output_length(n, config.adapter_kernel_size, config.adapter_stride)
+                    for n in lengths
+                ]
+        return torch.tensor(lengths, dtype=torch.int64, device=attention_mask.device)
+
+    def _spec_augment(
+        self, x: Tensor, layout: PackedBatch, mask_time_indices: Tensor | None
+    ) -> Tensor:
+        config = self.config
+        if not config.apply_spec_augment:
+            return x
+        if mask_time_indices is None and self.training and config.mask_time_prob > 0:
+            by_length = sample_mask_spans(
+                layout.lengths,
+                layout.max_seqlen,
+                mask_prob=config.mask_time_prob,
+                mask_length=config.mask_time_length,
+                min_masks=config.mask_time_min_masks,
+            )
+            right_padded = layout.right_padded()
+            masked = right_padded.pack(by_length.to(x.device))
+            x = torch.where(masked[:, None], self.masked_spec_embed.to(x.dtype), x)
+        elif mask_time_indices is not None:
+            if not hasattr(self, "masked_spec_embed"):
+                raise ValueError(
+                    "mask_time_indices was given, but the model has no masked_spec_embed: "
+                    "config.mask_time_prob and config.mask_feature_prob are both 0"
+                )
+            shape = (layout.batch_size, layout.padded_length)
+            if tuple(mask_time_indices.shape) != shape:
+                raise ValueError(
+                    f"mask_time_indices has shape {tuple(mask_time_indices.shape)}; "
+                    f"it must be {shape}"
+                )
+            masked = layout.pack(mask_time_indices.to(x.device).bool())
+            x = torch.where(masked[:, None], self.masked_spec_embed.to(x.dtype), x)
+        if self.training and config.mask_feature_prob > 0:
+            channels = sample_mask_spans(
+                [config.hidden_size] * layout.batch_size,
+                config.hidden_size,
+                mask_prob=config.mask_feature_prob,
+                mask_length=config.mask_feature_length,
+                min_masks=config.mask_feature_min_masks,
+            ).to(x.device)
+            x = x.masked_fill(channels[sequence_ids(layout.cu_seqlens, x.shape[0])], 0.0)
+        return x
+
+
+def _place_maps(maps: Tensor, layout: PackedBatch) -> Tensor:
+    """Attention maps over an utterance's own frames -> maps over the padded frames."""
+    frames = layout.padded_length
+    if layout.token_positions is None:
+        return maps
+    out = maps.new_zeros(layout.batch_size, maps.shape[1], frames, frames)
+    first = [
+        int(p) % frames if n else 0
+        for p, n in zip(_first_rows(layout), layout.lengths, strict=True)
+    ]
+    for row, (start, length) in enumerate(zip(first, layout.lengths, strict=True)):
+        stop = start + length
+        out[row, :, start:stop, start:stop] = maps[row, :, :length, :length]
+    return out
+
+
+def _first_rows(layout: PackedBatch) -> list[int]:
+    assert layout.token_positions is not None
+    if layout.num_tokens == 0:
+        return [0] * layout.batch_size
+    starts = layout.cu_seqlens[:-1].to(torch.int64).clamp(max=layout.num_tokens - 1)
+    rows: list[int] = layout.token_positions[starts].tolist()
+    return rows

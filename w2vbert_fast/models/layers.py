@@ -1,0 +1,247 @@
+"""The Conformer layer of Wav2Vec2-BERT on packed tensors, with the reference's parameter names.
+
+Reference: `Wav2Vec2BertEncoderLayer` and its parts in transformers; Gulati et al. 2020.
+Shapes: N packed tokens, C hidden, H heads of D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..configuration import Wav2Vec2BertConfig
+from ..layout import PackedBatch
+
+Activation = str | Callable[[Tensor], Tensor]
+
+
+def apply_linear(module: nn.Module, x: Tensor, activation: Activation | None = None) -> Tensor:
+    """A linear layer through `ops.linear`, or through its own forward when it is no plain
+    `nn.Linear`.
+
+    LoRA, quantised and hooked layers keep their behaviour: only an untouched `nn.Linear` may hand
+    its weight to an operation.
+    """
+    if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+        return ops.linear(x, module.weight, module.bias, activation)
+    y: Tensor = module(x)
+    return y if activation is None else ops.get_activation(activation)(y)
+
+
+class Wav2Vec2BertFeatureProjection(nn.Module):
+    """LayerNorm over the stacked mel frames, then a projection to the hidden size."""
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(
+            config.feature_projection_input_dim, eps=config.layer_norm_eps
+        )
+        self.projection = nn.Linear(config.feature_projection_input_dim, config.hidden_size)
+        self.dropout = nn.Dropout(config.feat_proj_dropout)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, feature_dim]` -> hidden states `[N, C]`, and the features normalised."""
+        norm = self.layer_norm
+        extract_features = ops.layer_norm(features, norm.weight, norm.bias, norm.eps)
+        hidden_states: Tensor = self.dropout(apply_linear(self.projection, extract_features))
+        return hidden_states, extract_features
+
+
+class Wav2Vec2BertFeedForward(nn.Module):
+    """Linear, activation, linear: `[N, hidden_size]` -> `[N, hidden_size]`."""
+
+    def __init__(
+        self,
+        config: Wav2Vec2BertConfig,
+        act_fn: Activation | None = None,
+        hidden_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        width = config.hidden_size if hidden_size is None else hidden_size
+        self.activation = config.hidden_act if act_fn is None else act_fn
+        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
+        self.intermediate_dense = nn.Linear(width, config.intermediate_size)
+        self.output_dense = nn.Linear(config.intermediate_size, width)
+        self.output_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.intermediate_dropout(apply_linear(self.intermediate_dense, x, self.activation))
+        y: Tensor = self.output_dropout(apply_linear(self.output_dense, x))
+        return y
+
+
+class Wav2Vec2BertConvolutionModule(nn.Module):
+    """Pointwise convolution with GLU, causal depthwise convolution, norm, activation, pointwise.
+
+    The LayerNorm in front (`layer_norm`) is applied by the encoder layer, together with the
+    residual.
+    """
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.pointwise_conv1 = nn.Conv1d(width, 2 * width, kernel_size=1, bias=False)
+        self.depthwise_conv = nn.Conv1d(
+            width, width, config.conv_depthwise_kernel_size, groups=width, bias=False
+        )
+        self.depthwise_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.activation = config.hidden_act
+        self.pointwise_conv2 = nn.Conv1d(width, width, kernel_size=1, bias=False)
+        self.dropout = nn.Dropout(config.conformer_conv_dropout)
+
+    def forward(self, x: Tensor, layout: PackedBatch) -> Tensor:
+        """`[N, C]`, already normalised -> `[N, C]`."""
+        x = ops.linear_glu(x, self.pointwise_conv1.weight.squeeze(-1))
+        norm = self.depthwise_layer_norm
+        x = ops.conv_norm_act(
+            x,
+            self.depthwise_conv.weight.squeeze(1),
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            self.activation,
+            layout.cu_seqlens,
+        )
+        y: Tensor = self.dropout(ops.linear(x, self.pointwise_conv2.weight.squeeze(-1)))
+        return y
+
+
+class Wav2Vec2BertSelfAttention(nn.Module):
+    """Multi-head self-attention with the position encoding that the config names.
+
+    The adapter's attention has no positions and works at `output_hidden_size`.
+    """
+
+    def __init__(self, config: Wav2Vec2BertConfig, is_adapter_attention: bool = False) -> None:
+        super().__init__()
+        width = config.output_hidden_size if is_adapter_attention else config.hidden_size
+        assert width is not None
+        self.num_heads = config.num_attention_heads
+        self.head_size = width // config.num_attention_heads
+        self.position_embeddings_type = (
+            None if is_adapter_attention else config.position_embeddings_type
+        )
+        self.linear_q = nn.Linear(width, width)
+        self.linear_k = nn.Linear(width, width)
+        self.linear_v = nn.Linear(width, width)
+        self.linear_out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.attention_dropout)
+        if self.position_embeddings_type == "relative":
+            self.linear_pos = nn.Linear(width, width, bias=False)
+            self.pos_bias_u = nn.Parameter(torch.zeros(self.num_heads, self.head_size))
+            self.pos_bias_v = nn.Parameter(torch.zeros(self.num_heads, self.head_size))
+        if self.position_embeddings_type == "relative_key":
+            self.left_max_position_embeddings = config.left_max_position_embeddings
+            self.right_max_position_embeddings = config.right_max_position_embeddings
+            num_positions = (
+                self.left_max_position_embeddings + self.right_max_position_embeddings + 1
+            )
+            self.distance_embedding = nn.Embedding(num_positions, self.head_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: PackedBatch,
+        positions: tuple[Tensor, ...] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within each utterance.
+
+        Args:
+            x: `[N, C]`, already normalised.
+            layout: the utterances.
+            positions: what the encoder's `embed_positions` gave: for "rotary" cosines and sines
+                `[N, D]` each, for "relative" the sinusoids `[2 T - 1, C]`, else `None`.
+            output_attentions: also return the attention maps.
+
+        Returns:
+            `[N, C]`, and the maps `[batch, H, T, T]` over `layout.max_seqlen` frames or `None`.
+        """
+        by_head = (x.shape[0], self.num_heads, self.head_size)
+        query_key_input = x
+        if self.position_embeddings_type == "rotary":
+            assert positions is not None
+            # The reference rotates the input of the projections, not their output.
+            query_key_input = ops.rotate(x.view(by_head), *positions).view(x.shape)
+        query = apply_linear(self.linear_q, query_key_input).view(by_head)
+        key = apply_linear(self.linear_k, query_key_input).view(by_head)
+        value = apply_linear(self.linear_v, x).view(by_head)
+        dropout_p = self.dropout.p if self.training else 0.0
+        if self.position_embeddings_type == "relative":
+            assert positions is not None
+            position_keys = apply_linear(self.linear_pos, positions[0])
+            output, probabilities = ops.relative_attention(
+                query,
+                key,
+                value,
+                layout.cu_seqlens,
+                layout.max_seqlen,
+                position_keys=position_keys.view(-1, self.num_heads, self.head_size),
+                content_bias=self.pos_bias_u,
+                position_bias=self.pos_bias_v,
+                dropout_p=dropout_p,
+                return_probabilities=output_attentions,
+            )
+        else:
+            shaw = self.position_embeddings_type == "relative_key"
+            output, probabilities = ops.shaw_attention(
+                query,
+                key,
+                value,
+                layout.cu_seqlens,
+                layout.max_seqlen,
+                distance_embedding=self.distance_embedding.weight if shaw else None,
+                left_max_position=self.left_max_position_embeddings if shaw else 0,
+                right_max_position=self.right_max_position_embeddings if shaw else 0,
+                dropout_p=dropout_p,
+                return_probabilities=output_attentions,
+            )
+        return apply_linear(self.linear_out, output.flatten(1)), probabilities
+
+
+class Wav2Vec2BertEncoderLayer(nn.Module):
+    """Half feed-forward, attention, convolution, half feed-forward, norm (Gulati et al. 2020).
+
+    Each block's residual addition and the norm that opens the next block are one operation.
+    """
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.ffn1_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.ffn1 = Wav2Vec2BertFeedForward(config)
+        self.self_attn_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.self_attn_dropout = nn.Dropout(config.attention_dropout)
+        self.self_attn = Wav2Vec2BertSelfAttention(config)
+        self.conv_module = Wav2Vec2BertConvolutionModule(config)
+        self.ffn2_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.ffn2 = Wav2Vec2BertFeedForward(config)
+        self.final_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: PackedBatch,
+        positions: tuple[Tensor, ...] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[N, C]` -> `[N, C]` and the attention maps or `None`."""
+        first = self.ffn1_layer_norm
+        x = ops.layer_norm(hidden_states, first.weight, first.bias, first.eps)
+        residual, x = _close_block(hidden_states, self.ffn1(x), 0.5, self.self_attn_layer_norm)
+        x, probabilities = self.self_attn(x, layout, positions, output_attentions)
+        x = self.self_attn_dropout(x)
+        residual, x = _close_block(residual, x, 1.0, self.conv_module.layer_norm)
+        residual, x = _close_block(residual, self.conv_module(x, layout), 1.0, self.ffn2_layer_norm)
+        _, x = _close_block(residual, self.ffn2(x), 0.5, self.final_layer_norm)
+        return x, probabilities
+
+
+def _close_block(
+    residual: Tensor, x: Tensor, scale: float, norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor]:
+    return ops.residual_layer_norm(residual, x, scale, norm.weight, norm.bias, norm.eps)

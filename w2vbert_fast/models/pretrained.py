@@ -1,0 +1,299 @@
+"""What all models share: loading, saving, and switches that reach every submodule."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._config_checks import floating_dtype
+from ..checkpoint import find_checkpoint, write_checkpoint
+from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
+from ..hub import pinned_revision, resolve_file
+from .initialization import initialize_weights
+from .loading import load_weights
+
+_Model = TypeVar("_Model", bound="Wav2Vec2BertPreTrainedModel")
+
+# What torch's own modules call to draw initial weights, on the way to these two methods.
+_DRAWS = (
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.kaiming_uniform_,
+    Tensor.uniform_,
+    Tensor.normal_,
+)
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Leave out random initial values.
+
+    On the meta device they would draw nothing, and yet make torch import its compiler: 150 MB and
+    more than a second.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+class Wav2Vec2BertPreTrainedModel(nn.Module):
+    """Base of all models: configuration, checkpoints in and out, model-wide switches.
+
+    Args:
+        config: the model's configuration, kept as it is.
+
+    Raises:
+        TypeError: `config` is no `Wav2Vec2BertConfig`.
+        ValueError: the configuration's values exclude each other.
+    """
+
+    config_class: ClassVar[type[Wav2Vec2BertConfig]] = Wav2Vec2BertConfig
+    base_model_prefix: ClassVar[str] = "wav2vec2_bert"
+    main_input_name: ClassVar[str] = "input_features"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+
+    config: Wav2Vec2BertConfig
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__()
+        if not isinstance(config, Wav2Vec2BertConfig):
+            raise TypeError(
+                f"config is {type(config).__module__}.{type(config).__qualname__}; it must be "
+                "w2vbert_fast.Wav2Vec2BertConfig (another library's: from_dict(config.to_dict()))"
+            )
+        config.validate()
+        self.config = config
+        self._use_fast_kernels = False
+
+    def post_init(self) -> None:
+        """Draw the initial weights. Every model calls this at the end of its `__init__`.
+
+        Nothing happens on the meta device, where there is no memory to draw them into, and parts
+        that are models themselves keep the weights that they have drawn.
+        """
+        parameters = dict(self.named_parameters())
+        if any(parameter.is_meta for parameter in parameters.values()):
+            return
+        drawn = tuple(
+            f"{name}."
+            for name, module in self.named_modules()
+            if name and isinstance(module, Wav2Vec2BertPreTrainedModel)
+        )
+        initialize_weights(self, [name for name in parameters if not name.startswith(drawn)])
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        path_or_hub_id: str | os.PathLike[str],
+        *,
+        config: Wav2Vec2BertConfig | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        use_fast_kernels: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        subfolder: str = "",
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        torch_dtype: torch.dtype | str | None = None,
+        **config_overrides: Any,
+    ) -> _Model:
+        """Load a model from a folder or the hub.
+
+        Reads `config.json` and the weights (see `w2vbert_fast.checkpoint`). A checkpoint of the
+        encoder alone can be loaded into a model with a head, which is newly initialised with a
+        warning, and a checkpoint with a head into the encoder alone. Nothing is loaded unless
+        everything fits; memory stays near the size of the weights.
+
+        Args:
+            path_or_hub_id: a folder, or a hub id such as `facebook/w2v-bert-2.0`.
+            config: the configuration to use instead of the checkpoint's; it is copied.
+            revision: branch, tag or commit on the hub.
+            dtype: floating point dtype of the weights, or its name. None and `"auto"`: what the
+                configuration says, else what the weights have.
+            device: where the weights go; by default the CPU.
+            use_fast_kernels: see the property of that name.
+            cache_dir: the hub's cache folder, where it is not the usual one.
+            local_files_only: never ask the hub, use its cache alone.
+            token: the hub's access token.
+            subfolder: folder within the checkpoint that holds the files.
+            strict: whether missing or unexpected tensors are an error; else there is a warning,
+                and what is missing is newly initialised.
+            ignore_mismatched_sizes: newly initialise parameters whose stored shape differs, with
+                a warning, instead of raising.
+            torch_dtype: the older name of `dtype`.
+            **config_overrides: values that replace those of the configuration.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            OSError: no such folder or repository, or it has no `config.json`.
+            CheckpointError: the weights are missing, damaged or do not fit. A `ValueError`.
+            ValueError: the configuration or an argument has an impossible value.
+            TypeError: a keyword argument is neither listed here nor a field of the configuration.
+        """
+        dtype = torch_dtype if dtype is None else dtype
+        chosen = None if dtype == "auto" else floating_dtype("dtype", dtype)
+        target = _as_device(device)
+        hub_arguments: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "token": token,
+            "subfolder": subfolder,
+        }
+        if not os.path.isdir(path_or_hub_id):
+            # The commit of the first file counts for all: a branch may move in the meantime.
+            first = resolve_file(path_or_hub_id, CONFIG_NAME, revision=revision, **hub_arguments)
+            revision = (None if first is None else pinned_revision(first)) or revision
+        if config is None:
+            config = cls.config_class.from_pretrained(
+                path_or_hub_id, revision=revision, **hub_arguments, **config_overrides
+            )
+        elif config_overrides:
+            config = type(config).from_dict(config.to_dict(), **config_overrides)
+        else:
+            config = copy.deepcopy(config)
+        checkpoint = find_checkpoint(path_or_hub_id, revision=revision, **hub_arguments)
+        config.dtype = chosen or config.dtype or checkpoint.dtype
+        config.name_or_path = os.fspath(path_or_hub_id)
+
+        with torch.device("meta"), _WithoutDrawing():
+            model = cls(config)
+        empty = load_weights(
+            model,
+            checkpoint,
+            base_model_prefix=cls.base_model_prefix,
+            dtype=config.dtype or torch.get_default_dtype(),
+            device=target,
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )
+        _materialize_buffers(model, target)
+        if empty:
+            initialize_weights(model, empty)
+        model.use_fast_kernels = use_fast_kernels
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write `config.json` and the weights as safetensors into a folder.
+
+        The files are those of transformers, which loads them. They are complete under temporary
+        names before they get their own, and replace what an earlier save has left.
+
+        Args:
+            save_directory: the folder; made when it is not there.
+            max_shard_size: most bytes in one file, as a number or such as `"5GB"`.
+            state_dict: what to write instead of `self.state_dict()`, such as gathered shards.
+
+        Raises:
+            ValueError: the configuration cannot be written, or `max_shard_size` is no size.
+            NotADirectoryError: the path is a file.
+        """
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        config.dtype = self.dtype
+        config.to_json_string()  # raises before anything is written
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        write_checkpoint(state_dict, save_directory, max_shard_size=max_shard_size)
+        config.save_pretrained(save_directory)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The encoder: a part of a model with a head, else the model itself."""
+        module: nn.Module = getattr(self, self.base_model_prefix, self)
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first floating point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters' elements, of all or of those that need a gradient."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    @property
+    def use_fast_kernels(self) -> bool:
+        """Whether the fast implementation of each operation runs where the device has one.
+
+        Setting it sets the attribute of that name on every submodule that has it.
+        """
+        return self._use_fast_kernels
+
+    @use_fast_kernels.setter
+    def use_fast_kernels(self, value: bool) -> None:
+        self._use_fast_kernels = bool(value)
+        for module in self._parts_with("use_fast_kernels"):
+            module.use_fast_kernels = bool(value)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any part recomputes its activations in the backward pass."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the layers' activations in the backward pass instead of keeping them."""
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the layers' activations for the backward pass."""
+        self._set_gradient_checkpointing(False)
+
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        parts = self._parts_with("gradient_checkpointing")
+        if not parts:
+            raise ValueError(f"{type(self).__name__} has no layers that can be checkpointed")
+        for module in parts:
+            module.gradient_checkpointing = value
+
+    def _parts_with(self, attribute: str) -> list[Any]:
+        """The submodules that have an attribute."""
+        return [part for part in self.modules() if part is not self and hasattr(part, attribute)]
+
+
+def _as_device(device: torch.device | str | int | None) -> torch.device:
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}: {error}") from error
+
+
+def _materialize_buffers(model: nn.Module, device: torch.device) -> None:
+    """Allocate the buffers that no checkpoint holds and let their modules compute them."""
+    for path, module in model.named_modules():
+        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in meta:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        reset = getattr(module, "reset_buffers", None)
+        if callable(reset):
+            reset()
+        elif meta:
+            raise RuntimeError(f"{path}: nothing computes the buffers {', '.join(meta)}")

@@ -1,0 +1,64 @@
+"""Causal depthwise convolution over packed utterances, with its LayerNorm and activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import sequence_ids
+from .activations import get_activation
+from .norm import layer_norm
+
+
+def causal_depthwise_conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`y[t, c] = sum_k weight[c, k] * x[t - (K - 1) + k, c]`, zero before an utterance's start.
+
+    Args:
+        x: `[num_tokens, channels]`, packed.
+        weight: `[channels, K]`.
+        cu_seqlens: int32 `[batch + 1]`.
+
+    Returns:
+        `[num_tokens, channels]`.
+    """
+    num_tokens, channels = x.shape
+    pad = weight.shape[1] - 1
+    # K - 1 zero rows before every utterance turn the ragged batch into one valid convolution.
+    ids = sequence_ids(cu_seqlens, num_tokens)
+    rows = torch.arange(num_tokens, device=x.device) + ids * pad
+    spaced = x.new_zeros(num_tokens + (cu_seqlens.numel() - 1) * pad, channels)
+    spaced = spaced.index_copy(0, rows + pad, x)
+    if num_tokens == 0:
+        return x * weight.sum(1)
+    y = F.conv1d(spaced.t().unsqueeze(0), weight.unsqueeze(1), groups=channels)
+    return y.squeeze(0).t().index_select(0, rows)
+
+
+def conv_norm_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str | Callable[[Tensor], Tensor],
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """`act(LN(causal_depthwise_conv(x)))`, the middle of the Conformer's convolution module.
+
+    Args:
+        x: `[num_tokens, channels]`, packed, after the gated linear unit.
+        conv_weight: `[channels, K]`.
+        norm_weight: `[channels]`.
+        norm_bias: `[channels]`.
+        eps: added to the variance.
+        activation: a name of `ops.activations.ACTIVATIONS` or a function.
+        cu_seqlens: int32 `[batch + 1]`.
+
+    Returns:
+        `[num_tokens, channels]`.
+    """
+    y = causal_depthwise_conv(x, conv_weight, cu_seqlens)
+    return get_activation(activation)(layer_norm(y, norm_weight, norm_bias, eps))

@@ -1,0 +1,72 @@
+"""Connectionist temporal classification (Graves et al. 2006): the loss and greedy decoding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+def ctc_loss(
+    logits: Tensor,
+    input_lengths: Tensor,
+    labels: Tensor,
+    *,
+    blank: int,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Negative log-likelihood of the labels, from an fp32 log-softmax.
+
+    Args:
+        logits: `[batch, T, vocab]`.
+        input_lengths: int64 `[batch]`, valid frames of each utterance.
+        labels: int64 `[batch, U]`; -100 and the blank are ignored, wherever they stand.
+        blank: id of the blank, the tokenizer's padding token.
+        reduction: "mean" (each loss divided by its label count, then averaged), "sum" or "none".
+        zero_infinity: count an utterance too short for its labels as 0.
+
+    Returns:
+        A scalar, or `[batch]` for "none"; fp32.
+    """
+    labels = labels.to(logits.device)
+    wanted = (labels != IGNORED_LABEL) & (labels != blank)
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)
+    # cuDNN's CTC restricts lengths and the blank id; the native kernel has no such limits.
+    with torch.backends.cudnn.flags(enabled=False):
+        return F.ctc_loss(
+            log_probabilities,
+            labels.masked_select(wanted),
+            input_lengths,
+            wanted.sum(-1),
+            blank=blank,
+            reduction=reduction,
+            zero_infinity=zero_infinity,
+        )
+
+
+def greedy_decode(logits: Tensor, lengths: Tensor, *, blank: int) -> list[list[int]]:
+    """Best path: the argmax of every frame, repeats collapsed, blanks dropped.
+
+    Args:
+        logits: `[batch, T, vocab]`.
+        lengths: int64 `[batch]`, valid frames of each utterance.
+        blank: id of the blank.
+
+    Returns:
+        The token ids of each utterance.
+    """
+    ids = logits.argmax(-1)
+    frames = torch.arange(ids.shape[1], device=ids.device)
+    keep = (ids != blank) & (frames[None, :] < lengths.to(ids.device)[:, None])
+    keep[:, 1:] &= ids[:, 1:] != ids[:, :-1]
+    counts = keep.sum(1).tolist()
+    kept = ids[keep].tolist()
+    rows: list[list[int]] = []
+    start = 0
+    for count in counts:
+        rows.append(kept[start : start + count])
+        start += count
+    return rows

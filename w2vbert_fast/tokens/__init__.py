@@ -1,0 +1,1 @@
+"""The parts of the tokenizer: vocabulary, lists of ids, text of CTC paths, files."""

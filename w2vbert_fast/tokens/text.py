@@ -1,0 +1,120 @@
+"""From the tokens of CTC frames to text, with the frames of each character and word."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+Offset = dict[str, Any]
+"""`char` or `word`, and `start_offset` and `end_offset` in frames, the end exclusive."""
+
+
+@dataclass
+class Wav2Vec2CTCTokenizerOutput:
+    """Decoded text with offsets. Indexes by name, by attribute and by position.
+
+    Attributes:
+        text: The text; a list of texts for a batch.
+        char_offsets: For each character `char`, `start_offset` and `end_offset`, in frames; a list
+            of those for a batch. None unless asked for.
+        word_offsets: For each word `word`, `start_offset` and `end_offset`, in frames; a list of
+            those for a batch. None unless asked for.
+    """
+
+    text: str | list[str]
+    char_offsets: Any = None
+    word_offsets: Any = None
+
+    def keys(self) -> list[str]:
+        """The names of the entries that are there."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) is not None]
+
+    def values(self) -> list[Any]:
+        """The entries that are there."""
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and entries that are there."""
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The entries that are there."""
+        return tuple(self.values())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            return dict(self.items())[key]
+        return self.to_tuple()[key]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+def collapse(
+    tokens: Sequence[str], frames: Sequence[int], *, group_tokens: bool, blank: str | None
+) -> list[Offset]:
+    """The characters of a path: repeats merged, then blanks dropped.
+
+    Args:
+        tokens: The token of each frame.
+        frames: The number of each frame.
+        group_tokens: Whether to merge repeats.
+        blank: The CTC blank.
+
+    Returns:
+        An offset for each character; `end_offset` is the frame after its last one.
+    """
+    numbered = zip(tokens, frames, strict=True)
+    if group_tokens:
+        runs = [list(run) for _, run in groupby(numbered, key=lambda pair: pair[0])]
+    else:
+        runs = [[pair] for pair in numbered]
+    return [
+        {"char": run[0][0], "start_offset": run[0][1], "end_offset": run[-1][1] + 1}
+        for run in runs
+        if run[0][0] != blank
+    ]
+
+
+def word_offsets(char_offsets: Sequence[Offset], delimiter: str) -> list[Offset]:
+    """The words of a sequence of characters.
+
+    Args:
+        char_offsets: Offsets of the characters.
+        delimiter: The character between words.
+
+    Returns:
+        An offset for each word.
+    """
+    words: list[Offset] = []
+    for is_delimiter, run in groupby(char_offsets, key=lambda offset: offset["char"] == delimiter):
+        if not is_delimiter:
+            characters = list(run)
+            words.append(
+                {
+                    "word": "".join(offset["char"] for offset in characters),
+                    "start_offset": characters[0]["start_offset"],
+                    "end_offset": characters[-1]["end_offset"],
+                }
+            )
+    return words
+
+
+def clean_up_spaces(text: str) -> str:
+    """Removes the space before punctuation and English contractions."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for ending in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {ending}", ending)
+    return text
