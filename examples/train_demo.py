@@ -283,7 +283,11 @@ def main() -> None:
     words: dict[str, list[np.ndarray]] = {}
     if args.segments:
         words = torch.load(args.segments, weights_only=False)
-    sentences = [c.text for c in [*real, *synthetic] if all(w in words for w in c.text.split())]
+    sentences = [
+        clip.text
+        for clip in [*real, *synthetic]
+        if len(clip.text.split()) <= 16 and all(word in words for word in clip.text.split())
+    ]
     sampler = Sampler(real, synthetic, words, sentences, args.seed)
     print(f"{len(real)} real, {len(synthetic)} synthetic clips, {len(words)} cut words", flush=True)
 

@@ -270,6 +270,13 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     assert output.err.count("\n") == 1
 
 
+def test_an_error_of_several_lines_becomes_one(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli._fail(ValueError("missing parameters:\n  a.weight\n  b\x1b[31m"))
+    expected = "w2vbert-fast: missing parameters: a.weight b\\x1b[31m\n"
+    assert capfd.readouterr() == ("", expected)
+
+
 def test_the_exit_status_of_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     result = run("transcribe", "a.wav", "--model", tmp_path / "nowhere")
     assert (result.returncode, result.stdout) == (2, b"")
@@ -369,6 +376,18 @@ def test_a_batch_gives_the_texts_of_its_utterances_alone(
     waveforms = [speech_like(seconds, 16_000, seed=7) for seconds in (1.3, 0.1, 2.9, 0.777)]
     got = pipeline.recognize([torch.from_numpy(samples) for samples in waveforms])
     assert got == [reference_text(samples) for samples in waveforms]
+
+
+def test_the_padding_of_a_batch_is_not_decoded(pipeline: Pipeline) -> None:
+    """Not even where the checkpoint's configuration names another blank than its tokenizer."""
+    waveforms = [torch.from_numpy(speech_like(seconds, 16_000)) for seconds in (0.5, 1.5)]
+    wanted = [pipeline.recognize([samples])[0] for samples in waveforms]
+    config = pipeline.model.config
+    blank, config.pad_token_id = config.pad_token_id, 1
+    try:
+        assert pipeline.recognize(waveforms) == wanted
+    finally:
+        config.pad_token_id = blank
 
 
 def test_transcribe_is_lazy_and_in_order(

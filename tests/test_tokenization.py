@@ -47,7 +47,7 @@ def make_folders(root: Path) -> dict[str, Path]:
     beyond = len(characters)
     added = {"<s>": beyond, "</s>": beyond + 1}
     plain = ids_of("<pad>", "<s>", "</s>", "<unk>", "|", *LETTERS.upper(), "É", "ß")
-    digraphs = ids_of("|", *LETTERS, "ch", "sch", "é", "<unk>", "<pad>")
+    digraphs = ids_of("|", *LETTERS, "ch", "sch", "scha", "é", "<unk>", "<pad>")
     everything = {
         "content": "[PAD]",
         "lstrip": False,
@@ -129,7 +129,23 @@ def pairs(folders: dict[str, Path]) -> dict[str, Pair]:
 
 pieces = st.one_of(
     st.sampled_from(
-        ["l", "ll", "a", "ch", "sch", "é", "É", "ß", "|", "||", "'", "[PAD]", "[UNK]", "<s>"],
+        [
+            "l",
+            "ll",
+            "a",
+            "ch",
+            "sch",
+            "scha",
+            "é",
+            "É",
+            "ß",
+            "|",
+            "||",
+            "'",
+            "[PAD]",
+            "[UNK]",
+            "<s>",
+        ],
     ),
     st.sampled_from(
         ["</s>", "<pad>", "<unk>", "<", "s>", "<laugh>", "~", "uh", "mm", "word", "<mask>"],

@@ -79,6 +79,20 @@ def test_entries_survive(tmp_path: Path) -> None:
     }
 
 
+def test_entries_that_calls_follow(tmp_path: Path) -> None:
+    entries = {
+        "model_input_names": ["input_ids"],
+        "padding_side": "left",
+        "truncation_side": "left",
+    }
+    folder = write(tmp_path, vocab=ids_of("<pad>", "a", "b"), tokenizer_config=entries)
+    Wav2Vec2CTCTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    ours = Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    assert ours(["ab", "b"], padding=True) == {"input_ids": [[1, 2], [0, 2]]}
+    assert ours("ab", max_length=1) == {"input_ids": [2]}
+    assert ours(["ab"], return_attention_mask=True).attention_mask == [[1, 1]]
+
+
 def test_stale_added_tokens_are_removed(tmp_path: Path) -> None:
     vocab = ids_of("<pad>", "<s>", "</s>", "<unk>", "|", "a")
     folder = write(tmp_path, vocab=vocab, added_tokens={"old": 77})
@@ -148,6 +162,10 @@ def test_saved_with_another_language(saver: Any, tmp_path: Path) -> None:
     assert english.get_vocab() == {**LANGUAGES["eng"], "<new>": 11}
     assert english.tokenize("sch th") == ["s", "c", "h", "th"]
     same(Wav2Vec2CTCTokenizer.from_pretrained(tmp_path / "y"), german)
+    english.save_pretrained(tmp_path / "z")
+    other = write(tmp_path / "z", vocab={**LANGUAGES, "x": {**LANGUAGES["deu"], "ö": 11}})
+    assert "<new>" in Wav2Vec2CTCTokenizer.from_pretrained(other).get_vocab()
+    assert "<new>" not in Wav2Vec2CTCTokenizer.from_pretrained(other, target_lang="x").get_vocab()
 
 
 # Where the reference goes wrong
@@ -161,8 +179,10 @@ def test_word_delimiter_of_a_file(tmp_path: Path) -> None:
     same(ours, Reference(str(folder / "vocab.json"), word_delimiter_token="_"))
     assert ours.word_delimiter_token_id == 4
     assert ours.decode(ours("hi you").input_ids) == "hi you"
+    Reference.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path)
-    assert Wav2Vec2CTCTokenizer.from_pretrained(tmp_path).word_delimiter_token == "_"
+    for saved in (tmp_path, tmp_path / "theirs"):
+        assert Wav2Vec2CTCTokenizer.from_pretrained(saved).word_delimiter_token == "_"
 
 
 def test_word_delimiter_of_several_characters(tmp_path: Path) -> None:

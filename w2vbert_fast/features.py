@@ -45,7 +45,7 @@ class SeamlessM4TFeatureExtractor:
     Frames of 400 samples every 160 become `num_mel_bins` log energies each (`ops.fbank` states the
     recipe); every utterance is normalised to zero mean and unit variance per mel bin; utterances
     are padded to one length; and `stride` successive frames are stacked into one. With the defaults
-    a second of audio at 16 kHz becomes 49 or 50 frames of 160 features.
+    a second of audio at 16 kHz becomes 49 frames of 160 features.
 
     The computation runs in torch, over all utterances of a call together, on any device. Names,
     arguments and file format are those of `SeamlessM4TFeatureExtractor` in transformers.

@@ -108,7 +108,7 @@ class PackedBatch:
     @property
     def max_seqlen(self) -> int:
         """Frames of the longest utterance, 0 for an empty batch."""
-        return max(self.lengths, default=0)
+        return max(self.lengths) if self.lengths else 0
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[batch, T, ...]` -> `[num_tokens, ...]`, the valid rows in order."""

@@ -96,7 +96,6 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
             "word_delimiter_token": word_delimiter_token,
         }
         model_specific = dict(kwargs.pop("model_specific_special_tokens", None) or {})
-        model_specific.pop("word_delimiter_token", None)
         for name in [name for name, value in kwargs.items() if is_special_token(name, value)]:
             named[name] = kwargs.pop(name)
         extra = kwargs.pop("extra_special_tokens", None)
@@ -378,7 +377,7 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
         words = word_offsets(offsets, self.replace_word_delimiter_char)
         return {
             "text": text.lower() if self.do_lower_case else text,
-            # As in the reference, a path without frames has (no) offsets of both kinds.
+            # As in the reference, a path without frames has empty offsets, asked for or not.
             "char_offsets": offsets if output_char_offsets or not tokens else None,
             "word_offsets": words if output_word_offsets or not tokens else None,
         }

@@ -29,6 +29,8 @@ def conv_output_length(length: int, kernel_size: int, stride: int) -> int:
 class Wav2Vec2BertAdapterLayer(nn.Module):
     """Strided GLU convolutions into attention without positions, then a feed-forward block."""
 
+    use_fast_kernels = False
+
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
         width = config.output_hidden_size
@@ -66,22 +68,27 @@ class Wav2Vec2BertAdapterLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: PackedBatch) -> tuple[Tensor, PackedBatch]:
         """`[N, C']` right-padded layout -> `[N', C']` and its layout."""
+        fast = self.use_fast_kernels
         out = self.shortened(layout)
         norm = self.residual_layer_norm
-        residual = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
+        residual = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, fast=fast)
         residual = self._conv_glu(residual, self.residual_conv, layout, out)
         norm = self.self_attn_layer_norm
-        x = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
+        x = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, fast=fast)
         x = self._conv_glu(x, self.self_attn_conv, layout, out)
         x, _ = self.self_attn(x, out)
         x = self.self_attn_dropout(x)
         norm = self.ffn_layer_norm
-        residual, x = ops.residual_layer_norm(residual, x, 1.0, norm.weight, norm.bias, norm.eps)
+        residual, x = ops.residual_layer_norm(
+            residual, x, 1.0, norm.weight, norm.bias, norm.eps, fast=fast
+        )
         return residual + self.ffn(x), out
 
 
 class Wav2Vec2BertAdapter(nn.Module):
     """Projection to `output_hidden_size` where it differs, then the adapter layers."""
+
+    use_fast_kernels = False
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
@@ -104,8 +111,11 @@ class Wav2Vec2BertAdapter(nn.Module):
         """
         if self.proj is not None and self.proj_layer_norm is not None:
             norm = self.proj_layer_norm
-            hidden_states = apply_linear(self.proj, hidden_states)
-            hidden_states = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps)
+            fast = self.use_fast_kernels
+            hidden_states = apply_linear(self.proj, hidden_states, fast=fast)
+            hidden_states = ops.layer_norm(
+                hidden_states, norm.weight, norm.bias, norm.eps, fast=fast
+            )
         # A stride counts from an utterance's first frame, whichever side the batch was padded on.
         layout = layout.with_lengths(list(layout.lengths), layout.padded_length)
         for layer in self.layers:

@@ -408,7 +408,7 @@ class Wav2Vec2BertForXVector(_Classifier):
 
 
 def _reject_adapter(config: Wav2Vec2BertConfig, name: str) -> None:
-    if config.add_adapter:
+    if getattr(config, "add_adapter", False):
         raise ValueError(f"config.add_adapter is True; {name} works without an adapter only")
 
 

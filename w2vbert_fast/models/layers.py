@@ -18,7 +18,9 @@ from ..layout import PackedBatch
 Activation = str | Callable[[Tensor], Tensor]
 
 
-def apply_linear(module: nn.Module, x: Tensor, activation: Activation | None = None) -> Tensor:
+def apply_linear(
+    module: nn.Module, x: Tensor, activation: Activation | None = None, *, fast: bool = False
+) -> Tensor:
     """A linear layer through `ops.linear`, or through its own forward when it is no plain
     `nn.Linear`.
 
@@ -26,13 +28,15 @@ def apply_linear(module: nn.Module, x: Tensor, activation: Activation | None = N
     its weight to an operation.
     """
     if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
-        return ops.linear(x, module.weight, module.bias, activation)
+        return ops.linear(x, module.weight, module.bias, activation, fast=fast)
     y: Tensor = module(x)
     return y if activation is None else ops.get_activation(activation)(y)
 
 
 class Wav2Vec2BertFeatureProjection(nn.Module):
     """LayerNorm over the stacked mel frames, then a projection to the hidden size."""
+
+    use_fast_kernels = False
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
@@ -45,13 +49,16 @@ class Wav2Vec2BertFeatureProjection(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`[N, feature_dim]` -> hidden states `[N, C]`, and the features normalised."""
         norm = self.layer_norm
-        extract_features = ops.layer_norm(features, norm.weight, norm.bias, norm.eps)
-        hidden_states: Tensor = self.dropout(apply_linear(self.projection, extract_features))
-        return hidden_states, extract_features
+        fast = self.use_fast_kernels
+        extract_features = ops.layer_norm(features, norm.weight, norm.bias, norm.eps, fast=fast)
+        x = apply_linear(self.projection, extract_features, fast=fast)
+        return self.dropout(x), extract_features
 
 
 class Wav2Vec2BertFeedForward(nn.Module):
     """Linear, activation, linear: `[N, hidden_size]` -> `[N, hidden_size]`."""
+
+    use_fast_kernels = False
 
     def __init__(
         self,
@@ -68,8 +75,10 @@ class Wav2Vec2BertFeedForward(nn.Module):
         self.output_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.intermediate_dropout(apply_linear(self.intermediate_dense, x, self.activation))
-        y: Tensor = self.output_dropout(apply_linear(self.output_dense, x))
+        fast = self.use_fast_kernels
+        x = apply_linear(self.intermediate_dense, x, self.activation, fast=fast)
+        x = self.intermediate_dropout(x)
+        y: Tensor = self.output_dropout(apply_linear(self.output_dense, x, fast=fast))
         return y
 
 
@@ -79,6 +88,8 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
     The LayerNorm in front (`layer_norm`) is applied by the encoder layer, together with the
     residual.
     """
+
+    use_fast_kernels = False
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
@@ -95,7 +106,8 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, layout: PackedBatch) -> Tensor:
         """`[N, C]`, already normalised -> `[N, C]`."""
-        x = ops.linear_glu(x, self.pointwise_conv1.weight.squeeze(-1))
+        fast = self.use_fast_kernels
+        x = ops.linear_glu(x, self.pointwise_conv1.weight.squeeze(-1), fast=fast)
         norm = self.depthwise_layer_norm
         x = ops.conv_norm_act(
             x,
@@ -105,8 +117,10 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
             norm.eps,
             self.activation,
             layout.cu_seqlens,
+            fast=fast,
         )
-        y: Tensor = self.dropout(ops.linear(x, self.pointwise_conv2.weight.squeeze(-1)))
+        x = ops.linear(x, self.pointwise_conv2.weight.squeeze(-1), fast=fast)
+        y: Tensor = self.dropout(x)
         return y
 
 
@@ -115,6 +129,8 @@ class Wav2Vec2BertSelfAttention(nn.Module):
 
     The adapter's attention has no positions and works at `output_hidden_size`.
     """
+
+    use_fast_kernels = False
 
     def __init__(self, config: Wav2Vec2BertConfig, is_adapter_attention: bool = False) -> None:
         super().__init__()
@@ -167,9 +183,10 @@ class Wav2Vec2BertSelfAttention(nn.Module):
             assert positions is not None
             # The reference rotates the input of the projections, not their output.
             query_key_input = ops.rotate(x.view(by_head), *positions).view(x.shape)
-        query = apply_linear(self.linear_q, query_key_input).view(by_head)
-        key = apply_linear(self.linear_k, query_key_input).view(by_head)
-        value = apply_linear(self.linear_v, x).view(by_head)
+        fast = self.use_fast_kernels
+        query = apply_linear(self.linear_q, query_key_input, fast=fast).view(by_head)
+        key = apply_linear(self.linear_k, query_key_input, fast=fast).view(by_head)
+        value = apply_linear(self.linear_v, x, fast=fast).view(by_head)
         dropout_p = self.dropout.p if self.training else 0.0
         if self.position_embeddings_type == "relative":
             assert positions is not None
@@ -199,8 +216,9 @@ class Wav2Vec2BertSelfAttention(nn.Module):
                 right_max_position=self.right_max_position_embeddings if shaw else 0,
                 dropout_p=dropout_p,
                 return_probabilities=output_attentions,
+                fast=fast,
             )
-        return apply_linear(self.linear_out, output.flatten(1)), probabilities
+        return apply_linear(self.linear_out, output.flatten(1), fast=fast), probabilities
 
 
 class Wav2Vec2BertEncoderLayer(nn.Module):
@@ -208,6 +226,8 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
 
     Each block's residual addition and the norm that opens the next block are one operation.
     """
+
+    use_fast_kernels = False
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
@@ -231,17 +251,19 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`[N, C]` -> `[N, C]` and the attention maps or `None`."""
         first = self.ffn1_layer_norm
-        x = ops.layer_norm(hidden_states, first.weight, first.bias, first.eps)
-        residual, x = _close_block(hidden_states, self.ffn1(x), 0.5, self.self_attn_layer_norm)
+        fast = self.use_fast_kernels
+        x = ops.layer_norm(hidden_states, first.weight, first.bias, first.eps, fast=fast)
+        residual, x = self._close_block(hidden_states, self.ffn1(x), 0.5, self.self_attn_layer_norm)
         x, probabilities = self.self_attn(x, layout, positions, output_attentions)
         x = self.self_attn_dropout(x)
-        residual, x = _close_block(residual, x, 1.0, self.conv_module.layer_norm)
-        residual, x = _close_block(residual, self.conv_module(x, layout), 1.0, self.ffn2_layer_norm)
-        _, x = _close_block(residual, self.ffn2(x), 0.5, self.final_layer_norm)
+        residual, x = self._close_block(residual, x, 1.0, self.conv_module.layer_norm)
+        x = self.conv_module(x, layout)
+        residual, x = self._close_block(residual, x, 1.0, self.ffn2_layer_norm)
+        _, x = self._close_block(residual, self.ffn2(x), 0.5, self.final_layer_norm)
         return x, probabilities
 
-
-def _close_block(
-    residual: Tensor, x: Tensor, scale: float, norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor]:
-    return ops.residual_layer_norm(residual, x, scale, norm.weight, norm.bias, norm.eps)
+    def _close_block(
+        self, residual: Tensor, x: Tensor, scale: float, norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        weights = (norm.weight, norm.bias, norm.eps)
+        return ops.residual_layer_norm(residual, x, scale, *weights, fast=self.use_fast_kernels)

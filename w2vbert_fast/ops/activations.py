@@ -1,4 +1,7 @@
-"""Activation functions by the names that checkpoints use (`hidden_act`, `adapter_act`)."""
+"""Activation functions by the names that checkpoints use (`hidden_act`, `adapter_act`).
+
+Every name of transformers' table but `prelu` and `xielu`, which have parameters of their own.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,41 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def clipped_gelu(x: Tensor) -> Tensor:
+    """GELU limited to -10..10."""
+    return F.gelu(x).clamp(-10.0, 10.0)
+
+
+def laplace(x: Tensor) -> Tensor:
+    """The normal distribution function that approximates squared ReLU (Ma et al. 2022)."""
+    return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
+
+
+def sqrt_softplus(x: Tensor) -> Tensor:
+    """`sqrt(softplus(x))`."""
+    return F.softplus(x).sqrt()
+
+
+def gelu_by_tanh(x: Tensor) -> Tensor:
+    """PyTorch's own tanh approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
 def identity(x: Tensor) -> Tensor:
     return x
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_10": clipped_gelu,
+    "gelu_accurate": gelu_tanh,
     "gelu_fast": gelu_tanh,
     "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": gelu_by_tanh,
+    "gelu_pytorch_tanh": gelu_by_tanh,
     "hardswish": F.hardswish,
+    "laplace": laplace,
     "leaky_relu": F.leaky_relu,
     "linear": identity,
     "mish": F.mish,
@@ -45,6 +73,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "selu": F.selu,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
+    "sqrtsoftplus": sqrt_softplus,
     "swish": F.silu,
     "tanh": torch.tanh,
 }

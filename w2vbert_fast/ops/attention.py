@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import positions_in_sequence, sequence_ids
+from .dispatch import runs_triton, takes_fast_path
 
 
 class _PaddedHeads:
@@ -72,6 +73,7 @@ def shaw_attention(
     right_max_position: int = 0,
     dropout_p: float = 0.0,
     return_probabilities: bool = False,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with relative keys (Shaw et al. 2018), within each utterance.
 
@@ -90,21 +92,40 @@ def shaw_attention(
         right_max_position: R.
         dropout_p: probability with which an attention weight is dropped.
         return_probabilities: also return the attention maps.
+        fast: use the device's fast implementation, `torch.ops.w2vbert.shaw_attention`, which has
+            neither dropout nor attention maps; a call that asks for them runs the plain form.
 
     Returns:
         The output `[N, H, D]`, and the maps `[batch, H, T, T]` (zero in padding) or `None`.
     """
+    if (
+        takes_fast_path(fast, query, key, value, distance_embedding)
+        and dropout_p == 0.0
+        and not return_probabilities
+    ):
+        left, right = left_max_position, right_max_position
+        output, _ = shaw_attention_op(
+            query, key, value, cu_seqlens, max_seqlen, distance_embedding, left, right
+        )
+        return output, None
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
     q, k, v = heads.pad(query), heads.pad(key), heads.pad(value)
-    scores = q @ k.transpose(-1, -2)  # [batch, H, T, T]
-    if distance_embedding is not None:
-        frames = torch.arange(max_seqlen, device=query.device)
-        distance = (frames[None, :] - frames[:, None]).clamp(-left_max_position, right_max_position)
-        by_distance = q @ distance_embedding.to(q.dtype).t()  # [batch, H, T, L + R + 1]
-        columns = (distance + left_max_position).expand(scores.shape)
-        scores = scores + by_distance.gather(-1, columns)
-    output, probabilities = _attend(scores * q.shape[-1] ** -0.5, v, heads, dropout_p)
+    scores = _shaw_scores(q, k, distance_embedding, left_max_position, right_max_position)
+    output, probabilities = _attend(scores, v, heads, dropout_p)
     return output, heads.without_padding(probabilities) if return_probabilities else None
+
+
+def _shaw_scores(
+    q: Tensor, k: Tensor, distance_embedding: Tensor | None, left: int, right: int
+) -> Tensor:
+    """Scores of padded queries and keys `[batch, H, T, D]`: `[batch, H, T, T]`, unmasked."""
+    scores = q @ k.transpose(-1, -2)
+    if distance_embedding is not None:
+        frames = torch.arange(q.shape[2], device=q.device)
+        distance = (frames[None, :] - frames[:, None]).clamp(-left, right)
+        by_distance = q @ distance_embedding.to(q.dtype).t()  # [batch, H, T, L + R + 1]
+        scores = scores + by_distance.gather(-1, (distance + left).expand(scores.shape))
+    return scores * q.shape[-1] ** -0.5
 
 
 def relative_attention(
@@ -163,3 +184,52 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+@torch.library.custom_op("w2vbert::shaw_attention", mutates_args=())
+def shaw_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left_max_position: int,
+    right_max_position: int,
+) -> tuple[Tensor, Tensor]:
+    """The output `[N, H, D]` and the log-sum-exp of every row of scores, fp32 `[H, N]`."""
+    if runs_triton(query):
+        from csrc_triton.attention import shaw_attention as kernel
+
+        return kernel(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            max_seqlen,
+            distance_embedding=distance_embedding,
+            left_max_position=left_max_position,
+            right_max_position=right_max_position,
+        )
+    heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
+    scores = _shaw_scores(
+        heads.pad(query), heads.pad(key), distance_embedding, left_max_position, right_max_position
+    )
+    output, _ = _attend(scores, heads.pad(value), heads, 0.0)
+    log_sum_exp = heads.masked(scores).float().logsumexp(-1, keepdim=True)
+    return output.contiguous(), heads.unpad(log_sum_exp).squeeze(-1).t().contiguous()
+
+
+@shaw_attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left_max_position: int,
+    right_max_position: int,
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(num_heads, num_tokens, dtype=torch.float32)

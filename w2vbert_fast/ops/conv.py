@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..layout import sequence_ids
 from .activations import get_activation
+from .dispatch import runs_triton, takes_fast_path
+from .linear import TRITON_ACTIVATIONS
 from .norm import layer_norm
 
 
@@ -45,6 +47,8 @@ def conv_norm_act(
     eps: float,
     activation: str | Callable[[Tensor], Tensor],
     cu_seqlens: Tensor,
+    *,
+    fast: bool = False,
 ) -> Tensor:
     """`act(LN(causal_depthwise_conv(x)))`, the middle of the Conformer's convolution module.
 
@@ -56,9 +60,47 @@ def conv_norm_act(
         eps: added to the variance.
         activation: a name of `ops.activations.ACTIVATIONS` or a function.
         cu_seqlens: int32 `[batch + 1]`.
+        fast: use the device's fast implementation, `torch.ops.w2vbert.conv_norm_act`.
 
     Returns:
         `[num_tokens, channels]`.
     """
+    if takes_fast_path(fast, x, conv_weight, norm_weight, norm_bias):
+        inside = isinstance(activation, str) and activation in TRITON_ACTIVATIONS
+        name = activation if isinstance(activation, str) and inside else "linear"
+        y = conv_norm_act_op(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
+        return y if inside else get_activation(activation)(y)
     y = causal_depthwise_conv(x, conv_weight, cu_seqlens)
     return get_activation(activation)(layer_norm(y, norm_weight, norm_bias, eps))
+
+
+@torch.library.custom_op("w2vbert::conv_norm_act", mutates_args=())
+def conv_norm_act_op(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    if runs_triton(x):
+        from csrc_triton.conv import conv_norm_act as kernel
+
+        name = None if activation == "linear" else activation
+        return kernel(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
+    y = conv_norm_act(x, conv_weight, norm_weight, norm_bias, eps, activation, cu_seqlens)
+    return y.contiguous()
+
+
+@conv_norm_act_op.register_fake
+def _(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    return x.new_empty(x.shape)

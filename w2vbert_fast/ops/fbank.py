@@ -197,8 +197,7 @@ def _write_log_mel(
         spectrum = torch.fft.rfft(block)  # [frames, 257]
         power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
         mel = [power[:, first:last] @ weights for first, last, weights in groups]
-        features[begin:end] = torch.cat(mel, dim=1)
-    features.clamp_(min=_MEL_FLOOR).log_()
+        features[begin:end].copy_(torch.cat(mel, dim=1)).clamp_(min=_MEL_FLOOR).log_()
 
 
 def normalize_utterances(features: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,0 +1,219 @@
+"""Launch configurations of the linear and CTC kernels, and the code that comes of them."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from csrc_triton import ctc, linear
+from csrc_triton.configs.ctc import ctc_config
+from csrc_triton.configs.linear import (
+    MULTIPROCESSORS,
+    TILES,
+    LinearConfig,
+    linear_candidates,
+    linear_config,
+    nearest_architecture,
+)
+from csrc_triton.specs import KernelSpec
+
+ARCHITECTURES = [
+    "sm_75",
+    "sm_80",
+    "sm_86",
+    "sm_89",
+    "sm_90",
+    "sm_100",
+    "sm_120",
+    "gfx942",
+    "gfx950",
+]
+SHARED_MEMORY = {
+    "sm_75": 64,
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx950": 160,
+}
+"""KiB that a block may use."""
+
+THREADS = {"gfx942": 64, "gfx950": 64}
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "interpreter"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tiles_fit_the_architecture(arch: str, dtype: torch.dtype) -> None:
+    for config in linear_candidates(dtype, arch):
+        for size in (config.block_m, config.block_n, config.block_k):
+            assert size >= 16 and size & (size - 1) == 0
+        accumulators = config.block_m * config.block_n
+        if arch != "interpreter":
+            threads = config.num_warps * THREADS.get(arch, 32)
+            assert accumulators <= 128 * threads
+            step = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
+            # Matrix instructions that read shared memory by themselves hold a step's buffer longer.
+            asynchronous = arch in ("sm_90", "sm_100")
+            buffers = max(1, config.num_stages - (0 if asynchronous else 1))
+            assert step * buffers <= SHARED_MEMORY[arch] * 1024
+
+
+def test_tiles_go_from_large_to_small() -> None:
+    for tiles in TILES.values():
+        sizes = [config.block_m * config.block_n for config in tiles]
+        assert sizes == sorted(set(sizes), reverse=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_large_tile_needs_one_for_each_multiprocessor(arch: str) -> None:
+    tiles = linear_candidates(torch.bfloat16, arch)
+    large, small = tiles[0], tiles[-1]
+    columns = 1024
+    per_row = -(-columns // large.block_n)
+    rows = -(-MULTIPROCESSORS[arch] // per_row)
+    enough = (rows - 1) * large.block_m + 1
+    assert linear_config(enough, columns, torch.bfloat16, arch) == large
+    assert linear_config(enough - 1, columns, torch.bfloat16, arch) == small
+    assert linear_config(0, columns, torch.bfloat16, arch) == small
+    assert linear_config(10**9, columns, torch.bfloat16, arch) == large
+
+
+def test_model_size_choices() -> None:
+    # 16 utterances of 30 s on an H100; one of 3 s.
+    assert linear_config(24_000, 4096, torch.bfloat16, "sm_90") == LinearConfig(128, 256, 64, 8, 4)
+    assert linear_config(150, 4096, torch.bfloat16, "sm_90") == LinearConfig(64, 64, 64, 4, 4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lengths_bring_no_more_kernels_than_tiles(arch: str) -> None:
+    chosen = {linear_config(length, 1024, torch.float16, arch) for length in range(1, 40_000, 13)}
+    assert len(chosen) <= len(linear_candidates(torch.float16, arch)) <= 2
+
+
+def test_precision_is_chosen_by_the_caller() -> None:
+    ieee = linear_candidates(torch.float32, "sm_80", "ieee")
+    split = linear_candidates(torch.float32, "sm_80", "tf32x3")
+    assert ieee != split
+    # It says nothing about the others.
+    for precision in ("ieee", "tf32x3"):
+        half = linear_candidates(torch.float16, "sm_80", precision)
+        assert half == linear_candidates(torch.bfloat16, "sm_80")
+    with pytest.raises(ValueError, match="precision is 'tf32'; it must be one of"):
+        linear_candidates(torch.float32, "sm_80", "tf32")
+    for arch in ("sm_75", "gfx942", "gfx950"):
+        with pytest.raises(ValueError, match=f'precision is "tf32x3", which {arch} does not have'):
+            linear_candidates(torch.float32, arch, "tf32x3")
+
+
+@pytest.mark.parametrize(
+    ("arch", "listed"),
+    [
+        ("sm_80", "sm_80"),
+        ("sm_87", "sm_86"),
+        ("sm_90a", "sm_90"),
+        ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"),
+        ("sm_130", "sm_120"),
+        ("gfx950", "gfx950"),
+        ("gfx90a", "gfx942"),
+        ("gfx1100", "gfx942"),
+    ],
+)
+def test_unlisted_architectures(arch: str, listed: str) -> None:
+    assert nearest_architecture(arch) == listed
+    dtype = torch.float16
+    assert linear_config(9999, 999, dtype, arch) == linear_config(9999, 999, dtype, listed)
+
+
+@pytest.mark.parametrize("arch", ["", "cuda", "sm_70", "sm_x", "h100"])
+def test_unknown_architectures(arch: str) -> None:
+    with pytest.raises(ValueError, match="arch is"):
+        linear_config(1, 1, torch.float16, arch)
+
+
+def test_ctc_blocks() -> None:
+    for vocabulary, arch in product((1, 2, 32, 33, 1000, 1025, 100_000), ARCHITECTURES):
+        config = ctc_config(vocabulary, arch)
+        assert config.block_vocabulary <= 1024
+        assert config.block_vocabulary >= min(vocabulary, 1024)
+        assert config.block_vocabulary * config.block_frames <= 2048
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("family", [linear, ctc])
+def test_specs_are_complete(family: object, arch: str, dtype: str) -> None:
+    specs: list[KernelSpec] = family.kernel_specs(arch, dtype)  # type: ignore[attr-defined]
+    assert len({spec.name for spec in specs}) == len(specs)
+    for spec in specs:
+        assert not set(spec.signature) & set(spec.constants)
+        assert set(spec.signature) | set(spec.constants) == set(spec.kernel.arg_names)
+        assert spec.divisible_by_16 <= set(spec.signature)
+
+
+def test_specs_cover_each_tile_and_epilogue() -> None:
+    specs = linear.kernel_specs("sm_90", "bfloat16")
+    assert {spec.kind for spec in specs} == {"gemm"}
+    for config in linear_candidates(torch.bfloat16, "sm_90"):
+        tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+        names = {spec.name.removesuffix(f"/{tile}") for spec in specs if spec.name.endswith(tile)}
+        assert names >= {"linear/bias", "linear/bias_silu", "linear_glu", "linear_residual/bias"}
+    kinds = {spec.kind for spec in linear.kernel_specs("sm_90", "float32") if "ieee" in spec.name}
+    assert kinds == {"pointwise"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [
+        (linear._linear_kernel, "num_tokens"),
+        (ctc._ctc_argmax_kernel, "num_frames"),
+        (ctc._ctc_collapse_kernel, "blank"),
+    ],
+)
+def test_lengths_do_not_specialise(kernel: object, name: str) -> None:
+    (parameter,) = [p for p in kernel.params if p.name == name]  # type: ignore[attr-defined]
+    assert parameter.do_not_specialize
+    assert not parameter.is_constexpr
+
+
+@pytest.mark.parametrize("name", ["linear/bias_silu", "linear_glu", "linear_residual/bias"])
+def test_each_output_is_stored_once_and_wide(name: str) -> None:
+    arch = "sm_90"
+    tile = LinearConfig(64, 64, 64, 4, 4)
+    assert tile in linear_candidates(torch.bfloat16, arch)
+    specs = linear.kernel_specs(arch, "bfloat16")
+    (spec,) = [spec for spec in specs if spec.name == f"{name}/64x64x64"]
+    arguments = spec.kernel.arg_names
+    source = ASTSource(
+        spec.kernel,
+        {argument: spec.signature.get(argument, "constexpr") for argument in arguments},
+        spec.constants,
+        {
+            (position,): [["tt.divisibility", 16]]
+            for position, argument in enumerate(arguments)
+            if argument in spec.divisible_by_16
+        },
+    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+    assert "wgmma.mma_async" in ptx
+    assert "ld.local" not in ptx and "st.local" not in ptx
+    stores = re.findall(r"\bst\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    assert {int(count or 1) * int(bits) for count, bits in stores} == {128}
+    assert spec.outputs_per_program is not None
+    stored = len(stores) * 16 * 32 * spec.num_warps
+    assert stored == spec.outputs_per_program * torch.bfloat16.itemsize
+    # Beside bias and residual, nothing is read but by the asynchronous copies of the loop.
+    loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    wide = [1 for count, bits in loads if int(count or 1) * int(bits) == 128]
+    assert len(wide) == (len(stores) if "residual" in name else 0)

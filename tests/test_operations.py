@@ -1,0 +1,142 @@
+"""The registered operations, `torch.ops.w2vbert.*`: schema, fake kernels, dispatch, compilation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import w2vbert_fast
+from tests.reference import TINY, padded_batch, pair, relative_error
+from w2vbert_fast import ops
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.ops.dispatch import force_triton
+
+CU_SEQLENS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+TOKENS, WIDTH = 12, 8
+
+
+def arguments(name: str) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, TOKENS, WIDTH)
+    weight, bias = torch.randn(2, WIDTH)
+    heads = torch.randn(3, TOKENS, 2, 4)
+    return {
+        "layer_norm": (x, weight, bias, 1e-5),
+        "residual_layer_norm": (residual, x, 0.5, weight, bias, 1e-5),
+        "linear": (x, torch.randn(6, WIDTH), torch.randn(6), "gelu"),
+        "linear_glu": (x, torch.randn(6, WIDTH), None),
+        "conv_norm_act": (x, torch.randn(WIDTH, 3), weight, bias, 1e-5, "silu", CU_SEQLENS),
+        "shaw_attention": (*heads, CU_SEQLENS, 7, torch.randn(6, 4), 3, 2),
+    }[name]
+
+
+NAMES = (
+    "layer_norm",
+    "residual_layer_norm",
+    "linear",
+    "linear_glu",
+    "conv_norm_act",
+    "shaw_attention",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    operation = getattr(torch.ops.w2vbert, name).default
+    result = torch.library.opcheck(operation, arguments(name))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_every_registered_operation_is_checked() -> None:
+    registered = {
+        schema.name.removeprefix("w2vbert::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("w2vbert::")
+    }
+    assert registered == set(NAMES)
+
+
+def test_log_sum_exp_of_attention() -> None:
+    tensors = arguments("shaw_attention")
+    query, key, value = (x.double() for x in tensors[:3])
+    cu_seqlens, longest, embedding, left, right = *tensors[3:5], tensors[5].double(), *tensors[6:]
+    output, log_sum_exp = torch.ops.w2vbert.shaw_attention(
+        query, key, value, cu_seqlens, longest, embedding, left, right
+    )
+    for start, end in ((0, 5), (5, 12)):
+        for head in range(2):
+            q, k = query[start:end, head], key[start:end, head]
+            frames = torch.arange(end - start)
+            distance = (frames[None] - frames[:, None]).clamp(-left, right) + left
+            scores = (q @ k.T + torch.einsum("id,ijd->ij", q, embedding[distance])) / 2
+            assert log_sum_exp.dtype == torch.float32
+            expected = scores.logsumexp(1).float()
+            torch.testing.assert_close(log_sum_exp[head, start:end], expected)
+            expected = scores.softmax(1) @ value[start:end, head]
+            torch.testing.assert_close(output[start:end, head], expected)
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2BertModel", "Wav2Vec2BertForCTC"])
+def test_fast_path_gives_the_same_answers(name: str) -> None:
+    _, ours = pair(name, add_adapter=True, output_hidden_size=24, hidden_act="mish")
+    features, mask = padded_batch((31, 24, 13), TINY["feature_projection_input_dim"])
+    with torch.no_grad():
+        expected = ours(features, mask)[0]
+        ours.use_fast_kernels = True
+        assert all(layer.ffn1.use_fast_kernels for layer in ours.base_model.encoder.layers)
+        assert relative_error(ours(features, mask)[0], expected) <= 1e-6
+
+
+def test_fast_path_calls_the_registered_operations() -> None:
+    _, ours = pair("Wav2Vec2BertModel")
+    features, mask = padded_batch((31, 24), TINY["feature_projection_input_dim"])
+    with torch.profiler.profile() as profile, torch.no_grad():
+        ours.use_fast_kernels = True
+        ours(features, mask)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    per_layer = {"residual_layer_norm": 4, "conv_norm_act": 1, "shaw_attention": 1, "linear": 9}
+    for name, count in per_layer.items():
+        extra = 1 if name == "linear" else 0  # the feature projection
+        assert calls[f"w2vbert::{name}"] == 2 * count + extra, name
+
+
+def test_fast_path_trains_through_the_plain_form() -> None:
+    gradients = []
+    for fast in (False, True):
+        _, ours = pair("Wav2Vec2BertForCTC")
+        ours.use_fast_kernels = fast
+        features, mask = padded_batch((31, 24), TINY["feature_projection_input_dim"])
+        ours(features, mask, labels=torch.tensor([[1, 2], [3, -100]])).loss.backward()
+        gradients.append([parameter.grad for parameter in ours.parameters()])
+    for plain, fast_gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast_gradient, plain)
+
+
+def test_an_encoder_layer_compiles_without_a_graph_break() -> None:
+    _, ours = pair("Wav2Vec2BertModel")
+    ours.use_fast_kernels = True
+    layer = ours.encoder.layers[0]
+
+    def run(x: Tensor, layout: PackedBatch) -> Tensor:
+        return layer(x, layout)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for lengths in ((5, 7), (3, 9, 1)):
+            layout = PackedBatch.from_lengths(lengths, max(lengths), "cpu")
+            x = torch.randn(sum(lengths), TINY["hidden_size"])
+            torch.testing.assert_close(compiled(x, layout), run(x, layout))
+
+
+def test_triton_cannot_be_forced_outside_its_interpreter() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), force_triton():
+        pass
+
+
+def test_plain_path_is_the_default() -> None:
+    model = w2vbert_fast.Wav2Vec2BertModel(w2vbert_fast.Wav2Vec2BertConfig(**TINY))
+    assert model.use_fast_kernels is False
+    assert ops.layer_norm(torch.ones(1, 2), torch.ones(2), torch.zeros(2), 1e-5).abs().sum() == 0
