@@ -104,10 +104,10 @@ def shaw_attention(
         and not return_probabilities
     ):
         left, right = left_max_position, right_max_position
-        output, _ = shaw_attention_op(
+        fast_output: Tensor = shaw_attention_op(
             query, key, value, cu_seqlens, max_seqlen, distance_embedding, left, right
-        )
-        return output, None
+        )[0]
+        return fast_output, None
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
     q, k, v = heads.pad(query), heads.pad(key), heads.pad(value)
     scores = _shaw_scores(q, k, distance_embedding, left_max_position, right_max_position)
@@ -125,7 +125,8 @@ def _shaw_scores(
         distance = (frames[None, :] - frames[:, None]).clamp(-left, right)
         by_distance = q @ distance_embedding.to(q.dtype).t()  # [batch, H, T, L + R + 1]
         scores = scores + by_distance.gather(-1, (distance + left).expand(scores.shape))
-    return scores * q.shape[-1] ** -0.5
+    scale: float = q.shape[-1] ** -0.5
+    return scores * scale
 
 
 def relative_attention(

@@ -36,10 +36,11 @@ def linear(
         `[num_tokens, out_features]`.
     """
     if takes_fast_path(fast, x, weight, bias):
-        if activation is None or activation in TRITON_ACTIVATIONS:
-            return linear_op(x, weight, bias, activation)
-        return get_activation(activation)(linear_op(x, weight, bias, None))
-    y = F.linear(x, weight, bias)
+        inside = isinstance(activation, str) and activation in TRITON_ACTIVATIONS
+        y: Tensor = linear_op(x, weight, bias, activation if inside else None)
+        activation = None if inside else activation
+    else:
+        y = F.linear(x, weight, bias)
     return y if activation is None else get_activation(activation)(y)
 
 
@@ -58,7 +59,8 @@ def linear_glu(
         `[num_tokens, out_features]`.
     """
     if takes_fast_path(fast, x, weight, bias):
-        return linear_glu_op(x, weight, bias)
+        y: Tensor = linear_glu_op(x, weight, bias)
+        return y
     return F.glu(F.linear(x, weight, bias), dim=-1)
 
 

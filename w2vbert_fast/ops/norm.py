@@ -22,7 +22,8 @@ def layer_norm(
         fast: use the device's fast implementation, `torch.ops.w2vbert.layer_norm`.
     """
     if takes_fast_path(fast, x, weight, bias):
-        return layer_norm_op(x, weight, bias, eps)
+        y: Tensor = layer_norm_op(x, weight, bias, eps)
+        return y
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
