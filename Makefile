@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 
 bin := $(VENV)/bin
-pip := $(bin)/python -m pip --disable-pip-version-check install -c constraints.txt
+# Byte code is written as modules are first imported: most of PyTorch's never are.
+pip := $(bin)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
 base := $(VENV)/.stamp-base
 demo := $(VENV)/.stamp-demo
 dev := $(VENV)/.stamp-test
