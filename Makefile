@@ -14,11 +14,12 @@ dev := $(VENV)/.stamp-test
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test bench lint types format clean
 
 help:
 	@echo "make demo    transcribe the sample clips with the checkpoint that ships in the package"
 	@echo "make test    run the tests (PYTEST_ARGS=... goes to pytest)"
+	@echo "make bench   time this library and transformers side by side"
 	@echo "make lint    ruff: lint rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make format  ruff: rewrite the files as lint wants them"
@@ -31,6 +32,9 @@ demo: $(demo)
 
 test: $(dev)
 	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(dev)
+	$(bin)/python -m pytest bench $(PYTEST_ARGS)
 
 lint: $(dev)
 	$(bin)/ruff check .

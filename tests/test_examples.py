@@ -34,8 +34,8 @@ def run(script: str, *arguments: str | Path) -> str:
         [sys.executable, ROOT / "examples" / script, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -48,7 +48,7 @@ def run_python(code: str, blocked: tuple[str, ...] = ()) -> subprocess.Completed
         [sys.executable, "-c", BLOCK_IMPORTS.format(blocked=set(blocked)) + code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:w2vbert_fast"},
     )
@@ -207,7 +207,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     (path,) = folder.glob("*.whl")
