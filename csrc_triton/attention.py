@@ -1,279 +1,294 @@
-"""x"""
+"""Launches Shaw attention over packed utterances: argument checks, tile map and scratch memory.
+
+The kernel, its formula and its cost are in `attention_kernel`.
+"""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import torch
+from torch import Tensor
 
-@triton.jit
-def _softmax_block(
-    acc,  # [BLOCK_M, BLOCK_D] fp32, sum of exp2(score - row_max) * value
-    row_sum,  # [BLOCK_M] fp32, sum of exp2(score - row_max)
-    row_max,  # [BLOCK_M] fp32, in units of log2
-    query,  # [BLOCK_M, BLOCK_D]
-    key_ptrs,  # [BLOCK_N, BLOCK_D]
-    value_ptrs,  # [BLOCK_N, BLOCK_D]
-    keys_left,  # keys from the block's first to the end of the utterance
-    row_term,  # [BLOCK_M] fp32, added to every score of a row
-    element_term,  # [BLOCK_M, BLOCK_N] fp32, added to every score
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_ROW_TERM: tl.constexpr,
-    HAS_ELEMENT_TERM: tl.constexpr,
-    MASK_KEYS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """One step of the online softmax over a block of keys."""
-    offs_n = tl.arange(0, BLOCK_N)
-    key_mask = None
-    if HEAD_DIM != BLOCK_D:
-        key_mask = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-        if MASK_KEYS:
-            key_mask = key_mask & (offs_n < keys_left)[:, None]
-    elif MASK_KEYS:
-        key_mask = (offs_n < keys_left)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    if key_mask is None:
-        key = tl.load(key_ptrs)
-    else:
-        key = tl.load(key_ptrs, mask=key_mask, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
-    if HAS_ELEMENT_TERM:
-        scores = scores * scale_log2 + element_term
-        if MASK_KEYS:
-            scores = tl.where((offs_n < keys_left)[None, :], scores, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        probabilities = tl.math.exp2(scores - new_max[:, None])
-    else:
-        if MASK_KEYS:
-            scores = tl.where((offs_n < keys_left)[None, :], scores, -float("inf"))
-        block_max = tl.max(scores, 1) * scale_log2
-        if HAS_ROW_TERM:
-            block_max += row_term
-        new_max = tl.maximum(row_max, block_max)
-        shift = new_max
-        if HAS_ROW_TERM:
-            shift -= row_term
-        probabilities = tl.math.exp2(scores * scale_log2 - shift[:, None])
-    correction = tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * correction + tl.sum(probabilities, 1)
-    acc = acc * correction[:, None]
-    if key_mask is None:
-        value = tl.load(value_ptrs)
-    else:
-        value = tl.load(value_ptrs, mask=key_mask, other=0.0)
-    acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision=INPUT_PRECISION)
-    return acc, row_sum, new_max
+from .attention_kernel import shaw_attention_fwd_kernel
+from .configs.attention import AttentionConfig, ScratchLayout, attention_config, scratch_layout
+from .runtime import architecture, check_device, check_tensor
+from .specs import TRITON_TYPES, KernelSpec
+
+LOG2_E = 1.4426950408889634
+"""Scores are scaled by it, so that the softmax needs powers of two only."""
 
 
-@triton.jit
-def _position_scores(
-    query,  # [BLOCK_M, BLOCK_D]
-    distance_ptr,
-    scratch_ptrs,  # [BLOCK_M]
-    stride_e_row,
-    scale_log2,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Writes `query . E` to scratch memory; returns its first and last column."""
-    offs_d = tl.arange(0, BLOCK_D)
-    for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
-        offs_p = first + tl.arange(0, BLOCK_P)
-        vectors = tl.load(
-            distance_ptr + offs_p.to(tl.int64)[:, None] * stride_e_row + offs_d[None, :],
-            mask=(offs_p <= LEFT + RIGHT)[:, None] & (offs_d < HEAD_DIM)[None, :],
-            other=0.0,
-        )  # [BLOCK_P, BLOCK_D]
-        scores = tl.dot(query, tl.trans(vectors), input_precision=INPUT_PRECISION)
-        tl.store(
-            scratch_ptrs[:, None] + offs_p[None, :],
-            scores * scale_log2,
-            mask=(offs_p <= LEFT + RIGHT)[None, :],
+def tile_bound(batch_size: int, num_tokens: int, max_seqlen: int, block_m: int) -> int:
+    """Number of query tiles that utterances of these sizes have at most.
+
+    Args:
+        batch_size: number of utterances.
+        num_tokens: frames of all utterances.
+        max_seqlen: frames of the longest utterance, or more.
+        block_m: query rows of a tile.
+    """
+    return min(num_tokens // block_m + batch_size, batch_size * -(-max_seqlen // block_m))
+
+
+def build_tile_map(cu_seqlens: Tensor, block_m: int, *, num_tokens: int, max_seqlen: int) -> Tensor:
+    """Which query tile of which utterance each program works on, longest utterance first.
+
+    It is computed on the device without waiting for it, and serves every layer of an encoder.
+
+    Args:
+        cu_seqlens: int32 `[batch + 1]`, cumulative lengths in frames, starting at 0.
+        block_m: query rows of a tile, from `attention_config`.
+        num_tokens: frames of all utterances.
+        max_seqlen: frames of the longest utterance.
+
+    Returns:
+        int32 `[tile_bound(...), 2]`: utterance and index of the tile within it. The rows that are
+        left over hold -1.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    batch_size = cu_seqlens.numel() - 1
+    bound = tile_bound(batch_size, num_tokens, max_seqlen, block_m)
+    if bound == 0:
+        return cu_seqlens.new_empty(0, 2)
+    lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
+    tiles = (lengths + (block_m - 1)) // block_m
+    ends = tiles.cumsum(0)
+    slots = torch.arange(bound, device=cu_seqlens.device)
+    rank = torch.searchsorted(ends, slots, right=True).clamp_(max=batch_size - 1)
+    entries = torch.stack((order[rank], slots - (ends - tiles)[rank]), dim=1)
+    return entries.masked_fill_((slots >= ends[-1])[:, None], -1).to(torch.int32)
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def _constants(
+    config: AttentionConfig,
+    layout: ScratchLayout,
+    head_dim: int,
+    has_positions: bool,
+    left: int,
+    right: int,
+    same_row_stride: bool,
+    precision: str,
+) -> dict[str, bool | int | str]:
+    return {
+        "HAS_POSITIONS": has_positions,
+        "LEFT": left,
+        "RIGHT": right,
+        "HEAD_DIM": head_dim,
+        "SAME_ROW_STRIDE": same_row_stride,
+        "BLOCK_D": max(_next_power_of_2(head_dim), 16),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_P": config.block_p,
+        "SCRATCH_STRIDE": layout.row_stride,
+        "SCRATCH_START": layout.start,
+        "SCRATCH_SIZE": layout.size,
+        "READ_LIMIT": layout.read_limit,
+        "FAR_STAGES": config.num_stages,
+        "BAND_STAGES": config.band_stages,
+        "INPUT_PRECISION": precision,
+    }
+
+
+def _options(config: AttentionConfig) -> dict[str, int]:
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return options
+
+
+def _check_positions(
+    distance_embedding: Tensor | None, query: Tensor, left: int, right: int
+) -> None:
+    if left < 0 or right < 0:
+        raise ValueError(
+            f"left_max_position is {left} and right_max_position is {right}; both must be 0 or more"
         )
-    left_vector = tl.load(distance_ptr + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
-    last = tl.full((), LEFT + RIGHT, tl.int64) * stride_e_row
-    right_vector = tl.load(distance_ptr + last + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
-    query = query.to(tl.float32)
-    left_term = tl.sum(query * left_vector.to(tl.float32)[None, :], 1) * scale_log2  # [BLOCK_M]
-    right_term = tl.sum(query * right_vector.to(tl.float32)[None, :], 1) * scale_log2
-    return left_term, right_term
+    if distance_embedding is not None:
+        shape = (left + right + 1, query.shape[2])
+        check_tensor("distance_embedding", distance_embedding, shape, (query.dtype,))
 
 
-@triton.jit(
-    do_not_specialize=["num_work", "stride_lse_head"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "lse_ptr"],
-)
-def _shaw_attention_fwd_kernel(
-    q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    k_ptr,
-    v_ptr,
-    distance_ptr,  # [LEFT + RIGHT + 1, HEAD_DIM]
-    scratch_ptr,  # [num_programs, SCRATCH_SIZE] fp32
-    out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    lse_ptr,  # [num_heads, num_tokens] fp32
-    cu_seqlens_ptr,  # [batch + 1] int32
-    tile_map_ptr,  # [num_tiles, 2] int32
-    num_work,
-    num_heads,
-    scale_log2,
-    stride_q_row,
-    stride_q_head,
-    stride_k_row,
-    stride_k_head,
-    stride_v_row,
-    stride_v_head,
-    stride_e_row,
-    stride_out_row,
-    stride_out_head,
-    stride_lse_head,
-    HAS_POSITIONS: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SCRATCH_STRIDE: tl.constexpr,
-    SCRATCH_PAD: tl.constexpr,
-    SCRATCH_SIZE: tl.constexpr,
-    FAR_STAGES: tl.constexpr,
-    BAND_STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), num_stages=1):
-        tile = work // num_heads
-        head = (work % num_heads).to(tl.int64)
-        sequence = tl.load(tile_map_ptr + 2 * tile)
-        if sequence >= 0:
-            first_row = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
-            start = tl.load(cu_seqlens_ptr + sequence)
-            length = tl.load(cu_seqlens_ptr + sequence + 1) - start
-            start = start.to(tl.int64)
-            rows = first_row + offs_m
-            q_ptrs = (
-                q_ptr
-                + (start + first_row) * stride_q_row
-                + head * stride_q_head
-                + offs_m.to(tl.int64)[:, None] * stride_q_row
-                + offs_d[None, :]
-            )
-            query = tl.load(
-                q_ptrs, mask=(rows < length)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0
-            )  # [BLOCK_M, BLOCK_D]
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            row_sum = tl.zeros([BLOCK_M], tl.float32)
-            row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            k_base = k_ptr + start * stride_k_row + head * stride_k_head
-            v_base = v_ptr + start * stride_v_row + head * stride_v_head
-            offs_k = offs_n.to(tl.int64)[:, None] * stride_k_row + offs_d[None, :]
-            offs_v = offs_n.to(tl.int64)[:, None] * stride_v_row + offs_d[None, :]
-            left_term = row_sum
-            right_term = row_sum
-            whole = length // BLOCK_N * BLOCK_N
-            band_first = 0
-            band_last = 0
-            scratch_base = scratch_ptr
-            if HAS_POSITIONS:
-                scratch_base += tl.program_id(0).to(tl.int64) * SCRATCH_SIZE
-                tl.debug_barrier()
-                left_term, right_term = _position_scores(
-                    query,
-                    distance_ptr,
-                    scratch_base + SCRATCH_PAD - LEFT + offs_m * (SCRATCH_STRIDE + 1),
-                    stride_e_row,
-                    scale_log2,
-                    LEFT,
-                    RIGHT,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_P,
-                    INPUT_PRECISION,
+def shaw_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    distance_embedding: Tensor | None = None,
+    left_max_position: int = 0,
+    right_max_position: int = 0,
+    tile_map: Tensor | None = None,
+    out: Tensor | None = None,
+    precision: str = "ieee",
+    config: AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention within each utterance, with Shaw relative keys or without positions.
+
+    Args:
+        query: `[num_tokens, num_heads, D]`, D from 1 to 128; any strides but the last, which is 1.
+        key: like `query`.
+        value: like `query`.
+        cu_seqlens: int32 `[batch + 1]`, cumulative lengths in frames, starting at 0.
+        max_seqlen: frames of the longest utterance.
+        distance_embedding: E, `[L + R + 1, D]` in the dtype of `query`; `None` for no positions.
+        left_max_position: L, frames to the left beyond which distances are equal.
+        right_max_position: R.
+        tile_map: of `build_tile_map` with the configuration's `block_m`; computed when `None`.
+        out: where the output goes; allocated when `None`.
+        precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
+        config: launch configuration; that of `attention_config` when `None`.
+
+    Returns:
+        The output `[num_tokens, num_heads, D]` in the dtype of `query`, and the log-sum-exp of each
+        query's scores, float32 `[num_heads, num_tokens]`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what is needed.
+        RuntimeError: CPU tensors outside Triton's interpreter.
+    """
+    check_tensor("query", query, (None, None, None))
+    num_tokens, num_heads, head_dim = query.shape
+    check_tensor("key", key, query.shape, (query.dtype,))
+    check_tensor("value", value, query.shape, (query.dtype,))
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    check_tensor("out", out, query.shape, (query.dtype,))
+    _check_positions(distance_embedding, query, left_max_position, right_max_position)
+    check_device(
+        query=query,
+        key=key,
+        value=value,
+        cu_seqlens=cu_seqlens,
+        distance_embedding=distance_embedding,
+        tile_map=tile_map,
+        out=out,
+    )
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens has no elements; it must have batch + 1")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}; it must be 0 or more")
+    if precision not in ("ieee", "tf32x3"):
+        raise ValueError(f"precision is {precision!r}; it must be 'ieee' or 'tf32x3'")
+    arch = architecture(query.device)
+    if precision == "tf32x3" and arch.startswith("gfx"):
+        raise ValueError(f"precision is 'tf32x3'; on {arch} it must be 'ieee'")
+    if config is None:
+        config = attention_config(head_dim, query.dtype, arch)
+    num_tiles = tile_bound(cu_seqlens.numel() - 1, num_tokens, max_seqlen, config.block_m)
+    if tile_map is None:
+        tile_map = build_tile_map(
+            cu_seqlens, config.block_m, num_tokens=num_tokens, max_seqlen=max_seqlen
+        )
+    # A map for another block_m has another number of rows, unless every utterance is one tile.
+    check_tensor("tile_map", tile_map, (num_tiles, 2), (torch.int32,))
+    if num_tiles > 0 and tile_map.stride(0) != 2:
+        raise ValueError(f"tile_map has strides {tile_map.stride()}; it must be contiguous")
+    log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+
+    has_positions = distance_embedding is not None
+    left, right = (left_max_position, right_max_position) if has_positions else (0, 0)
+    layout = scratch_layout(config.block_m, config.block_n, left, right)
+    num_work = num_tiles * num_heads
+    per_launch = num_work
+    scratch = log_sum_exp  # not touched without positions
+    if has_positions and num_work > 0:
+        per_launch = max(min(num_work, config.scratch_limit // (4 * layout.size)), 1)
+        scratch = torch.empty(per_launch * layout.size, dtype=torch.float32, device=query.device)
+    vectors = distance_embedding if distance_embedding is not None else query
+    constants = _constants(
+        config,
+        layout,
+        head_dim,
+        has_positions,
+        left,
+        right,
+        key.stride(0) == value.stride(0),
+        precision,
+    )
+    for first_work in range(0, num_work, max(per_launch, 1)):
+        shaw_attention_fwd_kernel[(min(per_launch, num_work - first_work),)](
+            query,
+            key,
+            value,
+            vectors,
+            scratch,
+            out,
+            log_sum_exp,
+            cu_seqlens,
+            tile_map,
+            first_work,
+            num_heads,
+            head_dim**-0.5 * LOG2_E,
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            vectors.stride(0),
+            out.stride(0),
+            out.stride(1),
+            num_tokens,
+            **constants,
+            **_options(config),
+        )
+    return out, log_sum_exp
+
+
+def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
+    """The attention kernels of an encoder of width 1024 (16 heads of 64, L = 64, R = 8).
+
+    Args:
+        arch: such as `"sm_90"`.
+        dtype: name of the activations' dtype: "float32", "float16" or "bfloat16".
+    """
+    config = attention_config(64, getattr(torch, dtype), arch)
+    element = "*" + TRITON_TYPES[dtype]
+    pointers = dict.fromkeys(
+        ("q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr", "lse_ptr"), element
+    )
+    pointers |= {"scratch_ptr": "*fp32", "lse_ptr": "*fp32"}
+    pointers |= {"cu_seqlens_ptr": "*i32", "tile_map_ptr": "*i32"}
+    aligned = {"q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr"}
+    specs = []
+    # AMD's tensor cores multiply float32 as it is; NVIDIA's need three passes.
+    nvidia = not arch.startswith("gfx")
+    for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
+        suffix = f"/{precision}" if dtype == "float32" else ""
+        for has_positions in (True, False):
+            left, right = (64, 8) if has_positions else (0, 0)
+            layout = scratch_layout(config.block_m, config.block_n, left, right)
+            constants = _constants(config, layout, 64, has_positions, left, right, True, precision)
+            signature = {}
+            for name in shaw_attention_fwd_kernel.arg_names:
+                if name not in constants:
+                    signature[name] = pointers.get(name, "i32")
+            signature["scale_log2"] = "fp32"
+            strides = {name for name in signature if name.startswith("stride_")}
+            variant = "relative_key" if has_positions else "no_positions"
+            specs.append(
+                KernelSpec(
+                    name=f"shaw_attention_fwd/{variant}{suffix}",
+                    kernel=shaw_attention_fwd_kernel,
+                    signature=signature,
+                    constants=dict(constants),
+                    # NVIDIA's tensor cores have no product of float32 in full precision.
+                    kind="pointwise" if suffix == "/ieee" and nvidia else "attention",
+                    dtype=dtype,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    divisible_by_16=frozenset(
+                        aligned | (strides - {"stride_lse_head"}) | {"num_heads"}
+                    ),
+                    plain_twin=(
+                        f"shaw_attention_fwd/no_positions{suffix}" if has_positions else None
+                    ),
+                    max_registers=config.max_registers,
                 )
-                tl.debug_barrier()
-                band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
-                band_first = tl.minimum(band_first, whole)
-                last_row = tl.minimum(first_row + BLOCK_M, length) - 1
-                band_last = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-                band_last = tl.minimum(band_last, whole)
-                for key_start in tl.range(0, band_first, BLOCK_N, num_stages=FAR_STAGES):
-                    acc, row_sum, row_max = _softmax_block(
-                        acc, row_sum, row_max, query,
-                        k_base + key_start.to(tl.int64) * stride_k_row + offs_k,
-                        v_base + key_start.to(tl.int64) * stride_v_row + offs_v,
-                        BLOCK_N, left_term, left_term, scale_log2,
-                        HEAD_DIM, BLOCK_D, BLOCK_N, True, False, False, INPUT_PRECISION,
-                    )
-                for key_start in tl.range(band_first, band_last, BLOCK_N, num_stages=BAND_STAGES):
-                    key_start = tl.multiple_of(key_start, BLOCK_N)
-                    columns = key_start - first_row + offs_n
-                    near = tl.load(
-                        scratch_base + SCRATCH_PAD
-                        + offs_m[:, None] * SCRATCH_STRIDE
-                        + columns[None, :]
-                    )
-                    
-                    near = tl.where(columns[None, :] <= (offs_m - LEFT)[:, None], left_term[:, None], near)
-                    near = tl.where(columns[None, :] >= (offs_m + RIGHT)[:, None], right_term[:, None], near)
-                    acc, row_sum, row_max = _softmax_block(
-                        acc, row_sum, row_max, query,
-                        k_base + key_start.to(tl.int64) * stride_k_row + offs_k,
-                        v_base + key_start.to(tl.int64) * stride_v_row + offs_v,
-                        BLOCK_N, left_term, near, scale_log2,
-                        HEAD_DIM, BLOCK_D, BLOCK_N, False, True, False, INPUT_PRECISION,
-                    )
-            for key_start in tl.range(band_last, whole, BLOCK_N, num_stages=FAR_STAGES):
-                acc, row_sum, row_max = _softmax_block(
-                    acc, row_sum, row_max, query,
-                    k_base + key_start.to(tl.int64) * stride_k_row + offs_k,
-                    v_base + key_start.to(tl.int64) * stride_v_row + offs_v,
-                    BLOCK_N, right_term, right_term, scale_log2,
-                    HEAD_DIM, BLOCK_D, BLOCK_N, HAS_POSITIONS, False, False, INPUT_PRECISION,
-                )
-            for key_start in tl.range(whole, length, BLOCK_N, num_stages=1):
-                near = left_term
-                if HAS_POSITIONS:
-                    columns = key_start - first_row + offs_n
-                    
-                    near = tl.load(
-                        scratch_base + SCRATCH_PAD
-                        + offs_m[:, None] * SCRATCH_STRIDE
-                        + columns[None, :],
-                        mask=(columns[None, :] > (offs_m - LEFT)[:, None]) & (columns[None, :] < (offs_m + RIGHT)[:, None]),
-                        other=0.0,
-                    )
-                    near = tl.where(columns[None, :] <= (offs_m - LEFT)[:, None], left_term[:, None], near)
-                    near = tl.where(columns[None, :] >= (offs_m + RIGHT)[:, None], right_term[:, None], near)
-                acc, row_sum, row_max = _softmax_block(
-                    acc, row_sum, row_max, query,
-                    k_base + key_start.to(tl.int64) * stride_k_row + offs_k,
-                    v_base + key_start.to(tl.int64) * stride_v_row + offs_v,
-                    length - key_start, left_term, near, scale_log2,
-                    HEAD_DIM, BLOCK_D, BLOCK_N, False, HAS_POSITIONS, True, INPUT_PRECISION,
-                )
-            out_ptrs = (
-                out_ptr
-                + (start + first_row) * stride_out_row
-                + head * stride_out_head
-                + offs_m.to(tl.int64)[:, None] * stride_out_row
-                + offs_d[None, :]
             )
-            output = acc / row_sum[:, None]
-            tl.store(
-                out_ptrs, output.to(out_ptr.dtype.element_ty),
-                mask=(rows < length)[:, None] & (offs_d < HEAD_DIM)[None, :],
-            )
-            tl.store(
-                lse_ptr + head * stride_lse_head + start + rows,
-                (row_max + tl.math.log2(row_sum)) * 0.6931471805599453,
-                mask=rows < length,
-            )
+    return specs

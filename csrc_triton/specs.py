@@ -23,6 +23,7 @@ class KernelSpec:
         dtype: name of the activations' dtype.
         num_warps: warps in a block.
         num_stages: software pipeline depth.
+        max_registers: registers a thread may use (Triton's `maxnreg`); `None` for no cap.
         divisible_by_16: run-time arguments (pointers, strides) known to be multiples of 16.
         outputs_per_program: elements of the output that one program writes, where that is counted.
         plain_twin: name of the spec that does the same without its special part (attention without
@@ -40,6 +41,7 @@ class KernelSpec:
     divisible_by_16: frozenset[str] = field(default_factory=frozenset)
     outputs_per_program: int | None = None
     plain_twin: str | None = None
+    max_registers: int | None = None
 
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

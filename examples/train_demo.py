@@ -132,6 +132,31 @@ def as_features(frames: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(frames[:even].reshape(-1, 160))
 
 
+def warp_and_mask(frames: np.ndarray, rng: random.Random) -> np.ndarray:
+    """Stretch the mel axis as another vocal tract would, and blank out two bands of it.
+
+    Args:
+        frames: log-mel `[frames, 80]`.
+        rng: where the randomness comes from.
+
+    Returns:
+        A changed copy, float32 `[frames, 80]`; a blanked bin holds its mean over time, which
+        becomes 0 when the utterance is normalised.
+    """
+    bins = frames.shape[1]
+    frames = frames.astype(np.float32)
+    if rng.random() < 0.6:
+        source = np.clip(np.arange(bins) * rng.uniform(0.92, 1.08), 0, bins - 1)
+        lower = np.minimum(source.astype(int), bins - 2)
+        share = (source - lower).astype(np.float32)
+        frames = frames[:, lower] * (1 - share) + frames[:, lower + 1] * share
+    for _ in range(2):
+        width = rng.randint(0, 12)
+        first = rng.randint(0, bins - width)
+        frames[:, first : first + width] = frames[:, first : first + width].mean(0)
+    return frames
+
+
 class Sampler:
     """Draws training utterances; all randomness comes from one generator."""
 
@@ -179,6 +204,7 @@ class Sampler:
         total = 0
         while total < frame_budget * pool:
             text, frames = self.utterance(real_share)
+            frames = warp_and_mask(frames, self.rng)
             utterances.append((text, frames))
             total += len(frames) // 2
         utterances.sort(key=lambda item: len(item[1]))

@@ -30,6 +30,13 @@ def arguments(name: str) -> tuple[Any, ...]:
         "linear_glu": (x, torch.randn(6, WIDTH), None),
         "conv_norm_act": (x, torch.randn(WIDTH, 3), weight, bias, 1e-5, "silu", CU_SEQLENS),
         "shaw_attention": (*heads, CU_SEQLENS, 7, torch.randn(6, 4), 3, 2),
+        "ctc_greedy": (torch.randint(0, 3, (TOKENS, 3)).float(), CU_SEQLENS, 0),
+        "log_mel_filterbank": (
+            torch.randn(1600),
+            torch.tensor([0, 700, 700, 1600], dtype=torch.int32),
+            20,
+            16000,
+        ),
     }[name]
 
 
@@ -40,6 +47,8 @@ NAMES = (
     "linear_glu",
     "conv_norm_act",
     "shaw_attention",
+    "ctc_greedy",
+    "log_mel_filterbank",
 )
 
 
@@ -57,6 +66,18 @@ def test_every_registered_operation_is_checked() -> None:
         if schema.name.startswith("w2vbert::")
     }
     assert registered == set(NAMES)
+
+
+def test_packed_greedy_decoding_equals_the_padded_form() -> None:
+    torch.manual_seed(0)
+    lengths = [5, 0, 1, 9]
+    padded = torch.randn(4, 9, 4)
+    layout = PackedBatch.from_lengths(lengths, 9, "cpu")
+    tokens, counts = torch.ops.w2vbert.ctc_greedy(layout.pack(padded), layout.cu_seqlens, 2)
+    expected = ops.greedy_decode(padded, torch.tensor(lengths), blank=2)
+    for row, start in enumerate(layout.cu_seqlens[:-1].tolist()):
+        assert tokens[start : start + int(counts[row])].tolist() == expected[row]
+        assert (tokens[start + int(counts[row]) : start + lengths[row]] == -1).all()
 
 
 def test_log_sum_exp_of_attention() -> None:

@@ -7,7 +7,8 @@ out, `cu_seqlens` for utterance boundaries. Operations know tensors, never modul
 from .activations import ACTIVATIONS, get_activation
 from .attention import relative_attention, rotate, shaw_attention
 from .conv import causal_depthwise_conv, conv_norm_act
-from .ctc import ctc_loss, greedy_decode
+from .ctc import ctc_greedy, ctc_loss, greedy_decode
+from .fbank import log_mel_filterbank, normalize_utterances
 from .linear import linear, linear_glu
 from .norm import layer_norm, residual_layer_norm
 
@@ -15,12 +16,15 @@ __all__ = [
     "ACTIVATIONS",
     "causal_depthwise_conv",
     "conv_norm_act",
+    "ctc_greedy",
     "ctc_loss",
     "get_activation",
     "greedy_decode",
     "layer_norm",
     "linear",
     "linear_glu",
+    "log_mel_filterbank",
+    "normalize_utterances",
     "relative_attention",
     "residual_layer_norm",
     "rotate",

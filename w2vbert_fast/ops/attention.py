@@ -208,7 +208,9 @@ def shaw_attention_op(
             value,
             cu_seqlens,
             max_seqlen,
-            distance_embedding=distance_embedding,
+            distance_embedding=(
+                None if distance_embedding is None else distance_embedding.to(query.dtype)
+            ),
             left_max_position=left_max_position,
             right_max_position=right_max_position,
         )

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layout import positions_in_sequence, sequence_ids
+from .dispatch import runs_triton
+
 IGNORED_LABEL = -100
 
 
@@ -70,3 +73,41 @@ def greedy_decode(logits: Tensor, lengths: Tensor, *, blank: int) -> list[list[i
         rows.append(kept[start : start + count])
         start += count
     return rows
+
+
+@torch.library.custom_op("w2vbert::ctc_greedy", mutates_args=())
+def ctc_greedy(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    """Best path over packed frames, without leaving the device.
+
+    Args:
+        logits: `[num_frames, vocab]`, the frames of all utterances end to end.
+        cu_seqlens: int32 `[batch + 1]`.
+        blank: id of the blank.
+
+    Returns:
+        int32 `[num_frames]`: the tokens of utterance `i` from `cu_seqlens[i]` on, then -1 up to its
+        last frame; and int32 `[batch]`: how many tokens those are.
+    """
+    if runs_triton(logits):
+        from csrc_triton import ctc_greedy as kernel
+
+        return kernel(logits, cu_seqlens, blank)
+    num_frames = logits.shape[0]
+    ids = logits.argmax(-1)
+    first = positions_in_sequence(cu_seqlens, num_frames) == 0
+    utterance = sequence_ids(cu_seqlens, num_frames)
+    keep = (ids != blank) & (first | (ids != ids.roll(1)))
+    counts = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.int64, device=logits.device)
+    counts.index_add_(0, utterance, keep.to(torch.int64))
+    # The rank of a kept frame among those of its utterance is its place behind the offset.
+    rank = keep.cumsum(0) - 1 - (counts.cumsum(0) - counts)[utterance]
+    places = (cu_seqlens.to(torch.int64)[utterance] + rank)[keep]
+    tokens = torch.full((num_frames,), -1, dtype=torch.int32, device=logits.device)
+    tokens[places] = ids[keep].to(torch.int32)
+    return tokens, counts.to(torch.int32)
+
+
+@ctc_greedy.register_fake
+def _(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    counts = logits.new_empty(cu_seqlens.numel() - 1, dtype=torch.int32)
+    return logits.new_empty(logits.shape[0], dtype=torch.int32), counts

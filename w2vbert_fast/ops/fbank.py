@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .dispatch import runs_triton
+
 FRAME_LENGTH = 400
 """Samples in a frame."""
 FRAME_SHIFT = 160
@@ -244,3 +246,31 @@ def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
             "cu_seqlens must be an integer tensor of shape [batch + 1], got "
             f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         )
+
+
+@torch.library.custom_op("w2vbert::log_mel_filterbank", mutates_args=())
+def log_mel_filterbank_op(
+    waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, sampling_rate: int
+) -> tuple[Tensor, Tensor]:
+    if runs_triton(waveforms):
+        from csrc_triton import log_mel_filterbank as kernel
+
+        return kernel(
+            waveforms,
+            cu_seqlens.to(torch.int32),
+            num_mel_bins=num_mel_bins,
+            sampling_rate=sampling_rate,
+        )
+    return log_mel_filterbank(
+        waveforms, cu_seqlens, num_mel_bins=num_mel_bins, sampling_rate=sampling_rate
+    )
+
+
+@log_mel_filterbank_op.register_fake
+def _(
+    waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, sampling_rate: int
+) -> tuple[Tensor, Tensor]:
+    # How many frames there are depends on the lengths, which are data.
+    frames = torch.library.get_ctx().new_dynamic_size()
+    features = waveforms.new_empty(frames, num_mel_bins)
+    return features, cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)

@@ -1,0 +1,294 @@
+"""Self-attention with Shaw relative keys over packed utterances, forward.
+
+For queries i and keys j of one utterance, with D channels a head (Shaw et al. 2018; the online
+softmax is Dao 2023's):
+
+    score(i, j) = (q_i . k_j + q_i . E[clip(j - i, -L, R) + L]) / sqrt(D)
+    output(i) = sum_j softmax_j(score(i, j)) v_j
+    log_sum_exp(i) = log sum_j exp(score(i, j))
+
+A program owns one tile of `BLOCK_M` queries of one head. Only L + R + 1 distinct position vectors
+exist, so the tile's position scores are a `[BLOCK_M, L + R + 1]` product P = q E^T, computed once
+and kept in a scratch buffer. The key blocks of an utterance then fall into three groups:
+
+    keys     0 ................ i - L ........... i + R ................ T
+             far: adds P[i, 0]  | band: P[i, j-i+L] | far: adds P[i, L+R]
+
+A far block is plain flash attention, because a number that is constant along a row only shifts that
+row's maximum. One loop runs over the far blocks of both sides and jumps over the band, so that its
+pipeline fills once. A band block starts its product q k^T from P instead of zero. Key j's score is
+`P[i, j - i + L]`; with rows `SCRATCH_STRIDE + 1` apart it lies at `i * SCRATCH_STRIDE + j + L`: the
+block's scores are an aligned strided tile, not a gather. What it holds left or right of the
+band is other rows' data, and is replaced. Keys that do not fill a block are the last step of the
+band loop, wherever the band is.
+
+Per token and layer, with C channels in H heads, T frames and 16-bit elements: 8 C bytes of q, k, v
+and output, 4 H (L + R + 1) bytes written to scratch and read back (mostly in the L2 cache), and
+4 C T + 2 C (L + R + 1) FLOPs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _position_scores(
+    query,  # [BLOCK_M, BLOCK_D]
+    distance_ptr,
+    row_ptrs,  # [BLOCK_M], where each row's first score goes
+    stride_e_row,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Writes `query E^T` to scratch; returns its first and its last column."""
+    offs_d = tl.arange(0, BLOCK_D)
+    left_term = tl.zeros([BLOCK_M], tl.float32)
+    right_term = tl.zeros([BLOCK_M], tl.float32)
+    for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
+        offs_p = first + tl.arange(0, BLOCK_P)
+        vectors = tl.load(
+            distance_ptr + offs_p.to(tl.int64)[:, None] * stride_e_row + offs_d[None, :],
+            mask=(offs_p <= LEFT + RIGHT)[:, None] & (offs_d < HEAD_DIM)[None, :],
+            other=0.0,
+        )  # [BLOCK_P, BLOCK_D]
+        scores = tl.dot(query, tl.trans(vectors), input_precision=INPUT_PRECISION)
+        # Picked from the product, not computed apart, so that they lie in registers as the
+        # far loop's rows do.
+        left_term += tl.sum(tl.where((offs_p == 0)[None, :], scores, 0.0), 1)
+        right_term += tl.sum(tl.where((offs_p == LEFT + RIGHT)[None, :], scores, 0.0), 1)
+        tl.store(
+            row_ptrs[:, None] + offs_p[None, :], scores, mask=(offs_p <= LEFT + RIGHT)[None, :]
+        )
+    return left_term, right_term
+
+
+@triton.jit
+def _near_scores(
+    row_ptrs,  # [BLOCK_M], where column 0 of the utterance's first key block would be
+    rows,  # [BLOCK_M], positions relative to the tile's first
+    columns,  # [BLOCK_N], the same for keys
+    read_columns,  # [BLOCK_N], columns, or others inside the scratch where no score is used
+    length,  # end of the utterance, relative to the tile's first row
+    left_term,  # [BLOCK_M]
+    right_term,  # [BLOCK_M]
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+):
+    """Position scores of a block that touches the band, minus infinity after the utterance."""
+    near = tl.load(row_ptrs[:, None] + read_columns[None, :])  # [BLOCK_M, BLOCK_N]
+    near = tl.where(columns[None, :] <= (rows - LEFT)[:, None], left_term[:, None], near)
+    near = tl.where(columns[None, :] >= (rows + RIGHT)[:, None], right_term[:, None], near)
+    return tl.where((columns < length)[None, :], near, -float("inf"))
+
+
+@triton.jit
+def _attend(
+    acc,  # [BLOCK_M, BLOCK_D] fp32, sum of exp2(score - row_max) * value
+    row_sum,  # [BLOCK_M] fp32, sum of exp2(score - row_max)
+    row_max,  # [BLOCK_M] fp32
+    scores,  # [BLOCK_M, BLOCK_N] fp32, not scaled
+    row_term,  # [BLOCK_M] fp32, belongs to every score of a row, not scaled
+    value,  # [BLOCK_N, BLOCK_D]
+    scale_log2,
+    HAS_ROW_TERM: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One step of the online softmax; maxima are of scores in units of log 2."""
+    block_max = tl.max(scores, 1)
+    if HAS_ROW_TERM:
+        block_max += row_term
+    new_max = tl.maximum(row_max, block_max * scale_log2)
+    shift = new_max
+    if HAS_ROW_TERM:
+        shift -= row_term * scale_log2
+    probabilities = tl.math.exp2(scores * scale_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    correction = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * correction + tl.sum(probabilities, 1)
+    acc = acc * correction[:, None]
+    acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision=INPUT_PRECISION)
+    return acc, row_sum, new_max
+
+
+@triton.jit(
+    do_not_specialize=["first_work", "stride_lse_head"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "lse_ptr"],
+)
+def shaw_attention_fwd_kernel(
+    q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
+    k_ptr,
+    v_ptr,
+    distance_ptr,  # [LEFT + RIGHT + 1, HEAD_DIM]
+    scratch_ptr,  # [programs, SCRATCH_SIZE] fp32
+    out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
+    lse_ptr,  # [num_heads, num_tokens] fp32
+    cu_seqlens_ptr,  # [batch + 1] int32
+    tile_map_ptr,  # [num_tiles, 2] int32
+    first_work,  # this launch's first (tile, head)
+    num_heads,
+    scale_log2,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
+    stride_e_row,
+    stride_out_row,
+    stride_out_head,
+    stride_lse_head,
+    HAS_POSITIONS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SAME_ROW_STRIDE: tl.constexpr,  # k and v have one row stride, as views of a fused product do
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SCRATCH_STRIDE: tl.constexpr,
+    SCRATCH_START: tl.constexpr,
+    SCRATCH_SIZE: tl.constexpr,
+    READ_LIMIT: tl.constexpr,
+    FAR_STAGES: tl.constexpr,
+    BAND_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    work = first_work + tl.program_id(0)
+    tile = work // num_heads
+    head = (work % num_heads).to(tl.int64)
+    sequence = tl.load(tile_map_ptr + 2 * tile)
+    if sequence < 0:  # the map is as long as it could be, not as long as it is
+        return
+    first_row = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    start = start.to(tl.int64)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_mask = first_row + offs_m < length
+    tile_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q_base = q_ptr + (start + first_row) * stride_q_row + head * stride_q_head
+    query = tl.load(
+        q_base + offs_m.to(tl.int64)[:, None] * stride_q_row + offs_d[None, :],
+        mask=tile_mask,
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
+    k_base = k_ptr + start * stride_k_row + head * stride_k_head
+    v_base = v_ptr + start * stride_v_row + head * stride_v_head
+    offs_k = offs_n.to(tl.int64)[:, None] * stride_k_row + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+    if SAME_ROW_STRIDE:
+        stride_v_row = stride_k_row
+    offs_v = offs_n.to(tl.int64)[:, None] * stride_v_row + offs_d[None, :]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    left_term = row_sum
+    right_term = row_sum
+    scratch_base = scratch_ptr
+    whole = length // BLOCK_N * BLOCK_N  # keys in whole blocks
+    band_first = whole
+    band_end = whole
+    if HAS_POSITIONS:
+        scratch_base += tl.program_id(0).to(tl.int64) * SCRATCH_SIZE + SCRATCH_START
+        left_term, right_term = _position_scores(
+            query,
+            distance_ptr,
+            scratch_base + offs_m * (SCRATCH_STRIDE + 1) - LEFT,
+            stride_e_row,
+            LEFT,
+            RIGHT,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_M,
+            BLOCK_P,
+            INPUT_PRECISION,
+        )
+        tl.debug_barrier()  # the scores were written by other threads than those that will read
+        # A block is left of the band when its last key is, as seen from the first row; right of it
+        # when its first key is, as seen from the last row.
+        last_row = tl.minimum(first_row + BLOCK_M, length) - 1
+        band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
+        band_first = tl.minimum(band_first, whole)
+        band_end = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        band_end = tl.minimum(band_end, whole)
+
+    band_keys = band_end - band_first
+    for far_start in tl.range(0, whole - band_keys, BLOCK_N, num_stages=FAR_STAGES):
+        key_start = far_start
+        row_term = left_term
+        if HAS_POSITIONS:
+            key_start = tl.where(far_start < band_first, far_start, far_start + band_keys)
+            row_term = tl.where(far_start < band_first, left_term, right_term)
+        key_start = key_start.to(tl.int64)
+        key_ptrs = k_base + key_start * stride_k_row + offs_k
+        value_ptrs = v_base + key_start * stride_v_row + offs_v
+        if HEAD_DIM == BLOCK_D:
+            key = tl.load(key_ptrs)
+            value = tl.load(value_ptrs)
+        else:
+            key = tl.load(key_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+            value = tl.load(value_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+        acc, row_sum, row_max = _attend(
+            acc,
+            row_sum,
+            row_max,
+            scores,
+            row_term,
+            value,
+            scale_log2,
+            HAS_POSITIONS,
+            INPUT_PRECISION,
+        )
+
+    # The keys after the last whole block, wherever the band is, are the last step.
+    last_start = tl.where(whole < length, whole, band_end - BLOCK_N)
+    band_end = tl.where(whole < length, band_end + BLOCK_N, band_end)
+    for band_start in tl.range(band_first, band_end, BLOCK_N, num_stages=BAND_STAGES):
+        key_start = tl.where(band_start == band_end - BLOCK_N, last_start, band_start)
+        key_start = tl.multiple_of(key_start, BLOCK_N)
+        key_mask = (offs_n < length - key_start)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        key_offset = key_start.to(tl.int64)
+        key = tl.load(k_base + key_offset * stride_k_row + offs_k, mask=key_mask, other=0.0)
+        value = tl.load(v_base + key_offset * stride_v_row + offs_v, mask=key_mask, other=0.0)
+        if HAS_POSITIONS:
+            near = _near_scores(
+                scratch_base + offs_m * SCRATCH_STRIDE,
+                offs_m,
+                key_start - first_row + offs_n,
+                tl.minimum(key_start - first_row, READ_LIMIT) + offs_n,
+                length - first_row,
+                left_term,
+                right_term,
+                LEFT,
+                RIGHT,
+            )
+            scores = tl.dot(query, tl.trans(key), near, input_precision=INPUT_PRECISION)
+        else:
+            scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+            scores = tl.where((offs_n < length - key_start)[None, :], scores, -float("inf"))
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, scores, left_term, value, scale_log2, False, INPUT_PRECISION
+        )
+
+    out_base = out_ptr + (start + first_row) * stride_out_row + head * stride_out_head
+    tl.store(
+        out_base + offs_m.to(tl.int64)[:, None] * stride_out_row + offs_d[None, :],
+        (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty),
+        mask=tile_mask,
+    )
+    tl.store(
+        lse_ptr + head * stride_lse_head + (start + first_row) + offs_m,
+        (row_max + tl.math.log2(row_sum)) * 0.6931471805599453,  # log 2
+        mask=row_mask,
+    )

@@ -1,0 +1,2 @@
+"""Launch configurations: frozen dataclasses from pure functions of shape, dtype and
+architecture."""

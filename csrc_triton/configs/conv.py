@@ -1,0 +1,70 @@
+"""Launch configurations of `csrc_triton.conv`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .norm import warp_size
+
+MIN_KERNEL_SIZE = 3
+MAX_KERNEL_SIZE = 63
+MAX_CHANNELS = 2048
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """How the convolution kernel is launched.
+
+    Attributes:
+        rows: output rows of one program, which are also the input rows in its window; a power of
+            two of at least 2.
+        block_channels: the channels, rounded up to a power of two.
+        unroll: taps in the body of the loop over taps.
+        num_warps: warps in a block.
+        search: utterances that a program looks at together to find its own.
+    """
+
+    rows: int
+    block_channels: int
+    unroll: int
+    num_warps: int
+    search: int = 128
+
+    def loads_per_output(self, kernel_size: int) -> float:
+        """Elements of input and convolution weight that are loaded for each output element."""
+        return (self.rows + 2 * kernel_size) / self.rows
+
+
+# Most channels of a block -> rows and threads of a program. A thread's window and accumulators take
+# 2 x rows x (block_channels / threads) registers: 64 of the 128 that a thread of a 512-thread block
+# may have.
+_ROWS_AND_THREADS = {64: (16, 32), 128: (16, 64), 256: (16, 128), 512: (16, 256), 1024: (16, 512)}
+_WIDEST = (8, 512)
+
+
+def conv_config(channels: int, kernel_size: int, dtype: torch.dtype, arch: str) -> ConvConfig:
+    """The launch configuration for `channels` channels and `kernel_size` taps.
+
+    Args:
+        channels: number of channels, at most 2048.
+        kernel_size: number of taps, 3 to 63.
+        dtype: of the activations.
+        arch: as of `runtime.architecture`.
+
+    Raises:
+        ValueError: there are too many channels, or too few or many taps.
+    """
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(f"channels is {channels}; it must be 1 to {MAX_CHANNELS}")
+    if not MIN_KERNEL_SIZE <= kernel_size <= MAX_KERNEL_SIZE:
+        raise ValueError(
+            f"kernel_size is {kernel_size}; it must be {MIN_KERNEL_SIZE} to {MAX_KERNEL_SIZE}"
+        )
+    block_channels = max(16, 1 << (channels - 1).bit_length())
+    if arch == "interpreter":
+        return ConvConfig(16, block_channels, unroll=5, num_warps=1, search=8)
+    bounds = [bound for bound in _ROWS_AND_THREADS if block_channels <= bound]
+    rows, threads = _ROWS_AND_THREADS[bounds[0]] if bounds else _WIDEST
+    return ConvConfig(rows, block_channels, unroll=5, num_warps=max(1, threads // warp_size(arch)))

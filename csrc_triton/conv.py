@@ -1,0 +1,281 @@
+"""Causal depthwise convolution over packed utterances, with its LayerNorm and activation.
+
+    y[t, c] = sum_k weight[c, k] * x[t - (K - 1) + k, c]      zero before an utterance's start
+    out     = activation(LN(y))                               LN over the channels
+
+A program owns ROWS successive rows of one utterance and all their channels, because the norm needs
+whole rows. A thread owns a few channels of all ROWS rows and slides a window down the utterance:
+ROWS input rows and ROWS accumulators in registers. Tap k multiplies the window by `weight[:, k]`,
+then the window drops its oldest row and takes in the next one. So a program loads ROWS + K rows of
+x (the last of them is not used) and K rows of weight for its ROWS rows of output: 2 K / ROWS + 1
+loads an output element, 4.9 for K = 31 and ROWS = 16, against 62 if each tap fetched its operands.
+Consecutive programs share K - 1 input rows, which come from L2.
+
+Per token of C channels and e bytes an element: 2 C e bytes through memory (4 KB for C = 1024 in
+bf16) and 2 K C FLOPs (63 thousand), plus about 12 C for the norm and the activation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs.conv import ConvConfig, conv_config
+from .device import activate, activation_constant
+from .packed import locate_block, num_blocks
+from .runtime import FLOAT_DTYPES, architecture, check_device, check_tensor
+from .specs import TRITON_TYPES, KernelSpec
+
+
+@triton.jit
+def _stack(rows, LOG_ROWS: tl.constexpr):
+    """2^n tensors `[BLOCK_C]` as one `[BLOCK_C, 2, ..., 2]`; every thread keeps its elements."""
+    for _ in tl.static_range(LOG_ROWS):
+        pairs = rows[:0]
+        for i in tl.static_range(len(rows) // 2):
+            pairs += (tl.join(rows[2 * i], rows[2 * i + 1]),)
+        rows = pairs
+    return rows[0]
+
+
+@triton.jit
+def _unstack(tile, LOG_ROWS: tl.constexpr):
+    """The inverse of `_stack`."""
+    rows = (tile,)
+    for _ in tl.static_range(LOG_ROWS):
+        halves = rows[:0]
+        for i in tl.static_range(len(rows)):
+            halves += tl.split(rows[i])
+        rows = halves  # type: ignore[assignment]
+    return rows
+
+
+@triton.jit
+def _per_channel(x, LOG_ROWS: tl.constexpr):
+    """`[BLOCK_C]` as `[BLOCK_C, 1, ..., 1]`, to broadcast against a stack of tensors."""
+    for _ in tl.static_range(LOG_ROWS):
+        x = tl.expand_dims(x, -1)
+    return x
+
+
+@triton.jit
+def _apply_tap(
+    sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS: tl.constexpr
+):  # fmt: skip
+    """Adds one tap's products to ROWS sums, then moves the window on to end with a further row."""
+    weight = tl.load(weight_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)  # [BLOCK_C]
+    following = tl.load(row_ptr + channels, mask=is_channel & is_row, other=0.0).to(tl.float32)
+    new_sums = sums[:0]
+    for i in tl.static_range(ROWS):
+        new_sums += (sums[i] + weight * window[i],)
+    window += (following,)
+    return new_sums, window[1:]
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sequences"])
+def _conv_norm_act_fwd_kernel(
+    x_ptr,  # [num_rows, CHANNELS]
+    weight_ptr,  # [K, CHANNELS]: tap by tap
+    norm_weight_ptr,  # [CHANNELS]
+    norm_bias_ptr,  # [CHANNELS]
+    out_ptr,  # [num_rows, CHANNELS]
+    cu_seqlens_ptr,  # int32 [num_sequences + 1]
+    num_rows,
+    num_sequences,
+    eps,
+    stride_x_row,
+    stride_weight_tap,
+    stride_out_row,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LOG_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    ROWS: tl.constexpr = 1 << LOG_ROWS
+    _, start, end, first = locate_block(
+        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS, SEARCH
+    )
+    if first >= end:
+        return
+
+    channels = tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    is_channel = channels < CHANNELS
+    row = first - (K - 1)
+    row_ptr = x_ptr + row.to(tl.int64) * stride_x_row
+    sums = ()
+    window = ()  # ROWS x [BLOCK_C], and so are the sums
+    for _ in tl.static_range(ROWS):
+        is_row = (row >= start) & (row < end)
+        loaded = tl.load(row_ptr + channels, mask=is_channel & is_row, other=0.0).to(tl.float32)
+        sums += (tl.zeros([BLOCK_C], dtype=tl.float32),)  # type: ignore[assignment]
+        window += (loaded,)  # type: ignore[assignment]
+        row += 1
+        row_ptr += stride_x_row
+
+    # A window that moves on is a renaming where the loop is unrolled, and copies where it is not.
+    # All K taps unrolled would take the compiler minutes. The row that follows the last tap's
+    # window is not used.
+    for _ in tl.static_range(K % UNROLL):
+        is_row = (row >= start) & (row < end)
+        sums, window = _apply_tap(
+            sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
+        )
+        row += 1
+        row_ptr += stride_x_row
+        weight_ptr += stride_weight_tap
+    for _ in range(K // UNROLL):
+        for _ in tl.static_range(UNROLL):
+            is_row = (row >= start) & (row < end)
+            sums, window = _apply_tap(
+                sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
+            )
+            row += 1
+            row_ptr += stride_x_row
+            weight_ptr += stride_weight_tap
+
+    tile = _stack(sums, LOG_ROWS)  # [BLOCK_C, 2, ..., 2]
+    mean = tl.sum(tile, 0) / CHANNELS  # [2, ..., 2]
+    tile = tile - mean[None]
+    if CHANNELS < BLOCK_C:
+        tile = tl.where(_per_channel(is_channel, LOG_ROWS), tile, 0.0)
+    variance = tl.sum(tile * tile, 0) / CHANNELS
+    norm_weight = tl.load(norm_weight_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
+    norm_bias = tl.load(norm_bias_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
+    tile = tile * tl.rsqrt(variance + eps)[None]
+    tile = tile * _per_channel(norm_weight, LOG_ROWS) + _per_channel(norm_bias, LOG_ROWS)
+    rows = _unstack(activate(tile, ACTIVATION).to(out_ptr.dtype.element_ty), LOG_ROWS)
+    for i in tl.static_range(ROWS):
+        row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
+        tl.store(row_ptr + channels, rows[i], mask=is_channel & (first + i < end))
+
+
+def conv_norm_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str | None,
+    cu_seqlens: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`activation(LN(causal_depthwise_conv(x)))` over packed utterances.
+
+    Args:
+        x: `[num_tokens, channels]`, fp32, fp16 or bf16, packed; at most 2048 channels, rows at any
+            stride.
+        conv_weight: `[channels, K]`, K from 3 to 63, at any strides. Laid out tap by tap (a
+            transposed view of a contiguous `[K, channels]`) it is read in place, otherwise it is
+            first copied to that layout.
+        norm_weight: `[channels]`.
+        norm_bias: `[channels]`.
+        eps: added to the variance.
+        activation: a name of `device.ACTIVATIONS`, or `None`.
+        cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
+        out: where to write, like `x`.
+
+    Returns:
+        `[num_tokens, channels]` in the dtype of `x`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    check_tensor("x", x, (None, None))
+    num_tokens, channels = x.shape
+    _check_weight(conv_weight, channels)
+    check_tensor("norm_weight", norm_weight, (channels,))
+    check_tensor("norm_bias", norm_bias, (channels,))
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    if out is not None:
+        check_tensor("out", out, x.shape, (x.dtype,))
+    check_device(
+        x=x, conv_weight=conv_weight, norm_weight=norm_weight, norm_bias=norm_bias,
+        cu_seqlens=cu_seqlens, out=out,
+    )  # fmt: skip
+    config = conv_config(channels, conv_weight.shape[1], x.dtype, architecture(x.device))
+    constant = activation_constant(activation)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    batch = cu_seqlens.shape[0] - 1
+    if num_tokens == 0 or batch < 1:
+        return out
+    taps = conv_weight.t()
+    if taps.stride(1) != 1:
+        taps = taps.contiguous()
+    with torch.cuda.device_of(x):
+        _conv_norm_act_fwd_kernel[(num_blocks(num_tokens, batch, config.rows),)](
+            x,
+            taps,
+            norm_weight,
+            norm_bias,
+            out,
+            cu_seqlens,
+            num_tokens,
+            batch,
+            float(eps),
+            x.stride(0),
+            taps.stride(0),
+            out.stride(0),
+            **_constants(channels, conv_weight.shape[1], constant, config),
+            num_warps=config.num_warps,
+        )
+    return out
+
+
+def _check_weight(weight: Tensor, channels: int) -> None:
+    if weight.dim() != 2 or weight.shape[0] != channels:
+        raise ValueError(
+            f"conv_weight has shape {tuple(weight.shape)}; it must be ({channels}, kernel size)"
+        )
+    if weight.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"conv_weight is {weight.dtype}; it must be float32, float16, bfloat16")
+
+
+def _constants(
+    channels: int, kernel_size: int, activation: str, config: ConvConfig
+) -> dict[str, int | str]:
+    return {
+        "CHANNELS": channels,
+        "K": kernel_size,
+        "ACTIVATION": activation,
+        "LOG_ROWS": config.rows.bit_length() - 1,
+        "BLOCK_C": config.block_channels,
+        "UNROLL": config.unroll,
+        "SEARCH": config.search,
+    }
+
+
+def kernel_specs(
+    arch: str, dtype: str, channels: int = 1024, kernel_size: int = 31
+) -> list[KernelSpec]:
+    """The kernel as it ships for `channels` channels and `kernel_size` taps."""
+    config = conv_config(channels, kernel_size, getattr(torch, dtype), arch)
+    names = _conv_norm_act_fwd_kernel.arg_names
+    pointers = [name for name in names if name.endswith("_ptr")]
+    strides = [name for name in names if name.startswith("stride_")]
+    return [
+        KernelSpec(
+            name="conv_norm_act_fwd",
+            kernel=_conv_norm_act_fwd_kernel,
+            signature={
+                **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
+                **dict.fromkeys(strides, "i32"),
+                "cu_seqlens_ptr": "*i32",
+                "num_rows": "i32",
+                "num_sequences": "i32",
+                "eps": "fp32",
+            },
+            constants=_constants(channels, kernel_size, "silu", config),
+            kind="pointwise",
+            dtype=dtype,
+            num_warps=config.num_warps,
+            num_stages=1,
+            divisible_by_16=frozenset(pointers + strides),
+            outputs_per_program=config.rows * channels,
+        )
+    ]

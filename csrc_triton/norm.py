@@ -1,0 +1,294 @@
+"""LayerNorm, alone and fused with the residual connection before it.
+
+    y = residual + scale * x        (x alone in `layer_norm`)
+    z = (y - mean(y)) / sqrt(var(y) + eps) * weight + bias
+
+over the last dimension, one pass over memory. `residual_layer_norm` writes y and z;
+`residual_double_layer_norm` writes z and the norm of z, which is how one Conformer layer ends and
+the next begins. Statistics are fp32, in two passes over a row that stays in registers. z is taken
+of y before y is rounded to the storage dtype; the second norm is taken of z as it is stored, so
+that the fused form gives what two launches give.
+
+Per token of C channels and e bytes an element, weights aside: `layer_norm` moves 2 C e bytes, the
+others 4 C e (8 KB for C = 1024 in bf16), with about 8 C FLOPs a norm.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs.norm import NormConfig, norm_config
+from .runtime import architecture, check_device, check_tensor
+from .specs import TRITON_TYPES, KernelSpec
+
+
+@triton.jit
+def _normalize(x, columns, weight_ptr, bias_ptr, eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """LayerNorm of the rows of a tile whose masked columns are zero."""
+    mean = tl.sum(x, 1) / WIDTH  # [ROWS]
+    centered = x - mean[:, None]  # [ROWS, BLOCK_WIDTH]
+    if not EVEN:
+        centered = tl.where((columns < WIDTH)[None, :], centered, 0.0)
+    variance = tl.sum(centered * centered, 1) / WIDTH  # [ROWS]
+    scale = tl.rsqrt(variance + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    return centered * scale[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_fwd_kernel(
+    x_ptr,  # [num_rows, WIDTH]
+    residual_ptr,  # [num_rows, WIDTH], HAS_RESIDUAL
+    first_weight_ptr,  # [WIDTH]
+    first_bias_ptr,  # [WIDTH]
+    second_weight_ptr,  # [WIDTH], IS_DOUBLE
+    second_bias_ptr,  # [WIDTH], IS_DOUBLE
+    sum_ptr,  # [num_rows, WIDTH], HAS_RESIDUAL and not IS_DOUBLE
+    first_ptr,  # [num_rows, WIDTH]
+    second_ptr,  # [num_rows, WIDTH], IS_DOUBLE
+    num_rows,
+    scale,
+    eps,
+    stride_x_row,
+    stride_residual_row,
+    stride_sum_row,
+    stride_first_row,
+    stride_second_row,
+    WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IS_DOUBLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    EVEN: tl.constexpr = WIDTH == BLOCK_WIDTH
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    columns = tl.arange(0, BLOCK_WIDTH)  # [BLOCK_WIDTH]
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+
+    x_ptrs = x_ptr + rows[:, None] * stride_x_row + columns[None, :]
+    y = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_WIDTH]
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + rows[:, None] * stride_residual_row + columns[None, :]
+        y = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32) + scale * y
+        if not IS_DOUBLE:
+            sum_ptrs = sum_ptr + rows[:, None] * stride_sum_row + columns[None, :]
+            tl.store(sum_ptrs, y.to(sum_ptr.dtype.element_ty), mask=mask)
+
+    z = _normalize(y, columns, first_weight_ptr, first_bias_ptr, eps, WIDTH, EVEN)
+    z = z.to(first_ptr.dtype.element_ty)
+    tl.store(first_ptr + rows[:, None] * stride_first_row + columns[None, :], z, mask=mask)
+    if IS_DOUBLE:
+        z = z.to(tl.float32)
+        z = _normalize(z, columns, second_weight_ptr, second_bias_ptr, eps, WIDTH, EVEN)
+        second_ptrs = second_ptr + rows[:, None] * stride_second_row + columns[None, :]
+        tl.store(second_ptrs, z.to(second_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """`LN(x)` over the last dimension.
+
+    Args:
+        x: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192, rows at any stride.
+        weight: `[hidden]`.
+        bias: `[hidden]`.
+        eps: added to the variance.
+        out: where to write, like `x`.
+
+    Returns:
+        `[num_tokens, hidden]` in the dtype of `x`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    _check(x=x, vectors={"weight": weight, "bias": bias}, outputs={"out": out})
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    _launch(x, None, 1.0, (weight, bias), None, None, out, None, eps)
+    return out
+
+
+def residual_layer_norm(
+    residual: Tensor,
+    x: Tensor,
+    scale: float,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y = residual + scale * x` and `z = LN(y)`.
+
+    Args:
+        residual: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192, rows at any
+            stride.
+        x: like `residual`.
+        scale: of `x`.
+        weight: `[hidden]`.
+        bias: `[hidden]`.
+        eps: added to the variance.
+        out: where to write y and z, both like `x`. y may be `residual` itself.
+
+    Returns:
+        `(y, z)`, both `[num_tokens, hidden]` in the dtype of `x`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    y, z = (None, None) if out is None else out
+    vectors = {"weight": weight, "bias": bias}
+    _check(x=x, residual=residual, vectors=vectors, outputs={"out[0]": y, "out[1]": z})
+    y = torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y
+    z = torch.empty_like(x, memory_format=torch.contiguous_format) if z is None else z
+    _launch(x, residual, scale, (weight, bias), None, y, z, None, eps)
+    return y, z
+
+
+def residual_double_layer_norm(
+    residual: Tensor,
+    x: Tensor,
+    scale: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`z1 = LN1(residual + scale * x)` and `z2 = LN2(z1)`.
+
+    Args:
+        residual: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192, rows at any
+            stride.
+        x: like `residual`.
+        scale: of `x`.
+        weight1: `[hidden]` of the first norm.
+        bias1: `[hidden]`.
+        weight2: `[hidden]` of the second norm.
+        bias2: `[hidden]`.
+        eps: added to both variances.
+        out: where to write z1 and z2, both like `x`.
+
+    Returns:
+        `(z1, z2)`, both `[num_tokens, hidden]` in the dtype of `x`. z2 is the norm of z1 as stored.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    z1, z2 = (None, None) if out is None else out
+    vectors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    _check(x=x, residual=residual, vectors=vectors, outputs={"out[0]": z1, "out[1]": z2})
+    z1 = torch.empty_like(x, memory_format=torch.contiguous_format) if z1 is None else z1
+    z2 = torch.empty_like(x, memory_format=torch.contiguous_format) if z2 is None else z2
+    _launch(x, residual, scale, (weight1, bias1), (weight2, bias2), None, z1, z2, eps)
+    return z1, z2
+
+
+def _check(
+    *,
+    x: Tensor,
+    vectors: dict[str, Tensor],
+    outputs: dict[str, Tensor | None],
+    residual: Tensor | None = None,
+) -> None:
+    check_tensor("x", x, (None, None))
+    rows = {"residual": residual, **outputs}
+    for name, tensor in rows.items():
+        if tensor is not None:
+            check_tensor(name, tensor, x.shape, (x.dtype,))
+    for name, tensor in vectors.items():
+        check_tensor(name, tensor, x.shape[1:])
+    check_device(x=x, **rows, **vectors)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    first_norm: tuple[Tensor, Tensor],
+    second_norm: tuple[Tensor, Tensor] | None,
+    y: Tensor | None,
+    first: Tensor,
+    second: Tensor | None,
+    eps: float,
+) -> None:
+    num_rows, width = x.shape
+    config = norm_config(width, x.dtype, architecture(x.device))
+    if num_rows == 0:
+        return
+    # Arguments that a variant does not have are stood in for by ones that it has.
+    absent_residual = x if residual is None else residual
+    absent_sum = first if y is None else y
+    absent_second = first if second is None else second
+    weight2, bias2 = first_norm if second_norm is None else second_norm
+    with torch.cuda.device_of(x):
+        _norm_fwd_kernel[(triton.cdiv(num_rows, config.rows),)](
+            x,
+            absent_residual,
+            *first_norm,
+            weight2,
+            bias2,
+            absent_sum,
+            first,
+            absent_second,
+            num_rows,
+            float(scale),
+            float(eps),
+            x.stride(0),
+            absent_residual.stride(0),
+            absent_sum.stride(0),
+            first.stride(0),
+            absent_second.stride(0),
+            **_constants(width, residual is not None, second is not None, config),
+            num_warps=config.num_warps,
+        )
+
+
+def _constants(
+    width: int, has_residual: bool, is_double: bool, config: NormConfig
+) -> dict[str, int | bool]:
+    return {
+        "WIDTH": width,
+        "HAS_RESIDUAL": has_residual,
+        "IS_DOUBLE": is_double,
+        "ROWS": config.rows,
+        "BLOCK_WIDTH": config.block_width,
+    }
+
+
+def kernel_specs(arch: str, dtype: str, width: int = 1024) -> list[KernelSpec]:
+    """The kernels as they ship for model width `width`, for the compiler lane."""
+    config = norm_config(width, getattr(torch, dtype), arch)
+    pointers = [name for name in _norm_fwd_kernel.arg_names if name.endswith("_ptr")]
+    strides = [name for name in _norm_fwd_kernel.arg_names if name.startswith("stride_")]
+    return [
+        KernelSpec(
+            name=name,
+            kernel=_norm_fwd_kernel,
+            signature={
+                **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
+                **dict.fromkeys(strides, "i32"),
+                "num_rows": "i32",
+                "scale": "fp32",
+                "eps": "fp32",
+            },
+            constants=_constants(width, has_residual, is_double, config),
+            kind="pointwise",
+            dtype=dtype,
+            num_warps=config.num_warps,
+            num_stages=1,
+            divisible_by_16=frozenset(pointers + strides),
+            outputs_per_program=config.rows * width * (1 + has_residual),
+        )
+        for name, has_residual, is_double in (
+            ("layer_norm_fwd", False, False),
+            ("residual_layer_norm_fwd", True, False),
+            ("residual_double_layer_norm_fwd", True, True),
+        )
+    ]

@@ -1,0 +1,179 @@
+"""Launch configurations of the attention kernel, its tile map, and the code that comes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from csrc_triton import attention, sass
+from csrc_triton.configs.attention import AttentionConfig, attention_config, scratch_layout
+from csrc_triton.specs import KernelSpec
+
+NVIDIA = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+ARCHITECTURES = [*NVIDIA, "gfx942", "gfx950", "interpreter"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ["float32", "float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_head_size_has_a_configuration(arch: str, dtype: torch.dtype) -> None:
+    for head_dim in range(1, 129):
+        config = attention_config(head_dim, dtype, arch)
+        for size in (config.block_m, config.block_n, config.block_p):
+            assert size >= 16 and size & (size - 1) == 0
+        assert config.num_warps in (1, 2, 4, 8) and config.num_stages >= 1
+        if config.max_registers is not None:
+            # What the cap is for: registers for a whole number of resident blocks.
+            assert config.max_registers % 8 == 0
+            assert 65536 // (config.max_registers * config.num_warps * 32) >= 2
+
+
+def test_architectures_without_a_table_take_the_nearest() -> None:
+    def config(arch: str) -> AttentionConfig:
+        return attention_config(64, torch.bfloat16, arch)
+
+    assert config("sm_89") == config("sm_86") == config("sm_80") == config("sm_120")
+    assert config("sm_103") == config("sm_100") != config("sm_90")
+    assert config("gfx950") == config("gfx942")
+
+
+@pytest.mark.parametrize("arch", ["sm_70", "cpu", "sm_", ""])
+def test_an_unknown_architecture_is_refused(arch: str) -> None:
+    with pytest.raises(ValueError, match="arch is"):
+        attention_config(64, torch.float16, arch)
+
+
+@pytest.mark.parametrize("head_dim", [0, -1, 129])
+def test_a_head_size_out_of_range_is_refused(head_dim: int) -> None:
+    with pytest.raises(ValueError, match="head_dim is"):
+        attention_config(head_dim, torch.float16, "sm_90")
+
+
+def test_configurations_cannot_be_changed() -> None:
+    config = attention_config(64, torch.float16, "sm_90")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.block_m = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (128, 32), (128, 64)])
+@pytest.mark.parametrize("band", [(0, 0), (64, 8), (3, 0), (0, 17), (200, 100)])
+def test_scratch_holds_every_score_and_every_read(
+    blocks: tuple[int, int], band: tuple[int, int]
+) -> None:
+    (block_m, block_n), (left, right) = blocks, band
+    layout = scratch_layout(block_m, block_n, left, right)
+    assert layout.row_stride % 16 == layout.start % 16 == layout.read_limit % 16 == 0
+    written: dict[int, tuple[int, int]] = {}
+    for row in range(block_m):
+        for distance in range(-left, right + 1):
+            address = layout.start + row * (layout.row_stride + 1) + distance
+            assert 0 <= address < layout.size and address not in written
+            written[address] = (row, distance)
+    # Blocks of keys begin anywhere from wholly left of the band to wholly right of it.
+    for first in range(-left - block_n + 1, block_m + right + 4 * block_n):
+        begin = layout.start + min(first, layout.read_limit)
+        assert begin >= 0
+        assert begin + (block_m - 1) * layout.row_stride + block_n <= layout.size
+        for row in (0, 1, block_m - 1):
+            for column in range(first, first + block_n):
+                if -left < column - row < right:
+                    address = begin + row * layout.row_stride + column - first
+                    assert written[address] == (row, column - row)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[], [0], [1], [0, 5, 0], [16, 17, 15], [300, 1, 64, 300, 2], [7] * 40, [0, 33, 32, 31, 0]],
+)
+@pytest.mark.parametrize("slack", [0, 100])
+def test_tile_map_lists_every_tile_once_longest_first(lengths: list[int], slack: int) -> None:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths, default=0)
+    tile_map = attention.build_tile_map(
+        cu_seqlens, 16, num_tokens=sum(lengths), max_seqlen=longest + slack
+    )
+    assert tile_map.dtype == torch.int32 and tile_map.is_contiguous()
+    bound = attention.tile_bound(len(lengths), sum(lengths), longest + slack, 16)
+    assert tile_map.shape == (bound, 2)
+    entries = [tuple(entry) for entry in tile_map.tolist()]
+    used = [entry for entry in entries if entry[0] >= 0]
+    assert entries[len(used) :] == [(-1, -1)] * (len(entries) - len(used))
+    expected = {
+        (sequence, block)
+        for sequence, length in enumerate(lengths)
+        for block in range(-(-length // 16))
+    }
+    assert set(used) == expected and len(used) == len(expected)
+    order = [lengths[sequence] for sequence, _ in used]
+    assert order == sorted(order, reverse=True)
+
+
+def test_tile_bound_is_exact_for_equal_lengths() -> None:
+    assert attention.tile_bound(16, 16 * 1500, 1500, 128) == 16 * 12
+
+
+def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
+    tensor = torch.zeros(4, 1, 16)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        attention.shaw_attention(tensor, tensor, tensor, torch.tensor([0, 4]).int(), 4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES[:-1])
+@pytest.mark.parametrize("dtype", NAMES)
+def test_specs_name_every_argument(arch: str, dtype: str) -> None:
+    specs = attention.kernel_specs(arch, dtype)
+    names = [spec.name for spec in specs]
+    assert len(set(names)) == len(names) >= 2
+    for spec in specs:
+        assert {*spec.signature, *spec.constants} == set(spec.kernel.arg_names)
+        assert not spec.signature.keys() & spec.constants.keys()
+        assert spec.divisible_by_16 <= spec.signature.keys()
+        assert spec.plain_twin is None or spec.plain_twin in names
+
+
+@cache
+def machine_code(arch: str, dtype: str, name: str) -> tuple[str, int]:
+    """Disassembly and bytes of stack of a kernel as it ships."""
+    spec: KernelSpec = next(
+        spec for spec in attention.kernel_specs(arch, dtype) if spec.name.endswith(name)
+    )
+    config = attention_config(64, getattr(torch, dtype), arch)
+    arguments = spec.kernel.arg_names
+    signature = {name: spec.signature.get(name, "constexpr") for name in arguments}
+    aligned = {(arguments.index(name),): [["tt.divisibility", 16]] for name in spec.divisible_by_16}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    source = ASTSource(spec.kernel, signature, spec.constants, aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    cubin = triton.compile(source, target=target, options=options).asm["cubin"]
+    return sass.disassemble(cubin), sass.resource_usage(cubin)[1]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", ["relative_key", "no_positions"])
+def test_compiled_kernels_use_tensor_cores_and_do_not_spill(arch: str, name: str) -> None:
+    code, stack = machine_code(arch, "bfloat16", name)
+    opcodes = sass.opcode_counts(code)
+    assert sass.count(opcodes, {"sm_80": "HMMA", "sm_90": "HGMMA"}[arch]) > 0
+    assert stack == sass.count(opcodes, (sass.SPILL_LOADS, sass.SPILL_STORES)) == 0
+    widths = sass.global_load_widths(opcodes)
+    assert widths[128] > 4 * widths[32]  # 32 bits: the tile map and the lengths
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_far_loop_is_plain_flash_attention(arch: str) -> None:
+    ours, plain = (
+        sass.hot_loop(machine_code(arch, "bfloat16", name)[0])
+        for name in ("relative_key", "no_positions")
+    )
+    assert ours is not None and plain is not None
+    assert ours.tensor_core == plain.tensor_core
+    assert len(ours) <= 1.1 * len(plain)
