@@ -91,8 +91,7 @@ def _log_mel_fwd_kernel(
 ):
     dtype: tl.constexpr = basis_ptr.dtype.element_ty
     frames = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
-    # Counts and offsets that do not fit the waveforms must not lead outside of them.
-    is_frame = frames < tl.minimum(num_frames, tl.load(frame_cu_seqlens_ptr + num_sequences))
+    is_frame = frames < num_frames
     sequences = tl.zeros([BLOCK_F], dtype=tl.int32)
     for first in range(0, num_sequences, SEARCH):
         candidates = first + tl.arange(0, SEARCH)  # [SEARCH]
@@ -103,6 +102,7 @@ def _log_mel_fwd_kernel(
     first_frames = tl.load(frame_cu_seqlens_ptr + sequences, mask=is_frame, other=0)
     starts = tl.load(cu_seqlens_ptr + sequences, mask=is_frame, other=0).to(tl.int64)
     starts += (frames - first_frames).to(tl.int64) * 160  # [BLOCK_F]
+    # A count or offsets that do not fit the waveforms must not lead outside of them.
     is_frame = is_frame & (starts + 400 <= num_samples)
 
     total = tl.zeros([BLOCK_F], dtype=dtype)

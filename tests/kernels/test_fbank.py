@@ -199,6 +199,10 @@ def test_wrong_counts_and_offsets_stay_inside_the_buffers() -> None:
     normalize_and_stack(expected, offsets, num_stacked=2, out=buffer[:2])
     assert torch.equal(buffer[:2], stacked[:2])
     assert (buffer[2:] == POISON_INTEGER).all()
+    # A frame that fills no stack is not written, not even where there is room for it.
+    normalize_and_stack(expected[:5], packed([5]), num_stacked=5, out=buffer.fill_(POISON_INTEGER))
+    assert not (buffer[:2] == POISON_INTEGER).any()
+    assert (buffer[2:] == POISON_INTEGER).all()
 
 
 def test_arguments_that_do_not_fit() -> None:

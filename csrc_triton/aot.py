@@ -1,0 +1,266 @@
+"""Compiles every kernel as it ships, for GPUs that need not be there, and checks the machine code.
+
+    python -m csrc_triton.aot --targets cuda:80,cuda:90,hip:gfx942 --json rows.json
+
+prints one row for each kernel, target and dtype. The exit status is 1 when a kernel
+
+* does not compile;
+* spills registers on sm_80, sm_89 or sm_90;
+* is a matrix product or attention and has no tensor-core instruction on sm_80 or newer, or on AMD;
+* needs more shared memory than the target has, or does not fit a multiprocessor otherwise;
+* is attention with positions and spends over 10 % more instructions on a far key block than the
+  same kernel without positions, on sm_80 or sm_90.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .machine_code import Code, Target, default_cache, machine_code
+from .occupancy import LIMITS, blocks_per_multiprocessor
+from .runtime import interpreting
+from .specs import TRITON_TYPES, KernelSpec
+
+FAMILIES = ("attention", "linear", "conv", "norm", "fbank", "ctc")
+TARGETS = (
+    "cuda:80",
+    "cuda:89",
+    "cuda:90",
+    "cuda:100",
+    "cuda:120",
+    "hip:gfx942",
+    "hip:gfx950",
+)
+NO_SPILLS = frozenset({"sm_80", "sm_89", "sm_90"})
+FAR_LOOP_COMPARED = frozenset({"sm_80", "sm_90"})
+FAR_LOOP_LIMIT = 1.10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one target.
+
+    Attributes:
+        target: such as `"cuda:90"`.
+        dtype: of the activations.
+        kernel: name of its `KernelSpec`.
+        kind: "gemm", "attention" or "pointwise".
+        code: what its machine code says; `None` when it did not compile.
+        blocks: resident blocks of a multiprocessor.
+        far_loop: instructions in the hot loop as a multiple of those of the plain twin.
+        problems: what the checks found.
+    """
+
+    target: str
+    dtype: str
+    kernel: str
+    kind: str
+    code: Code | None
+    blocks: int | None
+    far_loop: float | None
+    problems: tuple[str, ...]
+
+
+def shipped_kernels(arch: str, dtype: str) -> list[KernelSpec]:
+    """All kernels with a dtype, as they ship for model width 1024.
+
+    Args:
+        arch: such as `"sm_90"`.
+        dtype: "float16", "bfloat16" or "float32".
+    """
+    modules = [importlib.import_module(f".{family}", __package__) for family in FAMILIES]
+    return [spec for module in modules for spec in module.kernel_specs(arch, dtype)]
+
+
+def find_problems(
+    spec: KernelSpec, arch: str, code: Code, blocks: int, far_loop: float | None
+) -> Iterator[str]:
+    """What is wrong with a kernel's machine code; nothing, if all is well."""
+    if arch in NO_SPILLS and code.spills:
+        yield f"{code.spills} instructions load or store spilled registers"
+    if spec.kind in ("gemm", "attention") and arch != "sm_75" and not code.tensor_core:
+        yield f"it is {spec.kind} and has no tensor-core instruction"
+    limit = LIMITS[arch].block_shared_bytes
+    if code.shared_bytes > limit:
+        yield f"it needs {code.shared_bytes} bytes of shared memory; {arch} has {limit}"
+    elif blocks == 0:
+        yield f"a block of {spec.num_warps} warps with {code.registers} registers does not fit"
+    if spec.kind == "attention" and spec.plain_twin is not None and arch in FAR_LOOP_COMPARED:
+        if far_loop is None:
+            yield f"its far loop, or that of {spec.plain_twin}, was not found"
+        elif far_loop > FAR_LOOP_LIMIT:
+            yield (
+                f"its far loop has {far_loop:.2f} times the instructions of {spec.plain_twin}; "
+                f"at most {FAR_LOOP_LIMIT:.2f} are allowed"
+            )
+
+
+def check_kernel(
+    spec: KernelSpec, target: Target, others: Mapping[str, KernelSpec], cache: Path
+) -> Row:
+    """Compiles one kernel and checks its machine code.
+
+    Args:
+        spec: the kernel.
+        target: the GPU.
+        others: specs by name, among them the kernel's plain twin.
+        cache: folder with the answers of earlier runs.
+    """
+    facts = (target.name, spec.dtype, spec.name, spec.kind)
+    twin = others.get(spec.plain_twin) if spec.kind == "attention" and spec.plain_twin else None
+    far_loop = None
+    try:
+        code = machine_code(spec, target, cache)
+        plain = machine_code(twin, target, cache) if twin else None
+    # Whatever the compiler and its passes raise belongs to this kernel; the others go on.
+    except Exception as error:
+        problem = f"it does not compile: {type(error).__name__}: {error}"
+        return Row(*facts, None, None, None, (problem,))
+    if plain and plain.hot_loop and code.hot_loop:
+        far_loop = code.hot_loop / plain.hot_loop
+    blocks = blocks_per_multiprocessor(
+        target.arch,
+        spec.num_warps,
+        code.registers,
+        code.shared_bytes,
+        code.tensor_memory_columns,
+    )
+    problems = tuple(find_problems(spec, target.arch, code, blocks, far_loop))
+    return Row(*facts, code, blocks, far_loop, problems)
+
+
+_COLUMNS = (
+    ("target", 10),
+    ("dtype", 8),
+    ("kernel", 46),
+    ("registers", 9),
+    ("spills", 6),
+    ("shared", 7),
+    ("blocks", 6),
+    ("tensor cores", 12),
+    ("global loads", 28),
+    ("hot loop", 8),
+    ("vs plain", 8),
+    ("check", 6),
+)
+
+
+def _line(cells: Iterable[str]) -> str:
+    padded = (f"{cell:<{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+    return f"| {' | '.join(padded)} |"
+
+
+def table_head() -> str:
+    """The first two lines of the table, in Markdown."""
+    return "\n".join(
+        (_line(name for name, _ in _COLUMNS), _line("-" * width for _, width in _COLUMNS))
+    )
+
+
+def table_line(row: Row) -> str:
+    """A row of the table. "128 x4" among the loads: four load instructions of 128 bits a thread."""
+    cells = [row.target, row.dtype, row.kernel]
+    if row.code is None:
+        cells += [""] * 8
+    else:
+        cells += [
+            str(row.code.registers),
+            str(row.code.spills),
+            str(row.code.shared_bytes),
+            str(row.blocks),
+            ", ".join(f"{name} x{number}" for name, number in row.code.tensor_core.items()),
+            ", ".join(f"{bits} x{number}" for bits, number in row.code.load_bits.items()),
+            "" if row.code.hot_loop is None else str(row.code.hot_loop),
+            "" if row.far_loop is None else f"{row.far_loop - 1:+.1%}",
+        ]
+    return _line([*cells, "FAILED" if row.problems else "ok"])
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _targets(text: str) -> list[Target]:
+    try:
+        targets = [Target.parse(name) for name in _listed(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not targets:
+        raise argparse.ArgumentTypeError("no target is named")
+    return targets
+
+
+def _dtypes(text: str) -> list[str]:
+    dtypes = _listed(text)
+    if not dtypes or not set(dtypes) <= set(TRITON_TYPES):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; known are {', '.join(TRITON_TYPES)}")
+    return dtypes
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m csrc_triton.aot",
+        description="Compiles every kernel as it ships and checks the machine code; no GPU needed.",
+    )
+    parser.add_argument(
+        "--targets", type=_targets, default=",".join(TARGETS), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtypes", type=_dtypes, default=",".join(TRITON_TYPES), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--kernels",
+        metavar="TEXT,...",
+        type=_listed,
+        default=[],
+        help="only kernels with one of these texts in their names",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file")
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        type=Path,
+        default=default_cache(),
+        help="answers of earlier runs, by kernel source, target and options (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _arguments(arguments)
+    if interpreting():
+        print("error: TRITON_INTERPRET is set, so nothing can be compiled", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    for target in options.targets:
+        for dtype in options.dtypes:
+            specs = {spec.name: spec for spec in shipped_kernels(target.arch, dtype)}
+            for name, spec in specs.items():
+                if options.kernels and not any(text in name for text in options.kernels):
+                    continue
+                if not rows:
+                    print(table_head())
+                rows.append(check_kernel(spec, target, specs, options.cache))
+                print(table_line(rows[-1]), flush=True)
+    if not rows:
+        print(f"error: no kernel's name has {' or '.join(options.kernels)}", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    failed = [row for row in rows if row.problems]
+    for row in failed:
+        for problem in row.problems:
+            print(f"\n{row.kernel}, {row.dtype}, {row.target}: {problem}")
+    print(f"\n{len(rows)} kernels, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
