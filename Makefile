@@ -14,11 +14,12 @@ dev := $(VENV)/.stamp-test
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint types format clean
+.PHONY: help demo test aot bench lint types format clean
 
 help:
 	@echo "make demo    transcribe the sample clips with the checkpoint that ships in the package"
 	@echo "make test    run the tests (PYTEST_ARGS=... goes to pytest)"
+	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make bench   time this library and transformers side by side"
 	@echo "make lint    ruff: lint rules and formatting"
 	@echo "make types   mypy, strict"
@@ -32,6 +33,9 @@ demo: $(demo)
 
 test: $(dev)
 	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+aot: $(dev)
+	$(bin)/python -m csrc_triton.aot
 
 bench: $(dev)
 	$(bin)/python -m pytest bench $(PYTEST_ARGS)

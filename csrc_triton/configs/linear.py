@@ -65,6 +65,8 @@ _IEEE = (LinearConfig(128, 128, 16, 8, 3), LinearConfig(64, 64, 16, 4, 3))
 _IEEE_AMD = (LinearConfig(128, 128, 32, 8, 2), LinearConfig(64, 64, 32, 4, 2))
 # Each operand is held twice, as its tf32 value and as what that value leaves.
 _TF32X3 = (LinearConfig(64, 128, 32, 8, 3), LinearConfig(64, 64, 32, 4, 3))
+# With 4 warps the small tile spills two registers on sm_89.
+_TF32X3_ADA = (LinearConfig(64, 128, 32, 8, 3), LinearConfig(64, 64, 32, 8, 3))
 _TF32X3_WGMMA = (LinearConfig(128, 128, 32, 8, 3), LinearConfig(64, 64, 32, 4, 3))
 _INTERPRETER = (LinearConfig(32, 32, 32, 1, 1, group_m=2),)
 
@@ -79,7 +81,7 @@ TILES: dict[tuple[str, str], tuple[LinearConfig, ...]] = {
     ("sm_86", "tf32x3"): _TF32X3,
     ("sm_89", "half"): _HALF_SMALL,
     ("sm_89", "ieee"): _IEEE,
-    ("sm_89", "tf32x3"): _TF32X3,
+    ("sm_89", "tf32x3"): _TF32X3_ADA,
     ("sm_90", "half"): _HALF_LARGE,
     ("sm_90", "ieee"): _IEEE,
     ("sm_90", "tf32x3"): _TF32X3_WGMMA,
