@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
 import pytest
 import soundfile
@@ -480,4 +479,4 @@ def test_demo_transcribes_its_samples() -> None:
     assert result.returncode == 0
     got = [json.loads(line) for line in result.stdout.decode().splitlines()]
     assert [row["file"] for row in got] == files
-    assert jiwer.wer([row["text"] for row in rows], [row["text"] for row in got]) <= 0.3
+    assert [row["text"] for row in got] == [row["text"] for row in rows]
