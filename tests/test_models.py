@@ -470,6 +470,26 @@ def test_replaced_linear_layers_are_called() -> None:
     assert relative_error(ours(features).last_hidden_state, before) > 1e-3
 
 
+@pytest.mark.parametrize("touch", ["hook", "pre-hook", "backward hook", "forward"])
+def test_touched_linear_layers_are_called(touch: str) -> None:
+    """Hooks run, and a `forward` that an offloading library puts in place is used."""
+    _, ours = pair("Wav2Vec2BertModel")
+    features, _ = padded_batch((9,), TINY["feature_projection_input_dim"])
+    dense = ours.encoder.layers[0].ffn1.intermediate_dense
+    calls: list[str] = []
+    if touch == "hook":
+        dense.register_forward_hook(lambda *_: calls.append(touch))
+    elif touch == "pre-hook":
+        dense.register_forward_pre_hook(lambda *_: calls.append(touch))
+    elif touch == "backward hook":
+        dense.register_full_backward_hook(lambda *_: calls.append(touch))
+    else:
+        original = dense.forward
+        dense.forward = lambda x: calls.append(touch) or original(x)
+    ours(features).last_hidden_state.sum().backward()
+    assert calls == [touch]
+
+
 def test_initial_weights_follow_the_reference() -> None:
     """Same mean and spread of every parameter, drawn anew for each model."""
     values = {**TINY, "hidden_size": 128, "position_embeddings_type": "relative"}

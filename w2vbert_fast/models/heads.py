@@ -118,20 +118,20 @@ class Wav2Vec2BertForCTC(_WithEncoder):
         self,
         input_features: Tensor,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: HiddenStatesRequest = None,
         return_dict: bool | None = None,
-        labels: Tensor | None = None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Token logits and, with labels, the CTC loss.
 
         Args:
             input_features: floating `[batch, T, feature_projection_input_dim]`.
             attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
+            labels: int64 `[batch, U]`; -100 is ignored.
             output_attentions: also return attention maps.
             output_hidden_states: `True`, or the indices to keep.
             return_dict: `False` for a plain tuple.
-            labels: int64 `[batch, U]`; -100 is ignored.
 
         Returns:
             `logits` `[batch, T', vocab_size]`. In padded frames the blank stands out
@@ -200,21 +200,21 @@ class Wav2Vec2BertForSequenceClassification(_Classifier):
         self,
         input_features: Tensor,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: HiddenStatesRequest = None,
         return_dict: bool | None = None,
-        labels: Tensor | None = None,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """One row of logits per utterance.
 
         Args:
             input_features: floating `[batch, T, feature_projection_input_dim]`.
             attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
+            labels: `[batch]`; class ids (cross-entropy), or with `num_labels == 1` targets of a
+                regression (mean squared error).
             output_attentions: also return attention maps.
             output_hidden_states: `True`, or the indices to keep.
             return_dict: `False` for a plain tuple.
-            labels: `[batch]`; class ids (cross-entropy), or with `num_labels == 1` targets of a
-                regression (mean squared error).
 
         Returns:
             `logits` `[batch, num_labels]`.
@@ -356,20 +356,20 @@ class Wav2Vec2BertForXVector(_Classifier):
         self,
         input_features: Tensor,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: HiddenStatesRequest = None,
         return_dict: bool | None = None,
-        labels: Tensor | None = None,
     ) -> XVectorOutput | tuple[Any, ...]:
         """A speaker embedding per utterance.
 
         Args:
             input_features: floating `[batch, T, feature_projection_input_dim]`.
             attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
+            labels: int64 `[batch]`, speaker ids.
             output_attentions: also return attention maps.
             output_hidden_states: `True`, or the indices to keep.
             return_dict: `False` for a plain tuple.
-            labels: int64 `[batch]`, speaker ids.
 
         Returns:
             `embeddings` and `logits`, `[batch, xvector_output_dim]` each.

@@ -7,6 +7,7 @@ Shapes: N packed tokens, C hidden, H heads of D channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,21 @@ def apply_linear(
     LoRA, quantised and hooked layers keep their behaviour: only an untouched `nn.Linear` may hand
     its weight to an operation.
     """
-    if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+    if _is_untouched_linear(module):
         return ops.linear(x, module.weight, module.bias, activation, fast=fast)
     y: Tensor = module(x)
     return y if activation is None else ops.get_activation(activation)(y)
+
+
+def _is_untouched_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """No subclass, no hooks, and no `forward` of its own (as offloading libraries put in)."""
+    return type(module) is nn.Linear and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 class Wav2Vec2BertFeatureProjection(nn.Module):
