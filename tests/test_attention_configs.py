@@ -7,12 +7,10 @@ from functools import cache
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from csrc_triton import attention, sass
 from csrc_triton.configs.attention import AttentionConfig, attention_config, scratch_layout
+from csrc_triton.machine_code import Target, compile_kernel
 from csrc_triton.specs import KernelSpec
 
 NVIDIA = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
@@ -144,16 +142,8 @@ def machine_code(arch: str, dtype: str, name: str) -> tuple[str, int]:
     spec: KernelSpec = next(
         spec for spec in attention.kernel_specs(arch, dtype) if spec.name.endswith(name)
     )
-    config = attention_config(64, getattr(torch, dtype), arch)
-    arguments = spec.kernel.arg_names
-    signature = {name: spec.signature.get(name, "constexpr") for name in arguments}
-    aligned = {(arguments.index(name),): [["tt.divisibility", 16]] for name in spec.divisible_by_16}
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    if config.max_registers is not None:
-        options["maxnreg"] = config.max_registers
-    source = ASTSource(spec.kernel, signature, spec.constants, aligned)
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    cubin = triton.compile(source, target=target, options=options).asm["cubin"]
+    target = Target.parse(f"cuda:{arch.removeprefix('sm_')}")
+    cubin = compile_kernel(spec, target).asm["cubin"]
     return sass.disassemble(cubin), sass.resource_usage(cubin)[1]
 
 

@@ -8,9 +8,6 @@ from itertools import product
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from csrc_triton import ctc
 from csrc_triton.configs.ctc import ctc_config
@@ -24,6 +21,7 @@ from csrc_triton.configs.linear import (
 )
 from csrc_triton.linear import _linear_kernel
 from csrc_triton.linear import kernel_specs as linear_specs
+from csrc_triton.machine_code import Target, compile_kernel
 from csrc_triton.specs import KernelSpec
 
 ARCHITECTURES = [
@@ -197,19 +195,7 @@ def test_each_output_is_stored_once_and_wide(name: str) -> None:
     assert tile in linear_candidates(torch.bfloat16, arch)
     specs = linear_specs(arch, "bfloat16")
     (spec,) = [spec for spec in specs if spec.name == f"{name}/64x64x64"]
-    arguments = spec.kernel.arg_names
-    source = ASTSource(
-        spec.kernel,
-        {argument: spec.signature.get(argument, "constexpr") for argument in arguments},
-        spec.constants,
-        {
-            (position,): [["tt.divisibility", 16]]
-            for position, argument in enumerate(arguments)
-            if argument in spec.divisible_by_16
-        },
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    ptx = compile_kernel(spec, Target.parse("cuda:90")).asm["ptx"]
 
     assert "wgmma.mma_async" in ptx
     assert "ld.local" not in ptx and "st.local" not in ptx

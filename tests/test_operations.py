@@ -13,6 +13,7 @@ from tests.reference import TINY, padded_batch, pair, relative_error
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops.dispatch import force_triton
+from w2vbert_fast.ops.linear import TRITON_ACTIVATIONS
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
 TOKENS, WIDTH = 12, 8
@@ -155,6 +156,12 @@ def test_an_encoder_layer_compiles_without_a_graph_break() -> None:
 def test_triton_cannot_be_forced_outside_its_interpreter() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), force_triton():
         pass
+
+
+def test_the_epilogues_are_those_that_the_kernels_have() -> None:
+    from csrc_triton.device import ACTIVATIONS
+
+    assert {*TRITON_ACTIVATIONS, "linear"} == ACTIVATIONS.keys()
 
 
 def test_plain_path_is_the_default() -> None:

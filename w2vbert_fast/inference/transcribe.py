@@ -14,6 +14,7 @@ from torch import Tensor
 from w2vbert_fast.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.inference.audio import AudioError, load_audio
 from w2vbert_fast.models import Wav2Vec2BertForCTC
+from w2vbert_fast.ops import greedy_decode
 from w2vbert_fast.processing import Wav2Vec2BertProcessor
 
 DEMO_MODEL = "demo"
@@ -65,6 +66,20 @@ class Pipeline:
         """Samples per second that the model reads."""
         return self.processor.feature_extractor.sampling_rate
 
+    @property
+    def blank(self) -> int:
+        """Id of CTC's blank, the tokenizer's padding token.
+
+        Raises:
+            ValueError: the tokenizer has no padding token.
+        """
+        blank: int | None = self.processor.tokenizer.pad_token_id
+        if blank is None:
+            raise ValueError(
+                "the tokenizer has no pad_token, which CTC decoding needs as its blank"
+            )
+        return blank
+
     def recognize(self, waveforms: Sequence[Tensor]) -> list[str]:
         """Transcribe waveforms as one batch, greedily: the best token of every valid frame.
 
@@ -92,11 +107,9 @@ class Pipeline:
             logits = self.model(
                 features["input_features"].to(parameter.dtype), attention_mask=mask
             ).logits
-            best = logits.argmax(dim=-1).tolist()
-        lengths = self.model.valid_lengths(mask).tolist()
-        texts: list[str] = self.processor.batch_decode(
-            [ids[:length] for ids, length in zip(best, lengths, strict=True)]
-        )
+        # Repeats and blanks are dropped on the device: only token ids come back.
+        tokens = greedy_decode(logits, self.model.valid_lengths(mask), blank=self.blank)
+        texts: list[str] = self.processor.batch_decode(tokens, group_tokens=False)
         return texts
 
 

@@ -143,10 +143,10 @@ class Wav2Vec2BertForCTC(_WithEncoder):
         """
         vocab_size = self.config.vocab_size
         assert vocab_size is not None
-        if labels is not None and labels.numel() > 0 and int(labels.max()) >= vocab_size:
+        largest = int(labels.max()) if labels is not None and labels.numel() > 0 else -1
+        if largest >= vocab_size:
             raise ValueError(
-                f"labels holds {int(labels.max())}; "
-                f"every label must be below vocab_size, {vocab_size}"
+                f"labels holds {largest}; every label must be below vocab_size, {vocab_size}"
             )
         encoding = self.wav2vec2_bert.encode_packed(
             input_features,
