@@ -467,6 +467,13 @@ def test_half_precision_checkpoints_run_in_float32_on_a_cpu(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_a_tokenizer_without_a_blank_is_refused_at_once(tiny_checkpoint: Path) -> None:
+    pipeline = load_pipeline(tiny_checkpoint)
+    pipeline.processor.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="pad_token"):
+        Pipeline(pipeline.model, pipeline.processor)
+
+
 def test_demo_transcribes_its_samples() -> None:
     rows = [json.loads(line) for line in (DEMO / "samples.jsonl").read_text().splitlines()]
     assert 3 <= len(rows) <= 5

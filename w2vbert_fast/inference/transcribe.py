@@ -56,6 +56,9 @@ class Pipeline:
     Attributes:
         model: in eval mode, on its device.
         processor: feature extractor and tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has no padding token, which is CTC's blank.
     """
 
     model: Wav2Vec2BertForCTC
@@ -66,18 +69,17 @@ class Pipeline:
         """Samples per second that the model reads."""
         return self.processor.feature_extractor.sampling_rate
 
-    @property
-    def blank(self) -> int:
-        """Id of CTC's blank, the tokenizer's padding token.
-
-        Raises:
-            ValueError: the tokenizer has no padding token.
-        """
-        blank: int | None = self.processor.tokenizer.pad_token_id
-        if blank is None:
+    def __post_init__(self) -> None:
+        if self.processor.tokenizer.pad_token_id is None:
             raise ValueError(
                 "the tokenizer has no pad_token, which CTC decoding needs as its blank"
             )
+
+    @property
+    def blank(self) -> int:
+        """Id of CTC's blank, the tokenizer's padding token."""
+        blank: int | None = self.processor.tokenizer.pad_token_id
+        assert blank is not None
         return blank
 
     def recognize(self, waveforms: Sequence[Tensor]) -> list[str]:
