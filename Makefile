@@ -10,17 +10,22 @@ pip := $(bin)/python -m pip --disable-pip-version-check install --no-compile -c 
 base := $(VENV)/.stamp-base
 demo := $(VENV)/.stamp-demo
 dev := $(VENV)/.stamp-test
+bench := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test aot bench lint types format clean
+.PHONY: help demo test gpu-test aot verify bench gpu-bench gpu-bench-short gpu-bench-long \
+        gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types format clean
 
 help:
 	@echo "make demo    transcribe the sample clips with the checkpoint that ships in the package"
 	@echo "make test    run the tests (PYTEST_ARGS=... goes to pytest)"
+	@echo "make gpu-test  run the GPU tests, with the python on the path; nothing is installed"
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
-	@echo "make bench   time this library and transformers side by side"
+	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
+	@echo "make bench   time this library and its peers side by side (BENCH_ARGS=...)"
+	@echo "make gpu-bench  the same on a GPU, with the python on the path; installs nothing"
 	@echo "make lint    ruff: lint rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make format  ruff: rewrite the files as lint wants them"
@@ -34,11 +39,45 @@ demo: $(demo)
 test: $(dev)
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
+# Not in .venv: on a machine with a GPU the Python that has the right PyTorch is on the path.
+gpu-test:
+	@python=$$(command -v python || command -v python3) || { echo "no python" >&2; exit 1; }; \
+	    PYTHONPATH=. "$$python" -m tests.gpu $(PYTEST_ARGS)
+
 aot: $(dev)
 	$(bin)/python -m csrc_triton.aot
 
-bench: $(dev)
-	$(bin)/python -m pytest bench $(PYTEST_ARGS)
+verify: $(dev)
+	$(bin)/python -m csrc_triton.aot --verify
+
+bench: $(bench)
+	$(bin)/python -m bench --out bench/results/cpu.json $(BENCH_ARGS)
+
+# In steps, each far below the time that shared GPU machines give a command. Each may be run alone.
+gpu-bench: gpu-bench-short gpu-bench-long gpu-bench-mixed gpu-bench-speech gpu-bench-operations
+
+gpu_bench = python=$$(command -v python || command -v python3) || { echo "no python" >&2; exit 1; }; \
+    PYTHONPATH=. timeout 470 "$$python" -m bench --device cuda $(BENCH_ARGS)
+
+gpu-bench-short:
+	@$(gpu_bench) --workload 1x10s --workload 1x30s --out bench/results/cuda_short.json
+
+gpu-bench-long:
+	@$(gpu_bench) --workload 1x60s --workload 1x300s --out bench/results/cuda_long.json
+
+gpu-bench-mixed:
+	@$(gpu_bench) --workload 16x1-20s --out bench/results/cuda_mixed.json
+
+gpu-bench-speech:
+	@$(gpu_bench) --workload "1x30s, layer 17" --workload 8x30s --workload "16x1-20s, demo" \
+	    --out bench/results/cuda_speech.json
+
+# The operations one by one, where pytest-benchmark is installed.
+gpu-bench-operations:
+	@python=$$(command -v python || command -v python3); \
+	    if "$$python" -c "import pytest_benchmark" 2>/dev/null; then \
+	        PYTHONPATH=. timeout 470 "$$python" -m pytest bench -q; \
+	    else echo "pytest-benchmark is not installed: operations were not measured"; fi
 
 lint: $(dev)
 	$(bin)/ruff check .
@@ -78,3 +117,7 @@ $(dev): $(base) pyproject.toml
 	           "make clean, then PYTHON=python3.11 make test" >&2; exit 1; }
 	$(pip) --quiet --no-build-isolation -e '.[all]'
 	@touch $(demo) $@
+
+$(bench): $(dev)
+	$(pip) --quiet --no-build-isolation -e '.[all,bench]'
+	@touch $@

@@ -5,13 +5,22 @@ The kernel, its formula and its cost are in `attention_kernel`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .attention_kernel import shaw_attention_fwd_kernel
-from .configs.attention import AttentionConfig, ScratchLayout, attention_config, scratch_layout
+from .configs.attention import (
+    AttentionConfig,
+    ScratchLayout,
+    attention_config,
+    scratch_layout,
+    with_dropout,
+)
+from .dropout import check_dropout
 from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 LOG2_E = 1.4426950408889634
 """Scores are scaled by it, so that the softmax needs powers of two only."""
@@ -71,8 +80,10 @@ def _constants(
     right: int,
     same_row_stride: bool,
     precision: str,
+    has_dropout: bool = False,
 ) -> dict[str, bool | int | str]:
     return {
+        "HAS_DROPOUT": has_dropout,
         "HAS_POSITIONS": has_positions,
         "LEFT": left,
         "RIGHT": right,
@@ -121,6 +132,8 @@ def shaw_attention(
     distance_embedding: Tensor | None = None,
     left_max_position: int = 0,
     right_max_position: int = 0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     tile_map: Tensor | None = None,
     out: Tensor | None = None,
     precision: str = "ieee",
@@ -137,6 +150,9 @@ def shaw_attention(
         distance_embedding: E, `[L + R + 1, D]` in the dtype of `query`; `None` for no positions.
         left_max_position: L, frames to the left beyond which distances are equal.
         right_max_position: R.
+        dropout_p: probability with which an attention weight is dropped.
+        dropout_seed: int64 `[2]`, seed and offset of its random numbers; needed where `dropout_p`
+            is not 0.
         tile_map: of `build_tile_map` with the configuration's `block_m`; computed when `None`.
         out: where the output goes; allocated when `None`.
         precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
@@ -159,12 +175,14 @@ def shaw_attention(
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     check_tensor("out", out, query.shape, (query.dtype,))
     _check_positions(distance_embedding, query, left_max_position, right_max_position)
+    check_dropout(dropout_p, dropout_seed)
     check_device(
         query=query,
         key=key,
         value=value,
         cu_seqlens=cu_seqlens,
         distance_embedding=distance_embedding,
+        dropout_seed=dropout_seed,
         tile_map=tile_map,
         out=out,
     )
@@ -179,6 +197,8 @@ def shaw_attention(
         raise ValueError(f"precision is 'tf32x3'; on {arch} it must be 'ieee'")
     if config is None:
         config = attention_config(head_dim, query.dtype, arch)
+        if dropout_p > 0.0:
+            config = with_dropout(config)
     num_tiles = tile_bound(cu_seqlens.numel() - 1, num_tokens, max_seqlen, config.block_m)
     if tile_map is None:
         tile_map = build_tile_map(
@@ -209,34 +229,39 @@ def shaw_attention(
         right,
         key.stride(0) == value.stride(0),
         precision,
+        dropout_p > 0.0,
     )
-    for first_work in range(0, num_work, max(per_launch, 1)):
-        shaw_attention_fwd_kernel[(min(per_launch, num_work - first_work),)](
-            query,
-            key,
-            value,
-            vectors,
-            scratch,
-            out,
-            log_sum_exp,
-            cu_seqlens,
-            tile_map,
-            first_work,
-            num_heads,
-            head_dim**-0.5 * LOG2_E,
-            query.stride(0),
-            query.stride(1),
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            vectors.stride(0),
-            out.stride(0),
-            out.stride(1),
-            num_tokens,
-            **constants,
-            **_options(config),
-        )
+    dropout = (dropout_seed, dropout_p) if dropout_p > 0.0 else (None, None)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(query):
+        for first_work in range(0, num_work, max(per_launch, 1)):
+            shaw_attention_fwd_kernel[(min(per_launch, num_work - first_work),)](
+                query,
+                key,
+                value,
+                vectors,
+                scratch,
+                out,
+                log_sum_exp,
+                cu_seqlens,
+                tile_map,
+                first_work,
+                num_heads,
+                head_dim**-0.5 * LOG2_E,
+                query.stride(0),
+                query.stride(1),
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                value.stride(1),
+                vectors.stride(0),
+                out.stride(0),
+                out.stride(1),
+                num_tokens,
+                *dropout,
+                **constants,
+                **_options(config),
+            )
     return out, log_sum_exp
 
 
@@ -247,36 +272,45 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
         arch: such as `"sm_90"`.
         dtype: name of the activations' dtype: "float32", "float16" or "bfloat16".
     """
-    config = attention_config(64, getattr(torch, dtype), arch)
     element = "*" + TRITON_TYPES[dtype]
     pointers = dict.fromkeys(
         ("q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr", "lse_ptr"), element
     )
     pointers |= {"scratch_ptr": "*fp32", "lse_ptr": "*fp32"}
-    pointers |= {"cu_seqlens_ptr": "*i32", "tile_map_ptr": "*i32"}
+    pointers |= {"cu_seqlens_ptr": "*i32", "tile_map_ptr": "*i32", "seed_ptr": "*i64"}
     aligned = {"q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr"}
     specs = []
     # AMD's tensor cores multiply float32 as it is; NVIDIA's need three passes.
     nvidia = not arch.startswith("gfx")
     for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
         suffix = f"/{precision}" if dtype == "float32" else ""
-        for has_positions in (True, False):
+        for variant in ("relative_key", "no_positions", "relative_key_dropout"):
+            has_positions, has_dropout = variant != "no_positions", variant.endswith("dropout")
+            config = attention_config(64, getattr(torch, dtype), arch)
+            config = with_dropout(config) if has_dropout else config
             left, right = (64, 8) if has_positions else (0, 0)
             layout = scratch_layout(config.block_m, config.block_n, left, right)
-            constants = _constants(config, layout, 64, has_positions, left, right, True, precision)
+            constants: dict[str, Any] = dict(
+                _constants(
+                    config, layout, 64, has_positions, left, right, True, precision, has_dropout
+                )
+            )
+            if not has_dropout:
+                constants |= {"seed_ptr": None, "dropout_p": None}
             signature = {}
             for name in shaw_attention_fwd_kernel.arg_names:
                 if name not in constants:
                     signature[name] = pointers.get(name, "i32")
             signature["scale_log2"] = "fp32"
+            if has_dropout:
+                signature["dropout_p"] = "fp32"
             strides = {name for name in signature if name.startswith("stride_")}
-            variant = "relative_key" if has_positions else "no_positions"
             specs.append(
                 KernelSpec(
                     name=f"shaw_attention_fwd/{variant}{suffix}",
                     kernel=shaw_attention_fwd_kernel,
                     signature=signature,
-                    constants=dict(constants),
+                    constants=constants,
                     # NVIDIA's tensor cores have no product of float32 in full precision.
                     kind="pointwise" if suffix == "/ieee" and nvidia else "attention",
                     dtype=dtype,
@@ -286,9 +320,30 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                         aligned | (strides - {"stride_lse_head"}) | {"num_heads"}
                     ),
                     plain_twin=(
-                        f"shaw_attention_fwd/no_positions{suffix}" if has_positions else None
+                        f"shaw_attention_fwd/no_positions{suffix}"
+                        if variant == "relative_key"
+                        else None
                     ),
                     max_registers=config.max_registers,
+                    proof=None if has_dropout else _proof_launch(signature, config.block_m),
                 )
             )
     return specs
+
+
+def _proof_launch(signature: dict[str, str], block_m: int) -> ProofLaunch:
+    """The last head of an utterance's first tile and the first head of its second, a ragged one."""
+    length = block_m + 22
+    scalars = {
+        **{name: 64 if name.endswith("_head") else 1024 for name in signature},
+        "stride_e_row": 64,
+        "stride_lse_head": length,
+        "first_work": 15,
+        "num_heads": 16,
+        "scale_log2": 0.125,
+    }
+    return ProofLaunch(
+        2,
+        {name: value for name, value in scalars.items() if signature[name][0] != "*"},
+        {"cu_seqlens_ptr": (0, length), "tile_map_ptr": (0, 0, 0, 1)},
+    )

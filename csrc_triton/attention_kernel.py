@@ -22,6 +22,9 @@ block's scores are an aligned strided tile, not a gather. What it holds left or 
 band is other rows' data, and is replaced. Keys that do not fill a block are the last step of the
 band loop, wherever the band is.
 
+With dropout the sums of a row run over all keys, and the values are added up over the kept ones
+(`dropout`), divided by 1 - p.
+
 Per token and layer, with C channels in H heads, T frames and 16-bit elements: 8 C bytes of q, k, v
 and output, 4 H (L + R + 1) bytes written to scratch and read back (mostly in the L2 cache), and
 4 C T + 2 C (L + R + 1) FLOPs.
@@ -31,6 +34,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .dropout import kept_weights
 
 
 @triton.jit
@@ -97,7 +102,13 @@ def _attend(
     row_term,  # [BLOCK_M] fp32, belongs to every score of a row, not scaled
     value,  # [BLOCK_N, BLOCK_D]
     scale_log2,
+    seed_ptr,
+    dropout_p,
+    head,
+    first_token,  # of the tile, in the batch
+    first_key,  # of the block, in the utterance
     HAS_ROW_TERM: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One step of the online softmax; maxima are of scores in units of log 2."""
@@ -111,6 +122,11 @@ def _attend(
     probabilities = tl.math.exp2(scores * scale_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
     correction = tl.math.exp2(row_max - new_max)
     row_sum = row_sum * correction + tl.sum(probabilities, 1)
+    if HAS_DROPOUT:
+        kept = kept_weights(
+            seed_ptr, head, first_token, first_key, dropout_p, acc.shape[0], value.shape[0]
+        )
+        probabilities = tl.where(kept, probabilities, 0.0)
     acc = acc * correction[:, None]
     acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision=INPUT_PRECISION)
     return acc, row_sum, new_max
@@ -118,7 +134,7 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=["first_work", "stride_lse_head"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "lse_ptr"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "lse_ptr", "seed_ptr"],
 )
 def shaw_attention_fwd_kernel(
     q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
@@ -143,7 +159,10 @@ def shaw_attention_fwd_kernel(
     stride_out_row,
     stride_out_head,
     stride_lse_head,
+    seed_ptr,  # int64 [2], HAS_DROPOUT
+    dropout_p,
     HAS_POSITIONS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -247,7 +266,13 @@ def shaw_attention_fwd_kernel(
             row_term,
             value,
             scale_log2,
+            seed_ptr,
+            dropout_p,
+            head,
+            start + first_row,
+            key_start,
             HAS_POSITIONS,
+            HAS_DROPOUT,
             INPUT_PRECISION,
         )
 
@@ -278,9 +303,25 @@ def shaw_attention_fwd_kernel(
             scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
             scores = tl.where((offs_n < length - key_start)[None, :], scores, -float("inf"))
         acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, scores, left_term, value, scale_log2, False, INPUT_PRECISION
+            acc,
+            row_sum,
+            row_max,
+            scores,
+            left_term,
+            value,
+            scale_log2,
+            seed_ptr,
+            dropout_p,
+            head,
+            start + first_row,
+            key_start,
+            False,
+            HAS_DROPOUT,
+            INPUT_PRECISION,
         )
 
+    if HAS_DROPOUT:
+        acc = acc * (1.0 / (1.0 - dropout_p))
     out_base = out_ptr + (start + first_row) * stride_out_row + head * stride_out_head
     tl.store(
         out_base + offs_m.to(tl.int64)[:, None] * stride_out_row + offs_d[None, :],

@@ -26,7 +26,7 @@ from .configs.conv import ConvConfig, conv_config
 from .device import activate, activation_constant
 from .packed import locate_block, num_blocks
 from .runtime import FLOAT_DTYPES, architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 
 @triton.jit
@@ -61,12 +61,23 @@ def _per_channel(x, LOG_ROWS: tl.constexpr):
 
 
 @triton.jit
+def _if_row(is_channel, is_row):
+    """`is_channel & is_row`, for a tile and a scalar.
+
+    The scalar is broadcast as an integer, because Triton 3.9's interpreter takes no mask that came
+    from broadcasting a truth value.
+    """
+    return is_channel & (tl.full(is_channel.shape, is_row.to(tl.int32), tl.int32) != 0)
+
+
+@triton.jit
 def _apply_tap(
     sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS: tl.constexpr
 ):  # fmt: skip
     """Adds one tap's products to ROWS sums, then moves the window on to end with a further row."""
     weight = tl.load(weight_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)  # [BLOCK_C]
-    following = tl.load(row_ptr + channels, mask=is_channel & is_row, other=0.0).to(tl.float32)
+    mask = _if_row(is_channel, is_row)
+    following = tl.load(row_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     new_sums = sums[:0]
     for i in tl.static_range(ROWS):
         new_sums += (sums[i] + weight * window[i],)
@@ -111,7 +122,8 @@ def _conv_norm_act_fwd_kernel(
     window = ()  # ROWS x [BLOCK_C], and so are the sums
     for _ in tl.static_range(ROWS):
         is_row = (row >= start) & (row < end)
-        loaded = tl.load(row_ptr + channels, mask=is_channel & is_row, other=0.0).to(tl.float32)
+        mask = _if_row(is_channel, is_row)
+        loaded = tl.load(row_ptr + channels, mask=mask, other=0.0).to(tl.float32)
         sums += (tl.zeros([BLOCK_C], dtype=tl.float32),)  # type: ignore[assignment]
         window += (loaded,)  # type: ignore[assignment]
         row += 1
@@ -151,7 +163,8 @@ def _conv_norm_act_fwd_kernel(
     rows = _unstack(activate(tile, ACTIVATION).to(out_ptr.dtype.element_ty), LOG_ROWS)
     for i in tl.static_range(ROWS):
         row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
-        tl.store(row_ptr + channels, rows[i], mask=is_channel & (first + i < end))
+        mask = _if_row(is_channel, first + i < end)
+        tl.store(row_ptr + channels, rows[i], mask=mask)
 
 
 def conv_norm_act(
@@ -277,5 +290,15 @@ def kernel_specs(
             num_stages=1,
             divisible_by_16=frozenset(pointers + strides),
             outputs_per_program=config.rows * channels,
+            proof=ProofLaunch(
+                num_blocks(2 * config.rows + 5, 2, config.rows),
+                {
+                    **dict.fromkeys(strides, channels),
+                    "num_rows": 2 * config.rows + 5,
+                    "num_sequences": 2,
+                    "eps": 2.0**-17,
+                },
+                {"cu_seqlens_ptr": (0, 3, 2 * config.rows + 5)},
+            ),
         )
     ]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .configs.ctc import CtcConfig, ctc_config
 from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 NO_TOKEN = -1
 """What stands in `token_ids` after the last token of an utterance."""
@@ -187,6 +187,15 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                     {"logits_ptr", "best_ptr", "vocabulary", "stride_logits_row"}
                 ),
                 outputs_per_program=config.block_frames,
+                # Two steps over the vocabulary where it takes more than one, the second not full.
+                proof=ProofLaunch(
+                    3,
+                    {
+                        "num_frames": 2 * config.block_frames + 1,
+                        "vocabulary": min(vocabulary, config.block_vocabulary + 16),
+                        "stride_logits_row": vocabulary,
+                    },
+                ),
             )
         )
     pointers = ("best_ptr", "cu_seqlens_ptr", "token_ids_ptr", "counts_ptr")
@@ -201,6 +210,7 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
             num_warps=config.num_warps,
             num_stages=3,
             divisible_by_16=frozenset(pointers),
+            proof=ProofLaunch(2, {"blank": 0}, {"cu_seqlens_ptr": (0, 3, 1100)}),
         )
     )
     return specs

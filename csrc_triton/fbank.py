@@ -54,7 +54,7 @@ from .fbank_tables import (
 )
 from .packed import locate_block, num_blocks
 from .runtime import architecture, check_device, check_tensor
-from .specs import KernelSpec
+from .specs import KernelSpec, ProofLaunch
 
 FRAME_SHIFT = 160
 """Samples from the start of a frame to the start of the next."""
@@ -485,4 +485,23 @@ def _spec(
         num_warps=config.num_warps,
         num_stages=1,
         divisible_by_16=frozenset(pointers + strides),
+        proof=_proof_launch(kernel, types, strides, config.frames),
     )
+
+
+def _proof_launch(
+    kernel: triton.JITFunction, types: dict[str, str], strides: list[str], block: int
+) -> ProofLaunch:
+    """An utterance of 3 frames and one that ends 5 frames into a block of its own."""
+    frames: tuple[int, ...] = (0, 3, 2 * block + 5)
+    samples: tuple[int, ...] = (0, 1000, 1000 + FRAME_LENGTH + (2 * block + 1) * FRAME_SHIFT)
+    scalars = {"num_frames": frames[-1], "num_sequences": 2, **dict.fromkeys(strides, 80)}
+    if kernel is _log_mel_fwd_kernel:
+        offsets = {"cu_seqlens_ptr": samples, "frame_cu_seqlens_ptr": frames}
+        scalars["num_samples"] = samples[-1]
+        return ProofLaunch(triton.cdiv(frames[-1], block), scalars, offsets)
+    offsets = {"cu_seqlens_ptr": frames}
+    if "num_stacked" in types:
+        scalars |= {"num_stacked": 2 + block, "stride_out_row": 160}
+        offsets["out_cu_seqlens_ptr"] = (0, 1, 2 + block)
+    return ProofLaunch(num_blocks(frames[-1], 2, block), scalars, offsets)

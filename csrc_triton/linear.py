@@ -31,7 +31,7 @@ from torch import Tensor
 from .configs.linear import PRECISIONS, LinearConfig, linear_candidates, linear_config
 from .device import activate, activation_constant
 from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 
 @triton.jit
@@ -372,6 +372,25 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
     return specs
 
 
+def _proof_launch(
+    signature: dict[str, str], config: LinearConfig, gated: bool, in_features: int
+) -> ProofLaunch:
+    """Two by two tiles, the last row and 16 columns past the first; a few steps over K."""
+    columns = config.block_n // (2 if gated else 1) + 16
+    inner = in_features if in_features % config.block_k else 4 * config.block_k
+    values = {
+        "num_tokens": config.block_m + 1,
+        "out_features": columns,
+        "in_features": inner,
+        "stride_x_row": inner,
+        "stride_weight_row": inner,
+        "stride_residual_row": columns,
+        "stride_out_row": columns,
+        "scale": 0.5,
+    }
+    return ProofLaunch(4, {name: value for name, value in values.items() if name in signature})
+
+
 def _kernel_spec(
     variant: tuple[str, str, bool, bool, bool, int],
     arch: str,
@@ -408,4 +427,5 @@ def _kernel_spec(
         num_stages=config.num_stages,
         divisible_by_16=frozenset(signature) - {"num_tokens", "scale"},
         outputs_per_program=config.block_m * config.block_n // (2 if gated else 1),
+        proof=_proof_launch(signature, config, gated, in_features),
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .configs.norm import NormConfig, norm_config
 from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 
 @triton.jit
@@ -285,6 +285,16 @@ def kernel_specs(arch: str, dtype: str, width: int = 1024) -> list[KernelSpec]:
             num_stages=1,
             divisible_by_16=frozenset(pointers + strides),
             outputs_per_program=config.rows * width * (1 + has_residual),
+            # Powers of two, so that decimal fractions are exact in real arithmetic too.
+            proof=ProofLaunch(
+                3,
+                {
+                    **dict.fromkeys(strides, width),
+                    "num_rows": 2 * config.rows + 1,
+                    "scale": 0.5,
+                    "eps": 2.0**-17,
+                },
+            ),
         )
         for name, has_residual, is_double in (
             ("layer_norm_fwd", False, False),

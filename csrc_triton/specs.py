@@ -6,8 +6,24 @@ configurations they ship with for model width 1024, so that they can be compiled
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ProofLaunch:
+    """A small fixed launch for the verifier: several blocks, the last one not full.
+
+    Attributes:
+        blocks: number of programs, along x.
+        scalars: value of every run-time argument that is no pointer.
+        arrays: contents of the int32 arrays that steer the control flow, such as offsets.
+    """
+
+    blocks: int
+    scalars: Mapping[str, float]
+    arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,7 @@ class KernelSpec:
         outputs_per_program: elements of the output that one program writes, where that is counted.
         plain_twin: name of the spec that does the same without its special part (attention without
             positions), to compare hot loops with.
+        proof: the launch at which the verifier checks it.
     """
 
     name: str
@@ -42,6 +59,7 @@ class KernelSpec:
     outputs_per_program: int | None = None
     plain_twin: str | None = None
     max_registers: int | None = None
+    proof: ProofLaunch | None = None
 
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

@@ -19,14 +19,17 @@ PACKAGES = ("csrc_triton", "w2vbert_fast")
 
 # What an installation without extras does not have, and what tests compare with.
 NOT_CORE = (
+    "accelerate",
     "av",
     "hypothesis",
     "jiwer",
     "matplotlib",
+    "peft",
     "pytest",
     "rich",
     "soundfile",
     "soxr",
+    "tensorboard",
     "transformers",
     "typer",
 )
@@ -136,6 +139,8 @@ LAYERS = (
     ("w2vbert_fast",),
     ("w2vbert_fast.models",),
     ("w2vbert_fast.inference",),
+    # Beside inference, of which it takes the reading of audio alone; see below.
+    ("w2vbert_fast.training",),
     ("w2vbert_fast.integrations",),
     ("w2vbert_fast.cli",),
 )
@@ -169,11 +174,24 @@ def test_imports_point_one_way() -> None:
     assert arrows_that_point_back() == []
 
 
+def test_training_takes_the_reading_of_audio_from_inference_and_nothing_else() -> None:
+    found = {
+        target
+        for name, path in MODULES.items()
+        if name.startswith("w2vbert_fast.training")
+        for target in imported(name, path)
+        if target.startswith("w2vbert_fast.inference")
+    }
+    assert found == {"w2vbert_fast.inference.audio"}
+
+
 def test_the_kernels_import_torch_and_triton_only() -> None:
     allowed = {"csrc_triton", "torch", "triton", *sys.stdlib_module_names}
     for name, path in MODULES.items():
         if name.startswith("csrc_triton"):
-            others = {target.partition(".")[0] for target in imported(name, path)} - allowed
+            # The verifier lane is a tool of this project's developers, and an extra.
+            tools = {"sentryward"} if name == "csrc_triton.verify" else set()
+            others = {target.partition(".")[0] for target in imported(name, path)} - allowed - tools
             assert not others, f"{name} imports {others}"
 
 

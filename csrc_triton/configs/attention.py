@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -149,3 +149,11 @@ def attention_config(head_dim: int, dtype: torch.dtype, arch: str) -> AttentionC
         if 1 <= head_dim <= limit:
             return config
     raise ValueError(f"head_dim is {head_dim}; it must be 1 to {max(by_head_dim)}")
+
+
+def with_dropout(config: AttentionConfig) -> AttentionConfig:
+    """The configuration for attention with dropout, whose random numbers take registers.
+
+    The tile stays, so that one tile map serves both.
+    """
+    return replace(config, block_n=min(config.block_n, 32), max_registers=None)

@@ -1,0 +1,429 @@
+"""Proves kernels free of races, from their PTX, at a small fixed launch; the verifier lane.
+
+    python -m csrc_triton.aot --verify --targets cuda:80,cuda:90,cuda:100 --json rows.json
+
+asks SentryWard, a static verifier of PTX, about every kernel. Two properties, three answers:
+
+* "races": no two threads touch an address unordered, one of them writing, and all barriers are met
+  by the threads that they wait for. "equality": the kernel computes what the PyTorch function of
+  `verify_equality` does, in real arithmetic.
+* "proved", "refuted" and "not decided": the verifier has no rule for an instruction (wgmma), cannot
+  follow control flow that depends on data, or ran out of time or memory.
+
+A proof is about one launch (`KernelSpec.proof`), distinct tensors that do not overlap, and the
+verifier's model of the GPU. A refutation whose witness is a store of one value by several threads
+is looked at once more with one of those threads alone: see `verify_stores` and `ALLOWED`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .machine_code import Target, compile_kernel
+from .specs import KernelSpec
+from .verify_equality import Equality
+from .verify_stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+
+State = Literal["proved", "refuted", "not decided"]
+TIMEOUT = 300.0
+"""Seconds for a proof."""
+MEMORY_MIB = 8192
+
+_STATES: dict[str, State] = {
+    "race_free": "proved",
+    "verified": "proved",
+    "potential_race": "refuted",
+    "not_wellsynced": "refuted",
+    "invalid_lifecycle": "refuted",
+}
+_BAD_QUESTIONS = frozenset({"invalid_input", "missing_input"})
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A duplicate store that was reviewed: several threads store one value to one address.
+
+    The name alone allows nothing: that the values are equal is proved anew each time.
+
+    Attributes:
+        kernel: name of the `KernelSpec`.
+        targets: where it was seen.
+        reason: why the values are equal.
+    """
+
+    kernel: str
+    targets: tuple[str, ...]
+    reason: str
+
+
+_LANES = "the four lanes of a row hold the result of one butterfly reduction"
+ALLOWED = (
+    Allowed("ctc_argmax/32", ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120"), _LANES),
+    Allowed("shaw_attention_fwd/relative_key", ("cuda:80",), f"log-sum-exp: {_LANES}"),
+    Allowed("shaw_attention_fwd/no_positions", ("cuda:80",), f"log-sum-exp: {_LANES}"),
+)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the verifier says of one kernel.
+
+    Attributes:
+        state: "proved", "refuted" or "not decided".
+        reason: why it is not proved; empty when it is.
+        seconds: of processor time that the verifier took, when it was asked.
+        duplicates: source lines of duplicate stores of one value; with any, `state` is what the
+            verifier says when one thread of each address makes them.
+        timeout: seconds that it had.
+    """
+
+    state: State
+    reason: str
+    seconds: float
+    duplicates: tuple[str, ...]
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One property of one kernel on one target.
+
+    Attributes:
+        target: such as `"cuda:90"`.
+        dtype: of the activations.
+        kernel: name of its `KernelSpec`.
+        claim: "races" or "equality".
+        state: "proved", "refuted" or "not decided"; "refuted" also where the only witnesses are
+            duplicate stores.
+        reason: why it is not proved.
+        seconds: of processor time that the verifier took, when it was asked.
+        duplicates: source lines of duplicate stores of one value.
+        allowed: the duplicate stores are all that there is, and are in `ALLOWED`.
+    """
+
+    target: str
+    dtype: str
+    kernel: str
+    claim: Literal["races", "equality"]
+    state: State
+    reason: str
+    seconds: float
+    duplicates: tuple[str, ...]
+    allowed: bool
+
+    @property
+    def failed(self) -> bool:
+        """Whether the row makes the command fail: a refutation that is not allowed."""
+        return self.state == "refuted" and not self.allowed
+
+
+def available() -> bool:
+    """Whether SentryWard is installed."""
+    return importlib.util.find_spec("sentryward") is not None
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What the verifier is asked: PTX without source lines, launch, and reference if any."""
+
+    ptx: str
+    source_lines: tuple[str, ...]
+    config: dict[str, Any]
+    reference: str | None
+    binding: dict[str, Any] | None
+
+
+def _prepare(ptx: str) -> tuple[str, tuple[str, ...]]:
+    """PTX without debug information, and for each of its lines the source line, `"file.py:1"`."""
+    lines, sources, source = [], [], ""
+    for line in ptx.splitlines():
+        if line.lstrip().startswith(".section"):
+            break
+        if line.lstrip().startswith(".loc"):
+            # Triton notes the place as a comment: innermost first, its callers after "@[".
+            places = re.findall(r"([\w.]+\.py:\d+)", line.partition("//")[2])
+            source = next((p for p in places if not p.startswith("standard.py")), source)
+            line = ""
+        lines.append("" if line.lstrip().startswith(".file") else line.split("//")[0].rstrip())
+        sources.append(source)
+    return "\n".join(lines) + "\n", tuple(sources)
+
+
+def _parameters(ptx: str) -> list[tuple[str, str]]:
+    """Name and type of the entry's parameters, in order."""
+    return [
+        (name, kind) for kind, name in re.findall(r"\.param\s+\.(\w+)\s[^\n]*?(\w+_param_\d+)", ptx)
+    ]
+
+
+def _question(spec: KernelSpec, target: Target, equality: Equality | None) -> _Question:
+    if spec.proof is None:
+        raise ValueError(f"{spec.name} has no launch for the verifier")
+    kernel = compile_kernel(spec, target)
+    ptx, sources = _prepare(kernel.asm["ptx"])
+    parameters = dict(_parameters(ptx))
+    entry = re.search(r"\.entry\s+(\w+)", ptx)
+    threads = re.search(r"\.reqntid\s+(\d+)", ptx)
+    if entry is None or threads is None:
+        raise ValueError(f"the PTX of {spec.name} names no entry or no number of threads")
+    names = [name for name in spec.kernel.arg_names if name in spec.signature]
+    place = {name: f"{entry[1]}_param_{position}" for position, name in enumerate(names)}
+    missing = {n for n in names if spec.signature[n][0] != "*"} ^ set(spec.proof.scalars)
+    if missing:
+        raise ValueError(f"the launch of {spec.name} for the verifier and its signature differ: "
+                         f"{', '.join(sorted(missing))}")  # fmt: skip
+    config = {
+        "schema": "spverify.kernel-input/v1",
+        "launch": {
+            "grid_dim": [spec.proof.blocks, 1, 1],
+            "block_dim": [int(threads[1]), 1, 1],
+            "dynamic_shared_bytes": kernel.metadata.shared,
+        },
+        "arguments": [
+            {"parameter": place[name], "type": parameters[place[name]], "value": value}
+            for name, value in spec.proof.scalars.items()
+        ],
+    }
+    if spec.proof.arrays:
+        config["shape_arrays"] = [
+            {"parameter": place[name], "element_type": "s32", "shapes": [[v] for v in values]}
+            for name, values in spec.proof.arrays.items()
+        ]
+    if equality is None:
+        return _Question(ptx, sources, config, None, None)
+    # The last parameter is scratch memory that the kernel does not use.
+    ptx = _define_registers(ptx, list(parameters)[-1])
+    return _Question(ptx, sources, config, equality.source, _binding(equality, names))
+
+
+def _define_registers(ptx: str, parameter: str) -> str:
+    """Gives registers that only some threads load an unknown value in the others.
+
+    Triton leaves them undefined there and never uses them, and the verifier asks for a definition.
+    Reading memory that nothing else names makes them arbitrary.
+    """
+    guarded = re.compile(r"^\s*@!?%p\d+ ld\.[\w.]+ (?:\{([^}]*)\}|(%\w+))\s*,")
+    lines, defined, number = [], set(), 0
+    for line in ptx.splitlines():
+        found = guarded.match(line)
+        for register in re.findall(r"%\w+", found[1] or found[2]) if found else ():
+            if register not in defined:
+                bits = {"%rs": 16, "%rd": 64}.get(register[:3], 32)
+                # On one line, so that the lines after it keep their numbers.
+                line = f"ld.global.b{bits} {register}, [%arbitrary + {8 * number}]; {line}"
+                number += 1
+        defined.update(re.findall(r"%\w+", line))
+        lines.append(line)
+    last = max(i for i, line in enumerate(lines) if line.lstrip().startswith(".reg "))
+    lines[last] += f" .reg .b64 %arbitrary; ld.param.b64 %arbitrary, [{parameter}];"
+    return "\n".join(lines) + "\n"
+
+
+def _binding(equality: Equality, names: list[str]) -> dict[str, Any]:
+    """Which tensor of the reference is which of the kernel's, in the verifier's form."""
+
+    def memory(name: str) -> str:
+        resource = f"input.arg{names.index(name)}.0"
+        return f"6:global{len(resource)}:{resource}"
+
+    def strides(shape: tuple[int, ...]) -> list[int]:
+        return [4 * shape[1], 4] if len(shape) == 2 else [4]
+
+    layouts = {
+        memory(name): {
+            "shape": list(shape), "element_bytes": 4, "source_offset": 0, "target_offset": 0,
+            "source_strides_bytes": strides(shape), "target_strides_bytes": strides(shape),
+        }
+        for name, shape in equality.inputs.values()
+    }  # fmt: skip
+    tensors = [
+        {"name": argument, "allocation": memory(name), "shape": list(shape), "dtype": "float32"}
+        for argument, (name, shape) in equality.inputs.items()
+    ]
+    scalars = [{"name": name, "value": value} for name, value in equality.scalars.items()]
+    outputs = [
+        {
+            "left_allocation": f"output{i}", "right_allocation": memory(name),
+            "shape": list(shape), "element_bytes": 4, "left_offset": 0, "right_offset": 0,
+            "left_strides_bytes": strides(shape), "right_strides_bytes": strides(shape),
+        }
+        for i, (name, shape) in enumerate(equality.outputs)
+    ]  # fmt: skip
+    return {
+        "reference": {"arguments": [*tensors, *scalars]},
+        "left_inputs": {"layouts": layouts},
+        "right_inputs": {"layouts": layouts},
+        "outputs": {"kind": "dense_tensors", "tensors": outputs},
+    }
+
+
+def _ask(question: _Question, ptx: str, timeout: float) -> dict[str, Any]:
+    """The verifier's report."""
+    from sentryward import verify
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "kernel.ptx").write_text(ptx)
+        (folder / "input.json").write_text(json.dumps(question.config))
+        options = {}
+        if question.reference is not None:
+            # The verifier imports the file under this name, and torch.export looks for it there.
+            options["reference"] = folder / "example_reference.py"
+            options["reference_binding"] = folder / "reference_binding.json"
+            options["reference"].write_text(question.reference)
+            options["reference_binding"].write_text(json.dumps(question.binding))
+        report: dict[str, Any] = verify(
+            folder / "kernel.ptx",
+            input=folder / "input.json",
+            timeout_seconds=timeout,
+            memory_limit_mib=MEMORY_MIB,
+            **options,
+        )
+    return report
+
+
+def _first_diagnostic(report: dict[str, Any], sources: tuple[str, ...]) -> str:
+    for diagnostic in report.get("diagnostics", []):
+        text = str(diagnostic["code"])
+        if message := diagnostic.get("message", ""):
+            text = f"{text}: {message}"
+        details = diagnostic.get("details", {})
+        line = details.get("ptx_line") or details.get("location", {}).get("line") or 0
+        return f"{text} ({sources[line - 1]})" if 0 < line <= len(sources) else text
+    return str(report["result"])
+
+
+def _witness_lines(report: dict[str, Any]) -> Iterator[set[int]]:
+    """The PTX lines of the two accesses of each race that the report shows."""
+    for race in report.get("races", []):
+        yield {race[side]["location"]["line"] for side in ("first", "second")}
+
+
+def _child_seconds() -> float:
+    """Processor time of the processes that this one has waited for; the verifier is one."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _decide(question: _Question, timeout: float) -> Proof:
+    start, used = time.monotonic(), _child_seconds()
+    report = _ask(question, question.ptx, timeout)
+    duplicates: tuple[str, ...] = ()
+    problem = ""
+    if report["result"] == "potential_race":
+        launch = question.config["launch"]
+        try:
+            stores = duplicate_stores(
+                question.ptx,
+                launch["grid_dim"][0],
+                launch["block_dim"][0],
+                {a["parameter"]: a["value"] for a in question.config["arguments"]
+                 if isinstance(a["value"], int)},
+                {a["parameter"]: [v for (v,) in a["shapes"]]
+                 for a in question.config.get("shape_arrays", [])},
+            )  # fmt: skip
+        except CannotFollow as stop:
+            stores = {}
+            problem = f"; whether it stores one value was not found: {stop}"
+        one_value = [store for store in stores.values() if isinstance(store, Store)]
+        lines = {store.line for store in one_value}
+        witnesses = list(_witness_lines(report))
+        if witnesses and all(len(pair) == 1 and pair <= lines for pair in witnesses):
+            places = (question.source_lines[line - 1] for line in sorted(lines))
+            duplicates = tuple(dict.fromkeys(places))
+            left = max(timeout - (time.monotonic() - start), 1.0)
+            report = _ask(question, keep_one_thread(question.ptx, one_value), left)
+        elif witnesses:
+            line = max(witnesses[0])
+            why = stores.get(line)
+            problem += f" ({question.source_lines[line - 1]})"
+            problem += f"; {why}" if isinstance(why, str) else ""
+    if report["result"] in _BAD_QUESTIONS:
+        why = _first_diagnostic(report, question.source_lines)
+        raise ValueError(f"the verifier was asked wrongly: {why}")
+    state = _STATES.get(report["result"], "not decided")
+    # With a reference, freedom from races alone proves nothing.
+    if question.reference is not None and state == "proved" and report["result"] != "verified":
+        state = "not decided"
+    reason = _first_diagnostic(report, question.source_lines) + problem
+    reason = "" if state == "proved" else reason
+    return Proof(state, reason, round(_child_seconds() - used, 1), duplicates, timeout)
+
+
+@functools.cache
+def _version() -> str:
+    files = (Path(__file__), Path(__file__).with_name("verify_stores.py"))
+    own = "".join(file.read_text() for file in files)
+    return importlib.metadata.version("sentryward") + own
+
+
+def _proof(question: _Question, timeout: float, cache: Path) -> Proof:
+    """Decides, or takes the answer of last time; one that lacked time is asked for again."""
+    facts = (question.ptx, question.config, question.reference, question.binding, _version())
+    file = cache / f"proof-{hashlib.sha256(repr(facts).encode()).hexdigest()}.json"
+    if file.exists():
+        kept = json.loads(file.read_text())
+        proof = Proof(**{**kept, "duplicates": tuple(kept["duplicates"])})
+        if proof.state != "not decided" or proof.timeout >= timeout:
+            return proof
+    proof = _decide(question, timeout)
+    if not proof.reason.startswith("tool_failure"):
+        cache.mkdir(parents=True, exist_ok=True)
+        # Renamed when it is whole: another process may read it at the same time.
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(asdict(proof)))
+        unfinished.replace(file)
+    return proof
+
+
+def verify_kernel(
+    spec: KernelSpec,
+    target: Target,
+    cache: Path,
+    timeout: float = TIMEOUT,
+    equality: Equality | None = None,
+) -> Row:
+    """Proves or refutes one property of one kernel.
+
+    Args:
+        spec: the kernel.
+        target: the GPU.
+        cache: folder with the answers of earlier runs, by PTX, launch and verifier.
+        timeout: seconds for the proof; past them it is not decided.
+        equality: what the kernel is to be equal to; `None` to look for races.
+
+    Raises:
+        ValueError: the spec's launch does not fit its signature, or the verifier rejects it.
+    """
+    facts = (target.name, spec.dtype, spec.name)
+    which: Literal["races", "equality"] = "races" if equality is None else "equality"
+    if target.gpu.backend != "cuda":
+        return Row(*facts, which, "not decided", "the verifier reads PTX", 0.0, (), False)
+    if spec.proof is None:
+        return Row(*facts, which, "not decided", "no launch is given for it", 0.0, (), False)
+    proof = _proof(_question(spec, target, equality), timeout, cache)
+    state, reason, allowed = proof.state, proof.reason, False
+    if proof.duplicates:
+        places = ", ".join(proof.duplicates)
+        entry = next(
+            (a for a in ALLOWED if a.kernel == spec.name and target.name in a.targets), None
+        )
+        if state == "proved":
+            state, allowed = "refuted", entry is not None
+            why = entry.reason if entry else "not in ALLOWED, so look at it and add it"
+            reason = f"only by threads that store one value to one address ({places}): {why}"
+        else:
+            reason = f"{reason}; besides threads that store one value to one address ({places})"
+    return Row(*facts, which, state, reason, proof.seconds, proof.duplicates, allowed)

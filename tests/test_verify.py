@@ -1,0 +1,345 @@
+"""The verifier lane: kernels that are right, racy or broken, and those that ship."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from csrc_triton import aot, verify, verify_equality
+from csrc_triton.aot import shipped_kernels
+from csrc_triton.machine_code import Target
+from csrc_triton.specs import KernelSpec, ProofLaunch
+from csrc_triton.verify import Allowed, Row, verify_kernel
+from csrc_triton.verify_stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+
+needs_verifier = pytest.mark.skipif(not verify.available(), reason="needs sentryward")
+
+SM_80 = Target.parse("cuda:80")
+
+
+@triton.jit
+def _scale_kernel(x_ptr, out_ptr, length, SHARED: tl.constexpr, BLOCK: tl.constexpr):
+    """Doubles x; with SHARED every program writes the first block."""
+    offsets = tl.arange(0, BLOCK)
+    first = tl.program_id(0) * BLOCK
+    mask = first + offsets < length
+    x = tl.load(x_ptr + first + offsets, mask=mask)
+    if SHARED:
+        tl.store(out_ptr + offsets, 2 * x, mask=mask)
+    else:
+        tl.store(out_ptr + first + offsets, 2 * x, mask=mask)
+
+
+def _scale(shared: bool) -> KernelSpec:
+    return KernelSpec(
+        name="scale",
+        kernel=_scale_kernel,
+        signature={"x_ptr": "*fp32", "out_ptr": "*fp32", "length": "i32"},
+        constants={"SHARED": shared, "BLOCK": 128},
+        kind="pointwise",
+        dtype="float32",
+        num_warps=4,
+        num_stages=1,
+        proof=ProofLaunch(2, {"length": 200}),
+    )
+
+
+HEAD = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry k(
+	.param .u64 .ptr .global .align 4 k_param_0,
+	.param .u32 k_param_1
+)
+.reqntid 64
+{
+	.reg .pred %p<9>;
+	.reg .b32 %r<30>;
+	.reg .b64 %rd<9>;
+	.shared .align 4 .b8 smem[1024];
+	ld.param.b64 %rd1, [k_param_0];
+	ld.param.b32 %r20, [k_param_1];
+	mov.u32 %r1, %tid.x;
+	mul.wide.u32 %rd2, %r1, 4;
+	add.s64 %rd3, %rd1, %rd2;
+	ld.global.b32 %r2, [%rd3];
+	and.b32 %r3, %r1, 62;
+	shl.b32 %r4, %r3, 1;
+	mov.b32 %r5, smem;
+	add.s32 %r6, %r5, %r4;
+"""
+TAIL = "\tret;\n}\n"
+REDUCED = "\tshfl.sync.bfly.b32 %r7, %r2, 1, 31, -1;\n\tadd.f32 %r8, %r2, %r7;\n"
+
+
+def _compiled(monkeypatch: pytest.MonkeyPatch, ptx: str) -> KernelSpec:
+    """A spec whose compiled form is this PTX."""
+    kernel = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(shared=0))
+    monkeypatch.setattr(verify, "compile_kernel", lambda spec, target: kernel)
+    return KernelSpec(
+        name="k",
+        kernel=SimpleNamespace(arg_names=["x_ptr", "n"]),
+        signature={"x_ptr": "*fp32", "n": "i32"},
+        constants={},
+        kind="pointwise",
+        dtype="float32",
+        num_warps=2,
+        num_stages=1,
+        proof=ProofLaunch(1, {"n": 3}),
+    )
+
+
+@needs_verifier
+def test_a_good_kernel_is_proved_and_a_racy_one_refuted(tmp_path: Path) -> None:
+    row = verify_kernel(_scale(False), SM_80, tmp_path)
+    assert (row.state, row.reason, row.failed) == ("proved", "", False)
+    row = verify_kernel(_scale(True), SM_80, tmp_path)
+    assert (row.state, row.allowed, row.failed) == ("refuted", False, True)
+    assert row.reason.startswith("conflicting_accesses_unordered")
+    assert "test_verify.py:" in row.reason
+    assert row.duplicates == ()
+
+
+@needs_verifier
+def test_a_missing_barrier_is_refuted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = """
+	shl.b32 %r9, %r1, 2;
+	add.s32 %r10, %r5, %r9;
+	st.shared.b32 [%r10], %r2;
+	{barrier}
+	xor.b32 %r11, %r9, 128;
+	add.s32 %r12, %r5, %r11;
+	ld.shared.b32 %r13, [%r12];
+	st.global.b32 [%rd3], %r13;
+"""
+    right = HEAD + exchange.replace("{barrier}", "bar.sync 0;") + TAIL
+    assert verify_kernel(_compiled(monkeypatch, right), SM_80, tmp_path).state == "proved"
+    wrong = HEAD + exchange.replace("{barrier}", "") + TAIL
+    row = verify_kernel(_compiled(monkeypatch, wrong), SM_80, tmp_path)
+    assert row.state == "refuted" and row.failed
+
+
+@needs_verifier
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_duplicate_store_must_be_of_one_value_and_listed(
+    listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = (Allowed("k", ("cuda:80",), "two lanes hold one sum"),) if listed else ()
+    monkeypatch.setattr(verify, "ALLOWED", entries)
+    store = "\tst.shared.b32 [%r6], {value};\n"
+
+    same = HEAD + REDUCED + store.replace("{value}", "%r8") + TAIL
+    row = verify_kernel(_compiled(monkeypatch, same), SM_80, tmp_path)
+    assert (row.state, row.allowed, row.failed) == ("refuted", listed, not listed)
+    assert len(row.duplicates) == 1
+
+    # Each lane's own value, under the same name and so no less listed.
+    other = HEAD + REDUCED + store.replace("{value}", "%r2") + TAIL
+    row = verify_kernel(_compiled(monkeypatch, other), SM_80, tmp_path)
+    assert row.state == "refuted" and row.failed
+    assert row.duplicates == () and "the values were not shown to be equal" in row.reason
+
+    # A duplicate store does not hide a race beside it.
+    both = HEAD + REDUCED + store.replace("{value}", "%r8")
+    both += "\tst.global.b32 [%rd1], %r1;\n" + TAIL
+    row = verify_kernel(_compiled(monkeypatch, both), SM_80, tmp_path)
+    assert row.state == "refuted" and row.failed
+
+
+@needs_verifier
+def test_control_flow_that_depends_on_data_is_not_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ptx = HEAD + "\tsetp.eq.s32 %p1, %r2, 0;\n\t@%p1 bra $L_end;\n\tbar.sync 0;\n$L_end:\n" + TAIL
+    row = verify_kernel(_compiled(monkeypatch, ptx), SM_80, tmp_path)
+    assert (row.state, row.failed) == ("not decided", False)
+    assert row.reason.startswith("control_predicate_not_static")
+
+
+def test_duplicate_stores_are_found_and_thinned_out() -> None:
+    store = "\tst.shared.b32 [ %r6 + 0 ], %r8;\n"
+    for barred, expected in (
+        (HEAD + REDUCED + store + TAIL, Store),
+        (HEAD + REDUCED.replace("add.f32", "sub.f32") + store + TAIL, str),
+        (
+            HEAD + REDUCED.replace("bfly.b32 %r7, %r2, 1", "bfly.b32 %r7, %r2, 2") + store + TAIL,
+            str,
+        ),
+        # Added up over lanes 0 and 1, and over 2 and 3, is not the same sum.
+        (HEAD + REDUCED + store.replace("%r6", "%r5") + TAIL, str),
+    ):
+        found = duplicate_stores(barred, 1, 64, {"k_param_1": 3}, {})
+        (answer,) = found.values()
+        assert isinstance(answer, expected)
+    ptx = HEAD + REDUCED + store + TAIL
+    found = duplicate_stores(ptx, 1, 64, {"k_param_1": 3}, {})
+    ((line, answer),) = found.items()
+    assert answer == Store(line, mask=1) and "st.shared" in ptx.splitlines()[line - 1]
+    thinned = keep_one_thread(ptx, [answer])
+    assert thinned.count("\n") == ptx.count("\n")
+    assert duplicate_stores(thinned, 1, 64, {"k_param_1": 3}, {}) == {}
+
+
+def test_loops_and_branches_are_followed() -> None:
+    loop = """
+	mov.b32 %r9, 0;
+	mov.b32 %r10, %r2;
+$L_loop:
+	shfl.sync.bfly.b32 %r11, %r10, 1, 31, -1;
+	max.f32 %r10, %r10, %r11;
+	add.s32 %r9, %r9, 1;
+	setp.lt.s32 %p1, %r9, %r20;
+	@%p1 bra $L_loop;
+	setp.lt.f32 %p2, %r10, 0f00000000;
+	@%p2 bra $L_skip;
+	mul.f32 %r10, %r10, %r10;
+$L_skip:
+	st.shared.b32 [%r6], %r10;
+"""
+    found = duplicate_stores(HEAD + loop + TAIL, 1, 64, {"k_param_1": 3}, {})
+    (answer,) = found.values()
+    assert isinstance(answer, Store)
+    # Without its value, the length of the loop is not known.
+    with pytest.raises(CannotFollow, match="the branch in line"):
+        duplicate_stores(HEAD + loop + TAIL, 1, 64, {}, {})
+
+
+@needs_verifier
+def test_proofs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = _scale(False)
+    first = verify_kernel(spec, SM_80, tmp_path)
+
+    def ask_again(*_: object) -> Any:
+        raise RuntimeError("asked again")
+
+    monkeypatch.setattr(verify, "_ask", ask_again)
+    assert verify_kernel(spec, SM_80, tmp_path) == first
+    assert spec.proof is not None
+    with pytest.raises(RuntimeError, match="asked again"):
+        verify_kernel(replace(spec, proof=replace(spec.proof, blocks=3)), SM_80, tmp_path)
+
+
+@needs_verifier
+def test_a_proof_that_lacked_time_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[float] = []
+
+    def ask(question: object, ptx: str, timeout: float) -> dict[str, Any]:
+        times.append(timeout)
+        return {"result": "timeout", "diagnostics": [{"code": "time_budget"}]}
+
+    monkeypatch.setattr(verify, "_ask", ask)
+    for timeout in (10.0, 10.0, 5.0, 20.0):
+        row = verify_kernel(_scale(False), SM_80, tmp_path, timeout)
+        assert (row.state, row.reason) == ("not decided", "time_budget")
+    assert times == [10.0, 20.0]
+
+
+@needs_verifier
+def test_a_launch_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="signature differ: length"):
+        verify_kernel(replace(_scale(False), proof=ProofLaunch(2, {})), SM_80, tmp_path)
+
+
+def test_exit_status_and_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "right": Row("cuda:80", "bfloat16", "right", "races", "proved", "", 1.0, (), False),
+        "open": Row("cuda:80", "bfloat16", "open", "races", "not decided", "wgmma", 1.0, (), False),
+        "same": Row("cuda:80", "bfloat16", "same", "races", "refuted", "x", 1.0, ("a.py:1",), True),
+        "racy": Row("cuda:80", "bfloat16", "racy", "races", "refuted", "race", 1.0, (), False),
+    }
+    specs = [replace(_scale(False), name=name) for name in ("right", "open", "same")]
+    monkeypatch.setattr(aot, "available", lambda: True)
+    monkeypatch.setattr(aot, "shipped_kernels", lambda arch, dtype: specs)
+    monkeypatch.setattr(aot, "verify_kernel", lambda spec, *_: rows[spec.name])
+    file = tmp_path / "rows.json"
+    options = ["--verify", "--targets", "cuda:80", "--dtypes", "bfloat16", "--json", str(file)]
+    assert aot.main(options) == 0
+    output = capsys.readouterr().out
+    assert output.endswith("3 questions: 1 proved, 1 refuted (1 of them allowed), 1 not decided\n")
+    assert "same, bfloat16, cuda:80: a.py:1" in output
+    assert [row["state"] for row in json.loads(file.read_text())] == [
+        "proved", "not decided", "refuted",
+    ]  # fmt: skip
+    specs.append(replace(_scale(False), name="racy"))
+    assert aot.main(options) == 1
+    assert "4 questions: 1 proved, 2 refuted (1 of them allowed)" in capsys.readouterr().out
+    assert aot.main([*options, "--kernels", "nothing"]) == 2
+    monkeypatch.setattr(aot, "available", lambda: False)
+    assert aot.main(options) == 2
+    assert "needs sentryward" in capsys.readouterr().err
+
+
+def test_bad_timeout(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("0", "-1", "soon", "inf"):
+        with pytest.raises(SystemExit) as stop:
+            aot.main(["--verify", "--timeout", text])
+        assert stop.value.code == 2
+        assert "it must be a number above 0" in capsys.readouterr().err
+
+
+def test_every_shipped_kernel_has_a_launch_for_the_verifier() -> None:
+    for dtype in ("bfloat16", "float32"):
+        for spec in shipped_kernels("sm_80", dtype):
+            if "bwd" in spec.name or "backward" in spec.name:
+                continue
+            assert spec.proof is not None, spec.name
+            scalars = {name for name, type_ in spec.signature.items() if type_[0] != "*"}
+            assert set(spec.proof.scalars) == scalars, spec.name
+            assert spec.proof.blocks > 1, spec.name
+
+
+@needs_verifier
+@pytest.mark.parametrize(
+    ("name", "state", "allowed"),
+    [
+        ("residual_layer_norm_fwd", "proved", False),
+        ("ctc_argmax/32000", "proved", False),
+        ("ctc_argmax/32", "refuted", True),
+    ],
+)
+def test_shipped_kernels(name: str, state: str, allowed: bool) -> None:
+    (spec,) = [spec for spec in shipped_kernels("sm_80", "bfloat16") if spec.name == name]
+    row = verify_kernel(spec, SM_80, aot.default_cache(), 120.0)
+    assert (row.state, row.allowed) == (state, allowed), row.reason
+
+
+@needs_verifier
+def test_residual_layer_norm_equals_pytorch(tmp_path: Path) -> None:
+    """In real arithmetic, at a width that takes seconds; `make verify` has a larger one."""
+    (case,) = [c for c in verify_equality.equalities("sm_80", 16) if "residual" in c.spec.name]
+    row = verify_kernel(case.spec, SM_80, aot.default_cache(), 120.0, case)
+    assert (row.state, row.claim) == ("proved", "equality"), row.reason
+    wrong = replace(case, scalars={**case.scalars, "scale": 0.25})
+    row = verify_kernel(case.spec, SM_80, tmp_path, 120.0, wrong)
+    assert row.state == "not decided" and not row.failed
+
+
+def test_references_are_the_twins() -> None:
+    generator = torch.Generator().manual_seed(0)
+    residual, x = torch.randn(2, 5, 64, generator=generator)
+    weight, bias = torch.randn(2, 64, generator=generator)
+    y, z = verify_equality.residual_layer_norm(residual, x, weight, bias, 0.5, 2.0**-17)
+    alone = verify_equality.layer_norm(x, weight, bias, 2.0**-17)
+    exact = residual.double() + 0.5 * x.double()
+    for bits, expected in (
+        (y, exact),
+        (z, F.layer_norm(exact, (64,), weight.double(), bias.double(), 2.0**-17)),
+        (alone, F.layer_norm(x.double(), (64,), weight.double(), bias.double(), 2.0**-17)),
+    ):
+        torch.testing.assert_close(
+            bits.view(torch.float32).double(), expected, rtol=1e-5, atol=1e-5
+        )
