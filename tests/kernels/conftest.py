@@ -10,43 +10,23 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from tests.poison import POISON_INTEGER, poison, poison_allocations
+
+__all__ = ["POISON_INTEGER"]
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 
-POISON_INTEGER = -7_777_777
-
-
-def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fills a buffer with what no kernel writes: NaN, or one odd integer."""
-    with torch.no_grad():
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        if tensor.dtype in (torch.int32, torch.int64):
-            return tensor.fill_(POISON_INTEGER)
-        return tensor
-
 
 @pytest.fixture(autouse=True)
-def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory allocated without a value holds NaN, integers `POISON_INTEGER`."""
-
-    def poisoned(allocate: Any) -> Any:
-        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
-
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-    ):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    yield
+    poison_allocations(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,157 @@
+"""Runs the GPU lane in several processes, and ends with one table.
+
+    python -m tests.gpu [--processes N] [--interpret] [pytest's arguments]
+
+Most of the time goes into compiling kernels, which takes a CPU core each, so the tests are dealt
+out to several processes. It installs nothing: torch, triton and pytest must be there; transformers
+is used where it is. The results also go to `$OUT/gpu_test.json`, or `build/gpu_test.json`.
+
+The exit status is 0 when all tests passed, and also when there is no GPU, which is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+
+
+def main() -> int:
+    options, pytest_arguments = _arguments()
+    missing = [name for name in ("torch", "triton", "pytest") if not _is_installed(name)]
+    if missing:
+        print(f"error: {sys.executable} has no {', '.join(missing)}", file=sys.stderr)
+        return 2
+    if options.interpret:
+        os.environ |= {"TRITON_INTERPRET": "1", "W2VBERT_GPU_TESTS": "interpret"}
+    device = None if options.interpret else _device()
+    if device is None and not options.interpret:
+        print("NOTHING RAN: PyTorch sees no CUDA or ROCm device, so the GPU tests are skipped.")
+        return 0
+    versions = _versions() | {"device": device}
+    print(", ".join(f"{name} {value}" for name, value in versions.items() if value), flush=True)
+
+    started = time.perf_counter()
+    count = options.processes or (1 if options.interpret else min(8, (os.cpu_count() or 2) // 2))
+    with tempfile.TemporaryDirectory() as folder:
+        shares = [
+            _start(Path(folder), number, max(count, 1), pytest_arguments)
+            for number in range(max(count, 1))
+        ]
+        statuses = [process.wait() for process, _, _ in shares]
+        results = _merged(shares)
+    results |= {"versions": versions, "seconds_in_all": time.perf_counter() - started}
+    # 5: no test was selected, as in a share of few.
+    failed = any(status not in (0, 5) for status in statuses) or set(statuses) == {5}
+    _report(results, "FAILED" if failed else "passed", options.interpret)
+    return 1 if failed else 0
+
+
+def _arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--processes", type=int, help="default: half the cores, at most 8")
+    parser.add_argument(
+        "--interpret", action="store_true", help="small CPU tensors in Triton's interpreter"
+    )
+    return parser.parse_known_args()
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _versions() -> dict[str, str | None]:
+    packages = ("torch", "triton", "transformers")
+    versions: dict[str, str | None] = {
+        name: importlib.metadata.version(name) for name in packages if _is_installed(name)
+    }
+    return {"python": platform.python_version(), **versions}
+
+
+def _device() -> str | None:
+    """The name of the device, asked in a process that then gives its memory back."""
+    script = "import torch; print(torch.cuda.is_available() and torch.cuda.get_device_name())"
+    output = subprocess.run(
+        [sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True
+    )
+    name = output.stdout.splitlines()[-1]
+    return None if name == "False" else name
+
+
+Share = tuple["subprocess.Popen[bytes]", Path, Path]
+
+
+def _start(folder: Path, number: int, count: int, arguments: list[str]) -> Share:
+    """Starts one process; its output and its results go to files."""
+    output, results = folder / f"{number}.txt", folder / f"{number}.json"
+    environment = os.environ | {
+        "W2VBERT_GPU_SHARE": f"{number}/{count}",
+        "W2VBERT_GPU_RESULTS": str(results),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    if count > 1:  # the processes would get in each other's way
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    return process, output, results
+
+
+def _merged(shares: list[Share]) -> dict[str, Any]:
+    """Prints what each process said, and joins their results."""
+    records: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    outcomes: Counter[str] = Counter()
+    for number, (process, output, results) in enumerate(shares):
+        text = output.read_text(errors="replace")
+        for words in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", text.splitlines()[-1]):
+            outcomes[words[1]] += int(words[0])
+        if process.returncode not in (0, 5):
+            print(f"---- process {number}, exit status {process.returncode}\n{text}")
+        else:
+            print("\n".join(sorted(set(re.findall(r"^SKIPPED .*", text, re.MULTILINE)))))
+        if results.exists():
+            share = json.loads(results.read_text())
+            records += share["records"]
+            seconds |= share["seconds"]
+    return {"outcomes": dict(outcomes), "records": records, "seconds": seconds}
+
+
+def _report(results: dict[str, Any], verdict: str, interpreted: bool) -> None:
+    from .lane import table
+
+    folder = Path(os.environ.get("OUT") or ROOT / "build")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "gpu_test.json"
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{table(results)}\n")
+    counts = ", ".join(f"{number} {outcome}" for outcome, number in results["outcomes"].items())
+    where = (
+        "in Triton's interpreter, NOT on a GPU" if interpreted else results["versions"]["device"]
+    )
+    print(f"{verdict}: {counts} in {results['seconds_in_all']:.0f} s, {where}; {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

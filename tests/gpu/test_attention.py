@@ -1,0 +1,309 @@
+"""The attention kernel on the device, at model size and on very long utterances."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from csrc_triton.attention import shaw_attention
+from csrc_triton.configs.attention import AttentionConfig, attention_config
+from csrc_triton.runtime import architecture
+from w2vbert_fast import ops
+
+from .lane import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    HEAD_DIM,
+    HEADS,
+    INTERPRETED,
+    LEFT,
+    LENGTHS,
+    LONG,
+    RIGHT,
+    VERY_LONG,
+    Judge,
+    choose,
+    packed,
+    random,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
+
+KERNEL = "shaw_attention"
+
+
+def fused(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Query, key and value as views of one wider buffer, whose other elements are NaN."""
+    width = heads * head_dim
+    buffer = torch.full((tokens + 2, 3 * width + 48), math.nan, dtype=dtype, device=DEVICE)
+    view = buffer[1:-1, 16 : 16 + 3 * width].unflatten(1, (3, heads, head_dim))
+    view.copy_(random(tokens, 3, heads, head_dim, dtype=dtype, scale=1.3))
+    query, key, value = view.unbind(1)
+    return query, key, value
+
+
+def vectors(left: int, right: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Position vectors with strided rows."""
+    shape = (left + right + 1, head_dim + 16)
+    buffer = torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
+    return buffer[:, :head_dim].copy_(random(shape[0], head_dim, dtype=dtype))
+
+
+def sampled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    positions: Tensor | None,
+    left: int,
+    right: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Some rows of one utterance's attention, in `dtype` throughout.
+
+    Args:
+        query: `[T, H, D]`, and so are `key` and `value`.
+        rows: int64 `[S]`, the queries.
+        positions: E, `[L + R + 1, D]`, or `None`.
+        left: L.
+        right: R.
+        dtype: of the arithmetic.
+
+    Returns:
+        The output `[S, H, D]` and the log-sum-exp `[H, S]`.
+    """
+    q = query[rows].to(dtype).transpose(0, 1)  # [H, S, D]
+    k, v = (x.to(dtype).transpose(0, 1) for x in (key, value))  # [H, T, D]
+    scores = q @ k.transpose(1, 2)  # [H, S, T]
+    if positions is not None:
+        frames = torch.arange(key.shape[0], device=key.device)
+        distance = (frames[None, :] - rows[:, None]).clamp(-left, right) + left  # [S, T]
+        by_distance = q @ positions.to(dtype).t()  # [H, S, L + R + 1]
+        scores = scores + by_distance.gather(2, distance.expand(scores.shape))
+    scores = scores * query.shape[2] ** -0.5
+    return (scores.softmax(-1) @ v).transpose(0, 1), scores.logsumexp(-1)
+
+
+def some_rows(length: int) -> Tensor:
+    """All queries of a short utterance; of a long one its ends, edges of blocks and some others."""
+    if length <= 512:
+        return torch.arange(length, device=DEVICE)
+    edges = torch.arange(0, length, 1024)
+    picked = [
+        torch.arange(80),
+        torch.arange(length - 80, length),
+        *((edges + shift) for shift in (-1, 0, 1)),
+        torch.randint(0, length, (40,)),
+    ]
+    return torch.cat(picked).clamp(0, length - 1).unique().to(DEVICE)
+
+
+def check(
+    judge: Judge,
+    lengths: list[int],
+    *,
+    heads: int = HEADS,
+    head_dim: int = HEAD_DIM,
+    dtype: torch.dtype = torch.float32,
+    positions: bool = True,
+    left: int = LEFT,
+    right: int = RIGHT,
+    name: str = "",
+    tolerance: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Runs the kernel and compares each utterance with float64; returns what came out."""
+    tensors = fused(sum(lengths), heads, head_dim, dtype)
+    embedding = vectors(left, right, head_dim, dtype) if positions else None
+    output, lse = shaw_attention(
+        *tensors,
+        packed(lengths),
+        max(lengths, default=0),
+        distance_embedding=embedding,
+        left_max_position=left,
+        right_max_position=right,
+        **options,
+    )
+    assert output.dtype == dtype and output.shape == tensors[0].shape
+    assert lse.dtype == torch.float32 and lse.shape == (heads, sum(lengths))
+    assert torch.isfinite(output).all() and torch.isfinite(lse).all()
+    start = 0
+    for length in lengths:
+        if length == 0:
+            continue
+        utterance = [tensor[start : start + length] for tensor in tensors]
+        rows = some_rows(length)
+        arguments = (*utterance, rows, embedding, left, right)
+        exact, exact_lse = sampled_attention(*arguments, torch.float64)
+        plain, _ = sampled_attention(*arguments, dtype)
+        limits = {} if tolerance is None else {"tolerance": tolerance}
+        judge(KERNEL + name, output[start + rows], exact, plain, **limits)
+        judge("shaw_attention_lse" + name, lse[:, start + rows], exact_lse, **limits)
+        start += length
+    return output, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions", [True, False])
+def test_ragged_batch(positions: bool, dtype: torch.dtype, judge: Judge) -> None:
+    name = "" if positions else "/no_positions"
+    check(judge, LENGTHS, dtype=dtype, positions=positions, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_utterance(dtype: torch.dtype, judge: Judge) -> None:
+    check(judge, [LONG, 3], dtype=dtype, name="/long")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_very_long_utterance(dtype: torch.dtype, judge: Judge) -> None:
+    check(judge, [VERY_LONG], heads=choose(2, 1), dtype=dtype, name="/very_long")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sampled_oracle_is_the_operation(dtype: torch.dtype, judge: Judge) -> None:
+    """What the other tests compare with is `ops.shaw_attention`, row by row."""
+    lengths = [choose(300, 33), 7]
+    tensors, embedding = fused(sum(lengths), 2, 16, dtype), vectors(LEFT, RIGHT, 16, dtype)
+    exact, _ = ops.shaw_attention(
+        *(tensor.double() for tensor in tensors),
+        packed(lengths),
+        max(lengths),
+        distance_embedding=embedding.double(),
+        left_max_position=LEFT,
+        right_max_position=RIGHT,
+    )
+    start = 0
+    for length in lengths:
+        rows = torch.arange(length, device=DEVICE)
+        utterance = [tensor[start : start + length] for tensor in tensors]
+        sampled, _ = sampled_attention(*utterance, rows, embedding, LEFT, RIGHT, torch.float64)
+        torch.testing.assert_close(sampled, exact[start : start + length], rtol=0, atol=1e-12)
+        start += length
+
+
+BANDS = [
+    (0, 0, 64, 32),
+    (0, 40, 64, 64),
+    (33, 0, 64, 32),
+    (100, 60, 32, 64),  # more distances than a tile of 128, and a block wider than the tile
+    (400, 350, 64, 64),  # no pair is out of the band
+]
+
+
+@pytest.mark.parametrize(("left", "right", "block_m", "block_n"), choose(BANDS, BANDS[2:3]))
+def test_band_wherever_it_lies(
+    left: int, right: int, block_m: int, block_n: int, judge: Judge
+) -> None:
+    config = AttentionConfig(block_m, block_n, 16, 4, 2)
+    lengths = choose([217, 300, 17], [40, 17])
+    dtype = HALF[-1]
+    check(judge, lengths, dtype=dtype, left=left, right=right, config=config, name="/band")
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("head_dim", choose([16, 40, 80, 128], [5]))
+def test_head_sizes(head_dim: int, dtype: torch.dtype, judge: Judge) -> None:
+    lengths = choose([217, 65, 1], [20, 1])
+    check(judge, lengths, heads=2, head_dim=head_dim, dtype=dtype, name="/head_size")
+
+
+def test_head_size_128_in_fp32(judge: Judge) -> None:
+    check(judge, choose([217, 65, 1], [20]), heads=2, head_dim=128, name="/head_size")
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_tf32x3(positions: bool, judge: Judge) -> None:
+    """Three tf32 products a product: an order of magnitude nearer than tf32's 2^-11."""
+    if architecture(DEVICE).startswith("gfx") or architecture(DEVICE) == "sm_75":
+        pytest.skip("no tf32 on this architecture")
+    tolerance = 1e-5 if INTERPRETED else 0.1 * 2.0**-11
+    lengths = choose([217, 1500], [33])
+    options = {"positions": positions, "precision": "tf32x3", "tolerance": tolerance}
+    check(judge, lengths, name="/tf32x3", **options)
+
+
+def test_work_over_the_scratch_limit_is_split_into_launches(judge: Judge) -> None:
+    from dataclasses import replace
+
+    whole = attention_config(HEAD_DIM, torch.float32, architecture(DEVICE))
+    small = replace(whole, scratch_limit=100_000)
+    results = []
+    for config in (small, whole):
+        torch.manual_seed(1)
+        lengths = choose([217, 300], [20, 40])
+        results.append(check(judge, lengths, heads=2, config=config, name="/split"))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_are_bit_equal(dtype: torch.dtype, judge: Judge) -> None:
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        lengths = choose([217, 1500, 3], [33, 3])
+        results.append(check(judge, lengths, dtype=dtype, name="/repeated"))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_utterance_does_not_depend_on_its_batch(dtype: torch.dtype, judge: Judge) -> None:
+    lengths = choose([33, 1500, 217], [33, 40, 3])
+    tensors = fused(sum(lengths), HEADS, HEAD_DIM, dtype)
+    options: dict[str, Any] = {
+        "distance_embedding": vectors(LEFT, RIGHT, HEAD_DIM, dtype),
+        "left_max_position": LEFT,
+        "right_max_position": RIGHT,
+    }
+    together, _ = shaw_attention(*tensors, packed(lengths), max(lengths), **options)
+    start, end = lengths[0], lengths[0] + lengths[1]
+    middle = (tensor[start:end] for tensor in tensors)
+    alone, _ = shaw_attention(*middle, packed(lengths[1:2]), lengths[1], **options)
+    assert torch.equal(together[start:end], alone)
+    judge.counted("shaw_attention/alone", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_writes_its_output_and_nothing_else(dtype: torch.dtype, judge: Judge) -> None:
+    shape = (72, HEADS, HEAD_DIM + 16)
+    buffer = torch.full(shape, -123.0, dtype=dtype, device=DEVICE)
+    out = buffer[1:-1, :, 8:-8].fill_(math.nan)  # strided rows and heads
+    check(judge, [65, 5], dtype=dtype, out=out, name="/out")
+    out.fill_(-123.0)
+    assert (buffer == -123.0).all()
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
+@pytest.mark.parametrize("positions", [True, False])
+def test_nothing_to_do(lengths: list[int], positions: bool, judge: Judge) -> None:
+    output, lse = check(judge, lengths, heads=2, positions=positions)
+    assert output.shape == (0, 2, HEAD_DIM) and lse.shape == (2, 0)
+
+
+def test_large_scores_do_not_overflow(judge: Judge) -> None:
+    query, key, value = (x.contiguous() for x in fused(217, 1, HEAD_DIM, torch.float32))
+    query *= 300
+    embedding = vectors(10, 4, HEAD_DIM, torch.float32) * 50
+    output, lse = shaw_attention(
+        query,
+        key,
+        value,
+        packed([217]),
+        217,
+        distance_embedding=embedding,
+        left_max_position=10,
+        right_max_position=4,
+    )
+    rows = torch.arange(217, device=DEVICE)
+    arguments = (query, key, value, rows, embedding, 10, 4)
+    _, exact_lse = sampled_attention(*arguments, torch.float64)
+    assert exact_lse.abs().max() > 5_000
+    judge("shaw_attention_lse/large_scores", lse, exact_lse)
+    assert torch.isfinite(output).all()

@@ -1,0 +1,226 @@
+"""The registered operations on the device: opcheck, compilation, no waiting for the host."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton import knobs
+
+from w2vbert_fast.layout import PackedBatch
+
+from .lane import DEVICE, DTYPES, INTERPRETED, WIDTH, Judge, choose, packed, random
+from .models import SIZES, batch, fast, kernels, make
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = choose([5, 0, 300, 64], [5, 0, 7])
+TOKENS = sum(LENGTHS)
+
+
+def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, residual = random(TOKENS, WIDTH, dtype=dtype), random(TOKENS, WIDTH, dtype=dtype)
+    weight, bias = random(WIDTH, dtype=dtype), random(WIDTH, dtype=dtype)
+    matrix = random(2 * WIDTH, WIDTH, dtype=dtype, scale=WIDTH**-0.5)
+    heads = [random(TOKENS, 2, 16, dtype=dtype) for _ in range(3)]
+    cu_seqlens = packed(LENGTHS)
+    return {
+        "layer_norm": (x, weight, bias, 1e-5),
+        "residual_layer_norm": (residual, x, 0.5, weight, bias, 1e-5),
+        "residual_double_layer_norm": (residual, x, 0.5, weight, bias, bias, weight, 1e-5),
+        "linear": (x, matrix, random(2 * WIDTH, dtype=dtype), "gelu"),
+        "linear_glu": (x, matrix, None),
+        "linear_residual": (x, matrix[:WIDTH], bias, residual, 0.5),
+        "feed_forward": (
+            *(x, matrix, random(2 * WIDTH, dtype=dtype), "gelu"),
+            *(random(WIDTH, 2 * WIDTH, dtype=dtype, scale=(2 * WIDTH) ** -0.5), bias),
+        ),
+        "linear_stacked": (x, [*matrix.split(WIDTH)], [weight, bias]),
+        "conv_norm_act": (
+            *(x, random(WIDTH, 31, dtype=dtype), weight, bias),
+            *(1e-5, "silu", cu_seqlens),
+        ),
+        "shaw_attention": (
+            *(*heads, cu_seqlens, max(LENGTHS)),
+            *(random(73, 16, dtype=dtype), 64, 8),
+        ),
+        "attention_tile_map": (x, 16, cu_seqlens, max(LENGTHS)),
+        "ctc_greedy": (random(TOKENS, 32, dtype=dtype).round(), cu_seqlens, 0),
+        "log_mel_filterbank": (
+            random(1600, dtype=torch.float32),
+            packed([700, 0, 900]),
+            80,
+            16_000,
+        ),
+        "normalize_and_stack": (random(TOKENS, 80, dtype=torch.float32), cu_seqlens, 2),
+    }[name]
+
+
+NAMES = (
+    "layer_norm",
+    "residual_layer_norm",
+    "residual_double_layer_norm",
+    "linear",
+    "linear_glu",
+    "linear_residual",
+    "feed_forward",
+    "linear_stacked",
+    "conv_norm_act",
+    "shaw_attention",
+    "attention_tile_map",
+    "ctc_greedy",
+    "log_mel_filterbank",
+    "normalize_and_stack",
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, dtype: torch.dtype, judge: Judge) -> None:
+    operation = getattr(torch.ops.w2vbert, name).default
+    with kernels():
+        result = torch.library.opcheck(operation, arguments(name, dtype))
+    assert set(result.values()) == {"SUCCESS"}
+    judge.counted(f"opcheck/{name}", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_are_bit_equal(name: str, dtype: torch.dtype, judge: Judge) -> None:
+    operation, inputs = getattr(torch.ops.w2vbert, name), arguments(name, dtype)
+    with kernels():
+        first, second = (torch.utils._pytree.tree_leaves(operation(*inputs)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    judge.counted(f"repeated/{name}", dtype)
+
+
+def test_every_registered_operation_is_checked() -> None:
+    registered = {
+        schema.name.removeprefix("w2vbert::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("w2vbert::")
+    }
+    assert registered == set(NAMES)
+
+
+def layer_and_inputs(
+    dtype: torch.dtype, *batches: tuple[int, ...]
+) -> tuple[Any, list[tuple[Tensor, PackedBatch]]]:
+    """An encoder layer, and packed batches for it."""
+    model = make("Wav2Vec2BertModel", list(SIZES)[-1]).to(dtype)
+    model.use_fast_kernels = True  # type: ignore[assignment]
+    inputs = []
+    for lengths in batches:
+        layout = PackedBatch.from_lengths(lengths, max(lengths), DEVICE)
+        inputs.append((random(sum(lengths), model.config.hidden_size, dtype=dtype), layout))
+    return model.encoder.layers[0], inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES[-1:], ids=str)
+def test_a_layer_compiles_without_a_graph_break(dtype: torch.dtype, judge: Judge) -> None:
+    layer, inputs = layer_and_inputs(dtype, *choose([(300, 17), (64, 217, 1)], [(5, 7), (3, 9)]))
+
+    def run(x: Tensor, layout: PackedBatch) -> Tensor:
+        return layer(x, layout)[0]
+
+    backend = "eager" if INTERPRETED else "inductor"
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    exact_layer = make("Wav2Vec2BertModel", list(SIZES)[-1]).to(dtype).double().encoder.layers[0]
+    with torch.no_grad(), kernels():
+        for x, layout in inputs:
+            eager = run(x, layout)
+            exact = exact_layer(x.double(), layout)[0]
+            # The same kernels: what the compiler may change are copies and views.
+            judge("compiled_layer", compiled(x, layout), exact, eager)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The kernels that Triton compiles meanwhile, or takes from its cache on disk."""
+    compiled: list[str] = []
+
+    def compiles(*, repr: str, **_: Any) -> None:
+        compiled.append(repr)
+
+    before = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = compiles
+    try:
+        yield compiled
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_new_length_compiles_nothing(dtype: torch.dtype) -> None:
+    """tests/test_recompilation.py counts the same without a GPU, for every launcher."""
+    first = choose([(300, 17), (20_000,)], [(5, 7)])
+    others = choose([(1,), (16,), (1500, 0, 3), (19_999, 1)], [(1,), (16,)])
+    layer, inputs = layer_and_inputs(dtype, *first, *others)
+    with torch.no_grad(), kernels():
+        with compilations() as seen:
+            for x, layout in inputs[: len(first)]:
+                layer(x, layout)
+        assert seen or INTERPRETED or dtype != DTYPES[0]
+        with compilations() as seen:
+            for x, layout in inputs[len(first) :]:
+                layer(x, layout)
+        assert not seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
+    layer, inputs = layer_and_inputs(dtype, *choose([(300, 17)], [(5, 7)]))
+    with torch.no_grad(), kernels():
+        layer(*inputs[0])  # compiles
+        with no_waiting():
+            layer(*inputs[0])
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """PyTorch raises where an operation would make the host wait for the device."""
+    if INTERPRETED:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_would_be_seen() -> None:
+    if INTERPRETED:
+        pytest.skip("the interpreter has no device to wait for")
+    with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
+        random(3, dtype=torch.float32).sum().item()
+
+
+def test_the_layer_is_on_the_kernels(judge: Judge) -> None:
+    """No comparison here means anything if the operations quietly ran plain PyTorch."""
+    model = make("Wav2Vec2BertModel", "tiny")
+    with torch.profiler.profile() as profile, torch.no_grad():
+        fast(model, *batch(choose((40, 3), (9, 3))))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    layers = model.config.num_hidden_layers
+    assert calls["w2vbert::shaw_attention"] == calls["w2vbert::conv_norm_act"] == layers
+    plain = ("aten::conv1d", "aten::native_layer_norm", "aten::addmm", "aten::_softmax")
+    assert not {name: calls[name] for name in plain if name in calls}
+    judge.counted("model/kernels", torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launches_go_to_the_device_of_the_tensors(name: str) -> None:
+    if INTERPRETED or torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    operation, inputs = getattr(torch.ops.w2vbert, name), arguments(name, torch.float32)
+    expected = torch.utils._pytree.tree_leaves(operation(*inputs))
+    moved = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to("cuda:1"), inputs)
+    got = torch.utils._pytree.tree_leaves(operation(*moved))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.cpu(), other.cpu())

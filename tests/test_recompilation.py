@@ -1,0 +1,280 @@
+"""A new sequence length does not recompile a Triton kernel.
+
+Triton compiles a kernel again when the types of its arguments change, or the value of a
+`constexpr`, or what it specialises on: an integer's being 1 or a multiple of 16, a pointer's
+alignment. Here the launchers run on tensors without memory, under a driver that only names a GPU,
+and a hook sees what Triton would compile and stops it there. So this needs neither a GPU nor a
+compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import csrc_triton
+import w2vbert_fast
+from csrc_triton.configs.linear import linear_candidates
+from csrc_triton.runtime import interpreting
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.ops import dispatch
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter compiles nothing")
+
+ARCHITECTURES = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+DTYPES = (torch.bfloat16, torch.float32)
+# 1 and multiples of 16 are what Triton specialises integers on. The last makes tensors whose
+# elements no 32-bit number counts.
+TOKENS = (1, 2, 15, 16, 17, 31, 63, 64, 65, 217, 300, 1500, 1504, 24_000, 100_000, 3_000_001)
+WIDTH, INNER, HEADS = 1024, 4096, 16
+
+
+class NamedGpu:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"no device, {self.target.backend}:{self.target.arch}"
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+class Compilations:
+    """Which kernels would have been compiled: distinct keys of Triton's cache by kernel name."""
+
+    def __init__(self) -> None:
+        self.keys: set[tuple[str, str]] = set()
+
+    def __call__(self, *, key: Any, fn: Any, **_: Any) -> bool:
+        self.keys.add((fn.name, str(key)))
+        return True  # as if another process had compiled it: Triton then launches nothing
+
+    def by_kernel(self) -> Counter[str]:
+        return Counter(name for name, _ in self.keys)
+
+
+KERNEL_MODULES = ("attention", "conv", "ctc", "fbank", "linear", "norm")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def compilations(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Compilations]:
+    recorded = Compilations()
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", recorded)
+    for name in ("runtime", *KERNEL_MODULES):
+        module = importlib.import_module(f"csrc_triton.{name}")
+        monkeypatch.setattr(module, "architecture", lambda device: request.param)
+        monkeypatch.setattr(module, "check_device", lambda **tensors: None)
+    # Not by `set_active`: where there is no GPU, nothing can be made active again afterwards.
+    monkeypatch.setattr(driver, "_active", NamedGpu(ARCHITECTURES[request.param]))
+    yield recorded
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def offsets(num_tokens: int, batch: int) -> Tensor:
+    """`cu_seqlens` of a batch; nothing here reads a length from it."""
+    return empty(batch + 1, dtype=torch.int32)
+
+
+def attention(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    fused = empty(num_tokens, 3, HEADS, WIDTH // HEADS, dtype=dtype)
+    csrc_triton.shaw_attention(
+        *fused.unbind(1),
+        offsets(num_tokens, batch),
+        num_tokens,
+        distance_embedding=empty(73, WIDTH // HEADS, dtype=dtype),
+        left_max_position=64,
+        right_max_position=8,
+    )
+
+
+def attention_without_positions(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    query, key, value = (empty(num_tokens, HEADS, 64, dtype=dtype) for _ in range(3))
+    csrc_triton.shaw_attention(query, key, value, offsets(num_tokens, batch), num_tokens)
+
+
+def linear(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    x, weight = empty(num_tokens, WIDTH, dtype=dtype), empty(INNER, WIDTH, dtype=dtype)
+    csrc_triton.linear(x, weight, empty(INNER, dtype=dtype), activation="silu")
+
+
+def linear_glu(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    x = empty(num_tokens, WIDTH, dtype=dtype)
+    csrc_triton.linear_glu(x, empty(2 * WIDTH, WIDTH, dtype=dtype))
+
+
+def linear_residual(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    x, weight = empty(num_tokens, INNER, dtype=dtype), empty(WIDTH, INNER, dtype=dtype)
+    residual = empty(num_tokens, WIDTH, dtype=dtype)
+    # The scale is a number that no compilation knows.
+    scale = 0.5 if num_tokens % 2 else 1.0
+    csrc_triton.linear_residual(x, weight, None, residual, scale=scale)
+
+
+def norm(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    x = empty(num_tokens, WIDTH, dtype=dtype)
+    csrc_triton.layer_norm(x, *norm_weights(dtype), 1e-5)
+
+
+def residual_norm(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    x = empty(num_tokens, WIDTH, dtype=dtype)
+    scale = 0.5 if num_tokens % 2 else 1.0
+    csrc_triton.residual_layer_norm(x, x, scale, *norm_weights(dtype), 1e-5)
+
+
+def double_norm(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    x, weights = empty(num_tokens, WIDTH, dtype=dtype), norm_weights(dtype)
+    csrc_triton.residual_double_layer_norm(x, x, 0.5, *weights, *weights, 1e-5)
+
+
+def norm_weights(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return empty(WIDTH, dtype=dtype), empty(WIDTH, dtype=dtype)
+
+
+def conv(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    x, taps = empty(num_tokens, WIDTH, dtype=dtype), empty(WIDTH, 31, dtype=dtype)
+    cu_seqlens = offsets(num_tokens, batch)
+    csrc_triton.conv_norm_act(x, taps, *norm_weights(dtype), 1e-5, "silu", cu_seqlens)
+
+
+def ctc(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    logits = empty(num_tokens, 32, dtype=dtype)
+    csrc_triton.ctc_greedy(logits, offsets(num_tokens, batch), batch)  # nor is the blank known
+
+
+def fbank(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
+    # Some samples more than fill frames: a multiple of 16 is what 400 + 160 n always is.
+    samples = torch.empty(400 + 160 * num_tokens + num_tokens % 160, device="meta")
+    cu_seqlens = offsets(num_tokens, batch)
+    features, frames = csrc_triton.log_mel_filterbank(samples, cu_seqlens, num_frames=num_tokens)
+    csrc_triton.normalize_and_stack(features, frames, num_stacked=max(num_tokens // 2, 1))
+
+
+Launch = Callable[[int, int, torch.dtype], None]
+LAUNCHES: dict[str, tuple[Launch, dict[str, int]]] = {
+    "attention": (attention, {"shaw_attention_fwd_kernel": 1}),
+    "attention_without_positions": (
+        attention_without_positions,
+        {"shaw_attention_fwd_kernel": 1},
+    ),
+    "linear": (linear, {}),
+    "linear_glu": (linear_glu, {}),
+    "linear_residual": (linear_residual, {}),
+    "layer_norm": (norm, {"_norm_fwd_kernel": 1}),
+    "residual_layer_norm": (residual_norm, {"_norm_fwd_kernel": 1}),
+    "residual_double_layer_norm": (double_norm, {"_norm_fwd_kernel": 1}),
+    "conv_norm_act": (conv, {"_conv_norm_act_fwd_kernel": 1}),
+    "ctc_greedy": (ctc, {"_ctc_argmax_kernel": 1, "_ctc_collapse_kernel": 1}),
+    "fbank": (
+        fbank,
+        {"_log_mel_fwd_kernel": 1, "_sum_blocks_kernel": 1, "_normalize_stack_kernel": 1},
+    ),
+}
+"""Launchers, and how often each of their kernels is compiled; linear's: once for each tile."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_lengths_share_their_kernels(
+    name: str, dtype: torch.dtype, compilations: Compilations, request: pytest.FixtureRequest
+) -> None:
+    launch, expected = LAUNCHES[name]
+    if not expected:
+        arch = request.node.callspec.params["compilations"]
+        expected = {"_linear_kernel": len(linear_candidates(dtype, arch))}
+    for num_tokens in TOKENS:
+        for batch in (1, 2, 16, 19):
+            launch(num_tokens, batch, dtype)
+    assert compilations.by_kernel() == expected
+
+
+def test_every_launcher_is_here() -> None:
+    covered = {
+        "shaw_attention",
+        "log_mel_filterbank",
+        "normalize_and_stack",
+        *LAUNCHES,
+    } - {"attention", "attention_without_positions", "fbank"}
+    assert covered == set(csrc_triton.__all__) - {"build_tile_map"}
+
+
+def test_no_tokens_compile_nothing(compilations: Compilations) -> None:
+    for name in ("linear", "linear_glu", "linear_residual", "layer_norm", "conv_norm_act"):
+        LAUNCHES[name][0](0, 0, torch.bfloat16)
+    attention(0, 1, torch.bfloat16)
+    assert not compilations.keys
+
+
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_a_layer_is_compiled_once(
+    whole_model: bool, compilations: Compilations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the operations and the modules hand to the launchers, and not the launchers alone."""
+    monkeypatch.setattr(dispatch, "_forced", "triton")  # `force` asks for the interpreter
+    config = w2vbert_fast.Wav2Vec2BertConfig(
+        hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=1
+    )
+    model = w2vbert_fast.Wav2Vec2BertModel(config).to(torch.bfloat16).eval()
+    model.use_fast_kernels = True
+    layer = model.encoder.layers[0]
+
+    def run(*lengths: int) -> None:
+        layout = PackedBatch.from_lengths(lengths, max(lengths), "cpu")
+        x = torch.zeros(sum(lengths), 128, dtype=torch.bfloat16)
+        with torch.no_grad():
+            if whole_model:
+                model(torch.zeros(1, sum(lengths), 160, dtype=torch.bfloat16))
+            else:
+                layer(x, layout)
+
+    run(37)
+    run(40_000)  # enough for linear's large tile
+    seen = set(compilations.keys)
+    assert {name for name, _ in seen} == {
+        "shaw_attention_fwd_kernel",
+        "_linear_kernel",
+        "_norm_fwd_kernel",
+        "_conv_norm_act_fwd_kernel",
+    }
+    for lengths in ((1,), (2,), (16,), (17, 1), (64, 0, 65), (1500,), (20_000, 3), (1, 1, 1, 1)):
+        run(*lengths)
+        assert compilations.keys == seen, f"lengths {lengths} compile a kernel again"
+
+
+@triton.jit
+def _length_specialises_kernel(x_ptr, num_rows, BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    tl.store(x_ptr + rows, 0.0, mask=rows < num_rows)
+
+
+def test_a_recompilation_is_seen(compilations: Compilations) -> None:
+    for num_rows in (3, 5, 7):
+        _length_specialises_kernel[(1,)](empty(16, dtype=torch.float32), num_rows, BLOCK=16)
+    assert compilations.by_kernel() == {"_length_specialises_kernel": 1}
+    for num_rows in (1, 16, 2**31):
+        _length_specialises_kernel[(1,)](empty(16, dtype=torch.float32), num_rows, BLOCK=16)
+    assert compilations.by_kernel() == {"_length_specialises_kernel": 4}
+    attention(5, 1, torch.float32)
+    csrc_triton.shaw_attention(*(empty(5, 2, 32, dtype=torch.float32),) * 3, offsets(5, 1), 5)
+    assert compilations.by_kernel()["shaw_attention_fwd_kernel"] == 2
