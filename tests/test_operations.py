@@ -13,7 +13,7 @@ from tests.reference import TINY, padded_batch, pair, relative_error
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops.dispatch import force_triton
-from w2vbert_fast.ops.linear import TRITON_ACTIVATIONS
+from w2vbert_fast.ops.linear import FUSED_ACTIVATIONS
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
 TOKENS, WIDTH = 12, 8
@@ -27,10 +27,15 @@ def arguments(name: str) -> tuple[Any, ...]:
     return {
         "layer_norm": (x, weight, bias, 1e-5),
         "residual_layer_norm": (residual, x, 0.5, weight, bias, 1e-5),
+        "residual_double_layer_norm": (residual, x, 0.5, weight, bias, bias, weight, 1e-5),
         "linear": (x, torch.randn(6, WIDTH), torch.randn(6), "gelu"),
         "linear_glu": (x, torch.randn(6, WIDTH), None),
+        "linear_residual": (x, torch.randn(WIDTH, WIDTH), bias, residual, 0.5),
+        "feed_forward": (x, torch.randn(6, WIDTH), None, "silu", torch.randn(WIDTH, 6), bias),
+        "linear_stacked": (x, [*torch.randn(3, 6, WIDTH)], [*torch.randn(3, 6)]),
         "conv_norm_act": (x, torch.randn(WIDTH, 3), weight, bias, 1e-5, "silu", CU_SEQLENS),
         "shaw_attention": (*heads, CU_SEQLENS, 7, torch.randn(6, 4), 3, 2),
+        "attention_tile_map": (x, 4, CU_SEQLENS, 7),
         "ctc_greedy": (torch.randint(0, 3, (TOKENS, 3)).float(), CU_SEQLENS, 0),
         "log_mel_filterbank": (
             torch.randn(1600),
@@ -38,18 +43,25 @@ def arguments(name: str) -> tuple[Any, ...]:
             20,
             16000,
         ),
+        "normalize_and_stack": (x, CU_SEQLENS, 2),
     }[name]
 
 
 NAMES = (
     "layer_norm",
     "residual_layer_norm",
+    "residual_double_layer_norm",
     "linear",
     "linear_glu",
+    "linear_residual",
+    "feed_forward",
+    "linear_stacked",
     "conv_norm_act",
     "shaw_attention",
+    "attention_tile_map",
     "ctc_greedy",
     "log_mel_filterbank",
+    "normalize_and_stack",
 )
 
 
@@ -119,10 +131,17 @@ def test_fast_path_calls_the_registered_operations() -> None:
         ours.use_fast_kernels = True
         ours(features, mask)
     calls = {event.key: event.count for event in profile.key_averages()}
-    per_layer = {"residual_layer_norm": 4, "conv_norm_act": 1, "shaw_attention": 1, "linear": 9}
-    for name, count in per_layer.items():
-        extra = 1 if name == "linear" else 0  # the feature projection
-        assert calls[f"w2vbert::{name}"] == 2 * count + extra, name
+    expected = {
+        "layer_norm": 1 + 1,  # of the features, and in front of the first layer
+        "residual_layer_norm": 3 + 4,
+        "residual_double_layer_norm": 1,
+        "linear": 1 + 2 * 5,  # of the features; query, key and value are three on a CPU
+        "feed_forward": 2 * 2,
+        "linear_glu": 2,
+        "conv_norm_act": 2,
+        "shaw_attention": 2,
+    }
+    assert {name: calls[f"w2vbert::{name}"] for name in expected} == expected
 
 
 def test_fast_path_trains_through_the_plain_form() -> None:
@@ -161,7 +180,7 @@ def test_triton_cannot_be_forced_outside_its_interpreter() -> None:
 def test_the_epilogues_are_those_that_the_kernels_have() -> None:
     from csrc_triton.device import ACTIVATIONS
 
-    assert {*TRITON_ACTIVATIONS, "linear"} == ACTIVATIONS.keys()
+    assert {*FUSED_ACTIVATIONS, "linear"} == ACTIVATIONS.keys()
 
 
 def test_plain_path_is_the_default() -> None:

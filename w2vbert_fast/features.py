@@ -20,7 +20,7 @@ from w2vbert_fast.ops.fbank import (
     FRAME_LENGTH,
     FRAME_SHIFT,
     log_mel_filterbank,
-    normalize_utterances,
+    normalize_and_stack,
 )
 from w2vbert_fast.padding import (
     check_length_arguments,
@@ -58,6 +58,9 @@ class SeamlessM4TFeatureExtractor:
         stride: Number of successive frames stacked into one.
         padding_side: "right" or "left".
         return_attention_mask: Whether calls return `attention_mask` unless they say otherwise.
+        use_fast_kernels: Whether to use the device's fast implementation of the operations, also
+            settable as an attribute; not saved. There is one on CUDA and ROCm devices where Triton
+            is installed. Its results differ from the plain ones by rounding (float64 throughout).
         **kwargs: Further entries of a `preprocessor_config.json`; kept as attributes and saved.
 
     Raises:
@@ -76,6 +79,7 @@ class SeamlessM4TFeatureExtractor:
         *,
         padding_side: str = "right",
         return_attention_mask: bool = True,
+        use_fast_kernels: bool = True,
         **kwargs: Any,
     ) -> None:
         for name, value, lowest in (
@@ -103,6 +107,7 @@ class SeamlessM4TFeatureExtractor:
         self.stride = stride
         self.padding_side = padding_side
         self.return_attention_mask = return_attention_mask
+        self.use_fast_kernels = use_fast_kernels
         self.processor_class: str | None = kwargs.pop("processor_class", None)
         self._further_entries = dict(kwargs)
         self._warned_of_sampling_rate = False
@@ -189,9 +194,13 @@ class SeamlessM4TFeatureExtractor:
             num_mel_bins=self.num_mel_bins,
             sampling_rate=self.sampling_rate,
             compute_dtype=torch.float32 if target.type == "mps" else torch.float64,
+            fast=self.use_fast_kernels,
         )
         if do_normalize_per_mel_bins:
-            features = normalize_utterances(features, frame_offsets)
+            # Stacks are made after padding: a last odd frame is stacked with padding.
+            features, _ = normalize_and_stack(
+                features, frame_offsets, 1, fast=self.use_fast_kernels
+            )
         rows, masks = pad_rows(
             torch.split(features, frame_offsets.diff().tolist()),
             None,
@@ -344,7 +353,7 @@ class SeamlessM4TFeatureExtractor:
             TypeError: An override is neither an argument nor an entry.
             ValueError: An entry has an impossible value.
         """
-        known = {*cls().to_dict(), *feature_extractor_dict}
+        known = {*cls().to_dict(), *feature_extractor_dict, "use_fast_kernels"}
         unknown = sorted(set(overrides) - known)
         if unknown:
             raise TypeError(f"{', '.join(unknown)}: no argument of {cls.__name__}")

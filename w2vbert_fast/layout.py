@@ -22,12 +22,15 @@ class PackedBatch:
         padded_length: number of frames T of the padded form `[batch, T, ...]`.
         token_positions: int64 `[num_tokens]`, the row of each packed token in the flattened padded
             form `[batch * T, ...]`; `None` when every row is full, so that packing is a reshape.
+        tile_map: the attention kernel's work list for these utterances, which an encoder makes once
+            for all its layers (`ops.attention_tile_map`); `None` where there is none.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     padded_length: int
     token_positions: Tensor | None
+    tile_map: Tensor | None = None
 
     @classmethod
     def from_lengths(
@@ -40,8 +43,9 @@ class PackedBatch:
             padded_length: frames of the padded form.
             device: where the index tensors live.
         """
-        frames = torch.arange(padded_length)
-        valid = frames[None, :] < torch.tensor(lengths, dtype=torch.int64)[:, None]
+        frames = torch.arange(padded_length, device="cpu")
+        limits = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        valid = frames[None, :] < limits[:, None]
         return cls._from_valid(valid, tuple(lengths), torch.device(device))
 
     @classmethod
@@ -90,8 +94,9 @@ class PackedBatch:
     def _from_valid(
         cls, valid: Tensor, lengths: tuple[int, ...], device: torch.device
     ) -> PackedBatch:
-        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        # On the CPU first, whatever the default device is: a copy to the device is one transfer.
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="cpu")
+        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
         padded_length = valid.shape[1]
         full = all(length == padded_length for length in lengths)
         positions = None if full else valid.flatten().nonzero().flatten().to(device)

@@ -8,22 +8,32 @@ layers and adapter as `[num_tokens, ...]`, and are unpacked once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch, sequence_ids
+from ..ops.dispatch import on_triton_device, takes_fast_path
 from .adapter import Wav2Vec2BertAdapter, conv_output_length
 from .layers import (
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertFeatureProjection,
     Wav2Vec2BertFeedForward,
+    is_untouched,
 )
 from .outputs import HiddenStates, Wav2Vec2BaseModelOutput, as_requested
+from .pooling import (
+    Statistics,
+    checked_statistics,
+    mean_over_frames,
+    normalize_with_statistics,
+)
 from .positions import Wav2Vec2BertRelPositionalEmbedding, Wav2Vec2BertRotaryPositionalEmbedding
 from .pretrained import Wav2Vec2BertPreTrainedModel
 from .spec_augment import sample_mask_spans
@@ -58,6 +68,8 @@ def requested_hidden_states(request: HiddenStatesRequest, num_layers: int) -> se
 class Wav2Vec2BertEncoder(nn.Module):
     """`num_hidden_layers` Conformer layers over packed tokens."""
 
+    use_fast_kernels = False
+
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
         self.config = config
@@ -73,7 +85,12 @@ class Wav2Vec2BertEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: Tensor, layout: PackedBatch, wanted: set[int], output_attentions: bool
+        self,
+        hidden_states: Tensor,
+        layout: PackedBatch,
+        wanted: set[int],
+        output_attentions: bool,
+        num_layers: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
         """Run the layers.
 
@@ -82,6 +99,7 @@ class Wav2Vec2BertEncoder(nn.Module):
             layout: the utterances.
             wanted: indices of the hidden states to keep (0 is what enters the first layer).
             output_attentions: keep the attention maps.
+            num_layers: run the first so many layers; `None`: all.
 
         Returns:
             The last layer's output `[N, C]`, the kept hidden states `[N, C]` by index, and the maps
@@ -94,20 +112,64 @@ class Wav2Vec2BertEncoder(nn.Module):
             positions = self.embed_positions(hidden_states, layout)
         kept = {0: hidden_states} if 0 in wanted else {}
         attentions: list[Tensor] = []
-        for index, layer in enumerate(self.layers, start=1):
+        layout, taps = self._once_for_all_layers(hidden_states, layout)
+        normed: Tensor | None = None  # the next layer's normalised input, if the last one made it
+        stop = len(self.layers) if num_layers is None else num_layers
+        for index, layer in enumerate(islice(self.layers, stop), start=1):
             drop = self.training and torch.rand(()).item() < self.config.layerdrop
             if not drop:
                 arguments = (hidden_states, layout, positions, output_attentions)
                 if self.gradient_checkpointing and self.training:
                     result = checkpoint(layer, *arguments, use_reentrant=False)
+                    hidden_states, probabilities = result
+                elif self._may_fuse(layer):
+                    following = self.layers[index] if index < stop else None
+                    hidden_states, normed, probabilities = layer.from_normed(
+                        hidden_states,
+                        layer.open(hidden_states) if normed is None else normed,
+                        *arguments[1:],
+                        taps=None if taps is None else taps[index - 1],
+                        next_layer=following if self._may_fuse(following) else None,
+                    )
                 else:
-                    result = layer(*arguments)
-                hidden_states, probabilities = result
+                    hidden_states, probabilities = layer(*arguments)
                 if output_attentions:
                     attentions.append(probabilities)
             if index in wanted:
                 kept[index] = hidden_states
         return hidden_states, kept, attentions
+
+    def _may_fuse(self, layer: nn.Module | None) -> TypeGuard[Wav2Vec2BertEncoderLayer]:
+        """Whether a layer's borders may be moved: nobody watches what goes in and comes out.
+
+        In training, LayerDrop may leave the layer out.
+        """
+        return (
+            not self.training
+            and layer is not None
+            and is_untouched(layer, Wav2Vec2BertEncoderLayer)
+        )
+
+    def _once_for_all_layers(
+        self, x: Tensor, layout: PackedBatch
+    ) -> tuple[PackedBatch, list[Tensor] | None]:
+        """What the Triton kernels of all layers share: the attention's work list, in the layout,
+        and the depthwise weights `[C, K]` laid out tap by tap."""
+        if self.training or not takes_fast_path(self.use_fast_kernels, x):
+            return layout, None
+        layers = [layer for layer in self.layers if is_untouched(layer, Wav2Vec2BertEncoderLayer)]
+        if not on_triton_device(x) or not layers:
+            return layout, None
+        cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
+        tile_map = ops.attention_tile_map(
+            x, layers[0].self_attn.head_size, cu_seqlens, longest, fast=True
+        )
+        weights = [layer.conv_module.depthwise_weight() for layer in layers]
+        uniform = len(layers) == len(self.layers)
+        uniform = uniform and all(weight.shape == weights[0].shape for weight in weights)
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            uniform = False
+        return replace(layout, tile_map=tile_map), ops.tap_major(weights) if uniform else None
 
 
 @dataclass
@@ -201,20 +263,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
     ) -> PackedEncoding:
         """`forward` without the unpacking, for heads; same arguments."""
         config = self.config
-        if (
-            input_features.dim() != 3
-            or input_features.shape[2] != config.feature_projection_input_dim
-        ):
-            raise ValueError(
-                f"input_features has shape {tuple(input_features.shape)}; it must be "
-                f"(batch, frames, {config.feature_projection_input_dim})"
-            )
-        layout = PackedBatch.from_attention_mask(
-            attention_mask,
-            input_features.shape[0],
-            input_features.shape[1],
-            input_features.device,
-        )
+        layout = self._layout(input_features, attention_mask)
         x, extract_features = self.feature_projection(layout.pack(input_features))
         x = self._spec_augment(x, layout, mask_time_indices)
         if output_hidden_states is None:
@@ -229,6 +278,77 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         if self.adapter is not None:
             x, out_layout = self.adapter(x, layout)
         return PackedEncoding(x, out_layout, layout, extract_features, kept, attentions)
+
+    def _layout(self, input_features: Tensor, attention_mask: Tensor | None) -> PackedBatch:
+        width = self.config.feature_projection_input_dim
+        if input_features.dim() != 3 or input_features.shape[2] != width:
+            raise ValueError(
+                f"input_features has shape {tuple(input_features.shape)}; it must be "
+                f"(batch, frames, {width})"
+            )
+        batch_size, frames, _ = input_features.shape
+        return PackedBatch.from_attention_mask(
+            attention_mask, batch_size, frames, input_features.device
+        )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        layer: int = -1,
+        stats: Statistics | None = None,
+        pool: str | None = None,
+    ) -> Tensor:
+        """One hidden state, as codecs, TTS and retrieval read it; no layer behind it is computed.
+
+        No gradient is recorded; `forward(output_hidden_states=[layer])` records one.
+
+        Args:
+            input_features: floating `[batch, T, feature_projection_input_dim]`.
+            attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
+            layer: index into `hidden_states`: 0 is what enters the first layer, k is the output of
+                the k-th layer, -1 that of the last (in front of an adapter).
+            stats: mean and variance `[hidden_size]` each, a pair or a mapping with the entries
+                "mean" and "var" (such as `wav2vec2bert_stats.pt` holds). The result is
+                `(x - mean) / sqrt(var)`, as in IndexTTS2 and MaskGCT.
+            pool: "mean": the mean over each utterance's valid frames, after `stats`. `None`: all
+                frames.
+
+        Returns:
+            `[batch, T, hidden_size]`, zero in padding, or with `pool` `[batch, hidden_size]`, zero
+            for an utterance without valid frames.
+
+        Raises:
+            ValueError: an argument is impossible.
+            TypeError: `stats` is neither a pair nor a mapping.
+            RuntimeError: the model is in training mode, in which hidden states are random.
+        """
+        count = self.config.num_hidden_layers
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, int)
+            or not -count - 1 <= layer <= count
+        ):
+            raise ValueError(
+                f"layer is {layer!r}; a model of {count} layers has hidden states 0 to {count}"
+            )
+        if pool not in (None, "mean"):
+            raise ValueError(f"pool is {pool!r}; it must be 'mean' or None")
+        if stats is not None:
+            stats = checked_statistics(stats, self.config.hidden_size)
+        if self.training:
+            raise RuntimeError(
+                "encode was called in training mode, in which dropout, LayerDrop and SpecAugment "
+                "make hidden states random; call model.eval() first"
+            )
+        layout = self._layout(input_features, attention_mask)
+        x, _ = self.feature_projection(layout.pack(input_features))
+        x, _, _ = self.encoder(x, layout, set(), False, layer % (count + 1))
+        if stats is not None:
+            x = normalize_with_statistics(x, *stats)
+        return mean_over_frames(x, layout) if pool == "mean" else layout.unpack(x)
 
     def unpack_hidden_states(
         self, encoding: PackedEncoding, output_hidden_states: HiddenStatesRequest

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..configuration import Wav2Vec2BertConfig
-from ..layout import PackedBatch, sequence_ids
+from ..layout import PackedBatch
 from .encoder import HiddenStatesRequest, PackedEncoding, Wav2Vec2BertModel
 from .outputs import (
     CausalLMOutput,
@@ -23,6 +23,7 @@ from .outputs import (
     XVectorOutput,
     as_requested,
 )
+from .pooling import Statistics, mean_over_frames
 from .pretrained import Wav2Vec2BertPreTrainedModel
 
 BLANK_LOGIT = 100.0
@@ -46,6 +47,20 @@ class _WithEncoder(Wav2Vec2BertPreTrainedModel):
     def valid_lengths(self, attention_mask: Tensor) -> Tensor:
         """Output frames of each utterance; see `Wav2Vec2BertModel.valid_lengths`."""
         return self.wav2vec2_bert.valid_lengths(attention_mask)
+
+    def encode(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        layer: int = -1,
+        stats: Statistics | None = None,
+        pool: str | None = None,
+    ) -> Tensor:
+        """One hidden state of the encoder; see `Wav2Vec2BertModel.encode`."""
+        return self.wav2vec2_bert.encode(
+            input_features, attention_mask, layer=layer, stats=stats, pool=pool
+        )
 
     def _finish(
         self,
@@ -222,7 +237,7 @@ class Wav2Vec2BertForSequenceClassification(_Classifier):
         hidden_state, encoding = self._encode(
             input_features, attention_mask, output_attentions, output_hidden_states
         )
-        pooled = _mean_over_frames(self.projector(hidden_state), encoding.layout)
+        pooled = mean_over_frames(self.projector(hidden_state), encoding.layout)
         logits = self.classifier(pooled)
         loss = None
         if labels is not None:
@@ -305,12 +320,18 @@ class AMSoftmaxLoss(nn.Module):
         self.num_labels = num_labels
         self.weight = nn.Parameter(torch.empty(input_dim, num_labels))
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """`[batch, input_dim]`, int64 `[batch]` -> scalar."""
-        cosine = F.normalize(embeddings, dim=1) @ F.normalize(self.weight, dim=0)
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """`[batch, input_dim]` -> the cosine to each class's direction, `[batch, num_labels]`."""
+        return F.normalize(embeddings, dim=1) @ F.normalize(self.weight, dim=0)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """`[batch, input_dim]`, int64 `[batch]` -> scalar; reduction "none": `[batch]`."""
+        cosine = self.cosines(embeddings)
         target = F.one_hot(labels.flatten(), self.num_labels).bool()
         return F.cross_entropy(
-            self.scale * torch.where(target, cosine - self.margin, cosine), labels.flatten()
+            self.scale * torch.where(target, cosine - self.margin, cosine),
+            labels.flatten(),
+            reduction=reduction,
         )
 
 
@@ -410,10 +431,3 @@ class Wav2Vec2BertForXVector(_Classifier):
 def _reject_adapter(config: Wav2Vec2BertConfig, name: str) -> None:
     if getattr(config, "add_adapter", False):
         raise ValueError(f"config.add_adapter is True; {name} works without an adapter only")
-
-
-def _mean_over_frames(x: Tensor, layout: PackedBatch) -> Tensor:
-    """`[N, C]` -> `[batch, C]`; an utterance without frames gives zeros."""
-    ids = sequence_ids(layout.cu_seqlens, x.shape[0])
-    total = x.new_zeros(layout.batch_size, x.shape[1]).index_add(0, ids, x)
-    return total / layout.cu_seqlens.diff().clamp(min=1).to(x.dtype)[:, None]

@@ -7,7 +7,7 @@ Shapes: N packed tokens, C hidden, H heads of D channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch
+from ..ops.dispatch import on_triton_device, takes_fast_path
+from .packing import lay_end_to_end
+from .quantization import Int8Linear, int8_feed_forward, int8_projections
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -28,20 +33,25 @@ def apply_linear(
     LoRA, quantised and hooked layers keep their behaviour: only an untouched `nn.Linear` may hand
     its weight to an operation.
     """
-    if _is_untouched_linear(module):
+    if is_untouched(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias, activation, fast=fast)
-    y: Tensor = module(x)
+    y: Tensor
+    if is_untouched(module, Int8Linear) and not callable(activation):
+        y = module(x, activation)
+        return y
+    y = module(x)
     return y if activation is None else ops.get_activation(activation)(y)
 
 
-def _is_untouched_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_untouched(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
     """No subclass, no hooks, and no `forward` of its own (as offloading libraries put in)."""
-    return type(module) is nn.Linear and not (
+    return type(module) is kind and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )
 
 
@@ -88,6 +98,13 @@ class Wav2Vec2BertFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fast = self.use_fast_kernels
+        first, second, activation = self.intermediate_dense, self.output_dense, self.activation
+        if isinstance(activation, str) and not self.training:
+            if is_untouched(first, nn.Linear) and is_untouched(second, nn.Linear):
+                weights = (first.weight, first.bias, activation, second.weight, second.bias)
+                return ops.feed_forward(x, *weights, fast=fast)
+            if is_untouched(first, Int8Linear) and is_untouched(second, Int8Linear):
+                return int8_feed_forward(x, first, second, activation)
         x = apply_linear(self.intermediate_dense, x, self.activation, fast=fast)
         x = self.intermediate_dropout(x)
         y: Tensor = self.output_dropout(apply_linear(self.output_dense, x, fast=fast))
@@ -116,14 +133,21 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
         self.pointwise_conv2 = nn.Conv1d(width, width, kernel_size=1, bias=False)
         self.dropout = nn.Dropout(config.conformer_conv_dropout)
 
-    def forward(self, x: Tensor, layout: PackedBatch) -> Tensor:
-        """`[N, C]`, already normalised -> `[N, C]`."""
+    def depthwise_weight(self) -> Tensor:
+        """`[C, K]`, a view."""
+        return self.depthwise_conv.weight.squeeze(1)
+
+    def forward(self, x: Tensor, layout: PackedBatch, taps: Tensor | None = None) -> Tensor:
+        """`[N, C]`, already normalised -> `[N, C]`.
+
+        `taps` is the depthwise weight `[C, K]` in another layout (`ops.tap_major`).
+        """
         fast = self.use_fast_kernels
         x = ops.linear_glu(x, self.pointwise_conv1.weight.squeeze(-1), fast=fast)
         norm = self.depthwise_layer_norm
         x = ops.conv_norm_act(
             x,
-            self.depthwise_conv.weight.squeeze(1),
+            self.depthwise_weight() if taps is None else taps,
             norm.weight,
             norm.bias,
             norm.eps,
@@ -196,9 +220,12 @@ class Wav2Vec2BertSelfAttention(nn.Module):
             # The reference rotates the input of the projections, not their output.
             query_key_input = ops.rotate(x.view(by_head), *positions).view(x.shape)
         fast = self.use_fast_kernels
-        query = apply_linear(self.linear_q, query_key_input, fast=fast).view(by_head)
-        key = apply_linear(self.linear_k, query_key_input, fast=fast).view(by_head)
-        value = apply_linear(self.linear_v, x, fast=fast).view(by_head)
+        if query_key_input is x:
+            projected = self._project(x, self.linear_q, self.linear_k, self.linear_v)
+        else:
+            projected = self._project(query_key_input, self.linear_q, self.linear_k)
+            projected += self._project(x, self.linear_v)
+        query, key, value = (part.view(by_head) for part in projected)
         dropout_p = self.dropout.p if self.training else 0.0
         if self.position_embeddings_type == "relative":
             assert positions is not None
@@ -228,9 +255,37 @@ class Wav2Vec2BertSelfAttention(nn.Module):
                 right_max_position=self.right_max_position_embeddings if shaw else 0,
                 dropout_p=dropout_p,
                 return_probabilities=output_attentions,
+                tile_map=layout.tile_map,
                 fast=fast,
             )
         return apply_linear(self.linear_out, output.flatten(1), fast=fast), probabilities
+
+    def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
+        """Each layer's output `[N, C]` for one input: of one product where that pays.
+
+        On a CPU three products cost what one of three times the width does.
+        """
+        fast = self.use_fast_kernels
+        if all(is_untouched(layer, Int8Linear) for layer in layers):
+            return int8_projections(x, layers)
+        plain = [layer for layer in layers if is_untouched(layer, nn.Linear)]
+        weights = [layer.weight for layer in plain]
+        biases = [layer.bias for layer in plain if layer.bias is not None]
+        one_product = (
+            len(plain) == len(layers) > 1
+            and len(biases) in (0, len(plain))
+            and all(weight.shape == weights[0].shape for weight in weights)
+            and on_triton_device(x)
+            and takes_fast_path(fast, x, *weights, *biases)
+        )
+        if not one_product:
+            return [apply_linear(layer, x, fast=fast) for layer in layers]
+        if not torch.compiler.is_compiling():
+            lay_end_to_end(weights)
+            if biases:
+                lay_end_to_end(biases)
+        stacked = ops.linear_stacked(x, weights, biases, fast=fast)
+        return list(stacked.chunk(len(layers), dim=1))
 
 
 class Wav2Vec2BertEncoderLayer(nn.Module):
@@ -262,17 +317,70 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`[N, C]` -> `[N, C]` and the attention maps or `None`."""
-        first = self.ffn1_layer_norm
-        fast = self.use_fast_kernels
-        x = ops.layer_norm(hidden_states, first.weight, first.bias, first.eps, fast=fast)
-        residual, x = self._close_block(hidden_states, self.ffn1(x), 0.5, self.self_attn_layer_norm)
+        x, _, probabilities = self.from_normed(
+            hidden_states, self.open(hidden_states), layout, positions, output_attentions
+        )
+        return x, probabilities
+
+    def open(self, hidden_states: Tensor) -> Tensor:
+        """The norm in front of the first block: `[N, C]` -> `[N, C]`."""
+        norm = self.ffn1_layer_norm
+        weights = (norm.weight, norm.bias, norm.eps)
+        return ops.layer_norm(hidden_states, *weights, fast=self.use_fast_kernels)
+
+    def from_normed(
+        self,
+        hidden_states: Tensor,
+        normed: Tensor,
+        layout: PackedBatch,
+        positions: tuple[Tensor, ...] | None = None,
+        output_attentions: bool = False,
+        *,
+        taps: Tensor | None = None,
+        next_layer: Wav2Vec2BertEncoderLayer | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`forward` for an encoder that hands normalised inputs from layer to layer.
+
+        Args:
+            hidden_states: `[N, C]`, the layer's input.
+            normed: `[N, C]`, what `open` makes of it.
+            layout: the utterances.
+            positions: as in `Wav2Vec2BertSelfAttention.forward`.
+            output_attentions: also return the attention maps.
+            taps: as in `Wav2Vec2BertConvolutionModule.forward`.
+            next_layer: the layer that follows at once, whose first norm joins this one's last.
+
+        Returns:
+            The output `[N, C]`; what `next_layer.open` would make of it, `None` without a next
+            layer; and the attention maps or `None`.
+        """
+        residual, x = self._close_block(
+            hidden_states, self.ffn1(normed), 0.5, self.self_attn_layer_norm
+        )
         x, probabilities = self.self_attn(x, layout, positions, output_attentions)
         x = self.self_attn_dropout(x)
         residual, x = self._close_block(residual, x, 1.0, self.conv_module.layer_norm)
-        x = self.conv_module(x, layout)
+        x = self.conv_module(x, layout, taps)
         residual, x = self._close_block(residual, x, 1.0, self.ffn2_layer_norm)
-        _, x = self._close_block(residual, self.ffn2(x), 0.5, self.final_layer_norm)
-        return x, probabilities
+        x, last = self.ffn2(x), self.final_layer_norm
+        if next_layer is None:
+            return self._close_block(residual, x, 0.5, last)[1], None, probabilities
+        following = next_layer.ffn1_layer_norm
+        if following.eps != last.eps:
+            x = self._close_block(residual, x, 0.5, last)[1]
+            return x, next_layer.open(x), probabilities
+        x, normed = ops.residual_double_layer_norm(
+            residual,
+            x,
+            0.5,
+            last.weight,
+            last.bias,
+            following.weight,
+            following.bias,
+            last.eps,
+            fast=self.use_fast_kernels,
+        )
+        return x, normed, probabilities
 
     def _close_block(
         self, residual: Tensor, x: Tensor, scale: float, norm: nn.LayerNorm

@@ -17,6 +17,7 @@ from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from ..hub import pinned_revision, resolve_file
 from .initialization import initialize_weights
 from .loading import load_weights
+from .quantization import check_int8, quantize_encoder
 
 _Model = TypeVar("_Model", bound="Wav2Vec2BertPreTrainedModel")
 
@@ -126,7 +127,9 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
             config: the configuration to use instead of the checkpoint's; it is copied.
             revision: branch, tag or commit on the hub.
             dtype: floating point dtype of the weights, or its name. None and `"auto"`: what the
-                configuration says, else what the weights have.
+                configuration says, else what the weights have. `"int8"`, on the CPU: that too, and
+                then the linear layers of the encoder are quantised, weights by output channel and
+                activations by token. An int8 model is for inference and cannot be saved.
             device: where the weights go; by default the CPU.
             use_fast_kernels: see the property of that name.
             cache_dir: the hub's cache folder, where it is not the usual one.
@@ -146,12 +149,16 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         Raises:
             OSError: no such folder or repository, or it has no `config.json`.
             CheckpointError: the weights are missing, damaged or do not fit. A `ValueError`.
-            ValueError: the configuration or an argument has an impossible value.
+            ValueError: the configuration or an argument has an impossible value, or int8 cannot
+                run here.
             TypeError: a keyword argument is neither listed here nor a field of the configuration.
         """
         dtype = torch_dtype if dtype is None else dtype
-        chosen = None if dtype == "auto" else floating_dtype("dtype", dtype)
+        int8 = dtype == "int8"
+        chosen = None if dtype == "auto" or int8 else floating_dtype("dtype", dtype)
         target = _as_device(device)
+        if int8:
+            check_int8(target)
         hub_arguments: dict[str, Any] = {
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
@@ -188,6 +195,8 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         _materialize_buffers(model, target)
         if empty:
             initialize_weights(model, empty)
+        if int8:
+            quantize_encoder(model)
         model.use_fast_kernels = use_fast_kernels
         return model.eval()
 
@@ -209,7 +218,8 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
             state_dict: what to write instead of `self.state_dict()`, such as gathered shards.
 
         Raises:
-            ValueError: the configuration cannot be written, or `max_shard_size` is no size.
+            ValueError: the configuration cannot be written, `max_shard_size` is no size, or the
+                model is quantised to int8.
             NotADirectoryError: the path is a file.
         """
         config = copy.deepcopy(self.config)

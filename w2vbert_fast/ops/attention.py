@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import positions_in_sequence, sequence_ids
-from .dispatch import runs_triton, takes_fast_path
+from .dispatch import cpu_kernels_for, on_triton_device, runs_triton, takes_fast_path
+from .registry import operation
+
+MAX_TRITON_HEAD_SIZE = 128
+"""Attention with larger heads runs in plain PyTorch."""
 
 
 class _PaddedHeads:
@@ -73,6 +77,7 @@ def shaw_attention(
     right_max_position: int = 0,
     dropout_p: float = 0.0,
     return_probabilities: bool = False,
+    tile_map: Tensor | None = None,
     fast: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with relative keys (Shaw et al. 2018), within each utterance.
@@ -92,6 +97,7 @@ def shaw_attention(
         right_max_position: R.
         dropout_p: probability with which an attention weight is dropped.
         return_probabilities: also return the attention maps.
+        tile_map: of `attention_tile_map` for these utterances; made anew when `None`.
         fast: use the device's fast implementation, `torch.ops.w2vbert.shaw_attention`, which has
             neither dropout nor attention maps; a call that asks for them runs the plain form.
 
@@ -105,7 +111,16 @@ def shaw_attention(
     ):
         left, right = left_max_position, right_max_position
         fast_output: Tensor = shaw_attention_op(
-            query, key, value, cu_seqlens, max_seqlen, distance_embedding, left, right
+            query,
+            key,
+            value,
+            cu_seqlens,
+            max_seqlen,
+            distance_embedding,
+            left,
+            right,
+            tile_map=tile_map,
+            return_log_sum_exp=False,
         )[0]
         return fast_output, None
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
@@ -187,7 +202,87 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-@torch.library.custom_op("w2vbert::shaw_attention", mutates_args=())
+def attention_tile_map(
+    x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int, *, fast: bool = False
+) -> Tensor | None:
+    """The work list of the Triton attention kernel, which serves every layer of an encoder.
+
+    Args:
+        x: `[num_tokens, ...]`, a tensor of the device and dtype that attention will have.
+        head_size: channels D of a head.
+        cu_seqlens: int32 `[batch + 1]`.
+        max_seqlen: frames of the longest utterance.
+        fast: whether the fast implementation will run.
+
+    Returns:
+        int32 `[num_tiles, 2]` for the argument `tile_map` of `shaw_attention`; `None` where no such
+        kernel is to run.
+    """
+    if not fast or head_size > MAX_TRITON_HEAD_SIZE or not on_triton_device(x):
+        return None
+    tile_map: Tensor = attention_tile_map_op(x, head_size, cu_seqlens, max_seqlen)
+    return tile_map
+
+
+def _block_m(x: Tensor, head_size: int) -> int:
+    """Query rows of a tile of the kernel that runs for tensors like `x`."""
+    from csrc_triton.configs.attention import attention_config
+    from csrc_triton.runtime import architecture
+
+    # Fake tensors may be on a device that this machine does not have.
+    absent = x.device.type == "cuda" and not torch.cuda.is_available()
+    arch = "sm_90" if absent else architecture(x.device)
+    return attention_config(head_size, x.dtype, arch).block_m
+
+
+def _attention_tile_map_fake(
+    x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    if not runs_triton(x):
+        return cu_seqlens.new_empty(0, 2)
+    from csrc_triton.attention import tile_bound
+
+    batch_size = cu_seqlens.shape[0] - 1
+    bound = tile_bound(batch_size, x.shape[0], max_seqlen, _block_m(x, head_size))
+    return cu_seqlens.new_empty(bound, 2)
+
+
+@operation(
+    "attention_tile_map(Tensor x, int head_size, Tensor cu_seqlens, SymInt max_seqlen) -> Tensor",
+    _attention_tile_map_fake,
+)
+def attention_tile_map_op(x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    if not runs_triton(x):
+        return cu_seqlens.new_empty(0, 2)
+    from csrc_triton.attention import build_tile_map
+
+    block_m = _block_m(x, head_size)
+    return build_tile_map(cu_seqlens, block_m, num_tokens=x.shape[0], max_seqlen=max_seqlen)
+
+
+def _shaw_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left_max_position: int,
+    right_max_position: int,
+    tile_map: Tensor | None = None,
+    return_log_sum_exp: bool = True,
+) -> tuple[Tensor, Tensor]:
+    num_tokens, num_heads, _ = query.shape
+    rows = (num_heads, num_tokens) if return_log_sum_exp else (0,)
+    return query.new_empty(query.shape), query.new_empty(rows, dtype=torch.float32)
+
+
+@operation(
+    "shaw_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt max_seqlen, "
+    "Tensor? distance_embedding, int left_max_position, int right_max_position, "
+    "Tensor? tile_map=None, bool return_log_sum_exp=True) -> (Tensor, Tensor)",
+    _shaw_attention_fake,
+)
 def shaw_attention_op(
     query: Tensor,
     key: Tensor,
@@ -197,42 +292,41 @@ def shaw_attention_op(
     distance_embedding: Tensor | None,
     left_max_position: int,
     right_max_position: int,
+    tile_map: Tensor | None = None,
+    return_log_sum_exp: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The output `[N, H, D]` and the log-sum-exp of every row of scores, fp32 `[H, N]`."""
-    if runs_triton(query):
+    """The output `[N, H, D]` and the log-sum-exp of every row of scores, fp32 `[H, N]`.
+
+    Without `return_log_sum_exp` the second result is empty.
+    """
+    left, right = left_max_position, right_max_position
+    if distance_embedding is not None:
+        distance_embedding = distance_embedding.to(query.dtype)
+    if query.shape[2] <= MAX_TRITON_HEAD_SIZE and runs_triton(query):
         from csrc_triton.attention import shaw_attention as kernel
 
-        return kernel(
+        output, log_sum_exp = kernel(
             query,
             key,
             value,
             cu_seqlens,
             max_seqlen,
-            distance_embedding=(
-                None if distance_embedding is None else distance_embedding.to(query.dtype)
-            ),
-            left_max_position=left_max_position,
-            right_max_position=right_max_position,
+            distance_embedding=distance_embedding,
+            left_max_position=left,
+            right_max_position=right,
+            tile_map=tile_map,
         )
+        return output, log_sum_exp if return_log_sum_exp else log_sum_exp.new_empty(0)
+    if (fast := cpu_kernels_for(query)) is not None and not return_log_sum_exp:
+        attended: Tensor = fast.shaw_attention(
+            query, key, value, cu_seqlens, max_seqlen, distance_embedding, left, right
+        )
+        return attended, attended.new_empty(0, dtype=torch.float32)
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
-    scores = _shaw_scores(
-        heads.pad(query), heads.pad(key), distance_embedding, left_max_position, right_max_position
-    )
+    scores = _shaw_scores(heads.pad(query), heads.pad(key), distance_embedding, left, right)
     output, _ = _attend(scores, heads.pad(value), heads, 0.0)
+    output = output.contiguous()
+    if not return_log_sum_exp:
+        return output, output.new_empty(0, dtype=torch.float32)
     log_sum_exp = heads.masked(scores).float().logsumexp(-1, keepdim=True)
-    return output.contiguous(), heads.unpad(log_sum_exp).squeeze(-1).t().contiguous()
-
-
-@shaw_attention_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    distance_embedding: Tensor | None,
-    left_max_position: int,
-    right_max_position: int,
-) -> tuple[Tensor, Tensor]:
-    num_tokens, num_heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty(num_heads, num_tokens, dtype=torch.float32)
+    return output, heads.unpad(log_sum_exp).squeeze(-1).t().contiguous()

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from ..layout import sequence_ids
 from .activations import get_activation
-from .dispatch import runs_triton, takes_fast_path
-from .linear import TRITON_ACTIVATIONS
+from .dispatch import cpu_kernels_for, runs_triton, takes_fast_path
+from .linear import FUSED_ACTIVATIONS
 from .norm import layer_norm
+from .registry import operation
+
+MAX_TRITON_CHANNELS = 2048
+TRITON_KERNEL_SIZES = range(3, 64)
+"""What the Triton kernel covers; other sizes run in plain PyTorch."""
 
 
 def causal_depthwise_conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -54,7 +59,8 @@ def conv_norm_act(
 
     Args:
         x: `[num_tokens, channels]`, packed, after the gated linear unit.
-        conv_weight: `[channels, K]`.
+        conv_weight: `[channels, K]`, at any strides. The Triton kernel reads it tap by tap, and
+            copies it at each call unless it is laid out so (`tap_major`).
         norm_weight: `[channels]`.
         norm_bias: `[channels]`.
         eps: added to the variance.
@@ -66,35 +72,31 @@ def conv_norm_act(
         `[num_tokens, channels]`.
     """
     if takes_fast_path(fast, x, conv_weight, norm_weight, norm_bias):
-        inside = isinstance(activation, str) and activation in TRITON_ACTIVATIONS
+        inside = isinstance(activation, str) and activation in FUSED_ACTIVATIONS
         name = activation if isinstance(activation, str) and inside else "linear"
-        y = conv_norm_act_op(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
+        y: Tensor = conv_norm_act_op(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
         return y if inside else get_activation(activation)(y)
     y = causal_depthwise_conv(x, conv_weight, cu_seqlens)
     return get_activation(activation)(layer_norm(y, norm_weight, norm_bias, eps))
 
 
-@torch.library.custom_op("w2vbert::conv_norm_act", mutates_args=())
-def conv_norm_act_op(
-    x: Tensor,
-    conv_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    activation: str,
-    cu_seqlens: Tensor,
-) -> Tensor:
-    if runs_triton(x):
-        from csrc_triton.conv import conv_norm_act as kernel
+def tap_major(weights: list[Tensor]) -> list[Tensor]:
+    """Copies of depthwise weights in the layout that the Triton kernel reads, tap by tap.
 
-        name = None if activation == "linear" else activation
-        return kernel(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
-    y = conv_norm_act(x, conv_weight, norm_weight, norm_bias, eps, activation, cu_seqlens)
-    return y.contiguous()
+    One copy for all layers of an encoder, made anew for each batch: 63 KB a layer, and a copy that
+    outlived the batch could be out of date.
+
+    Args:
+        weights: `[channels, K]` each, all of one shape.
+
+    Returns:
+        Views `[channels, K]` of one tensor `[len(weights), K, channels]`.
+    """
+    stacked = torch.stack(weights).transpose(1, 2)
+    return list(stacked.clone(memory_format=torch.contiguous_format).transpose(1, 2).unbind(0))
 
 
-@conv_norm_act_op.register_fake
-def _(
+def _conv_norm_act_fake(
     x: Tensor,
     conv_weight: Tensor,
     norm_weight: Tensor,
@@ -104,3 +106,33 @@ def _(
     cu_seqlens: Tensor,
 ) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@operation(
+    "conv_norm_act(Tensor x, Tensor conv_weight, Tensor norm_weight, Tensor norm_bias, float eps, "
+    "str activation, Tensor cu_seqlens) -> Tensor",
+    _conv_norm_act_fake,
+)
+def conv_norm_act_op(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    channels, kernel_size = conv_weight.shape
+    has_kernel = channels <= MAX_TRITON_CHANNELS and kernel_size in TRITON_KERNEL_SIZES
+    if has_kernel and runs_triton(x):
+        from csrc_triton.conv import conv_norm_act as kernel
+
+        name = None if activation == "linear" else activation
+        return kernel(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
+    if (fast := cpu_kernels_for(x)) is not None:
+        result: Tensor = fast.conv_norm_act(
+            x, conv_weight, norm_weight, norm_bias, eps, activation, cu_seqlens
+        )
+        return result
+    y = conv_norm_act(x, conv_weight, norm_weight, norm_bias, eps, activation, cu_seqlens)
+    return y.contiguous()

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import positions_in_sequence, sequence_ids
+from ..layout import PackedBatch, positions_in_sequence, sequence_ids
 from .dispatch import runs_triton
+from .registry import operation
 
 IGNORED_LABEL = -100
 
@@ -53,6 +54,8 @@ def ctc_loss(
 def greedy_decode(logits: Tensor, lengths: Tensor, *, blank: int) -> list[list[int]]:
     """Best path: the argmax of every frame, repeats collapsed, blanks dropped.
 
+    Only token ids leave the device. Where Triton kernels run, theirs finds them.
+
     Args:
         logits: `[batch, T, vocab]`.
         lengths: int64 `[batch]`, valid frames of each utterance.
@@ -61,6 +64,13 @@ def greedy_decode(logits: Tensor, lengths: Tensor, *, blank: int) -> list[list[i
     Returns:
         The token ids of each utterance.
     """
+    if logits.shape[-1] > 0 and runs_triton(logits):
+        layout = PackedBatch.from_lengths(lengths.tolist(), logits.shape[1], logits.device)
+        tokens, found = ctc_greedy(layout.pack(logits), layout.cu_seqlens, blank)
+        by_utterance = torch.split(tokens.cpu(), list(layout.lengths))
+        return [
+            row[:count].tolist() for row, count in zip(by_utterance, found.tolist(), strict=True)
+        ]
     ids = logits.argmax(-1)
     frames = torch.arange(ids.shape[1], device=ids.device)
     keep = (ids != blank) & (frames[None, :] < lengths.to(ids.device)[:, None])
@@ -75,9 +85,8 @@ def greedy_decode(logits: Tensor, lengths: Tensor, *, blank: int) -> list[list[i
     return rows
 
 
-@torch.library.custom_op("w2vbert::ctc_greedy", mutates_args=())
 def ctc_greedy(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    """Best path over packed frames, without leaving the device.
+    """Best path over packed frames, without leaving the device: `torch.ops.w2vbert.ctc_greedy`.
 
     Args:
         logits: `[num_frames, vocab]`, the frames of all utterances end to end.
@@ -88,6 +97,20 @@ def ctc_greedy(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, 
         int32 `[num_frames]`: the tokens of utterance `i` from `cu_seqlens[i]` on, then -1 up to its
         last frame; and int32 `[batch]`: how many tokens those are.
     """
+    tokens, counts = ctc_greedy_op(logits, cu_seqlens, blank)
+    return tokens, counts
+
+
+def _ctc_greedy_fake(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    counts = logits.new_empty(cu_seqlens.numel() - 1, dtype=torch.int32)
+    return logits.new_empty(logits.shape[0], dtype=torch.int32), counts
+
+
+@operation(
+    "ctc_greedy(Tensor logits, Tensor cu_seqlens, SymInt blank) -> (Tensor, Tensor)",
+    _ctc_greedy_fake,
+)
+def ctc_greedy_op(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
     if runs_triton(logits):
         from csrc_triton import ctc_greedy as kernel
 
@@ -105,9 +128,3 @@ def ctc_greedy(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, 
     tokens = torch.full((num_frames,), -1, dtype=torch.int32, device=logits.device)
     tokens[places] = ids[keep].to(torch.int32)
     return tokens, counts.to(torch.int32)
-
-
-@ctc_greedy.register_fake
-def _(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    counts = logits.new_empty(cu_seqlens.numel() - 1, dtype=torch.int32)
-    return logits.new_empty(logits.shape[0], dtype=torch.int32), counts

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: plain PyTorch or Triton.
+"""Which implementation of an operation runs: Triton kernels, fast CPU functions or plain PyTorch.
 
 Each operation is registered as `torch.ops.w2vbert.*` with one implementation that asks here.
 Callers reach it through the functions of `w2vbert_fast.ops` with `fast=True`.
@@ -8,63 +8,200 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
+import logging
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-_forced = False
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["triton", "cpu", "plain"]
+
+_OLDEST_CAPABILITY = (7, 5)
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+
+# Nothing is imported. A constant, because compiled code asks, and guards on it.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_forced: Implementation | None = None
+_logged: set[str] = set()
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed. Nothing is imported."""
+    return _HAS_TRITON
+
+
+def implementation(tensor: Tensor) -> Implementation:
+    """Which implementation operations on a tensor of this device and dtype run.
+
+    Where none is faster the plain one runs, which the log says once for each type of device.
+    """
+    device, dtype = tensor.device, tensor.dtype
+    if _forced is not None:
+        return _if_possible(_forced, device.type, dtype)
+    if device.type == "cuda":
+        chosen: Implementation = "triton"
+        problem = _triton_problem(device.index or 0)
+    elif device.type == "cpu":
+        chosen = "cpu"
+        problem = _cpu_problem()
+    else:
+        chosen = "plain"
+        problem = "there are no kernels for this type of device"
+    if problem is not None:
+        if device.type not in _logged:
+            _logged.add(device.type)
+            logger.info("operations on %s run in plain PyTorch: %s", device.type, problem)
+        return "plain"
+    return _if_possible(chosen, device.type, dtype)
+
+
+def _if_possible(wanted: Implementation, device_type: str, dtype: torch.dtype) -> Implementation:
+    if wanted == "triton" and device_type in ("cuda", "cpu") and dtype in _TRITON_DTYPES:
+        return "triton"
+    if wanted == "cpu" and device_type == "cpu" and dtype in _CPU_DTYPES:
+        return "cpu"
+    return "plain"
+
+
+def explain(device: torch.device | str) -> str:
+    """What operations with `fast=True` run on a device, and why, in one line."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        problem = _triton_problem(device.index or 0)
+        if problem is not None:
+            return f"plain PyTorch: {problem}"
+        import triton
+
+        return f"Triton kernels: triton {triton.__version__} is installed; float64 is plain"
+    if device.type == "cpu":
+        problem = _cpu_problem()
+        if problem is not None:
+            return f"plain PyTorch: {problem}"
+        return "fast CPU functions for float32 and bfloat16; other dtypes are plain"
+    return "plain PyTorch: there are no kernels for this type of device"
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed. Nothing is imported."""
-    return importlib.util.find_spec("triton") is not None
+def _triton_problem(device_index: int) -> str | None:
+    """Why Triton kernels cannot run on a CUDA or ROCm device; `None` when they can."""
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    try:
+        importlib.import_module("csrc_triton")
+    except ImportError as error:
+        return f"the Triton kernels cannot be imported: {error}"
+    if torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device_index)
+        if capability < _OLDEST_CAPABILITY:
+            has, needs = (".".join(map(str, pair)) for pair in (capability, _OLDEST_CAPABILITY))
+            return f"the device has compute capability {has}; the kernels need {needs}"
+    return None
+
+
+@functools.cache
+def cpu_kernels() -> Any | None:
+    """The package of fast CPU functions, or `None` where it is not installed."""
+    spec = importlib.util.find_spec(f"{__package__}.cpu")
+    if spec is None or spec.origin is None:
+        return None
+    return importlib.import_module(f"{__package__}.cpu")
+
+
+@functools.cache
+def _cpu_problem() -> str | None:
+    """Why the fast CPU functions cannot run; `None` when they can."""
+    kernels = cpu_kernels()
+    if kernels is None:
+        return "w2vbert_fast.ops.cpu is not installed"
+    if not kernels.is_available():
+        return "; ".join(kernels.reasons())
+    return None
+
+
+def int8_kernels() -> Any:
+    """The int8 functions of the CPU path. Their `reasons` say whether they can run."""
+    return importlib.import_module(f"{__package__}.cpu.int8")
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether operations on this tensor's device run Triton kernels.
+    """Whether operations on this tensor run Triton kernels."""
+    return implementation(tensor) == "triton"
 
-    On CUDA and ROCm they do where Triton is installed; on a CPU only inside `force_triton`.
+
+def cpu_kernels_for(tensor: Tensor) -> Any | None:
+    """The package of fast CPU functions where operations on this tensor run them, else `None`."""
+    return cpu_kernels() if implementation(tensor) == "cpu" else None
+
+
+def on_triton_device(tensor: Tensor) -> bool:
+    """Whether Triton kernels are to be expected for this tensor, for choices of code path.
+
+    Unlike `runs_triton` this looks at no device and imports nothing, so that compiled code may ask.
+    Both paths behind such a choice must give the right answer.
     """
-    if tensor.device.type == "cuda":
-        return has_triton()
-    return _forced and tensor.device.type == "cpu"
+    if _forced is not None:
+        return _forced == "triton"
+    return tensor.device.type == "cuda" and _HAS_TRITON
 
 
 def takes_fast_path(fast: bool, *tensors: Tensor | None) -> bool:
     """Whether a call goes to the registered operation, which has no gradient.
 
-    A call whose result needs a gradient stays with the plain form, which autograd differentiates.
+    A call whose result needs a gradient stays with the plain form, which autograd differentiates;
+    one under autocast with the plain form too, whose operations autocast knows.
     """
-    if not fast:
+    if not fast or torch.is_autocast_enabled(_device_type(tensors)):
         return False
     return not torch.is_grad_enabled() or not any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
 
 
+def _device_type(tensors: tuple[Tensor | None, ...]) -> str:
+    return next(tensor.device.type for tensor in tensors if tensor is not None)
+
+
 @contextlib.contextmanager
-def force_triton() -> Iterator[None]:
-    """Run the Triton kernels on CPU tensors, in Triton's interpreter.
+def force(wanted: Implementation) -> Iterator[None]:
+    """Run one implementation wherever it exists for the device and dtype, else the plain one.
+
+    Args:
+        wanted: "triton" (on CPU tensors in Triton's interpreter), "cpu" or "plain".
 
     Raises:
-        RuntimeError: Triton is not installed, or its interpreter is off (`TRITON_INTERPRET=1` must
-            be in the environment before triton is imported).
+        ValueError: there is no such implementation.
+        RuntimeError: it cannot run here. For "triton": Triton is not installed, or its interpreter
+            is off (`TRITON_INTERPRET=1` must be in the environment before triton is imported).
     """
-    global _forced
-    if not has_triton():
-        raise RuntimeError("triton is not installed, so its kernels cannot be forced on a CPU")
-    from csrc_triton.runtime import interpreting
+    if wanted not in ("triton", "cpu", "plain"):
+        raise ValueError(f"implementation is {wanted!r}; it must be 'triton', 'cpu' or 'plain'")
+    if wanted == "triton":
+        if not has_triton():
+            raise RuntimeError("triton is not installed, so its kernels cannot be forced on a CPU")
+        from csrc_triton.runtime import interpreting
 
-    if not interpreting():
-        raise RuntimeError(
-            "Triton kernels run on CPU tensors in Triton's interpreter only; "
-            "set TRITON_INTERPRET=1 before triton is imported"
-        )
-    before, _forced = _forced, True
+        if not interpreting():
+            raise RuntimeError(
+                "Triton kernels run on CPU tensors in Triton's interpreter only; "
+                "set TRITON_INTERPRET=1 before triton is imported"
+            )
+    if wanted == "cpu" and (problem := _cpu_problem()) is not None:
+        raise RuntimeError(problem)
+    global _forced
+    before, _forced = _forced, wanted
     try:
         yield
     finally:
         _forced = before
+
+
+def force_triton() -> contextlib.AbstractContextManager[None]:
+    """`force("triton")`."""
+    return force("triton")

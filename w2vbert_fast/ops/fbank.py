@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .dispatch import runs_triton
+from .dispatch import runs_triton, takes_fast_path
+from .registry import operation
 
 FRAME_LENGTH = 400
 """Samples in a frame."""
@@ -43,6 +44,9 @@ _VARIANCE_FLOOR = 1e-7
 _FRAMES_PER_BLOCK_CPU = 256
 _FRAMES_PER_BLOCK = 8192
 _FILTERS_PER_GROUP = 16
+
+MAX_TRITON_FEATURES = 256
+"""The Triton kernels have at most so many features in a frame; more run in plain PyTorch."""
 
 
 def num_frames(num_samples: int) -> int:
@@ -114,6 +118,7 @@ def log_mel_filterbank(
     num_mel_bins: int = 80,
     sampling_rate: int = 16000,
     compute_dtype: torch.dtype = torch.float64,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-mel energies of every frame of a packed batch of waveforms.
 
@@ -130,6 +135,8 @@ def log_mel_filterbank(
         sampling_rate: Samples per second. Frames keep their length in samples.
         compute_dtype: Precision up to the spectrum, float64 or float32 (for devices without
             float64).
+        fast: Use the device's fast implementation, `torch.ops.w2vbert.log_mel_filterbank`, which
+            computes in float64.
 
     Returns:
         float32 ``[num_frames, num_mel_bins]`` on the device of `waveforms`, and the frame offsets,
@@ -147,6 +154,11 @@ def log_mel_filterbank(
     _check_cu_seqlens(cu_seqlens)
     if compute_dtype not in (torch.float64, torch.float32):
         raise ValueError(f"compute_dtype must be float64 or float32, got {compute_dtype}")
+    if takes_fast_path(fast, waveforms) and compute_dtype == torch.float64:
+        energies, offsets = log_mel_filterbank_op(
+            waveforms, cu_seqlens, num_mel_bins, sampling_rate
+        )
+        return energies, offsets
 
     device = waveforms.device
     offsets = cu_seqlens.to(device=device, dtype=torch.int64)
@@ -248,29 +260,100 @@ def _check_cu_seqlens(cu_seqlens: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("w2vbert::log_mel_filterbank", mutates_args=())
+def normalize_and_stack(
+    features: Tensor, cu_seqlens: Tensor, stride: int = 2, *, fast: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`normalize_utterances`, then `stride` successive frames of an utterance side by side.
+
+    Args:
+        features: float32 ``[num_frames, num_features]``, packed.
+        cu_seqlens: int32 or int64 ``[batch + 1]``, offsets of the utterances in `features`.
+        stride: Frames in a stack. An utterance's last frames that fill no stack count for its mean
+            and variance and are left out.
+        fast: Use the device's fast implementation, `torch.ops.w2vbert.normalize_and_stack`.
+
+    Returns:
+        float32 ``[num_stacks, stride * num_features]``, and the offsets of the utterances in
+        stacks, int32 ``[batch + 1]`` on the device of `cu_seqlens`.
+
+    Raises:
+        ValueError: An argument has the wrong shape or dtype, or `stride` is below 1.
+    """
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    if takes_fast_path(fast, features):
+        stacks, stack_offsets = normalize_and_stack_op(features, cu_seqlens, stride)
+        return stacks, stack_offsets
+    normalized = normalize_utterances(features, cu_seqlens)
+    if stride == 1:
+        return normalized, cu_seqlens.to(torch.int32, copy=True)
+    lengths = cu_seqlens.diff()
+    counts = torch.div(lengths, stride, rounding_mode="floor")
+    rows = [
+        utterance[: len(utterance) // stride * stride].reshape(-1, stride * features.shape[1])
+        for utterance in torch.split(normalized, lengths.tolist())
+    ]
+    stacked = torch.cat(rows) if rows else features.new_empty(0, stride * features.shape[1])
+    return stacked, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _dynamic_rows(like: Tensor, columns: int) -> Tensor:
+    # How many rows there are depends on the lengths, which are data.
+    return like.new_empty(torch.library.get_ctx().new_dynamic_size(), columns)
+
+
+def _log_mel_filterbank_fake(
+    waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, sampling_rate: int
+) -> tuple[Tensor, Tensor]:
+    offsets = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
+    return _dynamic_rows(waveforms, num_mel_bins), offsets
+
+
+@operation(
+    "log_mel_filterbank(Tensor waveforms, Tensor cu_seqlens, SymInt num_mel_bins, "
+    "SymInt sampling_rate) -> (Tensor, Tensor)",
+    _log_mel_filterbank_fake,
+)
 def log_mel_filterbank_op(
     waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, sampling_rate: int
 ) -> tuple[Tensor, Tensor]:
-    if runs_triton(waveforms):
+    has_kernel = num_mel_bins <= MAX_TRITON_FEATURES and waveforms.shape[0] < 2**31
+    if has_kernel and runs_triton(waveforms):
         from csrc_triton import log_mel_filterbank as kernel
 
-        return kernel(
+        features, offsets = kernel(
             waveforms,
             cu_seqlens.to(torch.int32),
             num_mel_bins=num_mel_bins,
             sampling_rate=sampling_rate,
         )
+        return features, offsets.to(cu_seqlens.device)
     return log_mel_filterbank(
         waveforms, cu_seqlens, num_mel_bins=num_mel_bins, sampling_rate=sampling_rate
     )
 
 
-@log_mel_filterbank_op.register_fake
-def _(
-    waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, sampling_rate: int
+def _normalize_and_stack_fake(
+    features: Tensor, cu_seqlens: Tensor, stride: int
 ) -> tuple[Tensor, Tensor]:
-    # How many frames there are depends on the lengths, which are data.
-    frames = torch.library.get_ctx().new_dynamic_size()
-    features = waveforms.new_empty(frames, num_mel_bins)
-    return features, cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
+    offsets = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
+    return _dynamic_rows(features, stride * features.shape[1]), offsets
+
+
+@operation(
+    "normalize_and_stack(Tensor features, Tensor cu_seqlens, SymInt stride) -> (Tensor, Tensor)",
+    _normalize_and_stack_fake,
+)
+def normalize_and_stack_op(
+    features: Tensor, cu_seqlens: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    if (
+        features.dtype == torch.float32
+        and features.shape[1] <= MAX_TRITON_FEATURES
+        and runs_triton(features)
+    ):
+        from csrc_triton import normalize_and_stack as kernel
+
+        stacks, offsets = kernel(features, cu_seqlens.to(torch.int32), stride)
+        return stacks, offsets.to(cu_seqlens.device)
+    return normalize_and_stack(features, cu_seqlens, stride)

@@ -1,18 +1,20 @@
-"""Linear layers and what follows them in the same breath: activation or gated linear unit."""
+"""Linear layers and what follows them in the same breath: activation, gated unit, residual."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import get_activation
-from .dispatch import runs_triton, takes_fast_path
+from .dispatch import cpu_kernels_for, on_triton_device, runs_triton, takes_fast_path
+from .registry import operation
 
-TRITON_ACTIVATIONS = ("gelu", "gelu_new", "relu", "selu", "silu", "swish")
-"""Activations that the Triton epilogues have; others run after the matrix product."""
+FUSED_ACTIVATIONS = ("gelu", "gelu_new", "relu", "selu", "silu", "swish")
+"""Activations that the fast implementations have; others run after the matrix product."""
 
 
 def linear(
@@ -36,7 +38,7 @@ def linear(
         `[num_tokens, out_features]`.
     """
     if takes_fast_path(fast, x, weight, bias):
-        inside = isinstance(activation, str) and activation in TRITON_ACTIVATIONS
+        inside = isinstance(activation, str) and activation in FUSED_ACTIVATIONS
         y: Tensor = linear_op(x, weight, bias, activation if inside else None)
         activation = None if inside else activation
     else:
@@ -64,29 +66,242 @@ def linear_glu(
     return F.glu(F.linear(x, weight, bias), dim=-1)
 
 
-@torch.library.custom_op("w2vbert::linear", mutates_args=())
-def linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    scale: float = 1.0,
+    *,
+    fast: bool = False,
+) -> Tensor:
+    """`residual + scale * (x @ weight.T + bias)`.
+
+    Args:
+        x: `[num_tokens, in_features]`.
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]` or `None`.
+        residual: `[num_tokens, out_features]`.
+        scale: of the product and the bias.
+        fast: use the device's fast implementation, `torch.ops.w2vbert.linear_residual`.
+
+    Returns:
+        `[num_tokens, out_features]`.
+    """
+    if takes_fast_path(fast, x, weight, bias, residual):
+        fused: Tensor = linear_residual_op(x, weight, bias, residual, scale)
+        return fused
+    y = F.linear(x, weight, bias)
+    return residual + (y if scale == 1.0 else y * scale)
+
+
+def feed_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    activation: str,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    fast: bool = False,
+) -> Tensor:
+    """`linear(linear(x, weight1, bias1, activation), weight2, bias2)`.
+
+    Args:
+        x: `[num_tokens, hidden]`.
+        weight1: `[intermediate, hidden]`.
+        bias1: `[intermediate]` or `None`.
+        activation: a name of `ops.activations.ACTIVATIONS`.
+        weight2: `[hidden_out, intermediate]`.
+        bias2: `[hidden_out]` or `None`.
+        fast: use the device's fast implementation: two products where Triton kernels run, else
+            `torch.ops.w2vbert.feed_forward`, which works on a block of tokens at a time on a CPU.
+
+    Returns:
+        `[num_tokens, hidden_out]`.
+    """
+    if takes_fast_path(fast, x, weight1, bias1, weight2, bias2) and not on_triton_device(x):
+        y: Tensor = feed_forward_op(x, weight1, bias1, activation, weight2, bias2)
+        return y
+    return linear(linear(x, weight1, bias1, activation, fast=fast), weight2, bias2, fast=fast)
+
+
+def linear_stacked(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, fast: bool = False
+) -> Tensor:
+    """Several linear layers of one input, their outputs side by side.
+
+    Where the weights lie end to end in one buffer, and the biases too, the Triton implementation is
+    one matrix product. That is looked up in each call, so that nothing here can be out of date.
+
+    Args:
+        x: `[num_tokens, in_features]`.
+        weights: `[out_features, in_features]` each, all of one shape and dtype.
+        biases: `[out_features]` each; none for layers without bias.
+        fast: use the device's fast implementation, `torch.ops.w2vbert.linear_stacked`.
+
+    Returns:
+        `[num_tokens, len(weights) * out_features]`.
+
+    Raises:
+        ValueError: there is neither a bias for each weight nor none at all, or shapes differ.
+    """
+    if not weights or (biases and len(biases) != len(weights)):
+        raise ValueError(
+            f"weights has {len(weights)} entries and biases {len(biases)}; there must be at least "
+            "one weight, and a bias for each or for none"
+        )
+    if any(weight.shape != weights[0].shape for weight in weights):
+        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
+        raise ValueError(f"weights have shapes {shapes}; they must be equal")
+    if takes_fast_path(fast, x, *weights, *biases):
+        y: Tensor = linear_stacked_op(x, list(weights), list(biases))
+        return y
+    return _linear_stacked(x, weights, biases)
+
+
+def _linear_stacked(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    pairs = itertools.zip_longest(weights, biases)
+    return torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], dim=1)
+
+
+def lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are contiguous and follow each other in one storage, without gaps."""
+    first = tensors[0]
+    storage = first.untyped_storage().data_ptr()
+    address = first.data_ptr()
+    for tensor in tensors:
+        if (
+            tensor.data_ptr() != address
+            or tensor.dtype != first.dtype
+            or not tensor.is_contiguous()
+            # Two allocations may happen to be neighbours.
+            or tensor.untyped_storage().data_ptr() != storage
+        ):
+            return False
+        address += tensor.nbytes
+    return True
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape that lie end to end, as one with their rows in turn."""
+    first = tensors[0]
+    return first.as_strided((len(tensors) * first.shape[0], *first.shape[1:]), first.stride())
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@operation(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation=None) -> Tensor", _linear_fake
+)
+def linear_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
     if runs_triton(x):
         from csrc_triton.linear import linear as kernel
 
         return kernel(x, weight, bias, activation=activation)
+    if (fast := cpu_kernels_for(x)) is not None:
+        y: Tensor = fast.linear(x, weight, bias, activation)
+        return y
     return linear(x, weight, bias, activation)
 
 
-@linear_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _linear_glu_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
-@torch.library.custom_op("w2vbert::linear_glu", mutates_args=())
+@operation("linear_glu(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear_glu_fake)
 def linear_glu_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if runs_triton(x):
         from csrc_triton.linear import linear_glu as kernel
 
         return kernel(x, weight, bias)
+    if (fast := cpu_kernels_for(x)) is not None:
+        y: Tensor = fast.linear_glu(x, weight, bias)
+        return y
     return linear_glu(x, weight, bias)
 
 
-@linear_glu_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // 2)
+def _linear_residual_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float
+) -> Tensor:
+    return x.new_empty(residual.shape)
+
+
+@operation(
+    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, float scale) "
+    "-> Tensor",
+    _linear_residual_fake,
+)
+def linear_residual_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float
+) -> Tensor:
+    if runs_triton(x):
+        from csrc_triton.linear import linear_residual as kernel
+
+        return kernel(x, weight, bias, residual, scale=scale)
+    if (fast := cpu_kernels_for(x)) is not None:
+        y: Tensor = fast.linear_residual(x, weight, bias, residual, scale)
+        return y
+    return linear_residual(x, weight, bias, residual, scale)
+
+
+def _feed_forward_fake(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    activation: str,
+    weight2: Tensor,
+    bias2: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight2.shape[0])
+
+
+@operation(
+    "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, str activation, Tensor weight2, "
+    "Tensor? bias2) -> Tensor",
+    _feed_forward_fake,
+)
+def feed_forward_op(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    activation: str,
+    weight2: Tensor,
+    bias2: Tensor | None,
+) -> Tensor:
+    if (fast := cpu_kernels_for(x)) is not None:
+        y: Tensor = fast.feed_forward(x, weight1, bias1, activation, weight2, bias2)
+        return y
+    triton = runs_triton(x)
+    with torch.no_grad():
+        hidden = linear(x, weight1, bias1, activation, fast=triton)
+        return linear(hidden, weight2, bias2, fast=triton)
+
+
+def _linear_stacked_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[0], len(weights) * weights[0].shape[0])
+
+
+@operation(
+    "linear_stacked(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _linear_stacked_fake
+)
+def linear_stacked_op(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    if not runs_triton(x):
+        return _linear_stacked(x, weights, biases)
+    from csrc_triton.linear import linear as kernel
+
+    if lie_end_to_end(weights) and (not biases or lie_end_to_end(biases)):
+        return kernel(x, _joined(weights), _joined(biases) if biases else None)
+    width = weights[0].shape[0]
+    y = x.new_empty(x.shape[0], len(weights) * width)
+    for weight, bias, columns in itertools.zip_longest(
+        weights, biases, torch.split(y, width, dim=1)
+    ):
+        kernel(x, weight, bias, out=columns)
+    return y

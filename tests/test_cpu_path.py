@@ -1,0 +1,329 @@
+"""The fast CPU path against the plain operations in float64."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from w2vbert_fast import ops
+from w2vbert_fast.ops import cpu
+
+# The functions of the package have the names of their files.
+attention, capability, linear = (
+    importlib.import_module(f"w2vbert_fast.ops.cpu.{name}")
+    for name in ("attention", "capability", "linear")
+)
+
+RAGGED = (1, 2, 31, 0, 63, 64, 65, 217, 300)
+DTYPES = (torch.float32, torch.bfloat16)
+FP32 = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "without"])
+def _onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With whatever the machine has, and as on a machine without oneDNN."""
+    if not request.param:
+        monkeypatch.setattr(linear, "onednn_linear", lambda dtype: False)
+        monkeypatch.setattr(attention, "onednn_linear", lambda dtype: False)
+
+
+def cumulative(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def check(got: Tensor, expected: Tensor, plain: Tensor) -> None:
+    """fp32 to rounding; bf16 at most 1.1 times as far from float64 as the plain form in bf16."""
+    assert got.dtype == plain.dtype
+    assert got.is_contiguous()
+    limit = FP32 if got.dtype == torch.float32 else 1.1 * relative_error(plain, expected)
+    assert relative_error(got, expected) <= limit
+
+
+def random(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values as some columns of a wider tensor of NaN."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan, dtype=x.dtype)
+    view = wide[..., 2 : 2 + x.shape[-1]]
+    return view.copy_(x)
+
+
+@pytest.mark.usefixtures("_onednn")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "activation", [None, "silu", "swish", "gelu", "gelu_new", "relu", "selu", "mish"]
+)
+def test_linear(dtype: torch.dtype, activation: str | None) -> None:
+    weight, bias = random(dtype, 48, 40, scale=0.2), random(dtype, 48)
+    for tokens in (0, 1, 63, 217):
+        x = random(dtype, tokens, 40)
+        expected = ops.linear(x.double(), weight.double(), bias.double(), activation)
+        plain = ops.linear(x, weight, bias, activation)
+        check(cpu.linear(x, weight, bias, activation), expected, plain)
+        check(cpu.linear(strided(x), strided(weight), bias, activation), expected, plain)
+        expected = ops.linear(x.double(), weight.double(), None, activation)
+        plain = ops.linear(x, weight, None, activation)
+        check(cpu.linear(x, weight, None, activation), expected, plain)
+
+
+def test_linear_refuses_an_unknown_activation() -> None:
+    with pytest.raises(ValueError, match="activation is 'swash'"):
+        cpu.linear(torch.ones(2, 4), torch.ones(3, 4), None, "swash")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_bytes", [1 << 30, 7000])
+def test_linear_glu_and_feed_forward_in_blocks(
+    dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", block_bytes)
+    first, second = random(dtype, 96, 40, scale=0.2), random(dtype, 24, 96, scale=0.2)
+    bias1, bias2 = random(dtype, 96), random(dtype, 24)
+    for tokens in (0, 1, 63, 217):
+        x = random(dtype, tokens, 40)
+        expected = ops.linear_glu(x.double(), first.double(), bias1.double())
+        check(cpu.linear_glu(x, first, bias1), expected, ops.linear_glu(x, first, bias1))
+        hidden = ops.linear(x.double(), first.double(), bias1.double(), "silu")
+        expected = ops.linear(hidden, second.double(), bias2.double())
+        plain = ops.linear(ops.linear(x, first, bias1, "silu"), second, bias2)
+        check(cpu.feed_forward(x, first, bias1, "silu", second, bias2), expected, plain)
+
+
+def test_blocks_of_rows_bound_the_intermediate_values() -> None:
+    for num_rows in (0, 1, 1500, 15_000):
+        blocks = linear.row_blocks(num_rows, 16_384)
+        covered = [i for rows in blocks for i in range(num_rows)[rows]]
+        assert covered == list(range(num_rows))
+        longest = max(len(range(num_rows)[rows]) for rows in blocks)
+        assert longest * 16_384 <= linear._BLOCK_BYTES
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_linear_residual(dtype: torch.dtype, scale: float) -> None:
+    x, residual = random(dtype, 63, 40), random(dtype, 63, 24)
+    weight, bias = random(dtype, 24, 40, scale=0.2), random(dtype, 24)
+    product = ops.linear(x.double(), weight.double(), bias.double())
+    plain = residual + scale * ops.linear(x, weight, bias)
+    got = cpu.linear_residual(x, weight, bias, residual, scale)
+    check(got, residual.double() + scale * product, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 160, 1024])
+def test_norms(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2vbert_fast.ops.cpu.norm._BLOCK_ELEMENTS", 10_000)
+    first, second = ((random(dtype, width), random(dtype, width)) for _ in range(2))
+    wide = [tuple(w.double() for w in pair) for pair in (first, second)]
+    for tokens in (0, 1, 63, 217):
+        # Far from zero, where a variance of raw moments would cancel.
+        x, residual = random(dtype, tokens, width) + 100, random(dtype, tokens, width)
+        for a, b in ((x, residual), (strided(x), strided(residual))):
+            expected = ops.layer_norm(x.double(), *wide[0], 1e-5)
+            got = cpu.layer_norm(a, *first, 1e-5)
+            # 100 + noise carries 2e-6 of the noise's size in the mean alone.
+            assert relative_error(got, expected) <= (1e-5 if dtype == torch.float32 else 1e-2)
+
+            y, z = cpu.residual_layer_norm(b, a - 100, 0.5, *first, 1e-5)
+            plain = ops.residual_layer_norm(residual, x - 100, 0.5, *first, 1e-5)
+            exact = ops.residual_layer_norm(
+                residual.double(), (x - 100).double(), 0.5, *wide[0], 1e-5
+            )
+            for index, tensor in enumerate((y, z)):
+                check(tensor, exact[index], plain[index])
+
+            z1, z2 = cpu.residual_double_layer_norm(b, a - 100, 0.5, *first, 1e-5, *second, 1e-3)
+            check(z1, exact[1], plain[1])
+            plain_double = ops.layer_norm(plain[1], *second, 1e-3)
+            exact_double = ops.layer_norm(exact[1], *wide[1], 1e-3)
+            check(z2, exact_double, plain_double)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("taps", [1, 3, 31, 63])
+@pytest.mark.parametrize("lengths", [RAGGED, (217,), (0, 5, 0), (0,), ()])
+def test_conv_norm_act(dtype: torch.dtype, taps: int, lengths: tuple[int, ...]) -> None:
+    width = 40
+    x = random(dtype, sum(lengths), width)
+    conv, weight, bias = (random(dtype, *shape) for shape in ((width, taps), (width,), (width,)))
+    wide = [t.double() for t in (x, conv, weight, bias)]
+    for activation in ("silu", "relu", "gelu"):
+        arguments = (1e-5, activation, cumulative(lengths))
+        expected = ops.conv_norm_act(*wide, *arguments)
+        plain = ops.conv_norm_act(x, conv, weight, bias, *arguments)
+        check(cpu.conv_norm_act(x, conv, weight, bias, *arguments), expected, plain)
+        check(
+            cpu.conv_norm_act(strided(x), strided(conv), weight, bias, *arguments), expected, plain
+        )
+
+
+def attend_plainly(
+    tensors: tuple[Tensor, ...], lengths: tuple[int, ...], embedding: Tensor | None, *reach: int
+) -> Tensor:
+    output, _ = ops.shaw_attention(
+        *tensors,
+        cumulative(lengths),
+        max(lengths, default=0),
+        distance_embedding=embedding,
+        left_max_position=reach[0],
+        right_max_position=reach[1],
+    )
+    return output
+
+
+def check_attention(
+    tensors: tuple[Tensor, ...], lengths: tuple[int, ...], embedding: Tensor | None, *reach: int
+) -> None:
+    arguments = (cumulative(lengths), max(lengths, default=0), embedding, *reach)
+    wide = tuple(t.double() for t in tensors)
+    wide_embedding = None if embedding is None else embedding.double()
+    expected = attend_plainly(wide, lengths, wide_embedding, *reach)
+    plain = attend_plainly(tensors, lengths, embedding, *reach).contiguous()
+    check(cpu.shaw_attention(*tensors, *arguments), expected, plain)
+    output, log_sum_exp = cpu.shaw_attention(*tensors, *arguments, return_log_sum_exp=True)
+    check(output, expected, plain)
+    assert log_sum_exp.dtype == torch.float32
+    _, exact = torch.ops.w2vbert.shaw_attention(
+        *wide, arguments[0], arguments[1], wide_embedding, *reach
+    )[:2]
+    tolerance = 1e-5 if tensors[0].dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(log_sum_exp, exact.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("_onednn")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reach", [(64, 8), (5, 3), (0, 8), (8, 0), (2, 40), (0, 0), (1000, 900)])
+@pytest.mark.parametrize("lengths", [RAGGED, (700,), (3,)])
+def test_shaw_attention(
+    dtype: torch.dtype, reach: tuple[int, int], lengths: tuple[int, ...]
+) -> None:
+    tensors = tuple(random(dtype, sum(lengths), 3, 64) for _ in range(3))
+    check_attention(tensors, lengths, random(dtype, sum(reach) + 1, 64), *reach)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_size", [16, 48, 64, 80, 128])
+def test_attention_head_sizes_without_positions(dtype: torch.dtype, head_size: int) -> None:
+    tensors = tuple(random(dtype, sum(RAGGED), 2, head_size) for _ in range(3))
+    check_attention(tensors, RAGGED, None, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_over_a_long_utterance(dtype: torch.dtype) -> None:
+    tensors = tuple(random(dtype, 3000, 2, 64) for _ in range(3))
+    check_attention(tensors, (3000,), random(dtype, 73, 64), 64, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_strided_projections(dtype: torch.dtype) -> None:
+    projections = random(dtype, sum(RAGGED), 3 * 2 * 64)  # one product of all three weights
+    tensors = tuple(t.view(-1, 2, 64) for t in projections.chunk(3, dim=1))
+    assert not tensors[0].is_contiguous()
+    check_attention(tensors, RAGGED, random(dtype, 73, 64), 64, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
+def test_attention_without_tokens(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    empty = torch.empty(0, 2, 64, dtype=dtype)
+    arguments = (cumulative(lengths), 0, random(dtype, 73, 64), 64, 8)
+    output, log_sum_exp = cpu.shaw_attention(
+        empty, empty, empty, *arguments, return_log_sum_exp=True
+    )
+    assert output.shape == (0, 2, 64)
+    assert log_sum_exp.shape == (2, 0)
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, (700,)])
+@pytest.mark.parametrize("scale", [8.0, 100.0])
+def test_scores_beyond_the_range_of_powers(lengths: tuple[int, ...], scale: float) -> None:
+    """One head needs its rows' maxima, the others do not."""
+    query, key, value = (random(torch.float32, sum(lengths), 3, 64) for _ in range(3))
+    query[:, 1] *= scale
+    embedding = random(torch.float32, 73, 64)
+    wide = tuple(t.double() for t in (query, key, value))
+    expected = attend_plainly(wide, lengths, embedding.double(), 64, 8)
+    arguments = (cumulative(lengths), max(lengths), embedding, 64, 8)
+    got = cpu.shaw_attention(query, key, value, *arguments)
+    # A score of several hundred is itself rounded to 1e-5.
+    assert relative_error(got, expected) <= 1e-7 * scale * 64
+    ordinary = got[:, ::2], expected[:, ::2]
+    assert relative_error(*ordinary) <= FP32
+
+
+def test_half_precision_and_float64_are_right_too() -> None:
+    tensors = tuple(random(torch.float64, 300, 2, 64) for _ in range(3))
+    embedding = random(torch.float64, 73, 64)
+    expected = attend_plainly(tensors, (300,), embedding, 64, 8)
+    arguments = (cumulative((300,)), 300)
+    got = cpu.shaw_attention(*tensors, *arguments, embedding, 64, 8)
+    assert relative_error(got, expected) <= 1e-14
+    halves = tuple(4 * t.half() for t in tensors)
+    expected = attend_plainly(tuple(t.double() for t in halves), (300,), None, 0, 0)
+    assert relative_error(cpu.shaw_attention(*halves, *arguments, None, 0, 0), expected) <= 2e-2
+
+
+def test_not_a_number_stays_in_its_utterance() -> None:
+    lengths = (65, 217)
+    tensors = tuple(random(torch.float32, sum(lengths), 2, 64) for _ in range(3))
+    embedding = random(torch.float32, 73, 64)
+    expected = attend_plainly(
+        tuple(t.double() for t in tensors), lengths, embedding.double(), 64, 8
+    )
+    tensors[1][3] = math.nan
+    got = cpu.shaw_attention(*tensors, cumulative(lengths), 217, embedding, 64, 8)
+    assert got[:65].isnan().all()
+    assert relative_error(got[65:], expected[65:]) <= FP32
+
+
+PEAK = """
+import resource, torch
+from w2vbert_fast.ops import cpu
+torch.set_grad_enabled(False)
+T, H = 8000, 4
+def attend(q, k, v):
+    n = q.shape[0]
+    cu_seqlens = torch.tensor([0, n], dtype=torch.int32)
+    return cpu.shaw_attention(q, k, v, cu_seqlens, n, torch.randn(73, 64).to(q), 64, 8)
+for dtype in (torch.float32, torch.bfloat16):
+    tensors = torch.randn(3, T, H, 64).to(dtype)
+    attend(*tensors[:, :300])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attend(*tensors)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
+def test_memory_of_attention_is_linear_in_the_length() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    for kib in map(int, done.stdout.split()):
+        # Scores of one head alone are 256 MB in fp32, those of all heads 1 GB.
+        assert kib <= 100 * 1024
+
+
+def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.is_available() == (cpu.reasons() == ())
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
+    assert capability.reasons.__wrapped__() == ("this build of PyTorch has no oneDNN",)

@@ -1,0 +1,67 @@
+"""What is done to hidden states after the encoder: statistics' normalisation, mean over frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..layout import PackedBatch, sequence_ids
+
+Statistics = Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def mean_over_frames(x: Tensor, layout: PackedBatch) -> Tensor:
+    """Mean over each utterance's frames: `[N, C]` -> `[batch, C]`.
+
+    Summed in fp32 (float64 stays). An utterance without frames gives zeros.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ids = sequence_ids(layout.cu_seqlens, x.shape[0])
+    total = x.new_zeros(layout.batch_size, x.shape[1], dtype=wide).index_add(0, ids, x.to(wide))
+    counts = layout.cu_seqlens.diff().clamp(min=1)
+    return (total / counts.to(wide)[:, None]).to(x.dtype)
+
+
+def checked_statistics(stats: Statistics, width: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance `[width]` each from a pair, or from a mapping with "mean" and "var".
+
+    Raises:
+        TypeError: `stats` is neither.
+        ValueError: a part is missing, has another shape, or the variance is not above zero.
+    """
+    if isinstance(stats, Mapping):
+        missing = [name for name in ("mean", "var") if name not in stats]
+        if missing:
+            raise ValueError(
+                f"stats has no {' and no '.join(missing)} (it has {', '.join(map(str, stats))})"
+            )
+        parts = [stats["mean"], stats["var"]]
+    elif isinstance(stats, Sequence) and len(stats) == 2:
+        parts = list(stats)
+    else:
+        raise TypeError(
+            f"stats is {type(stats).__name__}; it must be a pair (mean, var) or a mapping with "
+            "the entries mean and var"
+        )
+    for name, part in zip(("mean", "var"), parts, strict=True):
+        if not isinstance(part, Tensor) or part.numel() != width or not part.is_floating_point():
+            came = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(
+                f"stats: {name} is {came}; it must be a floating point tensor of {width} values"
+            )
+    mean, variance = (part.detach().reshape(width) for part in parts)
+    if not bool((variance > 0).all()):
+        raise ValueError("stats: var has values that are not above 0")
+    return mean, variance
+
+
+def normalize_with_statistics(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """`(x - mean) / sqrt(variance)`: `[N, C]`, statistics `[C]`.
+
+    Half-precision states become the statistics' dtype, as in the pipelines that ship such files
+    (IndexTTS2, MaskGCT).
+    """
+    mean, variance = mean.to(x.device), variance.to(x.device)
+    return (x - mean) / torch.sqrt(variance)

@@ -1,0 +1,114 @@
+"""Linear layers in int8 on a CPU: weights quantised by output channel, activations by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dispatch
+
+
+def check_int8(device: torch.device) -> None:
+    """Whether a model can be quantised to int8 on a device.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    if device.type != "cpu":
+        raise ValueError(
+            f"dtype is 'int8' and device is {str(device)!r}; int8 needs the CPU. On other devices "
+            "use 'bfloat16' or 'float16'"
+        )
+    if missing := dispatch.int8_kernels().reasons():
+        raise ValueError(f"dtype is 'int8', which cannot run here: {'; '.join(missing)}")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is int8, one scale an output channel, for inference on a CPU.
+
+    The activations are quantised at each call, one scale a token; the result is in their dtype. The
+    original weight is not kept, so there is none for a state dict to hold.
+
+    Args:
+        linear: the layer to quantise; its bias is taken over.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.quantized = dispatch.int8_kernels().quantize_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: Any, activation: str | None = None) -> Tensor:
+        """`act(x @ weight.T + bias)`: `[num_tokens, in_features]` -> `[num_tokens, out_features]`.
+
+        Args:
+            x: floating, or what the kernels' `quantize_tokens` made of it.
+            activation: a name of `ops.activations.ACTIVATIONS` or `None`.
+        """
+        with torch.no_grad():
+            kernels = dispatch.int8_kernels()
+            y: Tensor = kernels.linear_int8(x, self.quantized, self.bias, activation)
+        return y
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
+        """A copy that shares the quantised weight, which nothing writes to."""
+        copied = Int8Linear.__new__(Int8Linear)
+        memo[id(self)], memo[id(self.quantized)] = copied, self.quantized
+        copied.__dict__.update({key: deepcopy(value, memo) for key, value in vars(self).items()})
+        return copied
+
+    def __getstate__(self) -> NoReturn:
+        # The packed weight is opaque.
+        raise TypeError("a model that is quantised to int8 cannot be pickled; load it again")
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
+        raise ValueError(
+            f"{prefix.rstrip('.')} is quantised to int8 and has no weight that a checkpoint could "
+            "hold; save the model that was loaded without dtype='int8'"
+        )
+
+
+def int8_projections(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """The output of each layer for one input, which is quantised once."""
+    tokens = dispatch.int8_kernels().quantize_tokens(x)
+    return [layer(tokens) for layer in layers]
+
+
+def int8_feed_forward(
+    x: Tensor, first: Int8Linear, second: Int8Linear, activation: str | None
+) -> Tensor:
+    """`second(first(x, activation))`, a block of tokens at a time."""
+    with torch.no_grad():
+        y: Tensor = dispatch.int8_kernels().feed_forward_int8(
+            x, first.quantized, first.bias, activation, second.quantized, second.bias
+        )
+    return y
+
+
+def quantize_encoder(model: nn.Module) -> int:
+    """Replace the linear layers of a model's encoder by `Int8Linear`, one after the other.
+
+    Those of its Conformer layers only: the feature projection, the convolutions, the adapter and
+    the head stay as they are.
+
+    Args:
+        model: what has the encoder, on the CPU.
+
+    Returns:
+        How many layers were replaced.
+    """
+    encoder: Any = model.base_model.encoder  # type: ignore[union-attr]
+    linears = [name for name, module in encoder.named_modules() if type(module) is nn.Linear]
+    for name in linears:
+        path, _, leaf = name.rpartition(".")
+        parent = encoder.get_submodule(path)
+        setattr(parent, leaf, Int8Linear(getattr(parent, leaf)))
+    return len(linears)

@@ -1,0 +1,25 @@
+"""The fast CPU path: the operations of `w2vbert_fast.ops` on oneDNN and cache-sized blocks.
+
+Pure functions of tensors, without gradients, in fp32 and bf16 (other dtypes are right, not fast).
+They need nothing but PyTorch; what a machine lacks makes them slower, not wrong (`reasons`).
+"""
+
+from .attention import shaw_attention
+from .capability import is_available, reasons
+from .conv import conv_norm_act
+from .linear import feed_forward, linear, linear_glu, linear_residual
+from .norm import layer_norm, residual_double_layer_norm, residual_layer_norm
+
+__all__ = [
+    "conv_norm_act",
+    "feed_forward",
+    "is_available",
+    "layer_norm",
+    "linear",
+    "linear_glu",
+    "linear_residual",
+    "reasons",
+    "residual_double_layer_norm",
+    "residual_layer_norm",
+    "shaw_attention",
+]

@@ -1,0 +1,341 @@
+"""Shaw attention over packed utterances, block by block of queries, in memory O(T x block).
+
+    score(i, j) = (q_i . k_j + q_i . E[clip(j - i, -L, R) + L]) / sqrt(D)
+
+One block of queries of one or several heads at a time is scored, small enough to stay in cache
+between the two products. The factor 1 / sqrt(D) is in the queries; in fp32 log2(e) is too, because
+the powers of two are the faster ones. bf16 queries would be rounded once more by it.
+
+Positions. Left of the band every key of a row adds the same P[i, 0], right of it P[i, L + R], with
+P = q E^T. Softmax does not see what a whole row shares, so the side that has more keys counts as
+zero, the other side gets the difference, and only the columns of the band get a number each. In a
+block of b queries the band is a parallelogram of b + L + R columns: a buffer whose rows lie one
+element short of a diagonal step apart receives P as it stands.
+
+Softmax. With |q| max|k| + 2 |q| max|E| below a limit no power can overflow or vanish, so the powers
+are taken of the scores as they are. Heads beyond it subtract each row's maximum first.
+The row sums divide the output, not the probabilities.
+
+Products. bf16 goes through oneDNN's batched product, several heads a call. fp32 goes to MKL, which
+on AMD processors is less than half as fast as oneDNN's linear layer, so long utterances go through
+that, head by head.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from .capability import onednn_linear
+from .linear import linear, matmul_transposed
+
+_BLOCK_BYTES = 2 << 20
+"""Scores in flight: the second-level caches of two cores."""
+_MIN_QUERIES = 256
+"""Fewer queries than this in a block make the products slow, whatever the cache holds."""
+_LINEAR_FROM = 160
+"""Frames from which fp32 calls the linear layer a head: below, its call takes longer than MKL."""
+_SAFE_EXPONENT = 64.0
+"""Scores within +-64 need no maximum in either base: exp(64) = 2**92 summed over 2**20 keys is
+finite in fp32 and bf16, and what underflows beside exp(-64) is less than 2**-30 of its row."""
+
+
+class _Positions(NamedTuple):
+    """`q . E` of all queries and the clipping it stands for."""
+
+    products: Tensor  # [H, N, L + R + 1]
+    longest: Tensor  # the length of the longest embedding
+    left: int
+    right: int
+
+
+class _Block(NamedTuple):
+    """Queries `start` to `end` of an utterance of `length` frames at row `offset` of the batch."""
+
+    offset: int
+    length: int
+    start: int
+    end: int
+
+
+@overload
+def shaw_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    return_log_sum_exp: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def shaw_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    return_log_sum_exp: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def shaw_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with relative keys (Shaw et al. 2018), within each utterance.
+
+    Args:
+        query: `[N, H, D]`, any strides.
+        key: `[N, H, D]`, any strides.
+        value: `[N, H, D]`, any strides.
+        cu_seqlens: int32 `[batch + 1]`.
+        max_seqlen: frames of the longest utterance.
+        distance_embedding: E, `[left + right + 1, D]`; `None` for attention without positions.
+        left: L, frames to the left beyond which distances are equal.
+        right: R.
+        return_log_sum_exp: also return the log-sum-exp of every row of scores.
+
+    Returns:
+        The output `[N, H, D]` in the dtype of `query`, contiguous; with `return_log_sum_exp` also
+        fp32 `[H, N]`.
+    """
+    num_tokens, num_heads, head_size = query.shape
+    output = query.new_empty(num_tokens, num_heads, head_size)
+    log_sum_exp = torch.empty(num_heads if return_log_sum_exp else 0, num_tokens)
+    if output.numel() == 0:
+        return (output, log_sum_exp) if return_log_sum_exp else output
+    # Contiguous rows a head, [H, N, D].
+    scaled = query.new_empty(num_heads, num_tokens, head_size)
+    base_two = _base_two(query.dtype)
+    factor = (math.log2(math.e) if base_two else 1.0) / math.sqrt(head_size)
+    torch.mul(query.transpose(0, 1), factor, out=scaled)
+    keys, values = key.transpose(0, 1).contiguous(), value.transpose(0, 1)
+    if _uses_linear(query.dtype, max_seqlen):
+        values = values.contiguous()
+    positions = None
+    if distance_embedding is not None and left + right > 0:
+        positions = _positions(scaled, distance_embedding, left, right, max_seqlen)
+    elif distance_embedding is not None and return_log_sum_exp:
+        embedding = distance_embedding.to(scaled.dtype)
+        positions = _Positions(scaled @ embedding.t(), _longest(embedding), 0, 0)
+    attend = _Attend(scaled, keys, values, positions, output, log_sum_exp, base_two)
+    starts = cu_seqlens.tolist()
+    for offset, stop in itertools.pairwise(starts):
+        attend.utterance(offset, stop - offset)
+    return (output, log_sum_exp) if return_log_sum_exp else output
+
+
+def _positions(
+    scaled: Tensor, embedding: Tensor, left: int, right: int, max_seqlen: int
+) -> _Positions:
+    """Distances that no pair of frames has are cut off the embedding first."""
+    reach = max(max_seqlen - 1, 0)
+    reached_left, reached_right = min(left, reach), min(right, reach)
+    embedding = embedding[left - reached_left : left + reached_right + 1].to(scaled.dtype)
+    num_heads, num_tokens, head_size = scaled.shape
+    statistics = torch.promote_types(scaled.dtype, torch.float32)
+    rows = scaled.view(-1, head_size).to(statistics)
+    products = linear(rows, embedding.to(statistics), None, None)
+    products = products.view(num_heads, num_tokens, -1)
+    return _Positions(products, _longest(embedding), reached_left, reached_right)
+
+
+class _Attend:
+    """Attention of one packed batch: what all blocks share."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: _Positions | None,
+        output: Tensor,
+        log_sum_exp: Tensor,
+        base_two: bool,
+    ) -> None:
+        self.query, self.key, self.value = query, key, value  # [H, N, D]
+        self.positions = positions
+        self.output = output  # [N, H, D]
+        self.log_sum_exp = log_sum_exp  # [H, N], or no rows
+        self.base_two = base_two
+        self.statistics = torch.promote_types(query.dtype, torch.float32)
+        self.in_range = _heads_in_range(query, key, positions)
+        self.scratch = query.new_empty(0)
+
+    def utterance(self, offset: int, length: int) -> None:
+        """Fill the output's rows `offset` to `offset + length`."""
+        if length == 0:
+            return
+        by_head = _uses_linear(self.query.dtype, length)
+        size = self.query.element_size()
+        queries = max(_MIN_QUERIES, _BLOCK_BYTES // (size * length))
+        num_blocks = -(-length // queries)
+        queries = -(-length // num_blocks)
+        group = 1 if by_head else max(1, _BLOCK_BYTES // (size * length * queries))
+        for start in range(0, length, queries):
+            block = _Block(offset, length, start, min(start + queries, length))
+            for heads in self._groups(group):
+                self._block(block, heads, by_head)
+
+    def _groups(self, size: int) -> list[slice]:
+        """Slices of at most `size` heads."""
+        num_heads = self.query.shape[0]
+        return [slice(h, min(h + size, num_heads)) for h in range(0, num_heads, size)]
+
+    def _block(self, block: _Block, heads: slice, by_head: bool) -> None:
+        rows = slice(block.offset + block.start, block.offset + block.end)
+        columns = slice(block.offset, block.offset + block.length)
+        query, key = self.query[heads, rows], self.key[heads, columns]
+        bias = None
+        if self.positions is not None:
+            bias = _bias(self.positions, heads, block, query.dtype)
+        if by_head:
+            scores = matmul_transposed(query[0], key[0])[None]  # [1, b, T]
+            if bias is not None:
+                bias.add_to(scores)
+        else:
+            scores = self._buffer(query.shape[0], query.shape[1], block.length)  # [G, b, T]
+            if bias is not None:
+                # The product is added to it before it is rounded.
+                bias.fill(scores)
+            beta = 0.0 if bias is None else 1.0
+            torch.baddbmm(scores, query, key.transpose(1, 2), beta=beta, out=scores)
+        maximum = None
+        if not all(self.in_range[heads]):
+            maximum = scores.amax(-1, keepdim=True)
+            scores.sub_(maximum)
+        powers = scores.exp2_() if self.base_two else scores.exp_()
+        total = powers.sum(-1, keepdim=True, dtype=self.statistics)  # [G, b, 1]
+        value = self.value[heads, columns]
+        if by_head:
+            weighted = matmul_transposed(powers[0], value[0].t())[None]  # [1, b, D]
+        else:
+            weighted = torch.bmm(powers, value)  # [G, b, D]
+        torch.div(weighted, total, out=self.output[rows, heads].transpose(0, 1))
+        if self.log_sum_exp.shape[0]:
+            exponent = total.log_()
+            unit = math.log(2.0) if self.base_two else 1.0
+            for shift in (maximum, None if bias is None else bias.reference):
+                if shift is not None:
+                    exponent = exponent + shift * unit
+            self.log_sum_exp[heads, rows] = exponent.squeeze(-1).float()
+
+    def _buffer(self, *shape: int) -> Tensor:
+        """Memory for scores, kept between blocks."""
+        numel = math.prod(shape)
+        if self.scratch.numel() < numel:
+            self.scratch = self.query.new_empty(numel)
+        return self.scratch[:numel].view(shape)
+
+
+def _heads_in_range(query: Tensor, key: Tensor, positions: _Positions | None) -> list[bool]:
+    """Heads none of whose scores can exceed the safe exponent, by the Cauchy-Schwarz inequality."""
+    if query.dtype == torch.float16:  # its powers end at 2**16
+        return [False] * query.shape[0]
+    longest_query, longest_key = _longest(query), _longest(key)  # [H]
+    bound = longest_query * longest_key
+    if positions is not None:
+        # A position's score counts from the reference of its row: twice the longest embedding.
+        bound = bound + 2.0 * longest_query * positions.longest
+    in_range: list[bool] = (bound <= _SAFE_EXPONENT).tolist()  # NaN is not
+    return in_range
+
+
+def _base_two(dtype: torch.dtype) -> bool:
+    """Whether scores of this dtype are kept in base 2: exp in fp32 goes to MKL, four times slower
+    than exp2."""
+    return dtype.itemsize >= 4
+
+
+def _uses_linear(dtype: torch.dtype, length: int) -> bool:
+    """Whether an utterance's products go through oneDNN's linear layer, head by head."""
+    return dtype == torch.float32 and length >= _LINEAR_FROM and onednn_linear(dtype)
+
+
+def _longest(x: Tensor) -> Tensor:
+    """The largest length of the rows of `[..., n, D]`: fp64 `[...]`."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return lengths.amax(-1).double()
+
+
+class _Bias(NamedTuple):
+    """Position scores of a block, `[G, b, T]` in four pieces; a row's reference counts as zero."""
+
+    reference: Tensor | None  # [G, b, 1], or None where zero is the reference
+    band: Tensor  # [G, b, stop - start], for the keys start to stop
+    start: int
+    stop: int
+    beyond: Tensor  # [G, b, 1], for the keys on the other side of the band
+    side: slice  # these keys
+    zero: slice  # the keys that get nothing
+
+    def add_to(self, scores: Tensor) -> None:
+        scores[..., self.start : self.stop].add_(self.band)
+        if self.side.start < self.side.stop:
+            scores[..., self.side].add_(self.beyond)
+
+    def fill(self, scores: Tensor) -> None:
+        scores[..., self.zero].zero_()
+        scores[..., self.start : self.stop].copy_(self.band)
+        if self.side.start < self.side.stop:
+            scores[..., self.side].copy_(self.beyond)
+
+
+def _bias(positions: _Positions, heads: slice, block: _Block, dtype: torch.dtype) -> _Bias:
+    """Position scores of a block of queries for the heads of a group, in `dtype`."""
+    left, right = positions.left, positions.right
+    num_queries = block.end - block.start
+    width = num_queries + left + right
+    origin = block.start - left  # key of the buffer's first column
+    products = positions.products[
+        heads, block.offset + block.start : block.offset + block.end
+    ]  # [G, b, L + R + 1]
+    start, stop = max(origin, 0), min(origin + width, block.length)
+    before, after = slice(0, start), slice(stop, block.length)
+    left_is_zero = start >= block.length - stop
+    side, zero = (after, before) if left_is_zero else (before, after)
+
+    band = products.new_empty(products.shape[0], num_queries, width, dtype=dtype)
+    diagonal = band.as_strided(products.shape, (num_queries * width, width + 1, 1))
+    if block.end - 1 <= left and block.length - 1 - block.start <= right:
+        # Every key is within the band of every query.
+        reference, beyond = None, products[..., :1]
+        diagonal.copy_(products)
+    else:
+        reference = products[..., :1] if left_is_zero else products[..., -1:]
+        beyond = (products[..., -1:] if left_is_zero else products[..., :1]) - reference
+        beyond = beyond.to(dtype)
+        mask = _beyond_band(num_queries, width, left + right, left_is_zero, dtype)
+        torch.mul(mask, beyond, out=band)
+        torch.sub(products, reference, out=diagonal)
+    band = band[..., start - origin : stop - origin]
+    return _Bias(reference, band, start, stop, beyond, side, zero)
+
+
+@functools.lru_cache(maxsize=8)
+def _beyond_band(
+    num_queries: int, width: int, span: int, right_side: bool, dtype: torch.dtype
+) -> Tensor:
+    """One where a column of the band's buffer lies beyond row's own band on one side: `[b, W]`."""
+    ones = torch.ones(num_queries, width, dtype=dtype)
+    return ones.triu_(span + 1) if right_side else ones.tril_(-1)

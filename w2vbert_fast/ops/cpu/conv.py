@@ -1,0 +1,90 @@
+"""Causal depthwise convolution over packed utterances, with its LayerNorm and activation.
+
+Packed `[num_tokens, channels]` is what a convolution over a picture one row high calls
+channels-last, so nothing is transposed: the utterances are copied once, K - 1 zero rows before
+each, and one convolution runs over all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import get_activation
+from .norm import layer_norm, layer_norm_into
+
+_IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
+
+
+def conv_norm_act(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """`act(LN(y))` with `y[t, c] = sum_k conv_weight[c, k] * x[t - (K - 1) + k, c]`.
+
+    Args:
+        x: `[num_tokens, channels]`, packed.
+        conv_weight: `[channels, K]`.
+        norm_weight: `[channels]`.
+        norm_bias: `[channels]`.
+        eps: added to the variance.
+        activation: a name of `ops.activations.ACTIVATIONS`.
+        cu_seqlens: int32 `[batch + 1]`.
+
+    Returns:
+        `[num_tokens, channels]` in the dtype of `x`, contiguous.
+
+    Raises:
+        ValueError: no activation has this name.
+    """
+    function = get_activation(activation)
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    starts = cu_seqlens.tolist()
+    utterances = [(a, b) for a, b in itertools.pairwise(starts) if b > a]
+    y = _convolve(x, conv_weight, utterances)
+    pad = conv_weight.shape[1] - 1
+    if len(utterances) == 1:
+        return _norm_act(y, norm_weight, norm_bias, eps, activation)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for index, (start, end) in enumerate(utterances):
+        rows = y[start + index * pad : end + index * pad]
+        if x.dtype == norm_weight.dtype == norm_bias.dtype == torch.float32:
+            layer_norm_into(out[start:end], rows, norm_weight, norm_bias, eps)
+        else:
+            out[start:end] = F.layer_norm(rows, (x.shape[1],), norm_weight, norm_bias, eps)
+    in_place = _IN_PLACE.get(activation)
+    return function(out) if in_place is None else in_place(out, inplace=True)
+
+
+def _convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int]]) -> Tensor:
+    """The convolution of all utterances, each K - 1 rows after the end of the one before it.
+
+    Returns `[num_tokens + (len(utterances) - 1) * (K - 1), channels]`; the rows in between are of
+    no use.
+    """
+    channels, taps = weight.shape
+    pad = taps - 1
+    num_rows = x.shape[0] + len(utterances) * pad
+    spaced = x.new_empty(num_rows, channels)
+    for index, (start, end) in enumerate(utterances):
+        spaced[start + index * pad : start + (index + 1) * pad].zero_()
+        spaced[start + (index + 1) * pad : end + (index + 1) * pad] = x[start:end]
+    strides = (num_rows * channels, 1, num_rows * channels, channels)
+    picture = spaced.as_strided((1, channels, 1, num_rows), strides)
+    y = F.conv2d(picture, weight.reshape(channels, 1, 1, taps), groups=channels)
+    return y[0, :, 0].t()  # [rows, channels]
+
+
+def _norm_act(y: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str) -> Tensor:
+    z = layer_norm(y, weight, bias, eps)
+    in_place = _IN_PLACE.get(activation)
+    return get_activation(activation)(z) if in_place is None else in_place(z, inplace=True)

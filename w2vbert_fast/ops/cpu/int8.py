@@ -1,0 +1,233 @@
+"""Linear layers with 8-bit weights and activations, for inference.
+
+    W[m, :] = scale[m] * Wq[m, :]              symmetric, a scale per output channel, once
+    x[n, :] = scale[n] * (xq[n, :] - 128)      symmetric, a scale per token, at every call
+    y[n, m] = scale[n] * scale[m] * sum_k (xq[n, k] - 128) * Wq[m, k] + bias[m]
+
+The sum is exact in int32. oneDNN applies the channel's scale, a pass over the result the token's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import get_activation
+from .linear import row_blocks
+
+_ZERO_POINT = 128
+
+
+class QuantizedWeight(NamedTuple):
+    """An 8-bit weight in oneDNN's own layout.
+
+    Attributes:
+        packed: the weight, opaque; no view of the parameter it was made of.
+        scale: fp32 `[out_features]`.
+        zero_point: int32 `[out_features]`, zeros: what oneDNN asks for.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    out_features: int
+    in_features: int
+
+
+class QuantizedTokens(NamedTuple):
+    """8-bit activations, which several linear layers may share.
+
+    Attributes:
+        values: uint8 `[num_tokens, features]`, 128 for zero.
+        scale: fp32 `[num_tokens, 1]`.
+        dtype: of the activations they were made of, and of what a layer returns.
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+@functools.cache
+def reasons() -> tuple[str, ...]:
+    """Why 8-bit linear layers cannot run here, one sentence each; empty when they can."""
+    operations = torch.ops.onednn
+    if not torch._C._has_mkldnn:
+        return ("this build of PyTorch has no oneDNN",)
+    if not (hasattr(operations, "qlinear_pointwise") and hasattr(operations, "qlinear_prepack")):
+        return ("this build of PyTorch has no 8-bit linear layer for this architecture",)
+    try:
+        weight = _pack(torch.eye(4), torch.ones(4))
+        tokens = QuantizedTokens(
+            torch.full((2, 4), _ZERO_POINT + 3, dtype=torch.uint8), torch.ones(2, 1), torch.float32
+        )
+        works = bool((_product(tokens, weight) == 3.0).all())
+    except (RuntimeError, NotImplementedError):
+        works = False
+    return () if works else ("oneDNN's 8-bit linear layer does not run on this CPU",)
+
+
+def is_available() -> bool:
+    """Whether 8-bit linear layers run here."""
+    return not reasons()
+
+
+def quantize_weight(weight: Tensor) -> QuantizedWeight:
+    """The 8-bit form of a linear layer's weight.
+
+    Args:
+        weight: `[out_features, in_features]`, any floating dtype, on the CPU, finite.
+
+    Raises:
+        ValueError: `weight` has another shape, dtype or device, or is not finite.
+        RuntimeError: 8-bit linear layers do not run on this machine.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.device.type != "cpu":
+        raise ValueError(
+            f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must be a "
+            "floating-point matrix [out_features, in_features] on the CPU"
+        )
+    if missing := reasons():
+        raise RuntimeError(f"8-bit linear layers do not run here: {missing[0]}")
+    values = weight.detach().float()
+    largest = values.abs().amax(1) if values.numel() else values.new_zeros(values.shape[0])
+    if not bool(largest.isfinite().all()):
+        raise ValueError("weight has NaN or infinite elements; it must be finite")
+    limit = _weight_limit()
+    scale = (largest / limit).clamp_(min=torch.finfo(torch.float32).tiny)
+    return _pack((values / scale[:, None]).round_().clamp_(-limit, limit), scale)
+
+
+def _pack(values: Tensor, scale: Tensor) -> QuantizedWeight:
+    """Whole numbers `[out_features, in_features]` and their scale, packed."""
+    out_features, in_features = values.shape
+    packed = torch.ops.onednn.qlinear_prepack(values.to(torch.int8), None)
+    zero_point = torch.zeros(out_features, dtype=torch.int32)
+    return QuantizedWeight(packed, scale, zero_point, out_features, in_features)
+
+
+@functools.cache
+def _weight_limit() -> int:
+    """Without dot-product instructions pairs of products are summed in int16, which must hold
+    2 * 255 * limit."""
+    return 127 if torch.cpu._is_vnni_supported() else 63
+
+
+def quantize_tokens(x: Tensor) -> QuantizedTokens:
+    """The 8-bit form of activations, each token with a scale of its own.
+
+    Args:
+        x: `[num_tokens, features]`, any floating dtype.
+    """
+    return _quantize(x.float() if x.dtype != torch.float32 else x.clone(), x.dtype)
+
+
+def _quantize(values: Tensor, dtype: torch.dtype) -> QuantizedTokens:
+    """As `quantize_tokens`, of fp32 `values` that are used up."""
+    if values.numel() == 0:
+        scale = values.new_ones(values.shape[0], 1)
+        return QuantizedTokens(values.to(torch.uint8), scale, dtype)
+    largest = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
+    scale = largest.div_(127.0).clamp_(min=torch.finfo(torch.float32).tiny)
+    # Adding a half before the cast, which cuts off, rounds; all values are positive by then.
+    values.mul_(scale.reciprocal()).add_(_ZERO_POINT + 0.5)
+    return QuantizedTokens(values.to(torch.uint8), scale, dtype)
+
+
+def linear_int8(
+    x: Tensor | QuantizedTokens,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """`act(x @ W.T + bias)` with 8-bit `x` and `W`.
+
+    Args:
+        x: `[num_tokens, in_features]`, or what `quantize_tokens` made of it.
+        weight: what `quantize_weight` made of `[out_features, in_features]`.
+        bias: `[out_features]` or `None`.
+        activation: a name of `ops.activations.ACTIVATIONS` or `None`.
+
+    Returns:
+        `[num_tokens, out_features]` in the dtype of the activations.
+
+    Raises:
+        ValueError: `x` has another number of features than `weight`; no activation has this name.
+    """
+    tokens = x if isinstance(x, QuantizedTokens) else quantize_tokens(x)
+    return _linear(tokens, weight, bias, activation).to(tokens.dtype)
+
+
+def feed_forward_int8(
+    x: Tensor,
+    weight1: QuantizedWeight,
+    bias1: Tensor | None,
+    activation: str | None,
+    weight2: QuantizedWeight,
+    bias2: Tensor | None,
+) -> Tensor:
+    """Two layers, a block of tokens at a time; the values between them are fp32 before rounding.
+
+    Args:
+        x: `[num_tokens, hidden]`.
+        weight1: of `[intermediate, hidden]`.
+        bias1: `[intermediate]` or `None`.
+        activation: a name of `ops.activations.ACTIVATIONS` or `None`.
+        weight2: of `[hidden_out, intermediate]`.
+        bias2: `[hidden_out]` or `None`.
+
+    Returns:
+        `[num_tokens, hidden_out]` in the dtype of `x`.
+
+    Raises:
+        ValueError: as `linear_int8`.
+    """
+    out = x.new_empty(x.shape[0], weight2.out_features)
+    for rows in row_blocks(x.shape[0], weight1.out_features * 4):
+        hidden = _linear(quantize_tokens(x[rows]), weight1, bias1, activation)
+        out[rows] = _linear(_quantize(hidden, x.dtype), weight2, bias2, None)
+    return out
+
+
+def _linear(
+    tokens: QuantizedTokens, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """As `linear_int8`; fp32."""
+    features = tokens.values.shape[-1]
+    if features != weight.in_features:
+        raise ValueError(f"x has {features} features; weight needs {weight.in_features}")
+    if tokens.values.numel() == 0 or weight.out_features == 0:
+        y = tokens.scale.new_zeros(tokens.values.shape[0], weight.out_features)
+    else:
+        y = _product(tokens, weight).mul_(tokens.scale)
+    if bias is not None:
+        y.add_(bias)
+    if activation in ("silu", "swish"):
+        return F.silu(y, inplace=True)
+    return y if activation is None else get_activation(activation)(y)
+
+
+def _product(tokens: QuantizedTokens, weight: QuantizedWeight) -> Tensor:
+    """The product without the tokens' scales, fp32."""
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        tokens.values,
+        1.0,
+        _ZERO_POINT,
+        weight.packed,
+        weight.scale,
+        weight.zero_point,
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return y
