@@ -1,6 +1,6 @@
 """Cut the training recordings into words, with a CTC model that has already learned a little.
 
-    python examples/align_words.py DATA OUT/last.pt SEGMENTS.pt
+    python examples/align_words.py DATA OUT/last SEGMENTS.pt
 
 Each training clip, at each speed of `train_demo.py`, is aligned with its transcript by the most
 likely CTC path (Viterbi). A word's cut runs from the middle of the gap before its first letter to
@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from train_demo import REAL_SPEEDS, as_features, load_clips, make_model, make_processor
+from train_demo import REAL_SPEEDS, as_features, load_clips
+
+from w2vbert_fast import Wav2Vec2BertForCTC, Wav2Vec2BertProcessor
 
 
 def viterbi(log_probabilities: Tensor, labels: list[int], blank: int) -> tuple[list[int], float]:
@@ -81,16 +83,13 @@ def word_spans(path: list[int], text: str) -> list[tuple[str, int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("checkpoint", type=Path, help="last.pt of train_demo.py")
+    parser.add_argument("checkpoint", type=Path, help="last/ of train_demo.py")
     parser.add_argument("segments", type=Path)
     parser.add_argument("--worst-score", type=float, default=-0.5, help="mean log probability")
     args = parser.parse_args()
 
-    processor = make_processor(args.checkpoint.parent / "processor")
-    model = make_model(processor.tokenizer).eval()
-    state = torch.load(args.checkpoint, weights_only=False)["average"]
-    prefix = "module."
-    model.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    processor = Wav2Vec2BertProcessor.from_pretrained(args.checkpoint)
+    model = Wav2Vec2BertForCTC.from_pretrained(args.checkpoint)
 
     rows = [json.loads(line) for line in (args.data / "manifest.jsonl").open(encoding="utf-8")]
     train = [row for row in rows if row["split"] == "train"]

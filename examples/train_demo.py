@@ -1,36 +1,32 @@
 """Train the demo checkpoint: a small `Wav2Vec2BertForCTC` on 20 minutes of telephone prompts.
 
     python examples/make_synthetic_speech.py DATA SYNTHETIC --count 4000
-    python examples/train_demo.py DATA OUT --synthetic SYNTHETIC --steps 9000 --bf16
+    python examples/train_demo.py DATA OUT --synthetic SYNTHETIC --precision bf16
 
 DATA holds `manifest.jsonl` (`file`, `text`, `split`) and the clips; only rows of the split "train"
-are trained on, the split "test" is only scored. SYNTHETIC has the same form without splits. OUT
-gets `last.pt` (everything that a resumed run needs: the same command goes on where it stopped),
-`log.jsonl`, `curve.png` and, at the end, `model/` with the averaged weights in half precision.
+are trained on, the split "test" is only scored. SYNTHETIC has the same form without splits.
 
-A clip is held as log-mel frames at several speeds. A training utterance is a clip, several clips
-in a row, or, with `--segments`, a new sentence put together from single words of the real speaker
-(see `examples/align_words.py`). Frames are normalised after that, as the feature extractor does.
+The training itself is `w2vbert_fast.training.finetune`: OUT gets what `docs/finetune.md` lists, the
+same command goes on where it was killed, and at the end there is `model/` with the averaged weights
+in half precision. What is here is the data: a clip is held as log-mel frames at several speeds, and
+a training utterance is a clip, several clips in a row, or, with `--segments`, a new sentence put
+together from single words of the real speaker (see `examples/align_words.py`). Frames are
+normalised after that, as the feature extractor does.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import hashlib
 import json
-import math
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import jiwer
-import matplotlib
 import numpy as np
 import soundfile
 import soxr
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from w2vbert_fast import (
     SeamlessM4TFeatureExtractor,
@@ -39,6 +35,8 @@ from w2vbert_fast import (
     Wav2Vec2BertProcessor,
     Wav2Vec2CTCTokenizer,
 )
+from w2vbert_fast.training import FinetuneConfig, Utterance, finetune
+from w2vbert_fast.training.evaluation import error_rates
 
 SAMPLING_RATE = 16_000
 REAL_SPEEDS = (0.85, 0.92, 1.0, 1.08, 1.16)
@@ -157,117 +155,123 @@ def warp_and_mask(frames: np.ndarray, rng: random.Random) -> np.ndarray:
     return frames
 
 
-class Sampler:
-    """Draws training utterances; all randomness comes from one generator."""
+@dataclass
+class Draw:
+    """What a training utterance is made of: its words, and stretches of log-mel `[frames, 80]`."""
+
+    text: str
+    parts: list[np.ndarray]
+
+    @property
+    def length(self) -> int:
+        """Log-mel frames, 10 ms each."""
+        return sum(map(len, self.parts))
+
+
+class TrainingUtterances:
+    """Utterances put together at random; each follows from the seed, the epoch and its index.
+
+    Args:
+        real: clips of the real speaker.
+        synthetic: clips of synthetic voices, which teach letters and words.
+        words: stretches of the real speaker's log-mel frames for each word.
+        tokenizer: makes the labels.
+        count: utterances in an epoch.
+        epochs: epochs in all.
+        seed: where the randomness comes from.
+    """
 
     def __init__(
         self,
         real: list[Clip],
         synthetic: list[Clip],
         words: dict[str, list[np.ndarray]],
-        sentences: list[str],
+        tokenizer: Wav2Vec2CTCTokenizer,
+        count: int,
+        epochs: int,
         seed: int,
     ) -> None:
         self.real, self.synthetic, self.words = real, synthetic, words
-        self.sentences = sentences
-        self.rng = random.Random(seed)
+        self.sentences = [
+            clip.text
+            for clip in [*real, *synthetic]
+            if len(clip.text.split()) <= 16 and all(word in words for word in clip.text.split())
+        ]
+        self.tokenizer, self.count, self.epochs, self.seed = tokenizer, count, epochs, seed
 
-    def utterance(self, real_share: float) -> tuple[str, np.ndarray]:
-        """A text and its log-mel frames."""
-        draw = self.rng.random()
-        if self.synthetic and draw >= real_share:
-            return self._joined(self.synthetic, 0.2)
-        if self.words and draw < 0.4 * real_share:
-            return self._spliced()
-        return self._joined(self.real, 0.5)
+    def __len__(self) -> int:
+        return self.count
 
-    def _joined(self, clips: list[Clip], join: float) -> tuple[str, np.ndarray]:
-        texts, parts = [], []
-        length = 0
-        while True:
-            clip = self.rng.choice(clips)
-            frames = self.rng.choice(clip.frames)
-            texts.append(clip.text)
-            parts.append(frames)
-            length += len(frames)
-            if length > MAX_FRAMES // 8 or self.rng.random() >= join:
-                return " ".join(texts), np.concatenate(parts)
+    def fingerprint(self) -> str:
+        return f"{digest([*self.real, *self.synthetic])} {len(self.words)} {self.count}"
 
-    def _spliced(self) -> tuple[str, np.ndarray]:
-        """A random sentence, each word cut from a recording of the real speaker."""
-        words = self.rng.choice(self.sentences).split()
-        return " ".join(words), np.concatenate([self.rng.choice(self.words[w]) for w in words])
+    def num_frames(self, index: int, epoch: int) -> int:
+        return self._draw(self._rng(index, epoch), epoch).length // 2
 
-    def batches(self, frame_budget: int, real_share: float, pool: int = 8):
-        """Batches of about `frame_budget` 20 ms frames, from a pool sorted by length."""
-        utterances = []
-        total = 0
-        while total < frame_budget * pool:
-            text, frames = self.utterance(real_share)
-            frames = warp_and_mask(frames, self.rng)
-            utterances.append((text, frames))
-            total += len(frames) // 2
-        utterances.sort(key=lambda item: len(item[1]))
-        batches: list[list[tuple[str, np.ndarray]]] = [[]]
-        for item in utterances:
-            longest = max(len(item[1]) // 2, 1)
-            if batches[-1] and (len(batches[-1]) + 1) * longest > frame_budget:
-                batches.append([])
-            batches[-1].append(item)
-        self.rng.shuffle(batches)
-        return batches
+    def load(self, index: int, epoch: int) -> Utterance:
+        rng = self._rng(index, epoch)
+        draw = self._draw(rng, epoch)
+        features = as_features(warp_and_mask(np.concatenate(draw.parts), rng))
+        labels = torch.tensor(self.tokenizer(draw.text).input_ids)
+        return Utterance(f"{epoch}:{index} ({draw.text})", features, labels, draw.text)
+
+    def _rng(self, index: int, epoch: int) -> random.Random:
+        return random.Random(f"{self.seed} {epoch} {index}")
+
+    def _draw(self, rng: random.Random, epoch: int) -> Draw:
+        # The real speaker takes over towards the end.
+        real_share = min(1.0, 0.5 + 0.6 * epoch / self.epochs) if self.synthetic else 1.0
+        share = rng.random()
+        if self.synthetic and share >= real_share:
+            return joined(self.synthetic, 0.2, rng)
+        if self.sentences and share < 0.4 * real_share:
+            # A random sentence, each word cut from a recording of the real speaker.
+            words = rng.choice(self.sentences).split()
+            return Draw(" ".join(words), [rng.choice(self.words[word]) for word in words])
+        return joined(self.real, 0.5, rng)
 
 
-def collate(
-    batch: list[tuple[str, np.ndarray]], tokenizer: Wav2Vec2CTCTokenizer
-) -> dict[str, torch.Tensor]:
-    features = [as_features(frames) for _, frames in batch]
-    labels = [torch.tensor(tokenizer(text).input_ids) for text, _ in batch]
-    mask = [torch.ones(len(f), dtype=torch.long) for f in features]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_features": pad(features, batch_first=True),
-        "attention_mask": pad(mask, batch_first=True),
-        "labels": pad(labels, batch_first=True, padding_value=-100),
-    }
-
-
-@torch.no_grad()
-def transcribe(
-    model: Wav2Vec2BertForCTC, clips: list[Clip], processor: Wav2Vec2BertProcessor
-) -> list[str]:
-    """Greedy transcripts of clips at their first speed."""
-    model.eval()
+def joined(clips: list[Clip], probability: float, rng: random.Random) -> Draw:
+    """A random clip, followed by another one with some probability, and so on."""
+    draw = Draw("", [])
     texts = []
+    while True:
+        clip = rng.choice(clips)
+        texts.append(clip.text)
+        draw.parts.append(rng.choice(clip.frames))
+        if draw.length > MAX_FRAMES // 8 or rng.random() >= probability:
+            return Draw(" ".join(texts), draw.parts)
+
+
+class HeldOutClips:
+    """Clips as they are, for scoring."""
+
+    def __init__(self, clips: list[Clip], tokenizer: Wav2Vec2CTCTokenizer) -> None:
+        self.clips, self.tokenizer = clips, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def fingerprint(self) -> str:
+        return digest(self.clips)
+
+    def num_frames(self, index: int, epoch: int) -> int:
+        return len(self.clips[index].frames[0]) // 2
+
+    def load(self, index: int, epoch: int) -> Utterance:
+        clip = self.clips[index]
+        labels = torch.tensor(self.tokenizer(clip.text).input_ids)
+        return Utterance(str(index), as_features(clip.frames[0]), labels, clip.text)
+
+
+def digest(clips: list[Clip]) -> str:
+    """Changes when a clip does."""
+    found = hashlib.sha256()
     for clip in clips:
-        logits = model(as_features(clip.frames[0])[None]).logits
-        texts.append(processor.batch_decode(logits.argmax(-1))[0])
-    return texts
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine to 1 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def draw_curve(log: list[dict], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    left.plot([row["step"] for row in log], [row["loss"] for row in log])
-    left.set(xlabel="step", ylabel="CTC loss (training)", yscale="log")
-    scored = [row for row in log if "wer" in row]
-    for key, label in (("wer", "all held-out clips"), ("wer_in_vocabulary", "in-vocabulary clips")):
-        right.plot([r["step"] for r in scored], [100 * r[key] for r in scored], label=label)
-    right.set(xlabel="step", ylabel="word error rate, %", ylim=(0, 105))
-    right.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+        found.update(clip.text.encode())
+        for frames in clip.frames:
+            found.update(frames.tobytes())
+    return found.hexdigest()
 
 
 def main() -> None:
@@ -276,127 +280,82 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--synthetic", type=Path)
     parser.add_argument("--segments", type=Path, help="word cuts made by align_words.py")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--peak-learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--epochs", type=int, default=72)
+    parser.add_argument("--utterances", type=int, default=1000, help="in an epoch")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup", type=int, default=400)
     parser.add_argument("--frame-budget", type=int, default=2000, help="20 ms frames in a batch")
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products (autocast)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    processor = make_processor(args.out / "processor")
+    start = args.out / "start"
+    processor = make_processor(start)
     tokenizer = processor.tokenizer
-    rows = [json.loads(line) for line in (args.data / "manifest.jsonl").open(encoding="utf-8")]
-    train = [row for row in rows if row["split"] == "train"]
+    manifest = args.data / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.open(encoding="utf-8")]
     test = [row for row in rows if row["split"] == "test"]
-    in_vocabulary = [row["oov"] == [] for row in test]
 
     extractor = processor.feature_extractor
+    train = [row for row in rows if row["split"] == "train"]
     real = load_clips(args.data, train, REAL_SPEEDS, extractor)
     real = [clip for clip in real if max(map(len, clip.frames)) <= MAX_FRAMES]
     held_out = load_clips(args.data, test, (1.0,), extractor)
     synthetic: list[Clip] = []
     if args.synthetic:
-        manifest = (args.synthetic / "manifest.jsonl").open(encoding="utf-8")
         rng = random.Random(args.seed)
-        for line in manifest:
-            row = json.loads(line)
+        for line in (args.synthetic / "manifest.jsonl").open(encoding="utf-8"):
             speed = rng.choice(SYNTHETIC_SPEEDS)
-            synthetic += load_clips(args.synthetic, [row], (speed,), extractor)
+            synthetic += load_clips(args.synthetic, [json.loads(line)], (speed,), extractor)
     words: dict[str, list[np.ndarray]] = {}
     if args.segments:
         words = torch.load(args.segments, weights_only=False)
-    sentences = [
-        clip.text
-        for clip in [*real, *synthetic]
-        if len(clip.text.split()) <= 16 and all(word in words for word in clip.text.split())
-    ]
-    sampler = Sampler(real, synthetic, words, sentences, args.seed)
     print(f"{len(real)} real, {len(synthetic)} synthetic clips, {len(words)} cut words", flush=True)
 
+    torch.manual_seed(args.seed)
     model = make_model(tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.02, foreach=True
+    model.save_pretrained(start)
+    processor.save_pretrained(start)
+
+    config = FinetuneConfig(
+        model=start,
+        train=manifest,
+        eval=manifest,
+        out=args.out,
+        epochs=args.epochs,
+        frame_budget=args.frame_budget,
+        learning_rate=args.learning_rate,
+        warmup=args.warmup,
+        decay="cosine",
+        weight_decay=0.02,
+        average=0.998,
+        precision=args.precision,
+        evaluate_every=args.evaluate_every,
+        log_every=50,
+        # All frames are in memory.
+        num_workers=0,
+        seed=args.seed,
     )
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    log: list[dict] = []
-    step = 0
-    last = args.out / "last.pt"
-    if last.exists():
-        state = torch.load(last, weights_only=False)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        torch.set_rng_state(state["torch_rng"])
-        sampler.rng.setstate(state["sampler_rng"])
-        log, step = state["log"], state["step"]
-        print(f"resumed at step {step}", flush=True)
-
-    def save() -> None:
-        temporary = last.with_suffix(".tmp")
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "sampler_rng": sampler.rng.getstate(),
-                "log": log,
-                "step": step,
-            },
-            temporary,
-        )
-        temporary.replace(last)
-        with (args.out / "log.jsonl").open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in log)
-        draw_curve(log, args.out / "curve.png")
-
-    def score() -> dict[str, float]:
-        texts = transcribe(average.module, held_out, processor)
-        pairs = [(row["text"], text) for row, text in zip(test, texts, strict=True)]
-        known = [pair for pair, inside in zip(pairs, in_vocabulary, strict=True) if inside]
-        return {
-            "wer": jiwer.wer(*map(list, zip(*pairs, strict=True))),
-            "wer_in_vocabulary": jiwer.wer(*map(list, zip(*known, strict=True))),
-        }
-
-    autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-    losses: list[float] = []
-    started, first_step = time.monotonic(), step
-    while step < args.steps:
-        # Synthetic voices teach letters and words; the real speaker takes over towards the end.
-        real_share = min(1.0, 0.5 + 0.6 * step / args.steps) if synthetic else 1.0
-        for batch in sampler.batches(args.frame_budget, real_share):
-            model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.peak_learning_rate, args.warmup)
-            with autocast:
-                loss = model(**collate(batch, tokenizer)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            average.update_parameters(model)
-            losses.append(loss.item())
-            step += 1
-            if step % 50 == 0 or step == args.steps:
-                row = {"step": step, "loss": sum(losses) / len(losses)}
-                row["steps_per_minute"] = 60 * (step - first_step) / (time.monotonic() - started)
-                losses.clear()
-                if step % args.evaluate_every == 0 or step == args.steps:
-                    row |= score()
-                log.append(row)
-                print(json.dumps({k: round(v, 4) for k, v in row.items()}), flush=True)
-                if step % args.evaluate_every == 0 or step == args.steps:
-                    save()
-            if step == args.steps:
-                break
-
-    final = average.module.to(torch.float16)
+    result = finetune(
+        config,
+        train=TrainingUtterances(
+            real, synthetic, words, tokenizer, args.utterances, args.epochs, args.seed
+        ),
+        evaluation=HeldOutClips(held_out, tokenizer),
+    )
+    lines = (args.out / "predictions.jsonl").open(encoding="utf-8")
+    predictions = [json.loads(line) for line in lines]
+    known = [
+        (row["reference"], row["hypothesis"])
+        for row in predictions
+        if test[int(row["name"])]["oov"] == []
+    ]
+    print(f"best word error rate {100 * result.best_score:.2f} % at step {result.best_step}")
+    if known:
+        print(f"in-vocabulary clips, last step: {100 * error_rates(known)['wer']:.2f} %")
+    final = Wav2Vec2BertForCTC.from_pretrained(result.last).to(torch.float16)
     final.save_pretrained(args.out / "model")
     processor.save_pretrained(args.out / "model")
 

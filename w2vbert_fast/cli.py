@@ -30,6 +30,11 @@ TRANSCRIBE_HELP = (
     "Where the output is not a terminal, these are four columns separated by tabs. A file that "
     "cannot be read is reported and the others go on; the exit status is then 1."
 )
+DOCTOR_HELP = (
+    "Print what is installed, what this machine has, which implementation each operation would use "
+    "and why, and the error and time of each against plain PyTorch. The exit status is 1 when a "
+    "check failed."
+)
 ITEMS_FAILED = 1
 NOT_STARTED = 2
 
@@ -40,6 +45,7 @@ class Dtype(str, enum.Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"
 
 
 def main() -> None:
@@ -54,6 +60,8 @@ def main() -> None:
 
 def _build_app() -> Any:
     import typer
+
+    from w2vbert_fast.training.command import register as register_finetune
 
     app = typer.Typer(
         help="Wav2Vec2-BERT speech recognition, fast.",
@@ -104,13 +112,70 @@ def _build_app() -> Any:
         ] = None,
         dtype: Annotated[
             Dtype | None,
-            typer.Option(help="Default: the checkpoint's own on a GPU, float32 on a CPU."),
+            typer.Option(
+                help="Default: the checkpoint's own on a GPU, float32 on a CPU; int8 is for CPUs."
+            ),
         ] = None,
     ) -> None:
         pipeline = _load(model, device, dtype)
         raise typer.Exit(_transcribe(files, pipeline, as_json))
 
+    @app.command("doctor", short_help="Check what runs here, and how.", help=DOCTOR_HELP)
+    def doctor_command(
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    ) -> None:
+        raise typer.Exit(_doctor(as_json))
+
+    register_finetune(app, _report, _fail)
     return app
+
+
+def _doctor(as_json: bool) -> int:
+    """Examine this machine and print what was found; the exit status."""
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from w2vbert_fast.doctor import examine
+
+    found = examine()
+    if as_json:
+        content = {**dataclasses.asdict(found), "passed": found.passed}
+        content["packages"], content["machine"] = dict(found.packages), dict(found.machine)
+        content["reasons"] = dict(found.reasons)
+        _write_line(json.dumps(content, indent=2))
+        return 0 if found.passed else ITEMS_FAILED
+    # Lines are not wrapped where the output is a file.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for title, rows in (("Installed", found.packages), ("Machine", found.machine)):
+        console.print(title, style="bold")
+        for name, value in rows:
+            console.print(f"  {name:20} {value}", markup=False)
+    console.print("Implementations", style="bold")
+    for device, reason in found.reasons:
+        console.print(f"  {device:20} {reason}", markup=False)
+    table = Table(title="Self-check: relative error against plain PyTorch in float64")
+    for column in ("operation", "device", "dtype", "implementation", "error", "limit", "ms", ""):
+        table.add_column(column, justify="right" if column in ("error", "limit", "ms") else "left")
+    for check in found.checks:
+        table.add_row(
+            check.operation,
+            check.device,
+            check.dtype,
+            check.implementation,
+            "" if check.error is None else f"{check.error:.1e}",
+            f"{check.limit:.1e}",
+            "" if check.milliseconds is None else f"{check.milliseconds:.2f}",
+            "ok" if check.passed else "FAILED",
+        )
+    console.print(table)
+    failed = [check for check in found.checks if not check.passed]
+    for check in failed:
+        where = f"{check.operation}, {check.device}, {check.dtype}"
+        console.print(f"FAILED {where}: {check.failure}", markup=False, soft_wrap=True)
+    console.print(f"{len(found.checks)} checks, {len(failed)} failed")
+    return 0 if found.passed else ITEMS_FAILED
 
 
 def _load(model: str, device: str | None, dtype: Dtype | None) -> "Pipeline":

@@ -121,7 +121,7 @@ def load_pipeline(
     revision: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
-    use_fast_kernels: bool = False,
+    use_fast_kernels: bool = True,
 ) -> Pipeline:
     """Load a CTC checkpoint with its feature extractor and tokenizer.
 
@@ -130,8 +130,9 @@ def load_pipeline(
             folder, or a Hugging Face hub id.
         revision: branch, tag or commit on the hub.
         device: where to run; None: the first CUDA device if there is one, else the CPU.
-        dtype: type of the weights and activations, such as ``"bfloat16"``; None: the checkpoint's
-            own on a GPU, float32 on the CPU.
+        dtype: type of the weights and activations, such as ``"bfloat16"``, or ``"int8"`` on the CPU
+            (`Wav2Vec2BertModel.from_pretrained` says of what); None: the checkpoint's own on a GPU,
+            float32 on the CPU.
         use_fast_kernels: run the fast implementation of each operation for the device.
 
     Returns:
