@@ -1,0 +1,176 @@
+"""`python -m bench`: this library against its peers, on this machine. See docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import machine, targets
+from bench.peers import limit_threads
+from bench.peers_torch import quiet
+from bench.workloads import REPOSITORY, WORKLOADS
+
+SCHEMA = "w2vbert-bench/v1"
+PEERS = (
+    "transformers", "ctranslate2", "onnxruntime", "openvino", "kaldi-native-fbank",
+)  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument(
+        "--workload", action="append", choices=tuple(WORKLOADS), help="repeat for several"
+    )
+    p.add_argument("--peer", action="append", choices=(*PEERS, "none"), help="repeat for several")
+    p.add_argument("--match", default="", help='of the peers, only labels with this, as "sdpa, c"')
+    p.add_argument("--dtype", action="append", choices=("fp32", "bf16", "int8"))
+    p.add_argument("--rounds", type=int, default=5, help="rounds at most (5)")
+    p.add_argument("--budget", type=float, default=8.0, help="seconds of timing a candidate (8)")
+    p.add_argument("--layers", type=int, help="encoder layers (4 on a CPU, 24 on a GPU)")
+    p.add_argument("--threads", type=int, default=machine.cores(), help="CPU threads (all cores)")
+    p.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    p.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
+    p.add_argument(
+        "--check", action="store_true", help="print the targets; exit 1 if one is missed"
+    )
+    p.add_argument("--from", dest="source", type=Path, action="append", metavar="FILE",
+                   help="with --check: judge these results instead of measuring")  # fmt: skip
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if a candidate disagreed or, with --check, a target was missed; 2 for misuse."""
+    arguments = parser().parse_args(argv)
+    if arguments.rounds < 1 or arguments.threads < 1 or (arguments.layers or 1) < 1:
+        print("--rounds, --threads and --layers must be at least 1", file=sys.stderr)
+        return 2
+    if arguments.source:
+        if not arguments.check:
+            print("--from needs --check", file=sys.stderr)
+            return 2
+        results = [json.loads(path.read_text()) for path in arguments.source]
+        return _check(targets.evaluate([row for r in results for row in r["rows"]]))
+    quiet()
+    limit_threads(arguments.threads)
+    import torch
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: PyTorch sees no CUDA device, nothing was measured", file=sys.stderr)
+        return 2
+    return _measure(arguments)
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from bench.runner import Settings, run_workload
+    from bench.workloads import speech
+
+    device = torch.device(arguments.device)
+    started = time.perf_counter()
+    settings = Settings(
+        device=arguments.device,
+        threads=arguments.threads,
+        layers=arguments.layers or (24 if arguments.device == "cuda" else 4),
+        rounds=arguments.rounds,
+        budget=arguments.budget,
+        pause=0.25 if arguments.device == "cpu" else 0.0,
+        peers=None if arguments.peer is None else set(arguments.peer),
+        match=arguments.match,
+        dtypes=None if arguments.dtype is None else set(arguments.dtype),
+        memory=not arguments.no_memory,
+    )
+    for dtype in machine.DTYPES:
+        if settings.dtypes is None or dtype in settings.dtypes or "int8" in settings.dtypes:
+            settings.gemms[dtype] = machine.best_gemm(dtype, device)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "commit": machine.commit(REPOSITORY),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": arguments.device,
+        "threads": settings.threads,
+        "layers": settings.layers,
+        "audio": speech((1.0,))[1],
+        "gemm_rate": {dtype: gemm.rate for dtype, gemm in settings.gemms.items()},
+        "gemm": {dtype: gemm.name for dtype, gemm in settings.gemms.items()},
+        "rows": [],
+        "targets": [],
+    }
+    _print_header(result)
+    names = arguments.workload or list(WORKLOADS)
+    disagreements = []
+    with tempfile.TemporaryDirectory(prefix="w2vbert-bench-") as folder:
+        for name in names:
+            workload = WORKLOADS[name]
+            layers = workload.layers or settings.layers
+            depth = f", {layers} layers" if workload.kind in ("encoder", "early_exit") else ""
+            print(f"\n{name} ({workload.kind}{depth}, {workload.audio_seconds:.0f} s of audio)")
+            # Exports are kept for the workloads that use the same model.
+            settings.folder = Path(folder)
+            rows, wrong = run_workload(workload, settings, print_row)
+            result["rows"] += rows
+            disagreements += wrong
+    result["targets"] = targets.evaluate(result["rows"], counted=arguments.check)
+    result["wall_seconds"] = round(time.perf_counter() - started, 1)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        print(f"\nwritten: {arguments.out}")
+    print(f"{result['wall_seconds']:.0f} s in all")
+    status = _check(result["targets"]) if arguments.check else 0
+    for wrong in disagreements:
+        print(
+            f"DISAGREES, not reported: {wrong.label}: error {wrong.error:.2e}, "
+            f"at most {wrong.limit:.2e} counts",
+            file=sys.stderr,
+        )
+    return 1 if disagreements else status
+
+
+def _print_header(result: dict[str, Any]) -> None:
+    where = result["machine"]
+    print(f"{where['gpu'] if result['device'] == 'cuda' else where['cpu']}, "
+          f"{result['threads']} threads, commit {result['commit']}")  # fmt: skip
+    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    for dtype, rate in result["gemm_rate"].items():
+        print(f"best GEMM, {dtype}: {rate / 1e9:.0f} GFLOP/s ({result['gemm'][dtype]})")
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    name = ", ".join(p for p in (row["implementation"], row["configuration"]) if p)
+    line = f"  {row['dtype']:<5} {name:<52}"
+    if row["skipped"] is not None:
+        print(f"{line} - {row['skipped']}", flush=True)
+        return
+    seconds = row["seconds"]
+    line += f" {seconds['median'] * 1e3:9.1f} ms [{seconds['p20'] * 1e3:.1f}, "
+    line += f"{seconds['p80'] * 1e3:.1f}] x{seconds['rounds']}"
+    line += f"  {row['audio_seconds_per_second']:7.1f} s/s"
+    if row["share_of_gemm"] is not None:
+        line += f"  {row['flops'] / seconds['median'] / 1e9:6.0f} GFLOP/s"
+        line += f" ({row['share_of_gemm']:.2f} of GEMM)"
+    if row["peak_bytes_above_weights"] is not None:
+        line += f"  peak {row['peak_bytes_above_weights'] / 1e9:.2f} GB"
+    if row["error"] is not None:
+        line += f"  error {row['error']:.1e}"
+    print(line, flush=True)
+
+
+def _check(evaluated: list[dict[str, Any]]) -> int:
+    print("\n" + targets.render(evaluated))
+    return 1 if any(entry["reached"] is False for entry in evaluated) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,410 @@
+"""Cost ledger: launches, bytes, FLOPs and activation memory of the encoder on a GPU, counted.
+
+    python -m bench.ledger --batch 16 --frames 1500 --dtype bf16 --layers 24
+
+counts the kernels' path of this library and transformers' eager and sdpa attention under the same
+shapes, and sets the counts against the peak rates of three GPUs. It is a model and not a
+measurement, and needs no GPU. What is counted, and how: docs/ledger.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hardware import GPUS, Gpu
+from .ledger_costs import Cost
+from .ledger_trace import Operation, Trace, place, trace, without_data
+
+SCHEMA = "w2vbert-ledger/v1"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FRAME_SECONDS = 0.02
+"""A frame of the encoder: two filterbank frames of 10 ms."""
+
+OURS = "w2vbert_fast"
+EAGER = "transformers eager"
+SDPA = "transformers sdpa"
+PATHS = (OURS, SDPA, EAGER)
+
+LAUNCH_TARGET = 3
+"""The reference's sdpa path launches at least this many times what ours does, a layer."""
+BYTES_TARGET = 5
+"""And it moves at least this many times the bytes."""
+
+
+def _ours(overrides: dict[str, Any]) -> nn.Module:
+    from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+    model = Wav2Vec2BertModel(Wav2Vec2BertConfig(**overrides))
+    model.use_fast_kernels = True
+    return model
+
+
+def _pack_projections(model: nn.Module) -> None:
+    """Lays the weights of query, key and value end to end, as the first inference call does.
+
+    That call finds nothing to do on tensors without data, which have no address.
+    """
+    for module in model.modules():
+        found = [getattr(module, f"linear_{name}", None) for name in "qkv"]
+        layers = [layer for layer in found if isinstance(layer, nn.Linear)]
+        if len(layers) != len(found):
+            continue
+        for name in ("weight", "bias"):
+            given = [layer._parameters[name] for layer in layers]
+            parts = [part for part in given if part is not None]
+            if len(parts) == len(layers):
+                buffer = torch.cat(parts)
+                for layer, part in zip(layers, buffer.chunk(len(layers)), strict=True):
+                    layer._parameters[name] = nn.Parameter(part, requires_grad=False)
+
+
+def _reference(overrides: dict[str, Any], attention: str) -> nn.Module:
+    from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+    config = Wav2Vec2BertConfig(**overrides)
+    config._attn_implementation = attention
+    model: nn.Module = Wav2Vec2BertModel(config)
+    return model
+
+
+def trace_encoder(
+    path: str,
+    batch: int,
+    frames: int,
+    dtype: torch.dtype,
+    overrides: dict[str, Any],
+    arch: str = "sm_90",
+    sdpa: str = "efficient",
+    mask: bool = True,
+) -> Trace:
+    """One forward pass of the bare model over `batch` rows of `frames` valid frames.
+
+    Args:
+        path: one of `PATHS`.
+        batch: utterances.
+        frames: of each.
+        dtype: of weights and activations.
+        overrides: what of the config is not the default, such as `num_hidden_layers`.
+        arch: the architecture whose launch configurations our kernels take.
+        sdpa: "efficient" or "math", the kernel behind the reference's sdpa.
+        mask: give the reference the attention mask that its feature extractor returns, as every
+            padded batch needs. Ours reads a mask once, on the host, and is counted without.
+
+    Raises:
+        ValueError: an unknown path, or no utterances, frames or layers.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; it must be one of {PATHS}")
+    for name, value in (("batch", batch), ("frames", frames)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    with torch.device("meta"), torch.no_grad():
+        if path == OURS:
+            model = _ours(overrides)
+        else:
+            model = _reference(overrides, path.removeprefix("transformers "))
+    model.eval()
+    # The kernels' path asks for CUDA tensors; PyTorch's own operations are the same on any device.
+    device = "cuda" if path == OURS else "meta"
+    width = model.config.feature_projection_input_dim
+    with without_data(sdpa):
+        place(model, device, dtype)
+        if path == OURS:
+            _pack_projections(model)
+        features = torch.empty(batch, frames, width, dtype=dtype, device=device)
+        inputs = {"input_features": features}
+        if mask and path != OURS:
+            inputs["attention_mask"] = torch.empty(batch, frames, dtype=torch.int64, device=device)
+        return trace(lambda: model(**inputs), arch)
+
+
+def _difference(longer: Trace, shorter: Trace) -> list[Operation]:
+    """The operations of one layer: those that a model has more than one with a layer less.
+
+    An operation that all layers share (a table made for each of them) has another shape in the
+    longer model: what it costs more belongs to the layer, its launch does not.
+    """
+    extra = Counter(longer.operations) - Counter(shorter.operations)
+    shared = Counter(shorter.operations) - Counter(longer.operations)
+    layer: list[Operation] = []
+    for operation in extra.elements():
+        twin = next((other for other in shared if other.name == operation.name), None)
+        if twin is None:
+            layer.append(operation)
+        else:
+            shared -= Counter([twin])
+            layer.append(replace(operation, cost=operation.cost - twin.cost))
+    if shared:
+        raise RuntimeError(f"a model of fewer layers has operations of its own: {list(shared)}")
+    return layer
+
+
+def seconds_on(gpu: Gpu, cost: Cost, dtype: str) -> float:
+    """Roofline time of one operation: that of its bytes or of its FLOPs, whichever is longer."""
+    return max(
+        cost.moved / gpu.bandwidth,
+        cost.matrix_flops / gpu.matrix[dtype],
+        cost.vector_flops / gpu.vector,
+        cost.double_flops / gpu.double,
+    )
+
+
+def roofline(gpu: Gpu, operations: Sequence[Operation], dtype: str) -> dict[str, Any]:
+    """Sum of the operations' roofline times, and the kind of operation that takes most of it."""
+    by_kind: dict[str, float] = {}
+    bound: dict[str, str] = {}
+    memory = 0.0
+    for operation in operations:
+        seconds = seconds_on(gpu, operation.cost, dtype)
+        kind = f"{operation.name} {operation.shape}".strip()
+        by_kind[kind] = by_kind.get(kind, 0.0) + seconds
+        moved = operation.cost.moved / gpu.bandwidth
+        bound[kind] = "bandwidth" if moved >= seconds else "arithmetic"
+        memory += seconds if moved >= seconds else 0.0
+    total = sum(by_kind.values())
+    largest = max(by_kind, key=lambda kind: by_kind[kind])
+    return {
+        "seconds": total,
+        "share_bandwidth_bound": memory / total,
+        "largest_term": largest,
+        "largest_share": by_kind[largest] / total,
+        "largest_bound": bound[largest],
+    }
+
+
+def _counts(operations: Sequence[Operation]) -> dict[str, Any]:
+    cost = sum((operation.cost for operation in operations), Cost())
+    counts = asdict(cost)
+    del counts["temporary"]
+    return counts | {"bytes": cost.moved, "flops": cost.flops}
+
+
+def _by_kind(operations: Sequence[Operation]) -> list[dict[str, Any]]:
+    kinds: dict[tuple[str, str], Cost] = {}
+    for operation in operations:
+        key = (operation.name, operation.shape)
+        kinds[key] = kinds.get(key, Cost()) + operation.cost
+    rows = [
+        {
+            "operation": name,
+            "shape": shape,
+            "launches": cost.launches,
+            "bytes": cost.moved,
+            "flops": cost.flops,
+        }
+        for (name, shape), cost in kinds.items()
+    ]
+    return sorted(rows, key=lambda row: -int(row["bytes"]))
+
+
+def ledger(
+    batch: int = 16,
+    frames: int = 1500,
+    dtype: str = "bf16",
+    layers: int = 24,
+    overrides: dict[str, Any] | None = None,
+    arch: str = "sm_90",
+    sdpa: str = "efficient",
+    mask: bool = True,
+    paths: Sequence[str] = PATHS,
+) -> dict[str, Any]:
+    """Counts of every path, as the JSON file has them.
+
+    Args:
+        batch: utterances.
+        frames: of each, 20 ms apart.
+        dtype: "bf16", "fp16" or "fp32".
+        layers: of the whole encoder; a layer's own counts come from models of 3 and 2 layers.
+        overrides: what else of the config is not the default.
+        arch: the architecture whose launch configurations our kernels take.
+        sdpa: "efficient" or "math", the kernel behind the reference's sdpa.
+        mask: give the reference an attention mask.
+        paths: which of `PATHS`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {tuple(DTYPES)}")
+    if layers < 1:
+        raise ValueError(f"layers is {layers}; it must be at least 1")
+
+    def run(path: str, num_layers: int) -> Trace:
+        config = dict(overrides or {}) | {"num_hidden_layers": num_layers}
+        return trace_encoder(path, batch, frames, DTYPES[dtype], config, arch, sdpa, mask)
+
+    counted = {}
+    for path in paths:
+        whole = run(path, layers)
+        layer = _difference(run(path, 3), run(path, 2))
+        counted[path] = {
+            "layer": _counts(layer),
+            "layer_operations": _by_kind(layer),
+            "encoder": _counts(whole.operations),
+            "peak_activation_bytes": whole.peak_bytes,
+            "roofline": {gpu.name: roofline(gpu, whole.operations, dtype) for gpu in GPUS},
+        }
+    return {
+        "schema": SCHEMA,
+        "kind": "a model, not a measurement",
+        "batch": batch,
+        "frames": frames,
+        "audio_seconds": batch * frames * FRAME_SECONDS,
+        "dtype": dtype,
+        "layers": layers,
+        "arch": arch,
+        "sdpa": sdpa,
+        "mask": mask,
+        "versions": _versions(paths),
+        "gpus": [asdict(gpu) for gpu in GPUS],
+        "paths": counted,
+    }
+
+
+def _versions(paths: Sequence[str]) -> dict[str, str]:
+    versions: dict[str, str] = {"torch": str(torch.__version__)}
+    if any(path != OURS for path in paths):
+        import transformers
+
+        versions["transformers"] = transformers.__version__
+    return versions
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    """How many times our counts a layer the reference's sdpa path has."""
+    ours, reference = (result["paths"][path]["layer"] for path in (OURS, SDPA))
+    return {name: reference[name] / ours[name] for name in ("launches", "bytes", "flops")}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def text(line: Sequence[str]) -> str:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
+                 enumerate(zip(line, widths, strict=True))]  # fmt: skip
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([text(lines[0]), "  ".join("-" * w for w in widths), *map(text, lines[1:])])
+
+
+def render(result: dict[str, Any], operations: bool = False) -> str:
+    """The tables that the command prints."""
+    paths = result["paths"]
+    parts = [
+        "COST LEDGER: a model, not a measurement. Counted on tensors without data; nothing ran on "
+        "a GPU.",
+        f"{result['batch']} utterances x {result['frames']} frames "
+        f"({result['frames'] * FRAME_SECONDS:g} s each), {result['dtype']}, {result['layers']} "
+        f"layers; our launch configurations for {result['arch']}; sdpa takes the "
+        f"{result['sdpa']} kernel; the reference with{'' if result['mask'] else 'out'} attention "
+        "mask; " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+    ]
+    rows = []
+    for path, counts in paths.items():
+        layer, whole = counts["layer"], counts["encoder"]
+        rows.append(
+            [
+                path,
+                str(layer["launches"]),
+                f"{layer['bytes'] / 1e9:.2f}",
+                f"{layer['flops'] / 1e12:.3f}",
+                str(whole["launches"]),
+                f"{whole['bytes'] / 1e9:.1f}",
+                f"{whole['flops'] / 1e12:.2f}",
+                f"{counts['peak_activation_bytes'] / 1e9:.2f}",
+            ]
+        )
+    header = ["", "launches/layer", "GB/layer", "TFLOP/layer"]
+    parts.append(_table([*header, "launches", "GB", "TFLOP", "peak activations GB"], rows))
+    rows = [
+        [
+            f"{path}, {gpu}",
+            f"{term['seconds'] * 1e3:.1f}",
+            f"{term['share_bandwidth_bound']:.0%}",
+            f"{term['largest_share']:.0%}, {term['largest_bound']}: {term['largest_term']}",
+        ]
+        for gpu in (gpu["name"] for gpu in result["gpus"])
+        for path, counts in paths.items()
+        for term in [counts["roofline"][gpu]]
+    ]
+    parts.append(
+        "Roofline time of the encoder: every operation at the peak rate of what bounds it, no time "
+        "between launches.\n" + _table(["", "ms", "bandwidth-bound", "largest term"], rows)
+    )
+    if OURS in paths and SDPA in paths:
+        ratio = ratios(result)
+        parts.append(
+            f"A layer of {SDPA} against ours: {ratio['launches']:.2f}x the launches (target "
+            f"{LAUNCH_TARGET}x), {ratio['bytes']:.2f}x the bytes (target {BYTES_TARGET}x), "
+            f"{ratio['flops']:.2f}x the FLOPs."
+        )
+    if operations:
+        for path, counts in paths.items():
+            rows = [
+                [
+                    f"{row['operation']} {row['shape']}",
+                    str(row["launches"]),
+                    f"{row['bytes'] / 1e6:.1f}",
+                    f"{row['flops'] / 1e9:.1f}",
+                ]
+                for row in counts["layer_operations"]
+            ]
+            parts.append(_table([f"one layer, {path}", "launches", "MB", "GFLOP"], rows))
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ledger",
+        description="Count launches, bytes, FLOPs and activation memory (a model, no measurement).",
+    )
+    parser.add_argument("--batch", type=int, default=16, help="utterances (16)")
+    parser.add_argument("--frames", type=int, default=1500, help="frames of each, 20 ms (1500)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--arch", default="sm_90", help="for our launch configurations (sm_90)")
+    parser.add_argument(
+        "--sdpa",
+        choices=("efficient", "math"),
+        default="efficient",
+        help="the kernel behind the reference's sdpa (efficient)",
+    )
+    parser.add_argument(
+        "--no-mask",
+        action="store_true",
+        help="give the reference no attention mask, as if no utterance were shorter",
+    )
+    parser.add_argument("--operations", action="store_true", help="list a layer's operations")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
+    options = parser.parse_args(argv)
+    try:
+        result = ledger(
+            options.batch,
+            options.frames,
+            options.dtype,
+            options.layers,
+            arch=options.arch,
+            sdpa=options.sdpa,
+            mask=not options.no_mask,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    print(render(result, options.operations))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

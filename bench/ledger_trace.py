@@ -1,0 +1,283 @@
+"""Runs a model on tensors without data and writes down what every operation costs.
+
+`FakeTensorMode` computes shapes only, so a batch of 24 layers takes a second and no GPU. A dispatch
+mode sees each operation with its arguments and results; the storages that are alive after it give
+the peak of the activation memory.
+
+PyTorch built without CUDA refuses a few methods of tensors that claim to be on "cuda" before they
+reach the dispatcher (`contiguous`, `copy_`, indexing). `WithoutDevice` replaces each by the
+operation that it would call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .ledger_costs import COSTS, Context, Cost, aten_cost, launches
+
+DEVICES = ("cuda", "meta")
+"""Tensors on them count; those on the CPU are the host's bookkeeping."""
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a trace.
+
+    Attributes:
+        name: such as "w2vbert.linear" or "aten.bmm".
+        shape: of its largest result, or of the two factors of a matrix product.
+        cost: what it costs.
+    """
+
+    name: str
+    shape: str
+    cost: Cost
+
+
+@dataclass
+class Trace:
+    """The operations of a run in order, and the most bytes of activations alive at once.
+
+    The inputs and the weights do not count as activations; the outputs do.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def cost(self) -> Cost:
+        return sum((operation.cost for operation in self.operations), Cost())
+
+
+def _tensors_in(values: object) -> list[Tensor]:
+    leaves = tree_leaves(values)
+    return [v for v in leaves if isinstance(v, Tensor) and v.device.type in DEVICES]
+
+
+class Counter(TorchDispatchMode):
+    """Writes down the operations that run under it in `trace`.
+
+    Args:
+        arch: the architecture whose launch configurations count, such as "sm_90".
+    """
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.arch = arch
+        self.trace = Trace()
+        self._live: dict[int, int] = {}
+        self._live_bytes = 0
+        self._given: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = _tensors_in((args, kwargs))
+        for tensor in tensors:  # what the run did not allocate itself
+            storage = tensor.untyped_storage()._cdata
+            if storage not in self._live:
+                self._given.add(storage)
+        result = func(*args, **kwargs)
+        results = _tensors_in(result)
+        if func.namespace == "prim" or not (tensors or results):
+            return result
+        for tensor in results:
+            self._allocate(tensor)
+        cost = self._cost(func, args, kwargs, tensors, results, result)
+        if cost is not None:
+            self.trace.peak_bytes = max(self.trace.peak_bytes, self._live_bytes + cost.temporary)
+            name = f"{func.namespace}.{func.overloadpacket.__name__}"
+            self.trace.operations.append(Operation(name, _shape(cost, tensors, results), cost))
+        return result
+
+    def _cost(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        results: list[Tensor],
+        result: object,
+    ) -> Cost | None:
+        schema = func._schema.arguments
+        arguments = {argument.name: argument.default_value for argument in schema}
+        arguments |= dict(zip((argument.name for argument in schema), args, strict=False))
+        arguments |= kwargs
+        if func.namespace == "w2vbert":
+            name = func.overloadpacket.__name__
+            if name not in COSTS:
+                raise NotImplementedError(
+                    f"the ledger has no cost for torch.ops.w2vbert.{name}; add it to "
+                    "bench/ledger_costs.py"
+                )
+            return COSTS[name](arguments, results, Context(self.arch, self._count))
+        if not launches(func):
+            return None
+        return aten_cost(
+            func,
+            arguments,
+            tensors,
+            results,
+            lambda counter: int(counter(*args, **kwargs, out_val=result)),
+        )
+
+    def _count(self, function: Callable[[], object]) -> Cost:
+        with Counter(self.arch) as counter:
+            function()
+        return counter.trace.cost
+
+    def _allocate(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or key in self._given:
+            return
+        self._live[key] = storage.nbytes()
+        self._live_bytes += storage.nbytes()
+        weakref.finalize(storage, self._free, key)
+        self.trace.peak_bytes = max(self.trace.peak_bytes, self._live_bytes)
+
+    def _free(self, key: int) -> None:
+        self._live_bytes -= self._live.pop(key, 0)
+
+
+def _shape(cost: Cost, tensors: list[Tensor], results: list[Tensor]) -> str:
+    shown = [max(results, key=Tensor.numel)] if results else []
+    if cost.matrix_flops:
+        shown = [tensor for tensor in tensors if tensor.dim() > 1][:2]
+    return " @ ".join("x".join(str(size) for size in tensor.shape) for tensor in shown)
+
+
+class WithoutDevice(TorchFunctionMode):
+    """Makes fake tensors on "cuda" work where PyTorch was built without CUDA (see the module).
+
+    Args:
+        sdpa: the kernel that stands for `scaled_dot_product_attention`: "efficient", or "math",
+            which is what PyTorch itself decomposes to on tensors without data.
+    """
+
+    def __init__(self, sdpa: str = "efficient") -> None:
+        super().__init__()
+        if sdpa not in ("efficient", "math"):
+            raise ValueError(f"sdpa is {sdpa!r}; it must be 'efficient' or 'math'")
+        self.sdpa = sdpa
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.sdpa == "efficient":
+            return _efficient_attention(*args, **kwargs)
+        on_device = bool(args) and isinstance(args[0], Tensor) and args[0].device.type == "cuda"
+        if on_device and func is Tensor.contiguous:
+            if args[0].is_contiguous():
+                return args[0]
+            return aten.clone.default(args[0], memory_format=torch.contiguous_format)
+        if on_device and func is Tensor.copy_:
+            return aten.copy_.default(args[0], args[1])
+        if on_device and func is Tensor.__getitem__:
+            return _index(args[0], args[1])
+        if on_device and func is Tensor.__setitem__:
+            target = _index(args[0], args[1])
+            if isinstance(args[2], Tensor):
+                return aten.copy_.default(target, args[2])
+            return aten.fill_.Scalar(target, args[2])
+        return func(*args, **kwargs)
+
+
+def _index(tensor: Tensor, index: Any) -> Tensor:
+    """`tensor[index]` for integers, slices, `None`, `...` and at most one tensor."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in [entry for entry in entries if not isinstance(entry, Tensor)]:
+        place = next(i for i, entry in enumerate(entries) if entry is Ellipsis)
+        used = sum(entry is not None for entry in entries) - 1
+        entries[place : place + 1] = [slice(None)] * (tensor.dim() - used)
+    dim = 0
+    for entry in entries:
+        if entry is None:
+            tensor = tensor.unsqueeze(dim)
+            dim += 1
+        elif isinstance(entry, slice):
+            if entry != slice(None):
+                tensor = aten.slice.Tensor(tensor, dim, entry.start, entry.stop, entry.step or 1)
+            dim += 1
+        elif isinstance(entry, Tensor):
+            tensor = aten.index.Tensor(tensor, [*[None] * dim, entry])
+            dim += entry.dim()
+        else:
+            tensor = aten.select.int(tensor, dim, entry)
+    return tensor
+
+
+def _efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` does on a GPU when it takes its memory-efficient kernel.
+
+    The flash kernel takes no additive mask. The memory-efficient one wants rows of the mask at
+    multiples of 16 elements, and PyTorch pads a mask whose rows are not (1500 is not).
+    """
+    if attn_mask is not None and attn_mask.shape[-1] % 16:
+        frames = attn_mask.shape[-1]
+        padded = F.pad(attn_mask, (0, -frames % 16))
+        attn_mask = aten.slice.Tensor(padded, attn_mask.dim() - 1, 0, frames)
+    output: Tensor = aten._scaled_dot_product_efficient_attention.default(
+        query, key, value, attn_mask, False, dropout_p, is_causal, scale=scale
+    )[0]
+    return output
+
+
+@contextmanager
+def without_data(sdpa: str = "efficient") -> Iterator[None]:
+    """Tensors made inside have no data; nothing needs a gradient."""
+    with FakeTensorMode(), torch.no_grad(), WithoutDevice(sdpa):
+        yield
+
+
+def place(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Gives a module that was built on "meta" parameters and buffers on `device`, without data.
+
+    To be called inside `without_data`.
+    """
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                to = dtype if buffer.is_floating_point() else buffer.dtype
+                part._buffers[name] = torch.empty(buffer.shape, dtype=to, device=device)
+
+
+def trace(function: Callable[[], object], arch: str) -> Trace:
+    """The second of two runs of `function`, inside `without_data`.
+
+    What is prepared once (packed weights, tables) belongs to the first.
+    """
+    function()
+    with Counter(arch) as counter:
+        result = function()
+    del result
+    return replace(counter.trace)

@@ -1,0 +1,217 @@
+"""Interleaved timing, statistics, and the rule that nothing is reported that does not agree."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.machine import Gemm, synchronize
+
+FP32_LIMIT = 1e-5
+BF16_RATIO = 1.1
+INT8_LIMIT = 0.02
+PEER_SLACK = 5.0
+"""A peer may be this much further from the truth than we may: less exact only makes it faster."""
+
+
+class Unavailable(Exception):
+    """A candidate cannot run here; the message says why."""
+
+
+@dataclass
+class Prepared:
+    """A candidate that is ready to run.
+
+    Attributes:
+        run: one pass over the workload; only this is timed.
+        collect: what `run` returned -> each utterance's output: float tensors `[T, C]`, or texts.
+        release: give memory back.
+    """
+
+    run: Callable[[], Any]
+    collect: Callable[[Any], list[Any]]
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Candidate:
+    """One implementation in one configuration.
+
+    Attributes:
+        implementation: "w2vbert_fast", "transformers", ...
+        configuration: what distinguishes it from others of the same implementation; "" if nothing.
+        dtype: "fp32", "bf16" or "int8".
+        build: makes it ready; raises `Unavailable` where it cannot.
+        bytes_needed: memory of its largest layer, where it is known to be large.
+        memory: measure its peak memory too.
+    """
+
+    implementation: str
+    configuration: str
+    dtype: str
+    build: Callable[[], Prepared]
+    bytes_needed: int = 0
+    memory: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.implementation == "w2vbert_fast"
+
+    @property
+    def label(self) -> str:
+        return ", ".join(p for p in (self.implementation, self.configuration, self.dtype) if p)
+
+
+@dataclass
+class Timing:
+    """Times of one candidate, in seconds, beside what it returned."""
+
+    candidate: Candidate
+    prepared: Prepared | None = None
+    skipped: str | None = None
+    outputs: list[Any] = field(default_factory=list)
+    rounds: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics, `q` in 0..1."""
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("values is empty; a percentile needs at least one")
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def statistics(seconds: Sequence[float]) -> dict[str, float | int]:
+    """Median, p20, p80 and the number of rounds."""
+    return {
+        "median": percentile(seconds, 0.5),
+        "p20": percentile(seconds, 0.2),
+        "p80": percentile(seconds, 0.8),
+        "rounds": len(seconds),
+    }
+
+
+def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Norm of the difference over the norm of `expected`, all utterances together.
+
+    Infinite when the shapes differ or anything is not finite.
+    """
+    if len(outputs) != len(expected):
+        return math.inf
+    difference = norm = 0.0
+    for got, want in zip(outputs, expected, strict=True):
+        if got.shape != want.shape:
+            return math.inf
+        want = want.double().cpu()
+        difference += float((got.double().cpu() - want).square().sum())
+        norm += float(want.square().sum())
+    error = math.sqrt(difference / norm) if norm else math.sqrt(difference)
+    return error if math.isfinite(error) else math.inf
+
+
+def limit(dtype: str, ours: bool, reference_error: float | None) -> float:
+    """The relative error to the float64 run up to which a result counts.
+
+    Args:
+        dtype: "fp32", "bf16" or "int8".
+        ours: our own implementation; peers get `PEER_SLACK` times as much.
+        reference_error: transformers' own error in bf16, needed for bf16.
+
+    Raises:
+        ValueError: bf16 without `reference_error`, or an unknown dtype.
+    """
+    slack = 1.0 if ours else PEER_SLACK
+    if dtype == "fp32":
+        return FP32_LIMIT * slack
+    if dtype == "int8":
+        return INT8_LIMIT * slack
+    if dtype == "bf16":
+        if reference_error is None:
+            raise ValueError("reference_error is None; bf16 is judged by the reference's own error")
+        return BF16_RATIO * reference_error * slack
+    raise ValueError(f"dtype is {dtype!r}; it must be fp32, bf16 or int8")
+
+
+def prepare(candidate: Candidate, device: torch.device, free: int) -> Timing:
+    """Build a candidate, run it once to warm it up, and keep what it returned."""
+    timing = Timing(candidate)
+    if candidate.bytes_needed > 0.8 * free:
+        timing.skipped = (
+            f"would need {candidate.bytes_needed / 1e9:.1f} GB for one attention layer; "
+            f"{free / 1e9:.1f} GB are free"
+        )
+        return timing
+    try:
+        timing.prepared = candidate.build()
+        with torch.inference_mode():
+            timing.outputs = timing.prepared.collect(timing.prepared.run())
+    except Unavailable as error:
+        timing.skipped = str(error)
+    except Exception as error:  # a peer that fails is a row of the report, not its end
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        timing.skipped = f"failed: {type(error).__name__}: {reason[:200]}"
+    if timing.skipped:
+        timing.prepared = None
+        gc.collect()
+    return timing
+
+
+def interleave(
+    timings: Sequence[Timing],
+    gemms: dict[str, Gemm],
+    device: torch.device,
+    *,
+    rounds: int,
+    budget: float,
+    pause: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Run every candidate once a round, and the best GEMM of each dtype beside them.
+
+    Args:
+        timings: from `prepare`; their `seconds` are filled in.
+        gemms: by dtype.
+        device: where they run.
+        rounds: at most so many.
+        budget: seconds for one candidate: a slow one stops earlier, but not before round 2.
+        pause: seconds of rest before each run, so that another library's waiting threads have gone
+            to sleep.
+        clock: for tests.
+
+    Returns:
+        Median GEMM rate in FLOP/s by dtype, measured in these rounds.
+    """
+    rates: dict[str, list[float]] = {dtype: [] for dtype in gemms}
+    active = [t for t in timings if t.prepared is not None and t.skipped is None]
+
+    def timed(run: Callable[[], Any]) -> float:
+        if pause:
+            time.sleep(pause)
+        synchronize(device)
+        start = clock()
+        run()
+        synchronize(device)
+        return clock() - start
+
+    with torch.inference_mode():
+        for index in range(rounds):
+            for dtype, gemm in gemms.items():
+                rates[dtype].append(gemm.flops / timed(gemm.run))
+            for timing in active:
+                assert timing.prepared is not None
+                spent = sum(timing.seconds)
+                if index > 0 and spent > budget / 2 and spent + spent / index > budget:
+                    continue
+                timing.seconds.append(timed(timing.prepared.run))
+    return {dtype: percentile(values, 0.5) for dtype, values in rates.items() if values}

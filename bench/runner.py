@@ -1,0 +1,295 @@
+"""Runs one workload: prepares every candidate, checks that they agree, times them interleaved."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import memory, peers_engines, peers_speech, peers_torch
+from bench.flops import encoder_flops
+from bench.machine import Gemm, available_memory
+from bench.measure import (
+    Candidate,
+    Timing,
+    interleave,
+    limit,
+    prepare,
+    relative_error,
+    statistics,
+)
+from bench.peers import Context, oracle
+from bench.workloads import Workload, encoder_inputs, speech
+
+
+@dataclass
+class Settings:
+    """How to measure.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        threads: CPU threads of every library.
+        layers: encoder layers where the workload does not say.
+        rounds: rounds at most.
+        budget: seconds of timing for each candidate.
+        pause: seconds of rest before each timed run.
+        peers: implementations to compare with; None: all.
+        match: of the peers' configurations only those whose label holds this.
+        dtypes: of these only; None: the workload's.
+        memory: measure peak memory too, in fresh processes.
+        folder: where exported models are kept during the run; None: a folder for each workload.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    layers: int = 4
+    rounds: int = 5
+    budget: float = 8.0
+    pause: float = 0.25
+    peers: set[str] | None = None
+    match: str = ""
+    dtypes: set[str] | None = None
+    memory: bool = True
+    gemms: dict[str, Gemm] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+@dataclass
+class Disagreement:
+    """A candidate whose answer is wrong, so that it has no row."""
+
+    label: str
+    error: float
+    limit: float
+
+
+@contextmanager
+def open_context(
+    workload: Workload, device: torch.device, threads: int, layers: int, folder: Path | None = None
+) -> Iterator[Context]:
+    """Inputs of a workload, and a folder for exported models that goes away afterwards."""
+    waveforms, _ = speech(workload.seconds)
+    with tempfile.TemporaryDirectory(prefix="w2vbert-bench-") as temporary:
+        yield Context(
+            workload=workload,
+            device=device,
+            threads=threads,
+            layers=workload.layers or layers,
+            features=encoder_inputs(waveforms),
+            waveforms=waveforms,
+            folder=folder or Path(temporary),
+        )
+
+
+def candidates_of(context: Context, dtypes: tuple[str, ...]) -> list[Candidate]:
+    """Every candidate of a workload, ours first."""
+    kind = context.workload.kind
+    if kind == "encoder":
+        found = list(peers_torch.encoder_candidates(context, dtypes))
+        return found + list(peers_engines.encoder_candidates(context, dtypes))
+    makers = {
+        "early_exit": peers_torch.early_exit_candidates,
+        "features": peers_speech.feature_candidates,
+        "end_to_end": peers_speech.text_candidates,
+    }
+    if kind not in makers:
+        raise ValueError(f"kind is {kind!r}; it must be encoder or one of {', '.join(makers)}")
+    return list(makers[kind](context, dtypes))
+
+
+def run_workload(
+    workload: Workload, settings: Settings, report: Callable[[dict[str, Any]], None]
+) -> tuple[list[dict[str, Any]], list[Disagreement]]:
+    """Measure one workload.
+
+    Args:
+        workload: which.
+        settings: how.
+        report: called with each row as soon as it is known.
+
+    Returns:
+        Rows in the result schema, and the candidates whose answers disagree: they have a row
+        without times.
+    """
+    device = torch.device(settings.device)
+    dtypes = tuple(d for d in workload.dtypes if settings.dtypes is None or d in settings.dtypes)
+    rows: list[dict[str, Any]] = []
+    if not dtypes:
+        return rows, []
+    opened = open_context(workload, device, settings.threads, settings.layers, settings.folder)
+    with opened as context:
+        candidates = select(candidates_of(context, dtypes), settings.peers, settings.match)
+        peaks: dict[str, int | None] = {}
+        if settings.memory and workload.kind == "encoder":
+            free = available_memory(device)
+            for c in candidates:
+                if c.memory and c.bytes_needed < 0.8 * free:
+                    peaks[c.label] = memory.measure(
+                        c, workload.name, settings.device, settings.threads, settings.layers
+                    )
+        started = time.perf_counter()
+        timings = []
+        for candidate in candidates:
+            begun = time.perf_counter()
+            timings.append(prepare(candidate, device, available_memory(device)))
+            note = timings[-1].skipped or f"{time.perf_counter() - begun:.1f} s"
+            print(f"  prepared {candidate.label}: {note}", file=sys.stderr, flush=True)
+        errors, disagreements = judge(context, timings)
+        context.drop_weights()
+        gc.collect()
+        prepared_in = time.perf_counter() - started
+        gemms = {d: g for d, g in settings.gemms.items() if d in dtypes}
+        rates = interleave(
+            timings,
+            gemms if workload.kind in ("encoder", "early_exit") else {},
+            device,
+            rounds=min(settings.rounds, workload.rounds or settings.rounds),
+            budget=settings.budget,
+            pause=settings.pause,
+        )
+        for timing in timings:
+            row = _row(context, timing, errors, rates)
+            row["peak_bytes_above_weights"] = peaks.get(timing.candidate.label)
+            row["preparation_seconds_of_all"] = round(prepared_in, 1)
+            rows.append(row)
+            report(row)
+            if timing.prepared is not None:
+                timing.prepared.release()
+    return rows, disagreements
+
+
+def select(
+    candidates: Sequence[Candidate], peers: set[str] | None, match: str = ""
+) -> list[Candidate]:
+    """Ours, those of `peers`, and transformers' first of each dtype, the measure of all."""
+    kept, compared_with = [], set()
+    for candidate in candidates:
+        wanted = candidate.ours or peers is None or candidate.implementation in peers
+        wanted = wanted and (candidate.ours or match in candidate.label)
+        if candidate.implementation == "transformers" and candidate.dtype not in compared_with:
+            compared_with.add(candidate.dtype)
+            wanted = True
+        if wanted:
+            kept.append(candidate)
+    return kept
+
+
+def judge(
+    context: Context, timings: Sequence[Timing]
+) -> tuple[dict[str, tuple[float, str]], list[Disagreement]]:
+    """Compare every candidate's output with the truth; one that is off loses its place.
+
+    Returns:
+        Error and what it is relative to, by label, and the candidates that disagree.
+    """
+    kind = context.workload.kind
+    errors: dict[str, tuple[float, str]] = {}
+    disagreements: list[Disagreement] = []
+    reference_errors: dict[str, float] = {}
+    truths: dict[str, list[Any]] = {}
+    ready = [t for t in timings if t.skipped is None]
+    # The reference first: bf16 is judged by its error.
+    ready.sort(key=lambda t: _is_reference(t.candidate), reverse=True)
+    for timing in ready:
+        candidate = timing.candidate
+        rounding = "bf16" if candidate.dtype == "bf16" else "fp32"
+        if rounding not in truths:
+            truths[rounding] = _truth(context, timings, rounding)
+        truth = truths[rounding]
+        if kind == "end_to_end":
+            wrong = sum(a != b for a, b in zip(timing.outputs, truth, strict=True))
+            error, bound = wrong / len(truth), 0.0
+            what = "share of the transcripts that differ from transformers' one by one"
+        else:
+            error = relative_error(timing.outputs, truth)
+            what = _what(kind)
+            if kind == "features":
+                bound = 1e-3
+            else:
+                if candidate.dtype == "bf16" and _is_reference(candidate):
+                    reference_errors.setdefault("bf16", error)
+                if candidate.dtype == "bf16" and "bf16" not in reference_errors:
+                    timing.skipped = "transformers could not run, whose error is the measure"
+                    timing.prepared = None
+                    continue
+                bound = limit(candidate.dtype, candidate.ours, reference_errors.get("bf16"))
+        errors[candidate.label] = (error, what)
+        if not error <= bound:
+            disagreements.append(Disagreement(candidate.label, error, bound))
+            timing.skipped = f"disagrees: error {error:.2e}, at most {bound:.2e} counts"
+            timing.prepared = None
+        timing.outputs = []
+    return errors, disagreements
+
+
+def _is_reference(candidate: Candidate) -> bool:
+    return (candidate.implementation, candidate.configuration.split(",")[0]) == (
+        peers_torch.REFERENCE
+    )
+
+
+def _what(kind: str) -> str:
+    if kind == "features":
+        return "relative to transformers"
+    if kind == "early_exit":
+        return "relative to transformers in float32"
+    return "relative to transformers in float64 from equally rounded weights"
+
+
+def _truth(context: Context, timings: Sequence[Timing], rounding: str) -> list[Any]:
+    """The right outputs; where no float64 run is made, those of transformers' first candidate."""
+    if context.workload.kind == "encoder":
+        return oracle(context, rounding)
+    for timing in timings:
+        if timing.candidate.implementation == "transformers" and timing.skipped is None:
+            return list(timing.outputs)
+    raise RuntimeError(
+        f"workload {context.workload.name!r}: nothing to compare with, transformers could not run"
+    )
+
+
+def _row(
+    context: Context,
+    timing: Timing,
+    errors: dict[str, tuple[float, str]],
+    rates: dict[str, float],
+) -> dict[str, Any]:
+    workload, candidate = context.workload, timing.candidate
+    lengths = [f.shape[0] for f in context.features]
+    error, error_kind = errors.get(candidate.label, (None, None))
+    flops = None
+    if workload.kind in ("encoder", "early_exit"):
+        flops = encoder_flops(context.our_config(), lengths, workload.exit_layer)
+    row: dict[str, Any] = {
+        "workload": workload.name,
+        "kind": workload.kind,
+        "implementation": candidate.implementation,
+        "configuration": candidate.configuration,
+        "dtype": candidate.dtype,
+        "audio_seconds": workload.audio_seconds,
+        "batch": len(lengths),
+        "longest_seconds": max(workload.seconds),
+        "layers": context.layers if flops is not None else None,
+        "seconds": statistics(timing.seconds) if timing.seconds else None,
+        "flops": flops,
+        "share_of_gemm": None,
+        "peak_bytes_above_weights": None,
+        "error": error,
+        "error_kind": error_kind,
+        "skipped": timing.skipped,
+    }
+    if row["seconds"] is not None:
+        median = row["seconds"]["median"]
+        row["audio_seconds_per_second"] = workload.audio_seconds / median
+        if flops is not None and candidate.dtype in rates:
+            row["gemm_rate"] = rates[candidate.dtype]
+            row["share_of_gemm"] = flops / median / rates[candidate.dtype]
+    return row

@@ -1,0 +1,196 @@
+"""The speeds that this library sets itself, as data, and how far a result file reaches them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Rows = Sequence[dict[str, Any]]
+ENCODER_SHARES = ("1x10s", "1x30s", "16x1-20s")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table.
+
+    Attributes:
+        row: what is measured, against what.
+        at_least: the value to reach (`at_most` when `below`).
+        unit: "x" for a ratio of times, "" for a share, "GB".
+        measure: rows of a result file -> the value; None where a row it needs was not measured.
+        below: small is good.
+        counted: needs no measurement, but takes half a minute to count.
+    """
+
+    row: str
+    at_least: float
+    unit: str
+    measure: Callable[[Rows], float | None]
+    below: bool = False
+    counted: bool = False
+
+
+def _measured(rows: Rows, **wanted: str) -> list[dict[str, Any]]:
+    return [
+        row
+        for row in rows
+        if row["skipped"] is None and all(row[key] == value for key, value in wanted.items())
+    ]
+
+
+def _best(rows: Rows, **wanted: str) -> float | None:
+    times = [row["seconds"]["median"] for row in _measured(rows, **wanted)]
+    return min(times) if times else None
+
+
+def share(workload: str, dtype: str) -> Callable[[Rows], float | None]:
+    """Our share of the machine's GEMM rate."""
+
+    def measure(rows: Rows) -> float | None:
+        shares = [
+            row["share_of_gemm"]
+            for row in _measured(
+                rows, workload=workload, dtype=dtype, implementation="w2vbert_fast"
+            )
+            if row["share_of_gemm"] is not None
+        ]
+        return max(shares) if shares else None
+
+    return measure
+
+
+def speedup(
+    workload: str, dtype: str, over: str, containing: str = "", over_dtype: str | None = None
+) -> Callable[[Rows], float | None]:
+    """The fastest configuration of `over` (whose name holds `containing`) over our time."""
+
+    def measure(rows: Rows) -> float | None:
+        ours = _best(rows, workload=workload, dtype=dtype, implementation="w2vbert_fast")
+        theirs = [
+            row["seconds"]["median"]
+            for row in _measured(
+                rows, workload=workload, dtype=over_dtype or dtype, implementation=over
+            )
+            if containing in row["configuration"]
+        ]
+        return min(theirs) / ours if ours and theirs else None
+
+    return measure
+
+
+def peak_gigabytes(workload: str, dtype: str) -> Callable[[Rows], float | None]:
+    """Our peak memory above the weights."""
+
+    def measure(rows: Rows) -> float | None:
+        found = _measured(rows, workload=workload, dtype=dtype, implementation="w2vbert_fast")
+        sizes = [r["peak_bytes_above_weights"] for r in found]
+        return max(sizes) / 1e9 if sizes and None not in sizes else None
+
+    return measure
+
+
+def ledger_ratio(key: str) -> Callable[[Rows], float | None]:
+    """A ratio that `bench.ledger` counts (no measurement: no GPU is needed)."""
+
+    def measure(rows: Rows) -> float | None:
+        del rows
+        try:
+            return _ledger_ratios()[key]
+        except ImportError:  # transformers, whose operations are counted, is not installed
+            return None
+
+    return measure
+
+
+@functools.cache
+def _ledger_ratios() -> dict[str, float]:
+    from bench.ledger import ledger, ratios
+
+    # The ratios are those of one layer, which do not depend on how many there are.
+    return ratios(ledger(layers=2))
+
+
+def _speed(workload: str, dtype: str, least: float, against: str = "transformers") -> Target:
+    row = f"encoder {workload}, {dtype}, against {against}'s best"
+    return Target(row, least, "x", speedup(workload, dtype, against))
+
+
+TARGETS: tuple[Target, ...] = (
+    *(
+        Target(f"encoder {workload}, {dtype}: share of the GEMM rate", least, "",
+               share(workload, dtype))
+        for dtype, least in (("fp32", 0.85), ("bf16", 0.80))
+        for workload in ENCODER_SHARES
+    ),
+    _speed("1x30s", "fp32", 1.7),
+    _speed("1x30s", "bf16", 2.0),
+    _speed("1x60s", "fp32", 2.5),
+    _speed("1x60s", "bf16", 3.0),
+    *(
+        Target(f"encoder 16x1-20s, {dtype}, against transformers, {name}", least, "x",
+               speedup("16x1-20s", dtype, "transformers", containing))
+        for dtype in ("fp32", "bf16")
+        for name, containing, least in (
+            ("one padded batch", "padded batch", 1.5), ("best of all", "", 1.15))
+    ),
+    Target("encoder 1x30s with adapter, int8, against CTranslate2 int8", 3.5, "x",
+           speedup("1x30s, adapter", "int8", "ctranslate2")),
+    Target("encoder 1x30s, int8, against our bf16", 1.25, "x",
+           speedup("1x30s", "int8", "w2vbert_fast", over_dtype="bf16")),
+    Target("features 8x30s, against transformers", 5.0, "x",
+           speedup("8x30s", "fp32", "transformers")),
+    Target("features 8x30s, against kaldi-native-fbank", 2.5, "x",
+           speedup("8x30s", "fp32", "kaldi-native-fbank")),
+    Target("encode(layer=17), 1x30s, fp32, against transformers with output_hidden_states", 2.4,
+           "x", speedup("1x30s, layer 17", "fp32", "transformers")),
+    Target("peak memory above the weights, 1x300s, fp32", 2.0, "GB",
+           peak_gigabytes("1x300s", "fp32"), below=True),
+    Target("ledger: launches a layer, transformers sdpa over ours", 3.0, "x",
+           ledger_ratio("launches"), counted=True),
+    Target("ledger: bytes a layer, transformers sdpa over ours", 5.0, "x", 
+           ledger_ratio("bytes"), counted=True),
+)  # fmt: skip
+
+
+def evaluate(
+    rows: Rows, targets: Sequence[Target] = TARGETS, counted: bool = True
+) -> list[dict[str, Any]]:
+    """The `targets` of a result file; `measured` and `reached` are None without the rows needed.
+
+    Args:
+        rows: of result files.
+        targets: the table.
+        counted: also the rows of the cost ledger.
+    """
+    result = []
+    for target in targets:
+        value = target.measure(rows) if counted or not target.counted else None
+        sign = "<=" if target.below else ">="
+        reached = None
+        if value is not None:
+            reached = value <= target.at_least if target.below else value >= target.at_least
+        result.append(
+            {
+                "row": target.row,
+                "target": f"{sign} {target.at_least:g} {target.unit}".strip(),
+                "measured": None if value is None else round(value, 3),
+                "reached": reached,
+            }
+        )
+    return result
+
+
+def render(evaluated: Sequence[dict[str, Any]]) -> str:
+    """The table as text."""
+    names = {True: "reached", False: "NOT REACHED", None: "not measured"}
+    width = max(len(entry["row"]) for entry in evaluated)
+    lines = [f"{'row':<{width}}  {'target':>10}  {'measured':>8}"]
+    for entry in evaluated:
+        measured = "-" if entry["measured"] is None else f"{entry['measured']:.2f}"
+        lines.append(
+            f"{entry['row']:<{width}}  {entry['target']:>10}  {measured:>8}  "
+            f"{names[entry['reached']]}"
+        )
+    return "\n".join(lines)
