@@ -325,7 +325,7 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                         else None
                     ),
                     max_registers=config.max_registers,
-                    proof=None if has_dropout else _proof_launch(signature, config.block_m),
+                    proof=_proof_launch(signature, config.block_m),
                 )
             )
     return specs
@@ -341,9 +341,10 @@ def _proof_launch(signature: dict[str, str], block_m: int) -> ProofLaunch:
         "first_work": 15,
         "num_heads": 16,
         "scale_log2": 0.125,
+        "dropout_p": 0.1,
     }
     return ProofLaunch(
         2,
-        {name: value for name, value in scalars.items() if signature[name][0] != "*"},
+        {n: v for n, v in scalars.items() if n in signature and signature[n][0] != "*"},
         {"cu_seqlens_ptr": (0, length), "tile_map_ptr": (0, 0, 0, 1)},
     )
