@@ -26,6 +26,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -40,6 +41,8 @@ _MIN_QUERIES = 256
 """Fewer queries than this in a block make the products slow, whatever the cache holds."""
 _LINEAR_FROM = 160
 """Frames from which fp32 calls the linear layer a head: below, its call takes longer than MKL."""
+_GROUP_FRAMES = 1024
+"""Frames of utterances that are prepared together."""
 _SAFE_EXPONENT = 64.0
 """Scores within +-64 need no maximum in either base: exp(64) = 2**92 summed over 2**20 keys is
 finite in fp32 and bf16, and what underflows beside exp(-64) is less than 2**-30 of its row."""
@@ -124,6 +127,51 @@ def shaw_attention(
     log_sum_exp = torch.empty(num_heads if return_log_sum_exp else 0, num_tokens)
     if output.numel() == 0:
         return (output, log_sum_exp) if return_log_sum_exp else output
+    starts = cu_seqlens.tolist()
+    for first, last in _groups_of_utterances(starts):
+        rows = slice(starts[first], starts[last])
+        _attend_group(
+            query[rows],
+            key[rows],
+            value[rows],
+            [start - rows.start for start in starts[first : last + 1]],
+            distance_embedding,
+            left,
+            right,
+            output[rows],
+            log_sum_exp[:, rows],
+        )
+    return (output, log_sum_exp) if return_log_sum_exp else output
+
+
+def _groups_of_utterances(starts: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last entry of `starts` of each group: few utterances, or one long one.
+
+    What a group needs besides the results stays in cache, and in memory that the allocator keeps.
+    """
+    first = 0
+    for last in range(1, len(starts)):
+        following = starts[min(last + 1, len(starts) - 1)]
+        if last == len(starts) - 1 or following - starts[first] > _GROUP_FRAMES:
+            if starts[last] > starts[first]:
+                yield first, last
+            first = last
+
+
+def _attend_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: list[int],
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    output: Tensor,
+    log_sum_exp: Tensor,
+) -> None:
+    """Fill `output` `[N, H, D]`, and `log_sum_exp` `[H, N]` where it has rows."""
+    num_tokens, num_heads, head_size = query.shape
+    max_seqlen = max(stop - start for start, stop in itertools.pairwise(starts))
     # Contiguous rows a head, [H, N, D].
     scaled = query.new_empty(num_heads, num_tokens, head_size)
     base_two = _base_two(query.dtype)
@@ -135,14 +183,12 @@ def shaw_attention(
     positions = None
     if distance_embedding is not None and left + right > 0:
         positions = _positions(scaled, distance_embedding, left, right, max_seqlen)
-    elif distance_embedding is not None and return_log_sum_exp:
+    elif distance_embedding is not None and log_sum_exp.shape[0]:
         embedding = distance_embedding.to(scaled.dtype)
         positions = _Positions(scaled @ embedding.t(), _longest(embedding), 0, 0)
     attend = _Attend(scaled, keys, values, positions, output, log_sum_exp, base_two)
-    starts = cu_seqlens.tolist()
     for offset, stop in itertools.pairwise(starts):
         attend.utterance(offset, stop - offset)
-    return (output, log_sum_exp) if return_log_sum_exp else output
 
 
 def _positions(
