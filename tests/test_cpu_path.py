@@ -214,7 +214,7 @@ def check_attention(
 @pytest.mark.usefixtures("_onednn")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reach", [(64, 8), (5, 3), (0, 8), (8, 0), (2, 40), (0, 0), (1000, 900)])
-@pytest.mark.parametrize("lengths", [RAGGED, (700,), (3,)])
+@pytest.mark.parametrize("lengths", [RAGGED, (700,), (3,), (600, 0, 500, 3, 700, 0)])
 def test_shaw_attention(
     dtype: torch.dtype, reach: tuple[int, int], lengths: tuple[int, ...]
 ) -> None:
