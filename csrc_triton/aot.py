@@ -32,7 +32,18 @@ from .verify import TIMEOUT, available, verify_kernel
 from .verify import Row as VerifyRow
 from .verify_equality import equalities
 
-FAMILIES = ("attention", "linear", "conv", "norm", "fbank", "ctc")
+FAMILIES = (
+    "attention",
+    "linear",
+    "conv",
+    "norm",
+    "fbank",
+    "ctc",
+    "attention_backward",
+    "linear_backward",
+    "conv_backward",
+    "norm_backward",
+)
 TARGETS = (
     "cuda:80",
     "cuda:89",

@@ -1,0 +1,393 @@
+"""Gradients of the causal depthwise convolution with its LayerNorm and activation.
+
+With y the convolution, h its rows less their mean and by their deviation, u = h * norm_weight +
+norm_bias, g the gradient of the output, and sums that stop where an utterance does:
+
+    du[t, c]     = g[t, c] * activation'(u[t, c])
+    dy[t]        = (du w - mean(du w) - h mean(du w h)) / sqrt(var(y) + eps)     w: norm_weight
+    dx[t, c]     = sum_k weight[c, k] * dy[t + (K - 1) - k, c]
+    dweight[c,k] = sum_t dy[t, c] * x[t - (K - 1) + k, c]
+
+and dnorm_weight, dnorm_bias are the sums of du h and du over rows. Four launches, none with an
+atomic addition, so two runs give the same bits:
+
+1. y is computed again, which costs less than keeping it: a program owns ROWS successive rows and
+   some channels, and slides the window of the forward kernel.
+2. dy takes the place of y, whole rows at a time; each program leaves its share of the norm's
+   gradients.
+3. dx is the first kernel over dy: forwards in time and with the taps in reverse.
+4. dweight: a program owns some channels, 8 successive taps and a chunk of rows. It walks down the
+   rows with 8 sums and a window of 8 rows of x in registers: two loads for 8 multiply-adds.
+
+Convolution, norm and activation in one kernel spill: a thread would hold its rows of y and of g
+beside the window. Shares are added up in a fixed order. Per token of C channels and e bytes an
+element: 9 C e bytes through memory, 4 K C / CHUNK of shares, and 6 K C FLOPs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs.conv_backward import ConvBackwardConfig, conv_backward_config
+from .conv import _apply_tap, _check_weight
+from .device import activation_constant
+from .device_backward import activation_derivative
+from .norm_backward import norm_gradient, standardize
+from .packed import locate_block, num_blocks
+from .runtime import architecture, check_device, check_tensor
+from .specs import TRITON_TYPES, KernelSpec
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sequences"])
+def _slide_kernel(
+    x_ptr,  # [num_rows, CHANNELS]
+    weight_ptr,  # [K, CHANNELS]: tap by tap
+    out_ptr,  # [num_rows, CHANNELS]
+    cu_seqlens_ptr,  # int32 [num_sequences + 1]
+    num_rows,
+    num_sequences,
+    stride_x_row,
+    stride_weight_tap,
+    stride_out_row,
+    BACKWARDS: tl.constexpr,  # the gradient of the convolution instead of the convolution
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    _, start, end, first = locate_block(
+        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS, SEARCH
+    )
+    if first >= end:
+        return
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    is_channel = channels < CHANNELS
+    row = first
+    if BACKWARDS:
+        # The row itself was under the last tap, the next one under the last but one.
+        weight_ptr += tl.cast(stride_weight_tap, tl.int64) * (K - 1)
+        stride_weight_tap = -stride_weight_tap
+    else:
+        row -= K - 1
+    row_ptr = x_ptr + row.to(tl.int64) * stride_x_row
+    sums = ()
+    window = ()  # ROWS x [BLOCK_C], and so are the sums
+    for _ in tl.static_range(ROWS):
+        is_row = (row >= start) & (row < end)
+        loaded = tl.load(row_ptr + channels, mask=is_channel & is_row, other=0.0).to(tl.float32)
+        sums += (tl.zeros([BLOCK_C], dtype=tl.float32),)  # type: ignore[assignment]
+        window += (loaded,)  # type: ignore[assignment]
+        row += 1
+        row_ptr += stride_x_row
+    for _ in tl.static_range(K % UNROLL):
+        is_row = (row >= start) & (row < end)
+        sums, window = _apply_tap(
+            sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
+        )
+        row += 1
+        row_ptr += stride_x_row
+        weight_ptr += stride_weight_tap
+    for _ in range(K // UNROLL):
+        for _ in tl.static_range(UNROLL):
+            is_row = (row >= start) & (row < end)
+            sums, window = _apply_tap(
+                sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
+            )
+            row += 1
+            row_ptr += stride_x_row
+            weight_ptr += stride_weight_tap
+    for i in tl.static_range(ROWS):
+        row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
+        tl.store(
+            row_ptr + channels,
+            sums[i].to(out_ptr.dtype.element_ty),
+            mask=is_channel & (first + i < end),
+        )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_act_bwd_kernel(
+    grad_ptr,  # [num_rows, CHANNELS], of the output
+    y_ptr,  # [num_rows, CHANNELS]; its gradient is written over it
+    norm_weight_ptr,  # [CHANNELS]
+    norm_bias_ptr,  # [CHANNELS]
+    share_ptr,  # [programs, 2, CHANNELS] fp32
+    num_rows,
+    eps,
+    stride_grad_row,
+    stride_y_row,
+    CHANNELS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    is_column = columns < CHANNELS
+    weight = tl.load(norm_weight_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
+    bias = tl.load(norm_bias_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    bias_sum = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    num_blocks = tl.cdiv(num_rows, ROWS)
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        rows = tl.arange(0, ROWS).to(tl.int64) + block * ROWS  # [ROWS]
+        is_row = rows < num_rows
+        mask = is_row[:, None] & is_column[None, :]
+        y_ptrs = y_ptr + rows[:, None] * stride_y_row + columns[None, :]
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_C]
+        standard, deviation = standardize(y, is_row, columns, eps, CHANNELS, CHANNELS == BLOCK_C)
+        grad_ptrs = grad_ptr + rows[:, None] * stride_grad_row + columns[None, :]
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        normed = standard * weight[None, :] + bias[None, :]
+        grad = grad * activation_derivative(normed, ACTIVATION)
+        weight_sum += grad * standard
+        bias_sum += grad
+        dy = norm_gradient(grad, weight, standard, deviation, CHANNELS)
+        tl.store(y_ptrs, dy.to(y_ptr.dtype.element_ty), mask=mask)
+    share_ptrs = share_ptr + tl.program_id(0).to(tl.int64) * (2 * CHANNELS) + columns
+    tl.store(share_ptrs, tl.sum(weight_sum, 0), mask=is_column)
+    tl.store(share_ptrs + CHANNELS, tl.sum(bias_sum, 0), mask=is_column)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sequences"])
+def _conv_bwd_weight_kernel(
+    dy_ptr,  # [num_rows, CHANNELS]
+    x_ptr,  # [num_rows, CHANNELS]
+    share_ptr,  # [chunks, K, CHANNELS] fp32
+    cu_seqlens_ptr,  # int32 [num_sequences + 1]
+    num_rows,
+    num_sequences,
+    stride_dy_row,
+    stride_x_row,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    first_tap = tl.program_id(2) * TAPS
+    _, start, end, first = locate_block(
+        chunk, cu_seqlens_ptr, num_sequences, num_rows, CHUNK, SEARCH
+    )
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    is_channel = channels < CHANNELS
+    x_row = first - (K - 1) + first_tap
+    x_row_ptr = x_ptr + x_row.to(tl.int64) * stride_x_row
+    dy_row_ptr = dy_ptr + first.to(tl.int64) * stride_dy_row
+    sums = ()
+    window = ()  # TAPS - 1 x [BLOCK_C]: rows of x under all taps but the last
+    for i in tl.static_range(TAPS):
+        sums += (tl.zeros([BLOCK_C], dtype=tl.float32),)  # type: ignore[assignment]
+        if i < TAPS - 1:
+            is_row = (x_row >= start) & (x_row < end)
+            loaded = tl.load(x_row_ptr + channels, mask=is_channel & is_row, other=0.0)
+            window += (loaded.to(tl.float32),)  # type: ignore[assignment]
+            x_row += 1
+            x_row_ptr += stride_x_row
+    # A window that moves on TAPS times holds new rows only: no copies.
+    for row in range(first, tl.minimum(first + CHUNK, end), TAPS):
+        for i in tl.static_range(TAPS):
+            is_row = is_channel & (row + i < end)
+            grad = tl.load(dy_row_ptr + channels, mask=is_row, other=0.0).to(tl.float32)
+            is_row = (x_row >= start) & (x_row < end)
+            loaded = tl.load(x_row_ptr + channels, mask=is_channel & is_row, other=0.0)
+            window += (loaded.to(tl.float32),)  # type: ignore[assignment]
+            new_sums = sums[:0]
+            for tap in tl.static_range(TAPS):
+                new_sums += (sums[tap] + grad * window[tap],)  # type: ignore[assignment]
+            sums = new_sums
+            window = window[1:]
+            x_row += 1
+            x_row_ptr += stride_x_row
+            dy_row_ptr += stride_dy_row
+    share_ptrs = share_ptr + (chunk.to(tl.int64) * K + first_tap) * CHANNELS + channels
+    for tap in tl.static_range(TAPS):
+        tl.store(share_ptrs + tap * CHANNELS, sums[tap], mask=is_channel & (first_tap + tap < K))
+
+
+def conv_norm_act_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str | None,
+    cu_seqlens: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `conv.conv_norm_act`.
+
+    Args:
+        grad_output: gradient of the output, `[num_tokens, channels]` in the dtype of `x`, rows at
+            any stride.
+        x: `[num_tokens, channels]`, as in the forward pass, and so are the others.
+        conv_weight: `[channels, K]`, K from 3 to 63, at any strides.
+        norm_weight: `[channels]`.
+        norm_bias: `[channels]`.
+        eps: added to the variance.
+        activation: a name of `device.ACTIVATIONS`, or `None`.
+        cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
+        out: where to write the gradient of `x`, like `x`.
+
+    Returns:
+        The gradients of `x`, in its dtype, and of conv_weight `[channels, K]`, norm_weight and
+        norm_bias `[channels]`, all three float32.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    check_tensor("x", x, (None, None))
+    num_tokens, channels = x.shape
+    check_tensor("grad_output", grad_output, x.shape, (x.dtype,))
+    _check_weight(conv_weight, channels)
+    check_tensor("norm_weight", norm_weight, (channels,))
+    check_tensor("norm_bias", norm_bias, (channels,))
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    if out is not None:
+        check_tensor("out", out, x.shape, (x.dtype,))
+    check_device(
+        x=x, grad_output=grad_output, conv_weight=conv_weight, norm_weight=norm_weight,
+        norm_bias=norm_bias, cu_seqlens=cu_seqlens, out=out,
+    )  # fmt: skip
+    kernel_size = conv_weight.shape[1]
+    config = conv_backward_config(channels, kernel_size, x.dtype, architecture(x.device))
+    constant = activation_constant(activation)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    batch = cu_seqlens.shape[0] - 1
+    if num_tokens == 0 or batch < 1:
+        norms = x.new_zeros(2, channels, dtype=torch.float32)
+        return out, x.new_zeros(channels, kernel_size, dtype=torch.float32), norms[0], norms[1]
+    taps = conv_weight.t()
+    if taps.stride(1) != 1:
+        taps = taps.contiguous()
+    dy = torch.empty_like(x, memory_format=torch.contiguous_format)
+    slide, norm, weights = _constants(channels, kernel_size, constant, config)
+    blocks = num_blocks(num_tokens, batch, config.rows)
+    chunks = num_blocks(num_tokens, batch, config.chunk)
+    channel_blocks = triton.cdiv(channels, config.block_channels)
+    programs = min(config.norm.programs, triton.cdiv(num_tokens, config.norm.rows))
+    norm_shares = x.new_empty(programs, 2, channels, dtype=torch.float32)
+    shares = x.new_empty(chunks, kernel_size, channels, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _slide_kernel[(blocks, channel_blocks)](
+            x,
+            taps,
+            dy,
+            cu_seqlens,
+            num_tokens,
+            batch,
+            x.stride(0),
+            taps.stride(0),
+            dy.stride(0),
+            BACKWARDS=False,
+            **slide,
+            num_warps=config.num_warps,
+        )
+        _norm_act_bwd_kernel[(programs,)](
+            grad_output,
+            dy,
+            norm_weight,
+            norm_bias,
+            norm_shares,
+            num_tokens,
+            float(eps),
+            grad_output.stride(0),
+            dy.stride(0),
+            **norm,
+            num_warps=config.norm.num_warps,
+        )
+        _slide_kernel[(blocks, channel_blocks)](
+            dy,
+            taps,
+            out,
+            cu_seqlens,
+            num_tokens,
+            batch,
+            dy.stride(0),
+            taps.stride(0),
+            out.stride(0),
+            BACKWARDS=True,
+            **slide,
+            num_warps=config.num_warps,
+        )
+        _conv_bwd_weight_kernel[(chunks, channel_blocks, triton.cdiv(kernel_size, config.taps))](
+            dy,
+            x,
+            shares,
+            cu_seqlens,
+            num_tokens,
+            batch,
+            dy.stride(0),
+            x.stride(0),
+            **weights,
+            num_warps=config.num_warps,
+        )
+    norms = norm_shares.sum(0)
+    return out, shares.sum(0).t(), norms[0], norms[1]
+
+
+def _constants(
+    channels: int, kernel_size: int, activation: str, config: ConvBackwardConfig
+) -> tuple[dict[str, int | str], dict[str, int | str], dict[str, int | str]]:
+    """Of the kernel that slides a window, of the one for the norm, of the one for the weight."""
+    block = {"CHANNELS": channels, "BLOCK_C": config.block_channels}
+    slide = {"K": kernel_size, "ROWS": config.rows, "UNROLL": config.unroll}
+    weight = {"K": kernel_size, "TAPS": config.taps, "CHUNK": config.chunk}
+    norm: dict[str, int | str] = {
+        "CHANNELS": channels,
+        "ACTIVATION": activation,
+        "ROWS": config.norm.rows,
+        "BLOCK_C": config.norm.block_width,
+    }
+    search = {"SEARCH": config.search}
+    return {**block, **slide, **search}, norm, {**block, **weight, **search}
+
+
+def kernel_specs(
+    arch: str, dtype: str, channels: int = 1024, kernel_size: int = 31
+) -> list[KernelSpec]:
+    """The kernels as they ship for `channels` channels and `kernel_size` taps."""
+    config = conv_backward_config(channels, kernel_size, getattr(torch, dtype), arch)
+    slide, norm, weight = _constants(channels, kernel_size, "silu", config)
+    steps = (
+        ("conv_again", _slide_kernel, {**slide, "BACKWARDS": False}, config.num_warps),
+        ("norm", _norm_act_bwd_kernel, norm, config.norm.num_warps),
+        ("input", _slide_kernel, {**slide, "BACKWARDS": True}, config.num_warps),
+        ("weight", _conv_bwd_weight_kernel, weight, config.num_warps),
+    )
+    specs = []
+    for step, kernel, constants, num_warps in steps:
+        run_time = [name for name in kernel.arg_names if name not in constants]
+        pointers = [name for name in run_time if name.endswith("_ptr")]
+        strides = [name for name in run_time if name.startswith("stride_")]
+        types = {
+            **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
+            **dict.fromkeys(strides, "i32"),
+            "share_ptr": "*fp32",
+            "cu_seqlens_ptr": "*i32",
+            "num_rows": "i32",
+            "num_sequences": "i32",
+            "eps": "fp32",
+        }
+        specs.append(
+            KernelSpec(
+                name=f"conv_norm_act_bwd_{step}",
+                kernel=kernel,
+                signature={name: types[name] for name in run_time},
+                constants=dict(constants),
+                kind="pointwise",
+                dtype=dtype,
+                num_warps=num_warps,
+                num_stages=1,
+                divisible_by_16=frozenset(pointers + strides),
+            )
+        )
+    return specs

@@ -1,0 +1,401 @@
+"""Gradients of linear layers and of what follows them.
+
+For x `[N, K]`, weight `[M, K]`, y = x @ weight.T + bias and the gradient g of the output:
+
+    linear           dy = g * act'(y)
+    linear_glu       dy = [g * s, g * a * s * (1 - s)]    [a, b] = y, s = sigmoid(b)
+    linear_residual  dy = scale * g, and the residual's gradient is g
+
+    dx = dy @ weight,  dweight = dy.T @ x,  dbias = sum over rows of dy
+
+One kernel reads g and y, and writes dy and, on the way, the program's share of dbias, so that dy is
+not read for it again; where it is wanted, it writes the epilogue's output too, which the next
+layer's dweight needs and the forward pass then need not keep. The shares are added up in a fixed
+order. The two products are the vendor library's.
+
+y is an argument or is computed again, x @ weight.T + bias: a forward pass that keeps x alone pays 2
+K M FLOPs a token, one that keeps y pays M elements.
+
+Per token `activation_backward` moves 3 M elements, 4 M with the output; `glu_backward` 5 M / 2 and
+3 M.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs.linear_backward import EpilogueBackwardConfig, epilogue_backward_config
+from .device import activate, activation_constant
+from .device_backward import activation_derivative
+from .linear import linear
+from .runtime import architecture, check_device, check_tensor
+from .specs import TRITON_TYPES, KernelSpec
+
+
+@triton.jit
+def _store_rows(ptr, rows, columns, stride_row, value, mask):
+    ptrs = ptr + rows[:, None] * stride_row + columns[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _epilogue_bwd_kernel(
+    grad_ptr,  # [num_rows, num_columns], of the output
+    y_ptr,  # [num_rows, num_columns], GATED: twice as many columns
+    dy_ptr,  # as y
+    out_ptr,  # [num_rows, num_columns], HAS_OUT
+    share_ptr,  # [programs, columns of y] fp32, HAS_BIAS
+    num_rows,
+    num_columns,
+    stride_grad_row,
+    stride_y_row,
+    stride_dy_row,
+    stride_out_row,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    is_column = columns < num_columns
+    bias_sum = tl.zeros([ROWS, BLOCK_COLUMNS], tl.float32)
+    gate_sum = tl.zeros([ROWS, BLOCK_COLUMNS], tl.float32)
+    num_blocks = tl.cdiv(num_rows, ROWS)
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        rows = tl.arange(0, ROWS).to(tl.int64) + block * ROWS  # [ROWS]
+        mask = (rows < num_rows)[:, None] & is_column[None, :]
+        grad_ptrs = grad_ptr + rows[:, None] * stride_grad_row + columns[None, :]
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_COLUMNS]
+        y_ptrs = y_ptr + rows[:, None] * stride_y_row + columns[None, :]
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            gate = tl.load(y_ptrs + num_columns, mask=mask, other=0.0).to(tl.float32)
+            gate = 1.0 / (1.0 + tl.exp(-gate))
+            dy = grad * gate
+            dgate = grad * y * (gate * (1.0 - gate))
+            _store_rows(dy_ptr, rows, columns + num_columns, stride_dy_row, dgate, mask)
+            gate_sum += dgate
+            if HAS_OUT:
+                _store_rows(out_ptr, rows, columns, stride_out_row, y * gate, mask)
+        else:
+            dy = grad * activation_derivative(y, ACTIVATION)
+            if HAS_OUT:
+                _store_rows(out_ptr, rows, columns, stride_out_row, activate(y, ACTIVATION), mask)
+        _store_rows(dy_ptr, rows, columns, stride_dy_row, dy, mask)
+        bias_sum += dy
+    if HAS_BIAS:
+        width = num_columns * (1 + GATED)
+        share_ptrs = share_ptr + tl.program_id(0).to(tl.int64) * width + columns
+        tl.store(share_ptrs, tl.sum(bias_sum, 0), mask=is_column)
+        if GATED:
+            tl.store(share_ptrs + num_columns, tl.sum(gate_sum, 0), mask=is_column)
+
+
+def activation_backward(
+    grad_output: Tensor,
+    preactivation: Tensor,
+    activation: str | None,
+    *,
+    needs_bias: bool = True,
+    out: Tensor | None = None,
+    activated: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `activation(x @ weight.T + bias)` with respect to its argument and to the bias.
+
+    Args:
+        grad_output: `[num_tokens, features]` in the dtype of `preactivation`; rows may be strided,
+            as in all of these.
+        preactivation: the argument, `[num_tokens, features]`, fp16, bf16 or fp32.
+        activation: a name of `device.ACTIVATIONS`, or `None`.
+        needs_bias: whether the bias's gradient is wanted.
+        out: where the argument's gradient goes; it may be `preactivation` or `grad_output` itself.
+        activated: where `activation(preactivation)` goes, if that is wanted.
+
+    Returns:
+        The gradient of the argument, in its dtype, and that of the bias, float32 `[features]`, or
+        `None`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    constant = activation_constant(activation)
+    return _epilogue(grad_output, preactivation, constant, False, needs_bias, out, activated)
+
+
+def glu_backward(
+    grad_output: Tensor,
+    preactivation: Tensor,
+    *,
+    needs_bias: bool = True,
+    out: Tensor | None = None,
+    activated: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `a * sigmoid(b)` with respect to `[a, b] = x @ weight.T + bias` and to the bias.
+
+    Args:
+        grad_output: `[num_tokens, features]` in the dtype of `preactivation`.
+        preactivation: `[a, b]`, `[num_tokens, 2 * features]`.
+        needs_bias: whether the bias's gradient is wanted.
+        out: where the gradient of `[a, b]` goes; it may be `preactivation` itself.
+        activated: where `a * sigmoid(b)` goes, if that is wanted.
+
+    Returns:
+        The gradient of `[a, b]`, in its dtype, and that of the bias, float32 `[2 * features]`, or
+        `None`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    return _epilogue(grad_output, preactivation, "identity", True, needs_bias, out, activated)
+
+
+def _epilogue(
+    grad_output: Tensor,
+    preactivation: Tensor,
+    activation: str,
+    gated: bool,
+    needs_bias: bool,
+    out: Tensor | None,
+    activated: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    check_tensor("preactivation", preactivation, (None, None))
+    num_tokens, width = preactivation.shape
+    if gated and width % 2 != 0:
+        raise ValueError(f"preactivation has {width} columns; a gated unit needs an even number")
+    columns = width // 2 if gated else width
+    dtype = preactivation.dtype
+    check_tensor("grad_output", grad_output, (num_tokens, columns), (dtype,))
+    if out is None:
+        out = torch.empty_like(preactivation, memory_format=torch.contiguous_format)
+    check_tensor("out", out, preactivation.shape, (dtype,))
+    if activated is not None:
+        check_tensor("activated", activated, grad_output.shape, (dtype,))
+    check_device(preactivation=preactivation, grad_output=grad_output, out=out, activated=activated)
+    if num_tokens == 0 or columns == 0:
+        return out, out.new_zeros(width, dtype=torch.float32) if needs_bias else None
+    config = epilogue_backward_config(columns, dtype, architecture(out.device))
+    programs = min(config.programs, triton.cdiv(num_tokens, config.rows))
+    shares = out.new_empty(programs, width, dtype=torch.float32) if needs_bias else None
+    with torch.cuda.device_of(out):
+        _epilogue_bwd_kernel[(programs, triton.cdiv(columns, config.block_columns))](
+            grad_output,
+            preactivation,
+            out,
+            activated,
+            shares,
+            num_tokens,
+            columns,
+            grad_output.stride(0),
+            preactivation.stride(0),
+            out.stride(0),
+            0 if activated is None else activated.stride(0),
+            **_constants(activation, gated, activated, shares, config),
+            num_warps=config.num_warps,
+        )
+    return out, None if shares is None else shares.sum(0)
+
+
+def linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    preactivation: Tensor | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `linear.linear`.
+
+    Args:
+        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
+        x: `[num_tokens, in_features]`, fp16, bf16 or fp32; rows may be strided.
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]` or `None`.
+        activation: as in the forward pass.
+        preactivation: `x @ weight.T + bias`; computed again when `None` and the activation needs
+            it.
+        needs: which of the gradients of x, weight and bias are wanted.
+
+    Returns:
+        The gradients of x and of weight, in their dtype, and of bias, float32; `None` where one is
+        not wanted, or there is no bias.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    constant = activation_constant(activation)
+    _check_linear(grad_output, x, weight, bias, preactivation, False)
+    needs_bias = needs[2] and bias is not None
+    if constant == "identity":
+        grad_bias = grad_output.sum(0, dtype=torch.float32) if needs_bias else None
+        return *_products(grad_output, x, weight, 1.0, needs), grad_bias
+    if preactivation is None:
+        preactivation = linear(x, weight, bias)
+    grad, grad_bias = activation_backward(
+        grad_output, preactivation, activation, needs_bias=needs_bias
+    )
+    return *_products(grad, x, weight, 1.0, needs), grad_bias
+
+
+def linear_glu_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    preactivation: Tensor | None = None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `linear.linear_glu`.
+
+    Args:
+        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
+        x: `[num_tokens, in_features]`.
+        weight: `[2 * out_features, in_features]`.
+        bias: `[2 * out_features]` or `None`.
+        preactivation: `x @ weight.T + bias`; computed again when `None`.
+        needs: which of the gradients of x, weight and bias are wanted.
+
+    Returns:
+        As `linear_backward`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    _check_linear(grad_output, x, weight, bias, preactivation, True)
+    if preactivation is None:
+        preactivation = linear(x, weight, bias)
+    needs_bias = needs[2] and bias is not None
+    grad, grad_bias = glu_backward(grad_output, preactivation, needs_bias=needs_bias)
+    return *_products(grad, x, weight, 1.0, needs), grad_bias
+
+
+def linear_residual_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `linear.linear_residual`; the residual's is `grad_output` itself.
+
+    Args:
+        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
+        x: `[num_tokens, in_features]`.
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]` or `None`.
+        scale: as in the forward pass.
+        needs: which of the gradients of x, weight and bias are wanted.
+
+    Returns:
+        As `linear_backward`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    _check_linear(grad_output, x, weight, bias, None, False)
+    grad_bias = None
+    if needs[2] and bias is not None:
+        grad_bias = grad_output.sum(0, dtype=torch.float32) * scale
+    return *_products(grad_output, x, weight, scale, needs), grad_bias
+
+
+def _products(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: float, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """`scale * grad @ weight` and `scale * grad.T @ x`."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        out = a.new_zeros(1, b.shape[1])
+        return torch.addmm(out, a, b, beta=0, alpha=scale)
+
+    return product(grad, weight) if needs[0] else None, product(grad.t(), x) if needs[1] else None
+
+
+def _check_linear(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    preactivation: Tensor | None,
+    gated: bool,
+) -> None:
+    check_tensor("x", x, (None, None))
+    num_tokens, in_features = x.shape
+    check_tensor("weight", weight, (None, in_features), (x.dtype,))
+    width = weight.shape[0]
+    if gated and width % 2 != 0:
+        raise ValueError(f"weight has {width} rows; a gated unit needs an even number")
+    shape = (num_tokens, width // 2 if gated else width)
+    check_tensor("grad_output", grad_output, shape, (x.dtype,))
+    if bias is not None:
+        check_tensor("bias", bias, (width,), (x.dtype,))
+    if preactivation is not None:
+        check_tensor("preactivation", preactivation, (num_tokens, width), (x.dtype,))
+    check_device(
+        x=x, weight=weight, grad_output=grad_output, bias=bias, preactivation=preactivation
+    )
+
+
+def _constants(
+    activation: str,
+    gated: bool,
+    activated: object | None,
+    shares: object | None,
+    config: EpilogueBackwardConfig,
+) -> dict[str, int | str | bool]:
+    return {
+        "ACTIVATION": activation,
+        "GATED": gated,
+        "HAS_OUT": activated is not None,
+        "HAS_BIAS": shares is not None,
+        "ROWS": config.rows,
+        "BLOCK_COLUMNS": config.block_columns,
+    }
+
+
+# (name, activation, gated, output, bias, columns)
+_SHIPPED = (
+    ("linear_bwd/bias_silu", "silu", False, None, "share", 4096),
+    ("linear_bwd/bias_silu_output", "silu", False, "out", "share", 4096),
+    ("linear_glu_bwd", "identity", True, None, None, 1024),
+)
+
+
+def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
+    """The kernels of an encoder of width 1024 and feed-forward width 4096."""
+    specs = []
+    for name, activation, gated, output, share, columns in _SHIPPED:
+        config = epilogue_backward_config(columns, getattr(torch, dtype), arch)
+        constants: dict[str, object] = dict(_constants(activation, gated, output, share, config))
+        constants |= {} if output else {"out_ptr": None}
+        constants |= {} if share else {"share_ptr": None}
+        names = [arg for arg in _epilogue_bwd_kernel.arg_names if arg not in constants]
+        signature = {
+            arg: "*" + TRITON_TYPES[dtype] if arg.endswith("_ptr") else "i32" for arg in names
+        }
+        if share:
+            signature["share_ptr"] = "*fp32"
+        specs.append(
+            KernelSpec(
+                name=name,
+                kernel=_epilogue_bwd_kernel,
+                signature=signature,
+                constants=constants,
+                kind="pointwise",
+                dtype=dtype,
+                num_warps=config.num_warps,
+                num_stages=1,
+                divisible_by_16=frozenset(names) - {"num_rows"},
+                outputs_per_program=None,
+            )
+        )
+    return specs

@@ -1,0 +1,396 @@
+"""Gradients of LayerNorm, alone and fused with the residual connection before it.
+
+With z = h * weight + bias, h = (y - mean(y)) / sqrt(var(y) + eps) and g the gradient of z:
+
+    dy      = (g w - mean(g w) - h mean(g w h)) / sqrt(var(y) + eps)      means over a row
+    dweight = sum over rows of g h
+    dbias   = sum over rows of g
+
+and, where y = residual + scale * x, dresidual = dy plus the gradient of y itself, and dx = scale *
+dresidual. Mean and variance are computed again from the row, which is in registers anyway, so the
+forward pass saves no statistics. The norm of a norm computes z1 again as well, rounded as the
+forward pass stored it.
+
+A program takes every `programs`-th group of rows and keeps sums of g h and g in registers. It
+stores them once, as its share; the shares are then added up in a fixed order. No atomic addition,
+so two runs give the same bits.
+
+Per token of C channels and e bytes an element: `layer_norm_backward` moves 3 C e bytes, the one
+with a residual 4 C e (5 where scale is not 1), the double one 5 C e (6).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs.norm_backward import NormBackwardConfig, norm_backward_config
+from .runtime import architecture, check_device, check_tensor
+from .specs import TRITON_TYPES, KernelSpec
+
+
+@triton.jit
+def standardize(y, is_row, columns, eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Rows less their mean, by their deviation; and what they were multiplied with."""
+    mean = tl.sum(y, 1) / WIDTH  # [ROWS]
+    centered = y - mean[:, None]  # [ROWS, BLOCK_WIDTH]
+    if not EVEN:
+        centered = tl.where((columns < WIDTH)[None, :], centered, 0.0)
+    variance = tl.sum(centered * centered, 1) / WIDTH
+    # Rows that do not exist must not divide by zero: they are part of the sums over rows.
+    scale = tl.rsqrt(tl.where(is_row, variance + eps, 1.0))
+    return centered * scale[:, None], scale
+
+
+@triton.jit
+def norm_gradient(grad, weight, standard, scale, WIDTH: tl.constexpr):
+    """The gradient of a norm's input. After the last column `weight` and `standard` are zero, so
+    that `grad` may hold anything finite there, and so does what comes out."""
+    weighted = grad * weight[None, :]  # [ROWS, BLOCK_WIDTH]
+    mean = tl.sum(weighted, 1) / WIDTH  # [ROWS]
+    along = tl.sum(weighted * standard, 1) / WIDTH
+    return (weighted - mean[:, None] - standard * along[:, None]) * scale[:, None]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_bwd_kernel(
+    x_ptr,  # [num_rows, WIDTH]; y itself unless HAS_RESIDUAL
+    residual_ptr,  # [num_rows, WIDTH], HAS_RESIDUAL
+    grad_sum_ptr,  # [num_rows, WIDTH], HAS_GRAD_SUM
+    grad_first_ptr,  # [num_rows, WIDTH], HAS_GRAD_FIRST
+    grad_second_ptr,  # [num_rows, WIDTH], IS_DOUBLE
+    first_weight_ptr,  # [WIDTH]
+    first_bias_ptr,  # [WIDTH], IS_DOUBLE
+    second_weight_ptr,  # [WIDTH], IS_DOUBLE
+    dy_ptr,  # [num_rows, WIDTH]
+    dx_ptr,  # [num_rows, WIDTH], HAS_SCALED
+    share_ptr,  # [programs, 2 or 4, WIDTH] fp32
+    num_rows,
+    scale,
+    eps,
+    stride_x_row,
+    stride_residual_row,
+    stride_grad_sum_row,
+    stride_grad_first_row,
+    stride_grad_second_row,
+    stride_dy_row,
+    stride_dx_row,
+    WIDTH: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_GRAD_SUM: tl.constexpr,
+    HAS_GRAD_FIRST: tl.constexpr,
+    IS_DOUBLE: tl.constexpr,
+    HAS_SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    EVEN: tl.constexpr = WIDTH == BLOCK_WIDTH
+    columns = tl.arange(0, BLOCK_WIDTH)  # [BLOCK_WIDTH]
+    is_column = columns < WIDTH
+    first_weight = tl.load(first_weight_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
+    first_weight_sum = tl.zeros([ROWS, BLOCK_WIDTH], tl.float32)
+    first_bias_sum = tl.zeros([ROWS, BLOCK_WIDTH], tl.float32)
+    if IS_DOUBLE:
+        first_bias = tl.load(first_bias_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
+        second_weight = tl.load(second_weight_ptr + columns, mask=is_column, other=0.0)
+        second_weight = second_weight.to(tl.float32)
+        second_weight_sum = tl.zeros([ROWS, BLOCK_WIDTH], tl.float32)
+        second_bias_sum = tl.zeros([ROWS, BLOCK_WIDTH], tl.float32)
+
+    num_blocks = tl.cdiv(num_rows, ROWS)
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        rows = tl.arange(0, ROWS).to(tl.int64) + block * ROWS  # [ROWS]
+        is_row = rows < num_rows
+        mask = is_row[:, None] & is_column[None, :]
+        x_ptrs = x_ptr + rows[:, None] * stride_x_row + columns[None, :]
+        y = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_WIDTH]
+        if HAS_RESIDUAL:
+            residual_ptrs = residual_ptr + rows[:, None] * stride_residual_row + columns[None, :]
+            y = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32) + scale * y
+        standard, deviation = standardize(y, is_row, columns, eps, WIDTH, EVEN)
+
+        grad = tl.zeros([ROWS, BLOCK_WIDTH], tl.float32)
+        if HAS_GRAD_FIRST:
+            grad_ptrs = grad_first_ptr + rows[:, None] * stride_grad_first_row + columns[None, :]
+            grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if IS_DOUBLE:
+            z = standard * first_weight[None, :] + first_bias[None, :]
+            z = z.to(dy_ptr.dtype.element_ty).to(tl.float32)
+            second, second_deviation = standardize(z, is_row, columns, eps, WIDTH, EVEN)
+            grad_ptrs = grad_second_ptr + rows[:, None] * stride_grad_second_row + columns[None, :]
+            grad_second = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+            second_weight_sum += grad_second * second
+            second_bias_sum += grad_second
+            grad += norm_gradient(grad_second, second_weight, second, second_deviation, WIDTH)
+        first_weight_sum += grad * standard
+        first_bias_sum += grad
+        dy = norm_gradient(grad, first_weight, standard, deviation, WIDTH)
+        if HAS_GRAD_SUM:
+            grad_ptrs = grad_sum_ptr + rows[:, None] * stride_grad_sum_row + columns[None, :]
+            dy += tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dy_ptrs = dy_ptr + rows[:, None] * stride_dy_row + columns[None, :]
+        tl.store(dy_ptrs, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+        if HAS_SCALED:
+            dx_ptrs = dx_ptr + rows[:, None] * stride_dx_row + columns[None, :]
+            tl.store(dx_ptrs, (scale * dy).to(dx_ptr.dtype.element_ty), mask=mask)
+
+    share_ptrs = share_ptr + tl.program_id(0).to(tl.int64) * (2 * WIDTH * (1 + IS_DOUBLE)) + columns
+    tl.store(share_ptrs, tl.sum(first_weight_sum, 0), mask=is_column)
+    tl.store(share_ptrs + WIDTH, tl.sum(first_bias_sum, 0), mask=is_column)
+    if IS_DOUBLE:
+        tl.store(share_ptrs + 2 * WIDTH, tl.sum(second_weight_sum, 0), mask=is_column)
+        tl.store(share_ptrs + 3 * WIDTH, tl.sum(second_bias_sum, 0), mask=is_column)
+
+
+def layer_norm_backward(
+    grad_z: Tensor, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `norm.layer_norm`.
+
+    Args:
+        grad_z: gradient of the result, `[num_tokens, hidden]` in the dtype of `x`; rows at any
+            stride, as in all of these.
+        x: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192.
+        weight: `[hidden]`.
+        eps: added to the variance.
+        out: where to write the gradient of `x`; it may be `grad_z` itself.
+
+    Returns:
+        The gradients of `x`, in its dtype, and of weight and bias, float32 `[hidden]`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    vectors = {"weight": weight}
+    _check(x=x, rows={"grad_z": grad_z, "out": out}, vectors=vectors)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    sums = _launch(x, None, 1.0, None, grad_z, None, (weight,), out, None, eps)
+    return out, sums[0], sums[1]
+
+
+def residual_layer_norm_backward(
+    grad_y: Tensor | None,
+    grad_z: Tensor,
+    y: Tensor,
+    scale: float,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `norm.residual_layer_norm`.
+
+    Args:
+        grad_y: gradient of y, `[num_tokens, hidden]` in the dtype of `y`; `None` where there is
+            none.
+        grad_z: gradient of z, like `grad_y`.
+        y: what the forward pass returned first.
+        scale: of `x`.
+        weight: `[hidden]`.
+        eps: added to the variance.
+        out: where to write the gradients of `residual` and `x`, both like `y`.
+
+    Returns:
+        The gradients of `residual` and of `x`, in their dtype, and of weight and bias, float32
+        `[hidden]`. Without `out`, and when `scale` is 1, the first two are one tensor.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    rows = {"grad_y": grad_y, "grad_z": grad_z}
+    _check(x=y, rows={**rows, **_named(out)}, vectors={"weight": weight}, name="y")
+    grad_residual, grad_x = _outputs(y, scale, out)
+    sums = _launch(y, None, scale, grad_y, grad_z, None, (weight,), grad_residual, grad_x, eps)
+    return grad_residual, grad_residual if grad_x is None else grad_x, sums[0], sums[1]
+
+
+def residual_double_layer_norm_backward(
+    grad_z1: Tensor | None,
+    grad_z2: Tensor,
+    residual: Tensor,
+    x: Tensor,
+    scale: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    eps: float,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `norm.residual_double_layer_norm`.
+
+    Args:
+        grad_z1: gradient of z1, `[num_tokens, hidden]` in the dtype of `x`; `None` where there is
+            none.
+        grad_z2: gradient of z2, like `grad_z1`.
+        residual: `[num_tokens, hidden]`, as in the forward pass.
+        x: like `residual`.
+        scale: of `x`.
+        weight1: `[hidden]` of the first norm.
+        bias1: `[hidden]`.
+        weight2: `[hidden]` of the second norm.
+        eps: added to both variances.
+        out: where to write the gradients of `residual` and `x`, both like `x`.
+
+    Returns:
+        The gradients of `residual` and of `x`, in their dtype, and of weight1, bias1, weight2 and
+        bias2, float32 `[hidden]`. Without `out`, and when `scale` is 1, the first two are one
+        tensor.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    rows = {"residual": residual, "grad_z1": grad_z1, "grad_z2": grad_z2, **_named(out)}
+    vectors = {"weight1": weight1, "bias1": bias1, "weight2": weight2}
+    _check(x=x, rows=rows, vectors=vectors)
+    grad_residual, grad_x = _outputs(x, scale, out)
+    norms = (weight1, bias1, weight2)
+    sums = _launch(x, residual, scale, None, grad_z1, grad_z2, norms, grad_residual, grad_x, eps)
+    grad_x = grad_residual if grad_x is None else grad_x
+    return grad_residual, grad_x, sums[0], sums[1], sums[2], sums[3]
+
+
+def _named(out: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    return {} if out is None else {"out[0]": out[0], "out[1]": out[1]}
+
+
+def _outputs(
+    x: Tensor, scale: float, out: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    if out is not None:
+        return out
+    first = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return first, None if scale == 1 else torch.empty_like(first)
+
+
+def _check(
+    *, x: Tensor, rows: dict[str, Tensor | None], vectors: dict[str, Tensor], name: str = "x"
+) -> None:
+    check_tensor(name, x, (None, None))
+    for other, tensor in rows.items():
+        if tensor is not None:
+            check_tensor(other, tensor, x.shape, (x.dtype,))
+    for other, tensor in vectors.items():
+        check_tensor(other, tensor, x.shape[1:])
+    check_device(**{name: x}, **rows, **vectors)
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: float,
+    grad_sum: Tensor | None,
+    grad_first: Tensor | None,
+    grad_second: Tensor | None,
+    norms: tuple[Tensor, ...],
+    dy: Tensor,
+    dx: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Writes the gradients of the rows; returns those of weights and biases, `[2 or 4, width]`."""
+    num_rows, width = x.shape
+    config = norm_backward_config(width, x.dtype, architecture(x.device))
+    parameters = 2 if grad_second is None else 4
+    if num_rows == 0:
+        return x.new_zeros(parameters, width, dtype=torch.float32)
+    programs = min(config.programs, triton.cdiv(num_rows, config.rows))
+    shares = x.new_empty(programs, parameters, width, dtype=torch.float32)
+    weight1, bias1, weight2 = norms if len(norms) == 3 else (norms[0], None, None)
+    with torch.cuda.device_of(x):
+        _norm_bwd_kernel[(programs,)](
+            x,
+            residual,
+            grad_sum,
+            grad_first,
+            grad_second,
+            weight1,
+            bias1,
+            weight2,
+            dy,
+            dx,
+            shares,
+            num_rows,
+            float(scale),
+            float(eps),
+            *(
+                0 if tensor is None else tensor.stride(0)
+                for tensor in (x, residual, grad_sum, grad_first, grad_second, dy, dx)
+            ),
+            **_constants(width, residual, grad_sum, grad_first, grad_second, dx, config),
+            num_warps=config.num_warps,
+        )
+    return shares.sum(0)
+
+
+def _constants(
+    width: int,
+    residual: object | None,
+    grad_sum: object | None,
+    grad_first: object | None,
+    grad_second: object | None,
+    dx: object | None,
+    config: NormBackwardConfig,
+) -> dict[str, int | bool]:
+    return {
+        "WIDTH": width,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_GRAD_SUM": grad_sum is not None,
+        "HAS_GRAD_FIRST": grad_first is not None,
+        "IS_DOUBLE": grad_second is not None,
+        "HAS_SCALED": dx is not None,
+        "ROWS": config.rows,
+        "BLOCK_WIDTH": config.block_width,
+    }
+
+
+# (name, the tensors that the variant does not have)
+_SHIPPED = (
+    ("layer_norm_bwd", ("residual", "grad_sum", "grad_second", "dx")),
+    ("residual_layer_norm_bwd", ("residual", "grad_second", "dx")),
+    ("residual_layer_norm_bwd/scaled", ("residual", "grad_second")),
+    ("residual_double_layer_norm_bwd", ("grad_sum",)),
+)
+
+
+def kernel_specs(arch: str, dtype: str, width: int = 1024) -> list[KernelSpec]:
+    """The kernels as they ship for model width `width`, for the compiler lane."""
+    config = norm_backward_config(width, getattr(torch, dtype), arch)
+    names = _norm_bwd_kernel.arg_names
+    specs = []
+    for name, absent in _SHIPPED:
+        residual, grad_sum, grad_second, dx = (
+            None if part in absent else part
+            for part in ("residual", "grad_sum", "grad_second", "dx")
+        )
+        constants: dict[str, object] = dict(
+            _constants(width, residual, grad_sum, "grad_first", grad_second, dx, config)
+        )
+        constants |= {f"{part}_ptr": None for part in absent}
+        if "grad_second" in absent:
+            constants |= {"first_bias_ptr": None, "second_weight_ptr": None}
+        pointers = [arg for arg in names if arg.endswith("_ptr") and arg not in constants]
+        strides = [arg for arg in names if arg.startswith("stride_")]
+        signature = {
+            **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
+            **dict.fromkeys(strides, "i32"),
+            "share_ptr": "*fp32",
+            "num_rows": "i32",
+            "scale": "fp32",
+            "eps": "fp32",
+        }
+        specs.append(
+            KernelSpec(
+                name=name,
+                kernel=_norm_bwd_kernel,
+                signature=signature,
+                constants=constants,
+                kind="pointwise",
+                dtype=dtype,
+                num_warps=config.num_warps,
+                num_stages=1,
+                divisible_by_16=frozenset(pointers + strides),
+            )
+        )
+    return specs

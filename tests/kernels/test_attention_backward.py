@@ -1,0 +1,440 @@
+"""The gradients of attention against float64 autograd of the plain twin."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from csrc_triton.attention import build_tile_map, shaw_attention
+from csrc_triton.attention_backward import shaw_attention_backward
+from csrc_triton.configs.attention_backward import (
+    AttentionBackwardConfig,
+    attention_backward_config,
+    scores_layout,
+)
+from w2vbert_fast import ops
+
+SENTINEL = -123.0
+SEED = torch.tensor([2**40 + 7, 3])
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def strided(num_tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Query, key, value and gradient as views of one wider buffer, whose other elements are NaN."""
+    width = heads * head_dim
+    buffer = torch.full((num_tokens + 2, 4 * width + 40), math.nan, dtype=dtype)
+    view = buffer[1:-1, 16 : 16 + 4 * width].unflatten(1, (4, heads, head_dim))
+    view.copy_(torch.randn(num_tokens, 4, heads, head_dim, dtype=torch.float64))
+    query, key, value, grad = view.unbind(1)
+    return query, key, value, grad
+
+
+def embedding(left: int, right: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Position vectors with strided rows."""
+    buffer = torch.full((left + right + 1, head_dim + 8), math.nan, dtype=dtype)
+    return buffer[:, :head_dim].copy_(torch.randn(left + right + 1, head_dim, dtype=torch.float64))
+
+
+def twin_gradients(
+    tensors: tuple[Tensor, ...],
+    cu_seqlens: Tensor,
+    positions: Tensor | None,
+    left: int,
+    right: int,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Autograd's gradients of query, key, value and position vectors."""
+    query, key, value, grad = (tensor.to(dtype) for tensor in tensors)
+    leaves = [query, key, value] if positions is None else [query, key, value, positions.to(dtype)]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    output, _ = ops.shaw_attention(
+        *leaves[:3],
+        cu_seqlens,
+        int(cu_seqlens.diff().max()),
+        distance_embedding=leaves[3] if positions is not None else None,
+        left_max_position=left,
+        right_max_position=right,
+    )
+    return list(torch.autograd.grad(output, leaves, grad))
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max())
+
+
+def compare(ours: Tensor, exact: Tensor, plain: Tensor | None, scale: float) -> None:
+    """fp32: within 1e-5 of the largest element. fp16: an error at most 1.1 times that of autograd
+    in fp16; one element may also be off by a unit in the last place of the largest element, since
+    the maximum of so few errors is a matter of luck."""
+    assert ours.shape == exact.shape
+    error = ours.double() - exact
+    if plain is None:
+        assert largest(error) <= 1e-5 * max(largest(exact), scale)
+        return
+    plain_error = plain.double() - exact
+    assert error.norm() <= 1.1 * plain_error.norm()
+    unit = torch.finfo(plain.dtype).eps * largest(exact)
+    assert largest(error) <= max(1.1 * largest(plain_error), unit)
+
+
+def run(
+    lengths: list[int],
+    *,
+    heads: int = 1,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    positions: bool = True,
+    left: int = 64,
+    right: int = 8,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """The launcher's gradients of random input, compared with the twin's."""
+    cu_seqlens, longest = cumulative(lengths), max(lengths)
+    tensors = strided(sum(lengths), heads, head_dim, dtype)
+    vectors = embedding(left, right, head_dim, dtype) if positions else None
+    place = {
+        "distance_embedding": vectors,
+        "left_max_position": left,
+        "right_max_position": right,
+    }
+    output, lse = shaw_attention(*tensors[:3], cu_seqlens, longest, **place)
+    gradients = shaw_attention_backward(
+        tensors[3], *tensors[:3], output, lse, cu_seqlens, longest, **place, **options
+    )
+    assert all(gradient.dtype == dtype for gradient in gradients[:3] if gradient is not None)
+    exact = twin_gradients(tensors, cu_seqlens, vectors, left, right)
+    plain: list[Tensor | None] = [None] * 4
+    if dtype != torch.float32:
+        plain = [*twin_gradients(tensors, cu_seqlens, vectors, left, right, dtype)]
+    assert (gradients[3] is None) == (vectors is None)
+    if gradients[3] is not None:
+        assert gradients[3].dtype == torch.float32
+    for ours, wanted, theirs in zip(gradients, exact, plain, strict=False):
+        assert ours is not None
+        # With one distance only, softmax takes the embedding's gradient away.
+        compare(ours, wanted, theirs, scale=largest(exact[0]))
+    return gradients
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_equals_autograd_of_the_twin(positions: bool) -> None:
+    run([0, 1, 2, 31, 63, 64, 65, 130], positions=positions)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_half_precision_is_as_accurate_as_autograd(positions: bool) -> None:
+    run([3, 64, 90], heads=2, dtype=torch.float16, positions=positions, left=20)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "tile", "key_step", "query_step"),
+    [
+        (0, 0, 16, 16, 16),
+        (3, 5, 32, 16, 32),
+        (0, 40, 16, 32, 16),
+        (33, 0, 16, 16, 32),
+        (50, 30, 16, 64, 64),  # more distances than a tile, and steps longer than it
+        (64, 8, 64, 16, 16),
+        (80, 90, 32, 32, 32),  # no pair is out of the band
+    ],
+)
+def test_band_wherever_it_lies(
+    left: int, right: int, tile: int, key_step: int, query_step: int
+) -> None:
+    config = AttentionBackwardConfig(tile, key_step, query_step, 16, 1, 1, 1, 1)
+    run([20, 70, 17], left=left, right=right, config=config)
+
+
+@pytest.mark.parametrize("head_dim", [1, 20, 64, 80, 128])
+def test_head_sizes(head_dim: int) -> None:
+    run([37, 5], head_dim=head_dim, left=6, right=3)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_precisions(precision: str) -> None:
+    run([33], left=6, precision=precision)
+
+
+def test_heads_over_the_scratch_limit_are_split_into_launches() -> None:
+    config = attention_backward_config(16, torch.float32, "interpreter")
+    two_heads = 2 * 4 * scores_layout(config, 2, 34, 6, 8).head_size
+    whole, split = [], []
+    for results, limit in ((whole, config.scratch_limit), (split, two_heads)):
+        torch.manual_seed(1)
+        results += run([20, 14], heads=3, left=6, config=replace(config, scratch_limit=limit))
+    for ours, wanted in zip(split[:3], whole[:3], strict=True):
+        assert torch.equal(ours, wanted)
+    torch.testing.assert_close(split[3], whole[3], rtol=0, atol=1e-5 * largest(whole[3]))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        runs.append(run([33, 7], left=6))
+    for first, second in zip(*runs, strict=True):
+        assert first is not None and second is not None and torch.equal(first, second)
+
+
+def test_writes_its_gradients_and_nothing_else() -> None:
+    buffer = torch.full((72, 3, 2, 24), SENTINEL)
+    out = buffer[1:-1, :, :, 4:20].fill_(math.nan).unbind(1)
+    gradients = run([65, 5], heads=2, left=20, out=out)
+    assert all(ours is wanted for ours, wanted in zip(gradients[:3], out, strict=True))
+    buffer[1:-1, :, :, 4:20] = SENTINEL
+    assert torch.all(buffer == SENTINEL)
+
+
+def test_an_utterance_does_not_depend_on_its_batch() -> None:
+    query, key, value, grad = strided(33 + 70 + 20, 1, 16, torch.float32)
+    place = {
+        "distance_embedding": embedding(10, 4, 16, torch.float32),
+        "left_max_position": 10,
+        "right_max_position": 4,
+    }
+    results = []
+    for rows, lengths in ((slice(None), [33, 70, 20]), (slice(33, 103), [70])):
+        tensors = [tensor[rows] for tensor in (query, key, value)]
+        cu_seqlens = cumulative(lengths)
+        output, lse = shaw_attention(*tensors, cu_seqlens, 70, **place)
+        results.append(
+            shaw_attention_backward(
+                grad[rows], *tensors, output, lse, cu_seqlens, 70, **place
+            )[:3]
+        )  # fmt: skip
+    for together, alone in zip(*results, strict=True):
+        assert torch.equal(together[33:103], alone)
+
+
+def test_a_prepared_tile_map_changes_nothing() -> None:
+    tile = attention_backward_config(16, torch.float32, "interpreter").tile
+    runs = []
+    for prepared in (False, True):
+        torch.manual_seed(1)
+        maps = build_tile_map(cumulative([9, 40]), tile, num_tokens=49, max_seqlen=40)
+        runs.append(run([9, 40], left=6, tile_map=maps if prepared else None))
+    for first, second in zip(*runs, strict=True):
+        assert first is not None and second is not None and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+@pytest.mark.parametrize("positions", [True, False])
+def test_nothing_to_do(lengths: list[int], positions: bool) -> None:
+    query, key, value, grad = strided(0, 2, 16, torch.float32)
+    vectors = embedding(4, 2, 16, torch.float32) if positions else None
+    gradients = shaw_attention_backward(
+        grad, query, key, value, grad, torch.zeros(2, 0), cumulative(lengths), 0,
+        distance_embedding=vectors, left_max_position=4, right_max_position=2,
+    )  # fmt: skip
+    assert all(gradient.shape == (0, 2, 16) for gradient in gradients[:3])
+    if positions:
+        assert torch.equal(gradients[3], torch.zeros(7, 16))
+
+
+def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """Philox 4x32-10 as its authors define it (Salmon et al. 2011), on int64 tensors."""
+    mask = 0xFFFFFFFF
+    key = [seed & mask, seed >> 32 & mask]
+    x0, x1, x2, x3 = counter
+    for _ in range(10):
+        # 64-bit products do not fit int64; their halves are put together from 16-bit pieces.
+        halves = []
+        for multiplier, x in ((0xD2511F53, x0), (0xCD9E8D57, x2)):
+            low = multiplier * (x & 0xFFFF)
+            high = multiplier * (x >> 16) + (low >> 16)
+            halves.append((high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF))
+        (high0, low0), (high2, low2) = halves
+        x0, x1, x2, x3 = high2 ^ x1 ^ key[0], low2, high0 ^ x3 ^ key[1], low0
+        key = [(key[0] + 0x9E3779B9) & mask, (key[1] + 0xBB67AE85) & mask]
+    return [x0, x1, x2, x3]
+
+
+def test_philox_gives_its_authors_numbers() -> None:
+    words = philox([torch.tensor([word]) for word in (0, 0, 0, 0)], 0)
+    assert [int(word) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def kept_weights(lengths: list[int], heads: int, dropout_p: float) -> list[Tensor]:
+    """Which weights dropout keeps: for each utterance `[heads, T, T]`."""
+    seed, offset = SEED.tolist()
+    kept, start = [], 0
+    for length in lengths:
+        shape = (heads, length, -(-length // 4))
+        counter = [
+            torch.arange(shape[2]).expand(shape),
+            torch.arange(start, start + length)[None, :, None].expand(shape),
+            torch.arange(heads)[:, None, None].expand(shape),
+            torch.full(shape, offset),
+        ]
+        words = torch.stack(philox(counter, seed), dim=-1).flatten(2)[..., :length]
+        kept.append((words >> 8) * 2.0**-24 >= dropout_p)
+        start += length
+    return kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("positions", [True, False])
+def test_dropout(dtype: torch.dtype, positions: bool) -> None:
+    lengths, heads, dropout_p, left, right = [37, 3], 2, 0.3, 6, 3
+    cu_seqlens = cumulative(lengths)
+    query, key, value, grad = strided(sum(lengths), heads, 16, dtype)
+    vectors = embedding(left, right, 16, dtype) if positions else None
+    options: dict[str, Any] = {
+        "distance_embedding": vectors,
+        "left_max_position": left,
+        "right_max_position": right,
+        "dropout_p": dropout_p,
+        "dropout_seed": SEED,
+    }
+    output, lse = shaw_attention(query, key, value, cu_seqlens, 37, **options)
+    ours = shaw_attention_backward(grad, query, key, value, output, lse, cu_seqlens, 37, **options)
+
+    def twin(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        given = (query, key, value) if vectors is None else (query, key, value, vectors)
+        leaves = [leaf.to(dtype).detach().clone().requires_grad_() for leaf in given]
+        outputs, start = [], 0
+        for length, kept in zip(lengths, kept_weights(lengths, heads, dropout_p), strict=True):
+            q, k, v = (leaf[start : start + length].transpose(0, 1) for leaf in leaves[:3])
+            scores = q @ k.transpose(-1, -2)
+            if vectors is not None:
+                frames = torch.arange(length)
+                distance = (frames[None, :] - frames[:, None]).clamp(-left, right) + left
+                scores = scores + torch.einsum("htd,tsd->hts", q, leaves[3][distance])
+            weights = torch.softmax(scores * 16**-0.5, -1)
+            weights = torch.where(kept, weights / (1 - dropout_p), 0.0)
+            outputs.append((weights.to(dtype) @ v).transpose(0, 1))
+            start += length
+        result = torch.cat(outputs)
+        return result, torch.autograd.grad(result, leaves, grad.to(dtype))
+
+    exact_output, exact = twin(torch.float64)
+    plain_output, plain = (None, [None] * 4) if dtype == torch.float32 else twin(dtype)
+    compare(output, exact_output, plain_output, scale=1.0)
+    for gradient, wanted, theirs in zip(ours, exact, plain, strict=False):
+        assert gradient is not None
+        compare(gradient, wanted, theirs, scale=1.0)
+
+
+def test_dropout_does_not_depend_on_tiles_and_drops_its_share() -> None:
+    tensors, cu_seqlens = strided(70, 1, 16, torch.float32), cumulative([70])
+    value = torch.ones_like(tensors[2])
+    query = torch.zeros_like(value)  # all weights equal: the output is the share that is kept
+    options: dict[str, Any] = {"dropout_p": 0.25, "dropout_seed": SEED}
+    output, _ = shaw_attention(query, query, value, cu_seqlens, 70, **options)
+    share = float(output.mean()) * 0.75
+    assert abs(share - 0.75) < 4 * math.sqrt(0.25 * 0.75 / 70**2)
+    assert torch.equal(output[:, 0, 0] == 0, torch.zeros(70, dtype=torch.bool))
+    other, _ = shaw_attention(
+        query, query, value, cu_seqlens, 70, dropout_p=0.25, dropout_seed=SEED + 1
+    )
+    assert not torch.equal(other, output)
+    _, lse = shaw_attention(query, query, value, cu_seqlens, 70)
+    config = attention_backward_config(16, torch.float32, "interpreter")
+    results = [
+        shaw_attention_backward(
+            tensors[3], query, query, value, output, lse, cu_seqlens, 70, **options, config=config
+        )
+        for config in (config, replace(config, tile=64, key_step=16, query_step=16))
+    ]
+    for first, second in zip(results[0][:3], results[1][:3], strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2^28 elements apart: the twelfth begins past 2^31. Untouched pages take no memory."""
+    length, row = 12, 2**28
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # has no name before Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, 2 * length * row, flags=flags)
+    buffer = torch.frombuffer(memory, dtype=torch.float16)
+    far = [
+        buffer[offset:].as_strided((length, 1, 16), (row, 16, 1)) for offset in range(0, 128, 16)
+    ]
+    for view in far[:4]:
+        view.copy_(torch.randn(length, 1, 16))
+    near = [view.clone() for view in far[:4]]
+    cu_seqlens = cumulative([length])
+    _, lse = shaw_attention(*far[:3], cu_seqlens, length, out=far[4])
+    output = far[4].clone()
+    ours = shaw_attention_backward(
+        far[3], *far[:3], far[4], lse, cu_seqlens, length, out=(far[5], far[6], far[7])
+    )
+    wanted = shaw_attention_backward(near[3], *near[:3], output, lse, cu_seqlens, length)
+    for first, second in zip(ours[:3], wanted[:3], strict=True):
+        assert torch.equal(first, second)
+
+
+def arguments() -> dict[str, Any]:
+    query, key, value, grad = strided(20, 2, 16, torch.float32)
+    return {
+        "grad_output": grad,
+        "query": query,
+        "key": key,
+        "value": value,
+        "output": grad,
+        "log_sum_exp": torch.zeros(2, 20),
+        "cu_seqlens": cumulative([20]),
+        "max_seqlen": 20,
+        "distance_embedding": embedding(4, 2, 16, torch.float32),
+        "left_max_position": 4,
+        "right_max_position": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grad_output", torch.zeros(20, 2, 8)),
+        ("grad_output", torch.zeros(20, 2, 16, dtype=torch.float16)),
+        ("query", torch.zeros(20, 2, 16, dtype=torch.float64)),
+        ("key", torch.zeros(20, 2, 8)),
+        ("value", torch.zeros(20, 2, 32)[..., ::2]),
+        ("output", torch.zeros(19, 2, 16)),
+        ("log_sum_exp", torch.zeros(20, 2)),
+        ("log_sum_exp", torch.zeros(2, 20, dtype=torch.float16)),
+        ("cu_seqlens", torch.tensor([0, 20])),
+        ("cu_seqlens", torch.zeros(0, dtype=torch.int32)),
+        ("max_seqlen", -1),
+        ("distance_embedding", torch.zeros(8, 16)),
+        ("left_max_position", -1),
+        ("right_max_position", -1),
+        ("dropout_p", 1.0),
+        ("dropout_p", -0.1),
+        ("dropout_seed", torch.zeros(2)),
+        ("tile_map", torch.zeros(7, 2, dtype=torch.int32)),
+        ("precision", "tf32"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        shaw_attention_backward(**{**arguments(), name: value})
+
+
+def test_other_arguments_that_do_not_fit() -> None:
+    given = arguments()
+    with pytest.raises(ValueError, match="dropout_seed is None"):
+        shaw_attention_backward(**given, dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"out\[1\] has shape"):
+        grad = given["query"]
+        shaw_attention_backward(**given, out=(grad, grad[:3], grad))
+    with pytest.raises(ValueError, match="head_dim is 136"):
+        attention_backward_config(136, torch.float32, "sm_90")
+    with pytest.raises(ValueError, match="precision is 'tf32x3'"):
+        attention_backward_config(64, torch.float32, "gfx942", precision="tf32x3")
+
+
+@pytest.mark.parametrize("name", ["dropout_p", "dropout_seed"])
+def test_the_forward_launcher_checks_its_dropout(name: str) -> None:
+    query, key, value, _ = strided(20, 2, 16, torch.float32)
+    wrong = {"dropout_p": 1.5} if name == "dropout_p" else {"dropout_p": 0.5}
+    with pytest.raises(ValueError, match=name):
+        shaw_attention(query, key, value, cumulative([20]), 20, **wrong)

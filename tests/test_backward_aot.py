@@ -1,0 +1,64 @@
+"""The compiler lane for the gradients: every kernel as it ships, on GPUs that need not be there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from csrc_triton import attention_backward, conv_backward, linear_backward, norm_backward
+from csrc_triton.aot import check_kernel
+from csrc_triton.machine_code import Target, default_cache
+from csrc_triton.specs import KernelSpec
+
+FAMILIES = (attention_backward, conv_backward, linear_backward, norm_backward)
+TENSOR_CORES = {"cuda:80": "HMMA", "cuda:90": "HGMMA", "hip:gfx942": "MFMA"}
+# Without the second form of a kernel that differs in a flag alone.
+SKIPPED = ("no_positions", "conv_again", "scaled", "bias_silu_output")
+
+
+def shipped(arch: str, dtype: str) -> list[KernelSpec]:
+    return [spec for family in FAMILIES for spec in family.kernel_specs(arch, dtype)]
+
+
+def test_names_are_unique_and_signatures_complete() -> None:
+    for dtype in ("float32", "float16", "bfloat16"):
+        specs = shipped("sm_90", dtype)
+        assert len({spec.name for spec in specs}) == len(specs)
+        for spec in specs:
+            assert set(spec.signature) | set(spec.constants) == set(spec.kernel.arg_names)
+            assert not set(spec.signature) & set(spec.constants)
+
+
+def test_strides_and_sizes_of_one_compile() -> None:
+    # Triton makes a constant of an argument whose value is 1, unless it is told not to.
+    for spec in shipped("sm_80", "bfloat16"):
+        if any(text in spec.name for text in SKIPPED):
+            continue
+        fixed = {*spec.kernel.do_not_specialize, *spec.kernel.do_not_specialize_on_alignment}
+        ones = [
+            name for name, type_ in spec.signature.items() if type_ == "i32" and name not in fixed
+        ]
+        assert ones, spec.name
+        changed = replace(
+            spec,
+            signature={name: t for name, t in spec.signature.items() if name not in ones},
+            constants={**spec.constants, **dict.fromkeys(ones, 1)},
+            divisible_by_16=spec.divisible_by_16 - set(ones),
+        )
+        assert check_kernel(changed, Target.parse("cuda:80"), {}, default_cache()).code, spec.name
+
+
+@pytest.mark.parametrize("target", list(TENSOR_CORES))
+def test_compiles_without_spills_and_with_tensor_cores(target: str) -> None:
+    parsed = Target.parse(target)
+    for spec in shipped(parsed.arch, "bfloat16"):
+        if any(text in spec.name for text in SKIPPED):
+            continue
+        row = check_kernel(spec, parsed, {}, default_cache())
+        assert row.problems == (), f"{spec.name}: {row.problems}"
+        assert row.code is not None
+        assert row.code.spills == 0, spec.name
+        if spec.name.startswith("shaw_attention_bwd"):
+            assert spec.kind == "gemm", spec.name
+            assert TENSOR_CORES[target] in row.code.tensor_core, spec.name
