@@ -73,7 +73,7 @@ def _needed(context: Context, dtype: str, batching: str) -> int:
 
 def _ours(context: Context, dtype: str) -> Prepared:
     model = our_model(context, dtype)
-    floating = torch.float32 if dtype == "int8" else DTYPES[dtype]
+    floating = next(model.parameters()).dtype
     x, mask = padded(context.features)
     x = x.to(context.device, floating)
     mask = None if mask is None else mask.to(context.device)

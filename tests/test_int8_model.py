@@ -15,6 +15,7 @@ from w2vbert_fast import Wav2Vec2BertForCTC
 from w2vbert_fast.models.quantization import Int8Linear
 from w2vbert_fast.ops import dispatch
 
+VNNI = torch.cpu._is_vnni_supported()
 needs_int8 = pytest.mark.skipif(
     bool(dispatch.int8_kernels().reasons()), reason="this CPU has no 8-bit linear layer"
 )
@@ -32,8 +33,24 @@ def test_the_encoders_linear_layers_are_quantised(tiny_checkpoint: Path) -> None
     assert len(quantised) == 2 * 8  # two layers, of two feed-forward blocks and four projections
     assert all(name.startswith("wav2vec2_bert.encoder.layers.") for name in quantised)
     assert plain == {"wav2vec2_bert.feature_projection.projection", "lm_head"}
-    assert model.dtype == model.config.dtype == torch.float32
     assert not model.training
+
+
+@needs_int8
+@pytest.mark.parametrize("native", [False, True])
+def test_the_rest_is_in_bfloat16_where_the_cpu_has_it(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr(dispatch, "cpu_multiplies_bfloat16", lambda: native)
+    model = load(tiny_checkpoint)
+    expected = torch.bfloat16 if native else torch.float32
+    assert model.dtype == model.config.dtype == expected
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    # The weights were quantised before the rest was rounded.
+    name = "encoder.layers.0.ffn1.intermediate_dense"
+    weight = load(tiny_checkpoint, None).base_model.get_submodule(name).weight.detach()
+    scale = model.base_model.get_submodule(name).quantized.scale
+    torch.testing.assert_close(scale, weight.abs().amax(1) / (127 if VNNI else 63))
 
 
 class Rounded(nn.Module):
@@ -55,7 +72,10 @@ def rounded(x: Tensor) -> Tensor:
 
 
 @needs_int8
-def test_logits_are_those_of_rounded_weights_and_activations(tiny_checkpoint: Path) -> None:
+def test_logits_are_those_of_rounded_weights_and_activations(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "cpu_multiplies_bfloat16", lambda: False)
     torch.manual_seed(0)
     features = torch.randn(2, 40, 160)
     mask = torch.ones(2, 40, dtype=torch.int64)
@@ -90,7 +110,7 @@ def test_what_an_int8_model_cannot_do(tiny_checkpoint: Path, tmp_path: Path) -> 
         model.state_dict()
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(model)
-    features = torch.randn(1, 20, 160)
+    features = torch.randn(1, 20, 160, dtype=model.dtype)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(features).logits, model(features).logits)
 

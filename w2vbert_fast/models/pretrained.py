@@ -17,7 +17,7 @@ from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from ..hub import pinned_revision, resolve_file
 from .initialization import initialize_weights
 from .loading import load_weights
-from .quantization import check_int8, quantize_encoder
+from .quantization import check_int8, dtype_beside_int8, quantize_encoder
 
 _Model = TypeVar("_Model", bound="Wav2Vec2BertPreTrainedModel")
 
@@ -196,7 +196,10 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         if empty:
             initialize_weights(model, empty)
         if int8:
+            # Quantised before the rest is rounded.
             quantize_encoder(model)
+            model.to(dtype_beside_int8(model.dtype))
+            model.config.dtype = model.dtype
         model.use_fast_kernels = use_fast_kernels
         return model.eval()
 

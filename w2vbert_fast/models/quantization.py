@@ -27,6 +27,17 @@ def check_int8(device: torch.device) -> None:
         raise ValueError(f"dtype is 'int8', which cannot run here: {'; '.join(missing)}")
 
 
+def dtype_beside_int8(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the rest of an int8 model computes: bfloat16 where the CPU multiplies it.
+
+    float32 there would take longer than what is quantised.
+
+    Args:
+        dtype: of the checkpoint, kept on other CPUs.
+    """
+    return torch.bfloat16 if dispatch.cpu_multiplies_bfloat16() else dtype
+
+
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8, one scale an output channel, for inference on a CPU.
 

@@ -205,3 +205,8 @@ def force(wanted: Implementation) -> Iterator[None]:
 def force_triton() -> contextlib.AbstractContextManager[None]:
     """`force("triton")`."""
     return force("triton")
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16 (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
