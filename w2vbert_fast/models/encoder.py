@@ -21,6 +21,7 @@ from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch, sequence_ids
 from ..ops.dispatch import on_triton_device, takes_fast_path
 from .adapter import Wav2Vec2BertAdapter, conv_output_length
+from .graphs import LayerGraphs
 from .layers import (
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertFeatureProjection,
@@ -69,6 +70,7 @@ class Wav2Vec2BertEncoder(nn.Module):
     """`num_hidden_layers` Conformer layers over packed tokens."""
 
     use_fast_kernels = False
+    layer_graphs: LayerGraphs | None = None  # set by `compile_for_inference`
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
@@ -105,6 +107,29 @@ class Wav2Vec2BertEncoder(nn.Module):
             The last layer's output `[N, C]`, the kept hidden states `[N, C]` by index, and the maps
             `[batch, heads, T, T]` of each layer. A layer that LayerDrop skips hands its input on
             and gives no map.
+        """
+        if (
+            not torch.compiler.is_compiling()
+            and self.layer_graphs is not None
+            and not output_attentions
+        ):
+            found = self.layer_graphs.run(self, hidden_states, layout, wanted, num_layers)
+            if found is not None:
+                return *found, []
+        return self.run_layers(hidden_states, layout, wanted, output_attentions, num_layers)
+
+    def run_layers(
+        self,
+        hidden_states: Tensor,
+        layout: PackedBatch,
+        wanted: set[int],
+        output_attentions: bool,
+        num_layers: int | None,
+    ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
+        """`forward`, operation by operation.
+
+        In evaluation on the Triton kernels the host does not wait for the device, and takes no more
+        from `layout` than bounds: a CUDA graph of this may be replayed with other lengths.
         """
         hidden_states = self.dropout(hidden_states)
         positions = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from .._config_checks import floating_dtype
 from ..checkpoint import find_checkpoint, write_checkpoint
 from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from ..hub import pinned_revision, resolve_file
+from .graphs import LayerGraphs
 from .initialization import initialize_weights
 from .loading import load_weights
 from .quantization import check_int8, dtype_beside_int8, quantize_encoder
@@ -127,9 +128,10 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
             config: the configuration to use instead of the checkpoint's; it is copied.
             revision: branch, tag or commit on the hub.
             dtype: floating point dtype of the weights, or its name. None and `"auto"`: what the
-                configuration says, else what the weights have. `"int8"`, on the CPU: that too, and
-                then the linear layers of the encoder are quantised, weights by output channel and
-                activations by token. An int8 model is for inference and cannot be saved.
+                configuration says, else what the weights have. `"int8"`, on the CPU: the linear
+                layers of the encoder are quantised, weights by output channel and activations by
+                token, and the rest becomes bfloat16 where the CPU multiplies it (AVX512-BF16, AMX).
+                An int8 model is for inference and cannot be saved.
             device: where the weights go; by default the CPU.
             use_fast_kernels: see the property of that name.
             cache_dir: the hub's cache folder, where it is not the usual one.
@@ -266,6 +268,56 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         self._use_fast_kernels = bool(value)
         for module in self._parts_with("use_fast_kernels"):
             module.use_fast_kernels = bool(value)
+
+    def compile_for_inference(
+        self: _Model,
+        max_tokens: int | None = None,
+        buckets: Sequence[int] | None = None,
+        *,
+        max_graphs: int = 16,
+        enabled: bool = True,
+    ) -> _Model:
+        """Run the encoder's layers as CUDA graphs where a batch is small.
+
+        In evaluation mode with `use_fast_kernels`, without gradients, a packed batch of at most
+        `max_tokens` tokens is copied into the next larger bucket, filled up with utterances of
+        zeros, and answered by one launch instead of 14 a layer. A graph is captured the first time
+        that its bucket, number of utterances (16, 64, 256, ...), dtype, choice of hidden states or
+        number of layers comes, which takes as long as a few forward passes. Everything else runs
+        as before, as do the adapter and the head: larger batches, other devices than CUDA and
+        ROCm, training, gradients, autocast, attention maps, hooks, replaced submodules (LoRA),
+        "relative" positions, `torch.compile`, and a size whose capture failed (logged once).
+
+        Parameters may change in place; when they are moved or replaced, graphs are captured anew.
+        After changing an attribute that is no parameter, such as a norm's `eps`, call this again.
+        Memory: each graph keeps its input and outputs, `[bucket, hidden_size]` for the last layer
+        and each further hidden state, and all share one pool of the activations of about one layer.
+
+        Args:
+            max_tokens: frames of all utterances of a batch; `None`: that of the largest bucket, or
+                2048.
+            buckets: rising token counts, the last at least `max_tokens`; `None`: every 64 up to
+                512, then four to an octave.
+            max_graphs: how many graphs are kept; the one not used for longest goes first.
+            enabled: `False`: as if this had never been called, and the memory is freed.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: an argument is impossible, or the model has no encoder layers.
+            TypeError: an argument is no integer.
+        """
+        encoders = self._parts_with("layer_graphs")
+        if not encoders:
+            raise ValueError(f"{type(self).__name__} has no encoder layers")
+        settings = (max_tokens, buckets, max_graphs)
+        fresh = [LayerGraphs(*settings) if enabled else None for _ in encoders]
+        for encoder, graphs in zip(encoders, fresh, strict=True):
+            if encoder.layer_graphs is not None:
+                encoder.layer_graphs.clear()
+            encoder.layer_graphs = graphs
+        return self
 
     @property
     def is_gradient_checkpointing(self) -> bool:
