@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--match", default="", help='of the peers, only labels with this, as "sdpa, c"')
     p.add_argument("--dtype", action="append", choices=("fp32", "bf16", "int8"))
     p.add_argument("--rounds", type=int, default=5, help="rounds at most (5)")
-    p.add_argument("--budget", type=float, default=8.0, help="seconds of timing a candidate (8)")
+    p.add_argument("--budget", type=float, default=5.0, help="seconds of timing a candidate (5)")
     p.add_argument("--layers", type=int, help="encoder layers (4 on a CPU, 24 on a GPU)")
     p.add_argument("--threads", type=int, default=machine.cores(), help="CPU threads (all cores)")
     p.add_argument("--no-memory", action="store_true", help="leave peak memory out")

@@ -52,7 +52,7 @@ class Settings:
     threads: int = 1
     layers: int = 4
     rounds: int = 5
-    budget: float = 8.0
+    budget: float = 5.0
     pause: float = 0.25
     peers: set[str] | None = None
     match: str = ""
