@@ -204,13 +204,16 @@ def test_attention_maps_come_along() -> None:
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_autocast_runs_the_plain_form() -> None:
+def test_autocast_is_as_accurate_as_the_plain_form() -> None:
     _, ours = pair("Wav2Vec2BertModel")
     features, mask = padded_batch(LENGTHS, FEATURES)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = ours(features, mask)[0]
-        ours.use_fast_kernels = True
-        assert torch.equal(ours(features, mask)[0], expected)
+    with torch.no_grad():
+        exact = ours(features, mask)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = ours(features, mask)[0]
+            ours.use_fast_kernels = True
+            got = ours(features, mask)[0]
+    assert 0.0 < relative_error(got, exact) <= 1.1 * relative_error(plain, exact)
 
 
 @pytest.mark.parametrize("position", POSITIONS)

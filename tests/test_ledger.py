@@ -186,6 +186,8 @@ LAUNCHER_CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
 def test_every_registered_operation_has_a_cost() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("w2vbert::")}
+    # The ledger counts a forward pass; in a trace an operation without a cost is an error.
+    registered = {name for name in registered if not name.endswith("_backward")}
     assert set(COSTS) == registered - CPU_ONLY
     assert registered >= CPU_ONLY
     stacked = {"linear_stacked"}  # not a launcher of its own: see below

@@ -103,7 +103,8 @@ def test_every_registered_operation_is_checked() -> None:
     registered = {
         schema.name.removeprefix("w2vbert::")
         for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("w2vbert::")
+        # Gradients are not in this lane yet.
+        if schema.name.startswith("w2vbert::") and not schema.name.endswith("_backward")
     }
     assert registered == set(NAMES)
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch, sequence_ids
-from ..ops.dispatch import on_triton_device, takes_fast_path
+from ..ops.dispatch import on_triton_device
 from .adapter import Wav2Vec2BertAdapter, conv_output_length
 from .graphs import LayerGraphs
 from .layers import (
@@ -170,7 +170,7 @@ class Wav2Vec2BertEncoder(nn.Module):
         In training, LayerDrop may leave the layer out.
         """
         return (
-            not self.training
+            not (self.training and self.config.layerdrop > 0.0)
             and layer is not None
             and is_untouched(layer, Wav2Vec2BertEncoderLayer)
         )
@@ -180,10 +180,10 @@ class Wav2Vec2BertEncoder(nn.Module):
     ) -> tuple[PackedBatch, list[Tensor] | None]:
         """What the Triton kernels of all layers share: the attention's work list, in the layout,
         and the depthwise weights `[C, K]` laid out tap by tap."""
-        if self.training or not takes_fast_path(self.use_fast_kernels, x):
+        if not self.use_fast_kernels or not on_triton_device(x):
             return layout, None
         layers = [layer for layer in self.layers if is_untouched(layer, Wav2Vec2BertEncoderLayer)]
-        if not on_triton_device(x) or not layers:
+        if not layers:
             return layout, None
         cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
         tile_map = ops.attention_tile_map(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch
-from ..ops.dispatch import on_triton_device, takes_fast_path
+from ..ops.dispatch import on_triton_device, records_gradient
 from .packing import lay_end_to_end
 from .quantization import Int8Linear, int8_feed_forward, int8_projections
 
@@ -275,8 +275,9 @@ class Wav2Vec2BertSelfAttention(nn.Module):
             len(plain) == len(layers) > 1
             and len(biases) in (0, len(plain))
             and all(weight.shape == weights[0].shape for weight in weights)
+            and fast
             and on_triton_device(x)
-            and takes_fast_path(fast, x, *weights, *biases)
+            and not records_gradient(x, *weights, *biases)
         )
         if not one_product:
             return [apply_linear(layer, x, fast=fast) for layer in layers]

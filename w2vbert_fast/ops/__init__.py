@@ -5,6 +5,7 @@ out, `cu_seqlens` for utterance boundaries. With `fast=True` the call goes to `t
 where `dispatch` chooses an implementation. Operations know tensors, never modules or configs.
 """
 
+from . import autograd_attention, autograd_conv, autograd_linear, autograd_norm  # noqa: F401
 from .activations import ACTIVATIONS, get_activation
 from .attention import attention_tile_map, relative_attention, rotate, shaw_attention
 from .conv import causal_depthwise_conv, conv_norm_act, tap_major

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import positions_in_sequence, sequence_ids
-from .dispatch import cpu_kernels_for, on_triton_device, runs_triton, takes_fast_path
+from .dispatch import cpu_kernels_for, on_triton_device, records_gradient, runs_triton
 from .registry import operation
 
 MAX_TRITON_HEAD_SIZE = 128
@@ -99,17 +99,18 @@ def shaw_attention(
         return_probabilities: also return the attention maps.
         tile_map: of `attention_tile_map` for these utterances; made anew when `None`.
         fast: use the device's fast implementation, `torch.ops.w2vbert.shaw_attention`, which has
-            neither dropout nor attention maps; a call that asks for them runs the plain form.
+            no attention maps; a call that asks for them runs the plain form. Which weights
+            dropout drops differs between the forms.
 
     Returns:
         The output `[N, H, D]`, and the maps `[batch, H, T, T]` (zero in padding) or `None`.
     """
+    recorded = records_gradient(query, key, value, distance_embedding)
     if (
-        takes_fast_path(fast, query, key, value, distance_embedding)
-        and dropout_p == 0.0
+        fast
         and not return_probabilities
+        and (_has_gradient_and_dropout(query) or (not recorded and dropout_p == 0.0))
     ):
-        left, right = left_max_position, right_max_position
         fast_output: Tensor = shaw_attention_op(
             query,
             key,
@@ -117,10 +118,12 @@ def shaw_attention(
             cu_seqlens,
             max_seqlen,
             distance_embedding,
-            left,
-            right,
+            left_max_position,
+            right_max_position,
             tile_map=tile_map,
-            return_log_sum_exp=False,
+            return_log_sum_exp=recorded and on_triton_device(query),
+            dropout_p=dropout_p,
+            dropout_seed=_dropout_seed(query) if dropout_p > 0.0 else None,
         )[0]
         return fast_output, None
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
@@ -128,6 +131,21 @@ def shaw_attention(
     scores = _shaw_scores(q, k, distance_embedding, left_max_position, right_max_position)
     output, probabilities = _attend(scores, v, heads, dropout_p)
     return output, heads.without_padding(probabilities) if return_probabilities else None
+
+
+def _has_gradient_and_dropout(query: Tensor) -> bool:
+    """Whether `torch.ops.w2vbert.shaw_attention` has them for such queries.
+
+    Asked by compiled code, so no more is looked at than what it may guard on.
+    """
+    if on_triton_device(query):
+        return query.shape[2] <= MAX_TRITON_HEAD_SIZE
+    return query.device.type == "cpu"
+
+
+def _dropout_seed(x: Tensor) -> Tensor:
+    """Seed and offset of one call, drawn on the device, so that nothing waits for it."""
+    return torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=x.device)
 
 
 def _shaw_scores(
@@ -235,6 +253,11 @@ def _block_m(x: Tensor, head_size: int) -> int:
     return attention_config(head_size, x.dtype, arch).block_m
 
 
+def has_kernel(query: Tensor) -> bool:
+    """Whether the Triton kernels, forward and backward, take queries `[N, H, D]` like these."""
+    return query.shape[2] <= MAX_TRITON_HEAD_SIZE and runs_triton(query)
+
+
 def _attention_tile_map_fake(
     x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:
@@ -250,6 +273,7 @@ def _attention_tile_map_fake(
 @operation(
     "attention_tile_map(Tensor x, int head_size, Tensor cu_seqlens, SymInt max_seqlen) -> Tensor",
     _attention_tile_map_fake,
+    autocast="lower",
 )
 def attention_tile_map_op(x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     if not runs_triton(x):
@@ -271,6 +295,8 @@ def _shaw_attention_fake(
     right_max_position: int,
     tile_map: Tensor | None = None,
     return_log_sum_exp: bool = True,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, _ = query.shape
     rows = (num_heads, num_tokens) if return_log_sum_exp else (0,)
@@ -280,8 +306,10 @@ def _shaw_attention_fake(
 @operation(
     "shaw_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt max_seqlen, "
     "Tensor? distance_embedding, int left_max_position, int right_max_position, "
-    "Tensor? tile_map=None, bool return_log_sum_exp=True) -> (Tensor, Tensor)",
+    "Tensor? tile_map=None, bool return_log_sum_exp=True, float dropout_p=0.0, "
+    "Tensor? dropout_seed=None) -> (Tensor, Tensor)",
     _shaw_attention_fake,
+    autocast="lower",
 )
 def shaw_attention_op(
     query: Tensor,
@@ -294,15 +322,18 @@ def shaw_attention_op(
     right_max_position: int,
     tile_map: Tensor | None = None,
     return_log_sum_exp: bool = True,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output `[N, H, D]` and the log-sum-exp of every row of scores, fp32 `[H, N]`.
 
-    Without `return_log_sum_exp` the second result is empty.
+    Without `return_log_sum_exp` the second result is empty. `dropout_seed`, int64 `[2]`, decides
+    which weights are dropped.
     """
     left, right = left_max_position, right_max_position
     if distance_embedding is not None:
         distance_embedding = distance_embedding.to(query.dtype)
-    if query.shape[2] <= MAX_TRITON_HEAD_SIZE and runs_triton(query):
+    if has_kernel(query):
         from csrc_triton.attention import shaw_attention as kernel
 
         output, log_sum_exp = kernel(
@@ -314,13 +345,25 @@ def shaw_attention_op(
             distance_embedding=distance_embedding,
             left_max_position=left,
             right_max_position=right,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             tile_map=tile_map,
         )
         return output, log_sum_exp if return_log_sum_exp else log_sum_exp.new_empty(0)
-    if (fast := cpu_kernels_for(query)) is not None and not return_log_sum_exp:
-        attended: Tensor = fast.shaw_attention(
-            query, key, value, cu_seqlens, max_seqlen, distance_embedding, left, right
-        )
+    if cpu_kernels_for(query) is not None or dropout_p > 0.0:
+        # The plain form's dropout could not be repeated in the backward pass.
+        if query.device.type != "cpu":
+            raise ValueError(
+                f"dropout_p is {dropout_p}; for queries {tuple(query.shape)} on {query.device} "
+                "this operation has no dropout"
+            )
+        from .cpu import shaw_attention as attend
+
+        tensors = (query, key, value, cu_seqlens, max_seqlen, distance_embedding)
+        random = (dropout_p, dropout_seed)
+        if return_log_sum_exp:
+            return attend(*tensors, left, right, True, *random)
+        attended = attend(*tensors, left, right, False, *random)
         return attended, attended.new_empty(0, dtype=torch.float32)
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
     scores = _shaw_scores(heads.pad(query), heads.pad(key), distance_embedding, left, right)

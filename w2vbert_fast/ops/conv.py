@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layout import sequence_ids
 from .activations import get_activation
-from .dispatch import cpu_kernels_for, runs_triton, takes_fast_path
+from .dispatch import cpu_kernels_for, runs_triton
 from .linear import FUSED_ACTIVATIONS
 from .norm import layer_norm
 from .registry import operation
@@ -71,7 +71,7 @@ def conv_norm_act(
     Returns:
         `[num_tokens, channels]`.
     """
-    if takes_fast_path(fast, x, conv_weight, norm_weight, norm_bias):
+    if fast:
         inside = isinstance(activation, str) and activation in FUSED_ACTIVATIONS
         name = activation if isinstance(activation, str) and inside else "linear"
         y: Tensor = conv_norm_act_op(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
@@ -96,6 +96,13 @@ def tap_major(weights: list[Tensor]) -> list[Tensor]:
     return list(stacked.clone(memory_format=torch.contiguous_format).transpose(1, 2).unbind(0))
 
 
+def has_kernel(x: Tensor, conv_weight: Tensor) -> bool:
+    """Whether the Triton kernels, forward and backward, take these tensors."""
+    channels, kernel_size = conv_weight.shape
+    fits = channels <= MAX_TRITON_CHANNELS and kernel_size in TRITON_KERNEL_SIZES
+    return fits and runs_triton(x)
+
+
 def _conv_norm_act_fake(
     x: Tensor,
     conv_weight: Tensor,
@@ -112,6 +119,7 @@ def _conv_norm_act_fake(
     "conv_norm_act(Tensor x, Tensor conv_weight, Tensor norm_weight, Tensor norm_bias, float eps, "
     "str activation, Tensor cu_seqlens) -> Tensor",
     _conv_norm_act_fake,
+    autocast="lower",
 )
 def conv_norm_act_op(
     x: Tensor,
@@ -122,9 +130,7 @@ def conv_norm_act_op(
     activation: str,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    channels, kernel_size = conv_weight.shape
-    has_kernel = channels <= MAX_TRITON_CHANNELS and kernel_size in TRITON_KERNEL_SIZES
-    if has_kernel and runs_triton(x):
+    if has_kernel(x, conv_weight):
         from csrc_triton.conv import conv_norm_act as kernel
 
         name = None if activation == "linear" else activation

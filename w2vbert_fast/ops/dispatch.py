@@ -152,14 +152,19 @@ def on_triton_device(tensor: Tensor) -> bool:
 
 
 def takes_fast_path(fast: bool, *tensors: Tensor | None) -> bool:
-    """Whether a call goes to the registered operation, which has no gradient.
+    """Whether a call goes to a registered operation that has no gradient and no autocast.
 
     A call whose result needs a gradient stays with the plain form, which autograd differentiates;
     one under autocast with the plain form too, whose operations autocast knows.
     """
     if not fast or torch.is_autocast_enabled(_device_type(tensors)):
         return False
-    return not torch.is_grad_enabled() or not any(
+    return not records_gradient(*tensors)
+
+
+def records_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    return torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors
     )
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import get_activation
-from .dispatch import cpu_kernels_for, on_triton_device, runs_triton, takes_fast_path
+from .dispatch import cpu_kernels_for, on_triton_device, records_gradient, runs_triton
 from .registry import operation
 
 FUSED_ACTIVATIONS = ("gelu", "gelu_new", "relu", "selu", "silu", "swish")
@@ -37,8 +37,11 @@ def linear(
     Returns:
         `[num_tokens, out_features]`.
     """
-    if takes_fast_path(fast, x, weight, bias):
+    if fast:
         inside = isinstance(activation, str) and activation in FUSED_ACTIVATIONS
+        if inside and records_gradient(x, weight, bias) and not on_triton_device(x):
+            # The fused form would compute the activation's argument again in the backward pass.
+            inside = False
         y: Tensor = linear_op(x, weight, bias, activation if inside else None)
         activation = None if inside else activation
     else:
@@ -60,10 +63,10 @@ def linear_glu(
     Returns:
         `[num_tokens, out_features]`.
     """
-    if takes_fast_path(fast, x, weight, bias):
+    if fast and (on_triton_device(x) or not records_gradient(x, weight, bias)):
         y: Tensor = linear_glu_op(x, weight, bias)
         return y
-    return F.glu(F.linear(x, weight, bias), dim=-1)
+    return F.glu(linear(x, weight, bias, fast=fast), dim=-1)
 
 
 def linear_residual(
@@ -88,10 +91,11 @@ def linear_residual(
     Returns:
         `[num_tokens, out_features]`.
     """
-    if takes_fast_path(fast, x, weight, bias, residual):
+    # Autocast keeps a float32 residual, which the fused form cannot.
+    if fast and not torch.is_autocast_enabled(x.device.type):
         fused: Tensor = linear_residual_op(x, weight, bias, residual, scale)
         return fused
-    y = F.linear(x, weight, bias)
+    y = linear(x, weight, bias, fast=fast)
     return residual + (y if scale == 1.0 else y * scale)
 
 
@@ -120,7 +124,8 @@ def feed_forward(
     Returns:
         `[num_tokens, hidden_out]`.
     """
-    if takes_fast_path(fast, x, weight1, bias1, weight2, bias2) and not on_triton_device(x):
+    recorded = records_gradient(x, weight1, bias1, weight2, bias2)
+    if fast and not recorded and not on_triton_device(x):
         y: Tensor = feed_forward_op(x, weight1, bias1, activation, weight2, bias2)
         return y
     return linear(linear(x, weight1, bias1, activation, fast=fast), weight2, bias2, fast=fast)
@@ -154,15 +159,17 @@ def linear_stacked(
     if any(weight.shape != weights[0].shape for weight in weights):
         shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
         raise ValueError(f"weights have shapes {shapes}; they must be equal")
-    if takes_fast_path(fast, x, *weights, *biases):
+    if fast and not records_gradient(x, *weights, *biases):
         y: Tensor = linear_stacked_op(x, list(weights), list(biases))
         return y
-    return _linear_stacked(x, weights, biases)
+    return _linear_stacked(x, weights, biases, fast)
 
 
-def _linear_stacked(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+def _linear_stacked(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], fast: bool = False
+) -> Tensor:
     pairs = itertools.zip_longest(weights, biases)
-    return torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], dim=1)
+    return torch.cat([linear(x, weight, bias, fast=fast) for weight, bias in pairs], dim=1)
 
 
 def lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
@@ -196,7 +203,9 @@ def _linear_fake(
 
 
 @operation(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation=None) -> Tensor", _linear_fake
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation=None) -> Tensor",
+    _linear_fake,
+    autocast="lower",
 )
 def linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
@@ -215,7 +224,11 @@ def _linear_glu_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
-@operation("linear_glu(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear_glu_fake)
+@operation(
+    "linear_glu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear_glu_fake,
+    autocast="lower",
+)
 def linear_glu_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if runs_triton(x):
         from csrc_triton.linear import linear_glu as kernel
@@ -237,6 +250,7 @@ def _linear_residual_fake(
     "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, float scale) "
     "-> Tensor",
     _linear_residual_fake,
+    autocast="lower",
 )
 def linear_residual_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float
@@ -266,6 +280,7 @@ def _feed_forward_fake(
     "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, str activation, Tensor weight2, "
     "Tensor? bias2) -> Tensor",
     _feed_forward_fake,
+    autocast="lower",
 )
 def feed_forward_op(
     x: Tensor,
@@ -289,7 +304,9 @@ def _linear_stacked_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor])
 
 
 @operation(
-    "linear_stacked(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", _linear_stacked_fake
+    "linear_stacked(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
+    _linear_stacked_fake,
+    autocast="lower",
 )
 def linear_stacked_op(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     if not runs_triton(x):

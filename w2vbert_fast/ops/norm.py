@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import cpu_kernels_for, runs_triton, takes_fast_path
+from .dispatch import cpu_kernels_for, runs_triton
 from .registry import operation
 
 MAX_TRITON_WIDTH = 8192
@@ -24,7 +24,7 @@ def layer_norm(
         eps: added to the variance.
         fast: use the device's fast implementation, `torch.ops.w2vbert.layer_norm`.
     """
-    if takes_fast_path(fast, x, weight, bias):
+    if fast:
         y: Tensor = layer_norm_op(x, weight, bias, eps)
         return y
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
@@ -54,7 +54,7 @@ def residual_layer_norm(
     Returns:
         `(y, z)`, both `[num_tokens, hidden]`.
     """
-    if takes_fast_path(fast, residual, x, weight, bias):
+    if fast:
         y, z = residual_layer_norm_op(residual, x, scale, weight, bias, eps)
         return y, z
     y = _add_scaled(residual, x, scale)
@@ -89,7 +89,7 @@ def residual_double_layer_norm(
     Returns:
         `(z1, z2)`, both `[num_tokens, hidden]`.
     """
-    if takes_fast_path(fast, residual, x, weight1, bias1, weight2, bias2):
+    if fast:
         z1, z2 = residual_double_layer_norm_op(
             residual, x, scale, weight1, bias1, weight2, bias2, eps
         )
@@ -102,7 +102,8 @@ def _add_scaled(residual: Tensor, x: Tensor, scale: float) -> Tensor:
     return residual + (x if scale == 1.0 else x * scale)
 
 
-def _has_kernel(x: Tensor) -> bool:
+def has_kernel(x: Tensor) -> bool:
+    """Whether the Triton kernels, forward and backward, take a tensor of this kind and width."""
     return x.shape[-1] <= MAX_TRITON_WIDTH and runs_triton(x)
 
 
@@ -111,10 +112,12 @@ def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
 
 
 @operation(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _layer_norm_fake
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _layer_norm_fake,
+    autocast="float32",
 )
 def layer_norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if _has_kernel(x):
+    if has_kernel(x):
         from csrc_triton.norm import layer_norm as kernel
 
         return kernel(x, weight, bias, eps)
@@ -134,11 +137,12 @@ def _residual_layer_norm_fake(
     "residual_layer_norm(Tensor residual, Tensor x, float scale, Tensor weight, Tensor bias, "
     "float eps) -> (Tensor, Tensor)",
     _residual_layer_norm_fake,
+    autocast="float32",
 )
 def residual_layer_norm_op(
     residual: Tensor, x: Tensor, scale: float, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    if _has_kernel(x):
+    if has_kernel(x):
         from csrc_triton.norm import residual_layer_norm as kernel
 
         return kernel(residual, x, scale, weight, bias, eps)
@@ -165,6 +169,7 @@ def _residual_double_layer_norm_fake(
     "residual_double_layer_norm(Tensor residual, Tensor x, float scale, Tensor weight1, "
     "Tensor bias1, Tensor weight2, Tensor bias2, float eps) -> (Tensor, Tensor)",
     _residual_double_layer_norm_fake,
+    autocast="float32",
 )
 def residual_double_layer_norm_op(
     residual: Tensor,
@@ -177,7 +182,7 @@ def residual_double_layer_norm_op(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     norms = (weight1, bias1, weight2, bias2)
-    if _has_kernel(x):
+    if has_kernel(x):
         from csrc_triton.norm import residual_double_layer_norm as kernel
 
         return kernel(residual, x, scale, *norms, eps)

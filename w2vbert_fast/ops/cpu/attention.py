@@ -48,7 +48,7 @@ _SAFE_EXPONENT = 64.0
 finite in fp32 and bf16, and what underflows beside exp(-64) is less than 2**-30 of its row."""
 
 
-class _Positions(NamedTuple):
+class Positions(NamedTuple):
     """`q . E` of all queries and the clipping it stands for."""
 
     products: Tensor  # [H, N, L + R + 1]
@@ -57,13 +57,21 @@ class _Positions(NamedTuple):
     right: int
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
     """Queries `start` to `end` of an utterance of `length` frames at row `offset` of the batch."""
 
     offset: int
     length: int
     start: int
     end: int
+
+    def rows(self) -> slice:
+        """The queries, in the batch."""
+        return slice(self.offset + self.start, self.offset + self.end)
+
+    def columns(self) -> slice:
+        """The utterance's keys, in the batch."""
+        return slice(self.offset, self.offset + self.length)
 
 
 @overload
@@ -77,6 +85,8 @@ def shaw_attention(
     left: int,
     right: int,
     return_log_sum_exp: Literal[False] = False,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -91,6 +101,8 @@ def shaw_attention(
     left: int,
     right: int,
     return_log_sum_exp: Literal[True],
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -104,6 +116,8 @@ def shaw_attention(
     left: int,
     right: int,
     return_log_sum_exp: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with relative keys (Shaw et al. 2018), within each utterance.
 
@@ -117,6 +131,8 @@ def shaw_attention(
         left: L, frames to the left beyond which distances are equal.
         right: R.
         return_log_sum_exp: also return the log-sum-exp of every row of scores.
+        dropout_p: probability with which an attention weight is dropped.
+        dropout_seed: int64 `[2]`, which decides what is dropped (`Dropout`).
 
     Returns:
         The output `[N, H, D]` in the dtype of `query`, contiguous; with `return_log_sum_exp` also
@@ -127,25 +143,20 @@ def shaw_attention(
     log_sum_exp = torch.empty(num_heads if return_log_sum_exp else 0, num_tokens)
     if output.numel() == 0:
         return (output, log_sum_exp) if return_log_sum_exp else output
-    starts = cu_seqlens.tolist()
-    for first, last in _groups_of_utterances(starts):
-        rows = slice(starts[first], starts[last])
-        _attend_group(
-            query[rows],
-            key[rows],
-            value[rows],
-            [start - rows.start for start in starts[first : last + 1]],
-            distance_embedding,
-            left,
-            right,
-            output[rows],
-            log_sum_exp[:, rows],
-        )
+    dropout = Dropout(dropout_p, dropout_seed)
+    # Without positions that matter to the softmax the embedding counts for the log-sum-exp only.
+    embedding = distance_embedding if return_log_sum_exp or left + right > 0 else None
+    for rows, starts in groups_of_utterances(cu_seqlens.tolist()):
+        tensors = (query[rows], key[rows], value[rows])
+        attend = Attend(*tensors, longest_of(starts), embedding, left, right)
+        for offset, stop in itertools.pairwise(starts):
+            for block, heads, by_head in attend.blocks(offset, stop - offset):
+                attend.forward(block, heads, by_head, dropout, output[rows], log_sum_exp[:, rows])
     return (output, log_sum_exp) if return_log_sum_exp else output
 
 
-def _groups_of_utterances(starts: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last entry of `starts` of each group: few utterances, or one long one.
+def groups_of_utterances(starts: list[int]) -> Iterator[tuple[slice, list[int]]]:
+    """Groups of few utterances, or one long one: their rows, and where each starts within these.
 
     What a group needs besides the results stays in cache, and in memory that the allocator keeps.
     """
@@ -154,82 +165,92 @@ def _groups_of_utterances(starts: list[int]) -> Iterator[tuple[int, int]]:
         following = starts[min(last + 1, len(starts) - 1)]
         if last == len(starts) - 1 or following - starts[first] > _GROUP_FRAMES:
             if starts[last] > starts[first]:
-                yield first, last
+                inside = [start - starts[first] for start in starts[first : last + 1]]
+                yield slice(starts[first], starts[last]), inside
             first = last
 
 
-def _attend_group(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: list[int],
-    distance_embedding: Tensor | None,
-    left: int,
-    right: int,
-    output: Tensor,
-    log_sum_exp: Tensor,
-) -> None:
-    """Fill `output` `[N, H, D]`, and `log_sum_exp` `[H, N]` where it has rows."""
-    num_tokens, num_heads, head_size = query.shape
-    max_seqlen = max(stop - start for start, stop in itertools.pairwise(starts))
-    # Contiguous rows a head, [H, N, D].
-    scaled = query.new_empty(num_heads, num_tokens, head_size)
-    base_two = _base_two(query.dtype)
-    factor = (math.log2(math.e) if base_two else 1.0) / math.sqrt(head_size)
-    torch.mul(query.transpose(0, 1), factor, out=scaled)
-    keys, values = key.transpose(0, 1).contiguous(), value.transpose(0, 1)
-    if _uses_linear(query.dtype, max_seqlen):
-        values = values.contiguous()
-    positions = None
-    if distance_embedding is not None and left + right > 0:
-        positions = _positions(scaled, distance_embedding, left, right, max_seqlen)
-    elif distance_embedding is not None and log_sum_exp.shape[0]:
-        embedding = distance_embedding.to(scaled.dtype)
-        positions = _Positions(scaled @ embedding.t(), _longest(embedding), 0, 0)
-    attend = _Attend(scaled, keys, values, positions, output, log_sum_exp, base_two)
-    for offset, stop in itertools.pairwise(starts):
-        attend.utterance(offset, stop - offset)
+def longest_of(starts: list[int]) -> int:
+    """Frames of the longest utterance."""
+    return max(stop - start for start, stop in itertools.pairwise(starts))
 
 
 def _positions(
     scaled: Tensor, embedding: Tensor, left: int, right: int, max_seqlen: int
-) -> _Positions:
-    """Distances that no pair of frames has are cut off the embedding first."""
+) -> Positions:
     reach = max(max_seqlen - 1, 0)
-    reached_left, reached_right = min(left, reach), min(right, reach)
-    embedding = embedding[left - reached_left : left + reached_right + 1].to(scaled.dtype)
+    embedding = reached(embedding, left, right, max_seqlen).to(scaled.dtype)
     num_heads, num_tokens, head_size = scaled.shape
     statistics = torch.promote_types(scaled.dtype, torch.float32)
     rows = scaled.view(-1, head_size).to(statistics)
     products = linear(rows, embedding.to(statistics), None, None)
     products = products.view(num_heads, num_tokens, -1)
-    return _Positions(products, _longest(embedding), reached_left, reached_right)
+    return Positions(products, _longest(embedding), min(left, reach), min(right, reach))
 
 
-class _Attend:
-    """Attention of one packed batch: what all blocks share."""
+def reached(embedding: Tensor, left: int, right: int, max_seqlen: int) -> Tensor:
+    """The rows of `[L + R + 1, D]` whose distances a pair of frames has."""
+    reach = max(max_seqlen - 1, 0)
+    return embedding[left - min(left, reach) : left + min(right, reach) + 1]
+
+
+class Dropout:
+    """Which weights of one block of attention after another are kept.
+
+    The backward pass takes the same blocks in the same order, and so draws the same numbers.
+    """
+
+    def __init__(self, p: float, seed: Tensor | None) -> None:
+        self.keep = 1.0 - p
+        self.generator: torch.Generator | None = None
+        if p > 0.0:
+            if seed is None:
+                raise ValueError("dropout_seed is None; dropout needs int64 [2], seed and offset")
+            first, second = seed.tolist()
+            self.generator = torch.Generator(seed.device)
+            self.generator.manual_seed((first + 0x9E3779B97F4A7C15 * second) % 2**63)
+
+    def kept(self, like: Tensor) -> Tensor | None:
+        """One where a weight of a block like this is kept, else zero; `None`: all are."""
+        if self.generator is None:
+            return None
+        return torch.empty_like(like).bernoulli_(self.keep, generator=self.generator)
+
+
+class Attend:
+    """Attention of one packed batch: what all blocks share.
+
+    `query` is scaled, with the factor `1 / sqrt(D)`, and with log2(e) where the scores are in base
+    2; it, `key` and `value` are `[H, N, D]`, contiguous rows a head.
+    """
 
     def __init__(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        positions: _Positions | None,
-        output: Tensor,
-        log_sum_exp: Tensor,
-        base_two: bool,
+        max_seqlen: int,
+        distance_embedding: Tensor | None,
+        left: int,
+        right: int,
     ) -> None:
-        self.query, self.key, self.value = query, key, value  # [H, N, D]
-        self.positions = positions
-        self.output = output  # [N, H, D]
-        self.log_sum_exp = log_sum_exp  # [H, N], or no rows
-        self.base_two = base_two
+        num_tokens, num_heads, head_size = query.shape
+        self.base_two = base_two(query.dtype)
+        factor = (math.log2(math.e) if self.base_two else 1.0) / math.sqrt(head_size)
+        self.query = query.new_empty(num_heads, num_tokens, head_size)
+        torch.mul(query.transpose(0, 1), factor, out=self.query)
+        self.key, self.value = key.transpose(0, 1).contiguous(), value.transpose(0, 1)
+        if _uses_linear(query.dtype, max_seqlen):
+            self.value = self.value.contiguous()
+        self.positions: Positions | None = None
+        if distance_embedding is not None:
+            self.positions = _positions(self.query, distance_embedding, left, right, max_seqlen)
         self.statistics = torch.promote_types(query.dtype, torch.float32)
-        self.in_range = _heads_in_range(query, key, positions)
+        self.in_range = _heads_in_range(self.query, self.key, self.positions)
         self.scratch = query.new_empty(0)
 
-    def utterance(self, offset: int, length: int) -> None:
-        """Fill the output's rows `offset` to `offset + length`."""
+    def blocks(self, offset: int, length: int) -> Iterator[tuple[Block, slice, bool]]:
+        """Blocks of queries of an utterance, each for several heads, or for one by itself."""
         if length == 0:
             return
         by_head = _uses_linear(self.query.dtype, length)
@@ -239,18 +260,21 @@ class _Attend:
         queries = -(-length // num_blocks)
         group = 1 if by_head else max(1, _BLOCK_BYTES // (size * length * queries))
         for start in range(0, length, queries):
-            block = _Block(offset, length, start, min(start + queries, length))
+            block = Block(offset, length, start, min(start + queries, length))
             for heads in self._groups(group):
-                self._block(block, heads, by_head)
+                yield block, heads, by_head
 
     def _groups(self, size: int) -> list[slice]:
         """Slices of at most `size` heads."""
         num_heads = self.query.shape[0]
         return [slice(h, min(h + size, num_heads)) for h in range(0, num_heads, size)]
 
-    def _block(self, block: _Block, heads: slice, by_head: bool) -> None:
-        rows = slice(block.offset + block.start, block.offset + block.end)
-        columns = slice(block.offset, block.offset + block.length)
+    def powers(
+        self, block: Block, heads: slice, by_head: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Softmax's numerators `[G, b, T]`, their sums `[G, b, 1]`, and what was subtracted from
+        the exponents."""
+        rows, columns = block.rows(), block.columns()
         query, key = self.query[heads, rows], self.key[heads, columns]
         bias = None
         if self.positions is not None:
@@ -266,25 +290,43 @@ class _Attend:
                 bias.fill(scores)
             beta = 0.0 if bias is None else 1.0
             torch.baddbmm(scores, query, key.transpose(1, 2), beta=beta, out=scores)
-        maximum = None
+        shifts = []
         if not all(self.in_range[heads]):
             maximum = scores.amax(-1, keepdim=True)
             scores.sub_(maximum)
+            shifts.append(maximum)
+        if bias is not None and bias.reference is not None:
+            shifts.append(bias.reference)
         powers = scores.exp2_() if self.base_two else scores.exp_()
-        total = powers.sum(-1, keepdim=True, dtype=self.statistics)  # [G, b, 1]
-        value = self.value[heads, columns]
+        return powers, powers.sum(-1, keepdim=True, dtype=self.statistics), shifts
+
+    def forward(
+        self,
+        block: Block,
+        heads: slice,
+        by_head: bool,
+        dropout: Dropout,
+        output: Tensor,
+        log_sum_exp: Tensor,
+    ) -> None:
+        """Fill the block's rows of `output` `[N, H, D]` and, where it has rows, of `log_sum_exp`
+        `[H, N]`."""
+        rows, value = block.rows(), self.value[heads, block.columns()]
+        powers, total, shifts = self.powers(block, heads, by_head)
+        kept = dropout.kept(powers)
+        weights = powers if kept is None else powers.mul_(kept)
         if by_head:
-            weighted = matmul_transposed(powers[0], value[0].t())[None]  # [1, b, D]
+            weighted = matmul_transposed(weights[0], value[0].t())[None]  # [1, b, D]
         else:
-            weighted = torch.bmm(powers, value)  # [G, b, D]
-        torch.div(weighted, total, out=self.output[rows, heads].transpose(0, 1))
-        if self.log_sum_exp.shape[0]:
+            weighted = torch.bmm(weights, value)  # [G, b, D]
+        divisor = total if kept is None else total * dropout.keep
+        torch.div(weighted, divisor, out=output[rows, heads].transpose(0, 1))
+        if log_sum_exp.shape[0]:
             exponent = total.log_()
             unit = math.log(2.0) if self.base_two else 1.0
-            for shift in (maximum, None if bias is None else bias.reference):
-                if shift is not None:
-                    exponent = exponent + shift * unit
-            self.log_sum_exp[heads, rows] = exponent.squeeze(-1).float()
+            for shift in shifts:
+                exponent = exponent + shift * unit
+            log_sum_exp[heads, rows] = exponent.squeeze(-1).float()
 
     def _buffer(self, *shape: int) -> Tensor:
         """Memory for scores, kept between blocks."""
@@ -294,7 +336,7 @@ class _Attend:
         return self.scratch[:numel].view(shape)
 
 
-def _heads_in_range(query: Tensor, key: Tensor, positions: _Positions | None) -> list[bool]:
+def _heads_in_range(query: Tensor, key: Tensor, positions: Positions | None) -> list[bool]:
     """Heads none of whose scores can exceed the safe exponent, by the Cauchy-Schwarz inequality."""
     if query.dtype == torch.float16:  # its powers end at 2**16
         return [False] * query.shape[0]
@@ -307,7 +349,7 @@ def _heads_in_range(query: Tensor, key: Tensor, positions: _Positions | None) ->
     return in_range
 
 
-def _base_two(dtype: torch.dtype) -> bool:
+def base_two(dtype: torch.dtype) -> bool:
     """Whether scores of this dtype are kept in base 2: exp in fp32 goes to MKL, four times slower
     than exp2."""
     return dtype.itemsize >= 4
@@ -347,7 +389,7 @@ class _Bias(NamedTuple):
             scores[..., self.side].copy_(self.beyond)
 
 
-def _bias(positions: _Positions, heads: slice, block: _Block, dtype: torch.dtype) -> _Bias:
+def _bias(positions: Positions, heads: slice, block: Block, dtype: torch.dtype) -> _Bias:
     """Position scores of a block of queries for the heads of a group, in `dtype`."""
     left, right = positions.left, positions.right
     num_queries = block.end - block.start

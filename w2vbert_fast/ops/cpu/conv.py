@@ -50,7 +50,7 @@ def conv_norm_act(
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = cu_seqlens.tolist()
     utterances = [(a, b) for a, b in itertools.pairwise(starts) if b > a]
-    y = _convolve(x, conv_weight, utterances)
+    y = convolve(x, conv_weight, utterances)
     pad = conv_weight.shape[1] - 1
     if len(utterances) == 1:
         return _norm_act(y, norm_weight, norm_bias, eps, activation)
@@ -65,7 +65,7 @@ def conv_norm_act(
     return function(out) if in_place is None else in_place(out, inplace=True)
 
 
-def _convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int]]) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int]]) -> Tensor:
     """The convolution of all utterances, each K - 1 rows after the end of the one before it.
 
     Returns `[num_tokens + (len(utterances) - 1) * (K - 1), channels]`; the rows in between are of
