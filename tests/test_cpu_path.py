@@ -327,3 +327,24 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.is_available() == (cpu.reasons() == ())
     monkeypatch.setattr(torch._C, "_has_mkldnn", False)
     assert capability.reasons.__wrapped__() == ("this build of PyTorch has no oneDNN",)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 8, 16, 32, 64])
+def test_few_channels(dtype: torch.dtype, channels: int) -> None:
+    # In a process of its own: where oneDNN cannot make a kernel, it does not come back.
+    code = f"""
+import torch
+from w2vbert_fast.ops import conv, cpu
+torch.manual_seed(0)
+x, weight = torch.randn(86, {channels}).to({dtype}), torch.randn({channels}, 31).to({dtype})
+gain, offset = torch.ones({channels}).to({dtype}), torch.zeros({channels}).to({dtype})
+cu_seqlens = torch.tensor([0, 7, 86], dtype=torch.int32)
+arguments = (x, weight, gain, offset, 1e-5, "silu", cu_seqlens)
+exact = conv.conv_norm_act(*(a.double() if torch.is_tensor(a) and a.is_floating_point() else a
+                             for a in arguments))
+error = (cpu.conv_norm_act(*arguments).double() - exact).norm()
+plain = (conv.conv_norm_act(*arguments).double() - exact).norm()
+assert error <= 1.1 * plain + 1e-5 * exact.norm(), (error, plain)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

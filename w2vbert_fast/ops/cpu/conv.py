@@ -16,6 +16,9 @@ from torch import Tensor
 from ..activations import get_activation
 from .norm import layer_norm, layer_norm_into
 
+_LOW_PRECISION_CHANNELS = 256
+"""Fewer channels than this are convolved in float32: at some lengths oneDNN 3.12 does not come to an
+end when it makes its bfloat16 kernel for 32 or fewer."""
 _IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
 
 
@@ -72,8 +75,11 @@ def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int]]) -> Te
     no use.
     """
     channels, taps = weight.shape
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     pad = taps - 1
     num_rows = x.shape[0] + len(utterances) * pad
+    if channels < _LOW_PRECISION_CHANNELS:
+        x, weight = x.to(wide), weight.to(wide)
     spaced = x.new_empty(num_rows, channels)
     for index, (start, end) in enumerate(utterances):
         spaced[start + index * pad : start + (index + 1) * pad].zero_()
@@ -81,7 +87,7 @@ def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int]]) -> Te
     strides = (num_rows * channels, 1, num_rows * channels, channels)
     picture = spaced.as_strided((1, channels, 1, num_rows), strides)
     y = F.conv2d(picture, weight.reshape(channels, 1, 1, taps), groups=channels)
-    return y[0, :, 0].t()  # [rows, channels]
+    return y[0, :, 0].t().to(dtype)  # [rows, channels]
 
 
 def _norm_act(y: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str) -> Tensor:
