@@ -17,8 +17,8 @@ from ..activations import get_activation
 from .norm import layer_norm, layer_norm_into
 
 _LOW_PRECISION_CHANNELS = 256
-"""Fewer channels than this are convolved in float32: at some lengths oneDNN 3.12 does not come to an
-end when it makes its bfloat16 kernel for 32 or fewer."""
+"""Fewer channels than this are convolved in float32: for 32 or fewer oneDNN 3.12 does not come to
+an end at some lengths, when it makes its bfloat16 kernel."""
 _IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
 
 
