@@ -21,13 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="demo", help="demo, a folder, or a hub id")
+    parser.add_argument("--dtype", help="such as bfloat16 or int8; as load_pipeline's")
     parser.add_argument("--show", action="store_true", help="print every text that is wrong")
     arguments = parser.parse_args()
 
     with (arguments.data / "manifest.jsonl").open(encoding="utf-8") as manifest:
         rows = [row for row in map(json.loads, manifest) if row["split"] == "test"]
     results = transcribe(
-        (arguments.data / row["file"] for row in rows), load_pipeline(arguments.model)
+        (arguments.data / row["file"] for row in rows),
+        load_pipeline(arguments.model, dtype=arguments.dtype),
     )
     texts = [result.text or "" for result in results]
     if arguments.show:
