@@ -1,8 +1,8 @@
 """Registration of operations as `torch.ops.w2vbert.*`.
 
 `torch.library.custom_op` does the same with more checks at every call: 15 microseconds of Python,
-against 4 for what is registered here (two cores of a server, without gradients). An encoder of 24
-layers makes 340 calls.
+against 4 for what is registered here (two cores of a server, in `torch.inference_mode`; under
+`torch.no_grad` PyTorch's autograd kernel adds about 11). An encoder of 24 layers makes 340 calls.
 """
 
 from __future__ import annotations
