@@ -89,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
 
     processor = Wav2Vec2BertProcessor.from_pretrained(args.checkpoint)
-    model = Wav2Vec2BertForCTC.from_pretrained(args.checkpoint)
+    model = Wav2Vec2BertForCTC.from_pretrained(args.checkpoint, dtype=torch.float32)
 
     rows = [json.loads(line) for line in (args.data / "manifest.jsonl").open(encoding="utf-8")]
     train = [row for row in rows if row["split"] == "train"]
