@@ -235,6 +235,24 @@ def test_attention_over_a_long_utterance(dtype: torch.dtype) -> None:
     check_attention(tensors, (3000,), random(dtype, 73, 64), 64, 8)
 
 
+@pytest.mark.parametrize("length", [511, 512, 1499])
+def test_row_sums_of_bf16_powers(length: int) -> None:
+    powers = torch.rand(2, 16, length, generator=torch.Generator().manual_seed(length)).bfloat16()
+    powers[:, 1] *= torch.logspace(-20, 0, length, dtype=torch.bfloat16)
+    expected = powers.double().sum(-1, keepdim=True)
+    sums = attention._row_sums(powers, torch.float32)
+    assert sums.dtype == torch.float32 and sums.shape == (2, 16, 1)
+    # All terms are positive: each stretch is off by half a unit in its last place at most.
+    assert ((sums - expected).abs() <= 2**-9 * expected).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bf16_attention_of_thirty_seconds(seed: int) -> None:
+    torch.manual_seed(seed)
+    tensors = tuple(random(torch.bfloat16, 1500, 2, 64) for _ in range(3))
+    check_attention(tensors, (1500,), random(torch.bfloat16, 73, 64), 64, 8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_strided_projections(dtype: torch.dtype) -> None:
     projections = random(dtype, sum(RAGGED), 3 * 2 * 64)  # one product of all three weights

@@ -4,7 +4,8 @@
 
 One block of queries of one or several heads at a time is scored, small enough to stay in cache
 between the two products. The factor 1 / sqrt(D) is in the queries; in fp32 log2(e) is too, because
-the powers of two are the faster ones. bf16 queries would be rounded once more by it.
+the powers of two are the faster ones. bf16 queries would be rounded once more by it, and bf16
+scores in base 2, with log2(e) as the product's factor, come out less exact.
 
 Positions. Left of the band every key of a row adds the same P[i, 0], right of it P[i, L + R], with
 P = q E^T. Softmax does not see what a whole row shares, so the side that has more keys counts as
@@ -14,7 +15,8 @@ element short of a diagonal step apart receives P as it stands.
 
 Softmax. With |q| max|k| + 2 |q| max|E| below a limit no power can overflow or vanish, so the powers
 are taken of the scores as they are. Heads beyond it subtract each row's maximum first.
-The row sums divide the output, not the probabilities.
+The row sums divide the output, not the probabilities. Those of long bf16 rows are sums of stretches
+of keys, each rounded once, added up in fp32: PyTorch would copy all powers to fp32 first.
 
 Products. bf16 goes through oneDNN's batched product, several heads a call. fp32 goes to MKL, which
 on AMD processors is less than half as fast as oneDNN's linear layer, so long utterances go through
@@ -36,9 +38,14 @@ from .capability import onednn_linear
 from .linear import linear, matmul_transposed
 
 _BLOCK_BYTES = 2 << 20
-"""Scores in flight: the second-level caches of two cores."""
+"""Scores in flight where a head is scored by itself: the second-level caches of two cores."""
+_GROUP_BYTES = 3 << 20
+"""Scores in flight where several heads are scored at once."""
 _MIN_QUERIES = 256
-"""Fewer queries than this in a block make the products slow, whatever the cache holds."""
+"""Fewer queries than this in a block make the products slow, whatever the cache holds; more than
+this at once, where several heads share a block, only make the band wider."""
+_STRETCHES_FROM = 512
+"""Keys from which row sums are added up from stretches; the rounding of fewer would not average."""
 _LINEAR_FROM = 160
 """Frames from which fp32 calls the linear layer a head: below, its call takes longer than MKL."""
 _GROUP_FRAMES = 1024
@@ -181,6 +188,7 @@ def _positions(
     reach = max(max_seqlen - 1, 0)
     embedding = reached(embedding, left, right, max_seqlen).to(scaled.dtype)
     num_heads, num_tokens, head_size = scaled.shape
+    # In bf16 they would be rounded once more: up to a tenth of the output's error.
     statistics = torch.promote_types(scaled.dtype, torch.float32)
     rows = scaled.view(-1, head_size).to(statistics)
     products = linear(rows, embedding.to(statistics), None, None)
@@ -254,19 +262,23 @@ class Attend:
         if length == 0:
             return
         by_head = _uses_linear(self.query.dtype, length)
-        size = self.query.element_size()
-        queries = max(_MIN_QUERIES, _BLOCK_BYTES // (size * length))
-        num_blocks = -(-length // queries)
+        row_bytes = self.query.element_size() * length
+        if by_head:
+            queries = max(_MIN_QUERIES, _BLOCK_BYTES // row_bytes)
+            num_blocks = -(-length // queries)
+        else:
+            num_blocks = max(1, round(length / _MIN_QUERIES))
         queries = -(-length // num_blocks)
-        group = 1 if by_head else max(1, _BLOCK_BYTES // (size * length * queries))
+        group = 1 if by_head else max(1, _GROUP_BYTES // (row_bytes * queries))
         for start in range(0, length, queries):
             block = Block(offset, length, start, min(start + queries, length))
             for heads in self._groups(group):
                 yield block, heads, by_head
 
     def _groups(self, size: int) -> list[slice]:
-        """Slices of at most `size` heads."""
+        """Slices of at most `size` heads, about equal."""
         num_heads = self.query.shape[0]
+        size = -(-num_heads // -(-num_heads // size))
         return [slice(h, min(h + size, num_heads)) for h in range(0, num_heads, size)]
 
     def powers(
@@ -298,7 +310,7 @@ class Attend:
         if bias is not None and bias.reference is not None:
             shifts.append(bias.reference)
         powers = scores.exp2_() if self.base_two else scores.exp_()
-        return powers, powers.sum(-1, keepdim=True, dtype=self.statistics), shifts
+        return powers, _row_sums(powers, self.statistics), shifts
 
     def forward(
         self,
@@ -325,7 +337,7 @@ class Attend:
             exponent = total.log_()
             unit = math.log(2.0) if self.base_two else 1.0
             for shift in shifts:
-                exponent = exponent + shift * unit
+                exponent = exponent + shift.to(exponent.dtype) * unit
             log_sum_exp[heads, rows] = exponent.squeeze(-1).float()
 
     def _buffer(self, *shape: int) -> Tensor:
@@ -347,6 +359,18 @@ def _heads_in_range(query: Tensor, key: Tensor, positions: Positions | None) -> 
         bound = bound + 2.0 * longest_query * positions.longest
     in_range: list[bool] = (bound <= _SAFE_EXPONENT).tolist()  # NaN is not
     return in_range
+
+
+def _row_sums(powers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of the rows of `[G, b, T]` in `dtype`: `[G, b, 1]`."""
+    length = powers.shape[-1]
+    if powers.dtype == dtype or length < _STRETCHES_FROM:
+        return powers.sum(-1, keepdim=True, dtype=dtype)
+    stretch = min(256, length // 8)
+    whole = length // stretch * stretch
+    stretches = powers[..., :whole].reshape(*powers.shape[:-1], -1, stretch).sum(-1)
+    total = stretches.sum(-1, keepdim=True, dtype=dtype)
+    return total if whole == length else total.add_(powers[..., whole:].sum(-1, keepdim=True))
 
 
 def base_two(dtype: torch.dtype) -> bool:
