@@ -201,14 +201,34 @@ def test_an_answer_does_not_depend_on_the_batch(class_name: str) -> None:
         assert relative_error(together[row, : len(alone)], alone) <= 1e-6
 
 
-def test_left_padding_gives_the_same_answers() -> None:
-    _, ours = pair("Wav2Vec2BertModel", add_adapter=True)
-    features, mask = padded_batch(LENGTHS, TINY["feature_projection_input_dim"])
-    right = ours(features, mask, output_hidden_states=True)
+def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A right-padded batch of utterances of `LENGTHS`, padded in front instead."""
     left_features, left_mask = torch.zeros_like(features), torch.zeros_like(mask)
     for row, length in enumerate(LENGTHS):
         left_features[row, -length:] = features[row, :length]
         left_mask[row, -length:] = 1
+    return left_features, left_mask
+
+
+def test_left_padding_gives_the_same_tokens_and_loss() -> None:
+    _, ours = pair("Wav2Vec2BertForCTC")
+    features, mask = padded_batch(LENGTHS, TINY["feature_projection_input_dim"])
+    labels = labels_for("Wav2Vec2BertForCTC", LENGTHS)
+    right = ours(features, mask, labels=labels)
+    left_features, left_mask = left_padded(features, mask)
+    left = ours(left_features, left_mask, labels=labels)
+    torch.testing.assert_close(left.loss, right.loss)
+    blank = ours.config.pad_token_id
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(left.logits[row, -length:], right.logits[row, :length])
+        assert (left.logits[row, :-length].argmax(-1) == blank).all()
+
+
+def test_left_padding_gives_the_same_answers() -> None:
+    _, ours = pair("Wav2Vec2BertModel", add_adapter=True)
+    features, mask = padded_batch(LENGTHS, TINY["feature_projection_input_dim"])
+    right = ours(features, mask, output_hidden_states=True)
+    left_features, left_mask = left_padded(features, mask)
     left = ours(left_features, left_mask, output_hidden_states=True)
     torch.testing.assert_close(left.last_hidden_state, right.last_hidden_state)
     for row, length in enumerate(LENGTHS):

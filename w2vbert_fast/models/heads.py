@@ -170,22 +170,22 @@ class Wav2Vec2BertForCTC(_WithEncoder):
             output_hidden_states=output_hidden_states,
         )
         hidden_state, layout = self.dropout(encoding.hidden_state), encoding.layout
-        logits = layout.unpack(self.lm_head(hidden_state))
-        lengths = torch.tensor(layout.lengths, device=logits.device)
+        token_logits = self.lm_head(hidden_state)
+        logits = layout.unpack(token_logits)
         blank = self.config.pad_token_id
         loss = None
         if labels is not None:
+            # The loss reads every utterance from its row's first frame; padding may be in front.
             loss = ops.ctc_loss(
-                logits,
-                lengths,
+                layout.right_padded().unpack(token_logits),
+                torch.tensor(layout.lengths, device=logits.device),
                 labels,
                 blank=_checked_blank(blank, vocab_size),
                 reduction=self.config.ctc_loss_reduction,
                 zero_infinity=self.config.ctc_zero_infinity,
             )
         if blank is not None and 0 <= blank < vocab_size and layout.token_positions is not None:
-            frames = torch.arange(logits.shape[1], device=logits.device)
-            padding = frames[None, :, None] >= lengths[:, None, None]
+            padding = layout.unpack(token_logits.new_ones(layout.num_tokens, 1)) == 0
             column = torch.arange(vocab_size, device=logits.device) == blank
             logits = logits.masked_fill(padding & column, BLANK_LOGIT)
         output = CausalLMOutput(loss=loss, logits=logits)
