@@ -235,10 +235,11 @@ def linear_backward(
     if constant == "identity":
         grad_bias = grad_output.sum(0, dtype=torch.float32) if needs_bias else None
         return *_products(grad_output, x, weight, 1.0, needs), grad_bias
-    if preactivation is None:
-        preactivation = linear(x, weight, bias)
+    out = None
+    if preactivation is None:  # which the gradient then replaces
+        preactivation = out = linear(x, weight, bias)
     grad, grad_bias = activation_backward(
-        grad_output, preactivation, activation, needs_bias=needs_bias
+        grad_output, preactivation, activation, needs_bias=needs_bias, out=out
     )
     return *_products(grad, x, weight, 1.0, needs), grad_bias
 
@@ -269,10 +270,11 @@ def linear_glu_backward(
         ValueError: an argument does not fit; the message names it.
     """
     _check_linear(grad_output, x, weight, bias, preactivation, True)
-    if preactivation is None:
-        preactivation = linear(x, weight, bias)
+    out = None
+    if preactivation is None:  # which the gradient then replaces
+        preactivation = out = linear(x, weight, bias)
     needs_bias = needs[2] and bias is not None
-    grad, grad_bias = glu_backward(grad_output, preactivation, needs_bias=needs_bias)
+    grad, grad_bias = glu_backward(grad_output, preactivation, needs_bias=needs_bias, out=out)
     return *_products(grad, x, weight, 1.0, needs), grad_bias
 
 
@@ -308,12 +310,79 @@ def linear_residual_backward(
     return *_products(grad_output, x, weight, scale, needs), grad_bias
 
 
+def feed_forward_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    activation: str | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `linear(linear(x, weight1, bias1, activation=activation), weight2, bias2)`.
+
+    x is all that the forward pass keeps: y = x @ weight1.T + bias1 is computed again, and its
+    activation in the same pass as its gradient.
+
+    Args:
+        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
+        x: `[num_tokens, in_features]`, fp16, bf16 or fp32; rows may be strided.
+        weight1: `[inner, in_features]`.
+        bias1: `[inner]` or `None`.
+        activation: as in the forward pass.
+        weight2: `[out_features, inner]`.
+        bias2: `[out_features]` or `None`.
+        needs: which of the gradients of x, weight1, bias1, weight2 and bias2 are wanted.
+
+    Returns:
+        The gradients of x, weight1, bias1, weight2 and bias2, the biases' in float32 and the others
+        in their dtype; `None` where one is not wanted, or there is no bias.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    check_tensor("weight1", weight1, (None, None))
+    check_tensor("weight2", weight2, (None, weight1.shape[0]), (weight1.dtype,))
+    check_tensor("x", x, (None, weight1.shape[1]), (weight1.dtype,))
+    shape = (x.shape[0], weight2.shape[0])
+    check_tensor("grad_output", grad_output, shape, (x.dtype,))
+    for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
+        if bias is not None:
+            check_tensor(name, bias, weight.shape[:1], (x.dtype,))
+    check_device(
+        x=x, grad_output=grad_output, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2
+    )
+    needs_bias = needs[2] and bias1 is not None
+    first: tuple[Tensor | None, Tensor | None] = (None, None)
+    grad_weight2, grad_bias2 = None, None
+    grad_bias1 = None
+    if needs[4] and bias2 is not None:
+        grad_bias2 = grad_output.sum(0, dtype=torch.float32)
+    if needs[3] or needs[0] or needs[1] or needs_bias:
+        inner = linear(x, weight1, bias1)
+        hidden, _ = _products(grad_output, x, weight2, 1.0, (True, False, False))
+        assert hidden is not None
+        # Elementwise, so the results take the place of what they are computed from.
+        dy, grad_bias1 = activation_backward(
+            hidden, inner, activation, needs_bias=needs_bias, out=hidden, activated=inner
+        )
+        if needs[3]:
+            _, grad_weight2 = _products(grad_output, inner, weight2, 1.0, (False, True, False))
+        del inner
+        first = _products(dy, x, weight1, 1.0, (needs[0], needs[1], False))
+    return *first, grad_bias1, grad_weight2, grad_bias2
+
+
 def _products(
     grad: Tensor, x: Tensor, weight: Tensor, scale: float, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """`scale * grad @ weight` and `scale * grad.T @ x`."""
 
     def product(a: Tensor, b: Tensor) -> Tensor:
+        if scale == 1.0:
+            return torch.mm(a, b)
         out = a.new_zeros(1, b.shape[1])
         return torch.addmm(out, a, b, beta=0, alpha=scale)
 

@@ -53,6 +53,10 @@ def arguments(name: str) -> tuple[Any, ...]:
             *(residual, x, torch.randn(WIDTH, WIDTH), bias, 0.5),
             [False, True, True],
         ),
+        "feed_forward_backward": (
+            *(residual, x, torch.randn(6, WIDTH), torch.randn(6), "silu"),
+            *(torch.randn(WIDTH, 6), bias, [True, False, True, True, True]),
+        ),
         "conv_norm_act_backward": (
             *(residual, x, torch.randn(WIDTH, 3), weight, bias),
             *(1e-5, "silu", CU_SEQLENS),
@@ -80,13 +84,13 @@ DIFFERENTIABLE = (
     "linear",
     "linear_glu",
     "linear_residual",
+    "feed_forward",
     "conv_norm_act",
     "shaw_attention",
 )
 NAMES = (
     *DIFFERENTIABLE,
     *(f"{name}_backward" for name in DIFFERENTIABLE),
-    "feed_forward",
     "linear_stacked",
     "attention_tile_map",
     "ctc_greedy",

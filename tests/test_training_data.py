@@ -340,6 +340,8 @@ def test_learning_rate(decay: Any, wanted: list[float]) -> None:
         ("speeds", 1.0, TypeError, "speeds must be a tuple, got 1.0"),
         ("device", "cuda:1", ValueError, "device must be None or 'cpu', got 'cuda:1'"),
         ("lower_case", 1, TypeError, "lower_case must be True or False, got 1"),
+        ("gradient_checkpointing", "some", ValueError, "one of none, layer, attention, auto, got"),
+        ("gradient_checkpointing", 1, ValueError, "gradient_checkpointing must be True, False or"),
         ("model_overrides", ["a"], TypeError, "model_overrides must be a mapping"),
         ("weight_decay", -1, ValueError, "weight_decay must be 0 or above, got -1"),
         ("lora_dropout", 1, ValueError, "lora_dropout must be from 0 to below 1, got 1"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from csrc_triton.device import ACTIVATIONS
 from csrc_triton.linear_backward import (
     activation_backward,
+    feed_forward_backward,
     glu_backward,
     linear_backward,
     linear_glu_backward,
@@ -60,6 +61,47 @@ def test_linear(num_tokens: int) -> None:
     assert_close(linear_backward(grad, *given, activation="silu"), exact)
     kept = F.linear(*given)
     assert_close(linear_backward(grad, *given, activation="silu", preactivation=kept), exact)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_feed_forward(activation: str | None) -> None:
+    function = get_activation(activation or "linear")
+    for num_tokens in (1, 65):
+        x, weight1, bias1 = tensors(num_tokens, 24, 40)
+        _, weight2, bias2 = tensors(num_tokens, 40, 32)
+        given = (x, weight1, bias1, weight2, bias2)
+        grad = torch.randn(num_tokens, 32)
+
+        def plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+            return F.linear(function(F.linear(x, w1, b1)), w2, b2)
+
+        exact = twin(plain, given, grad)
+        arguments = (grad, x, weight1, bias1, activation, weight2, bias2)
+        ours = feed_forward_backward(*arguments)
+        assert_close(ours, exact)
+        for index in range(5):
+            needs = [position == index for position in range(5)]
+            only = feed_forward_backward(*arguments, needs=(*needs,))  # type: ignore[arg-type]
+            for needed, one, both in zip(needs, only, ours, strict=True):
+                assert (one is not None) == needed
+                assert one is None or both is None or torch.equal(one, both)
+
+
+def test_feed_forward_arguments() -> None:
+    x, weight1, bias1 = tensors(5, 24, 40)
+    _, weight2, bias2 = tensors(5, 40, 32)
+    grad = torch.randn(5, 32)
+    for name, wrong in (
+        ("grad_output", (grad[:, 1:], x, weight1, bias1, "silu", weight2, bias2)),
+        ("x", (grad, x[:, 1:], weight1, bias1, "silu", weight2, bias2)),
+        ("bias1", (grad, x, weight1, bias1[1:], "silu", weight2, bias2)),
+        ("weight2", (grad, x, weight1, bias1, "silu", weight2[:, 1:], bias2)),
+        ("activation", (grad, x, weight1, bias1, "tanh", weight2, bias2)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            feed_forward_backward(*wrong)
+    without = feed_forward_backward(grad, x, weight1, None, "silu", weight2, None)
+    assert without[2] is None and without[4] is None
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])

@@ -131,6 +131,7 @@ def test_a_step_runs_the_kernels_of_the_backward_pass(monkeypatch: pytest.Monkey
         ("conv_backward", "conv_norm_act_backward"),
         ("linear_backward", "linear_backward"),
         ("linear_backward", "linear_glu_backward"),
+        ("linear_backward", "feed_forward_backward"),
         ("norm_backward", "layer_norm_backward"),
         ("norm_backward", "residual_layer_norm_backward"),
         ("norm_backward", "residual_double_layer_norm_backward"),
@@ -145,7 +146,8 @@ def test_a_step_runs_the_kernels_of_the_backward_pass(monkeypatch: pytest.Monkey
     assert counts == {
         "shaw_attention_backward": 2,
         "conv_norm_act_backward": 2,
-        "linear_backward": 1 + 2 * 9,
+        "linear_backward": 1 + 2 * 5,
+        "feed_forward_backward": 2 * 2,
         "linear_glu_backward": 2,
         "layer_norm_backward": 2,
         "residual_layer_norm_backward": 7,

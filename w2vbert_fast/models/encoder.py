@@ -14,13 +14,13 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch, sequence_ids
 from ..ops.dispatch import on_triton_device
 from .adapter import Wav2Vec2BertAdapter, conv_output_length
+from .checkpointing import Checkpointing, LayerPlan
 from .graphs import LayerGraphs
 from .layers import (
     Wav2Vec2BertEncoderLayer,
@@ -85,6 +85,7 @@ class Wav2Vec2BertEncoder(nn.Module):
             Wav2Vec2BertEncoderLayer(config) for _ in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
+        self.checkpointing = Checkpointing()
 
     def forward(
         self,
@@ -140,25 +141,28 @@ class Wav2Vec2BertEncoder(nn.Module):
         layout, taps = self._once_for_all_layers(hidden_states, layout)
         normed: Tensor | None = None  # the next layer's normalised input, if the last one made it
         stop = len(self.layers) if num_layers is None else num_layers
+        settings = self.checkpointing if self.gradient_checkpointing and self.training else None
+        plan = LayerPlan(settings, self, stop)
         for index, layer in enumerate(islice(self.layers, stop), start=1):
-            drop = self.training and torch.rand(()).item() < self.config.layerdrop
+            drops = self.training and self.config.layerdrop > 0.0
+            drop = drops and torch.rand(()).item() < self.config.layerdrop
             if not drop:
                 arguments = (hidden_states, layout, positions, output_attentions)
-                if self.gradient_checkpointing and self.training:
-                    result = checkpoint(layer, *arguments, use_reentrant=False)
-                    hidden_states, probabilities = result
-                elif self._may_fuse(layer):
+                if plan.takes_apart(index) and self._may_fuse(layer):
                     following = self.layers[index] if index < stop else None
+                    if not (plan.takes_apart(index + 1) and self._may_fuse(following)):
+                        following = None
                     hidden_states, normed, probabilities = layer.from_normed(
                         hidden_states,
                         layer.open(hidden_states) if normed is None else normed,
                         *arguments[1:],
                         taps=None if taps is None else taps[index - 1],
-                        next_layer=following if self._may_fuse(following) else None,
+                        next_layer=following,
+                        run_attention=plan.run_attention(index),
                     )
                 else:
-                    hidden_states, probabilities = layer(*arguments)
-                if output_attentions:
+                    hidden_states, probabilities = plan.run(index, layer, *arguments)
+                if output_attentions and probabilities is not None:
                     attentions.append(probabilities)
             if index in wanted:
                 kept[index] = hidden_states

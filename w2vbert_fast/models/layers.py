@@ -7,7 +7,7 @@ Shapes: N packed tokens, C hidden, H heads of D channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +99,12 @@ class Wav2Vec2BertFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         fast = self.use_fast_kernels
         first, second, activation = self.intermediate_dense, self.output_dense, self.activation
-        if isinstance(activation, str) and not self.training:
+        drops = self.training and self.intermediate_dropout.p > 0.0
+        if isinstance(activation, str) and not drops:
             if is_untouched(first, nn.Linear) and is_untouched(second, nn.Linear):
                 weights = (first.weight, first.bias, activation, second.weight, second.bias)
-                return ops.feed_forward(x, *weights, fast=fast)
+                out: Tensor = self.output_dropout(ops.feed_forward(x, *weights, fast=fast))
+                return out
             if is_untouched(first, Int8Linear) and is_untouched(second, Int8Linear):
                 return int8_feed_forward(x, first, second, activation)
         x = apply_linear(self.intermediate_dense, x, self.activation, fast=fast)
@@ -316,10 +318,17 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
         layout: PackedBatch,
         positions: tuple[Tensor, ...] | None = None,
         output_attentions: bool = False,
+        *,
+        run_attention: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[N, C]` -> `[N, C]` and the attention maps or `None`."""
+        """`[N, C]` -> `[N, C]` and the attention maps or `None`; arguments as in `from_normed`."""
         x, _, probabilities = self.from_normed(
-            hidden_states, self.open(hidden_states), layout, positions, output_attentions
+            hidden_states,
+            self.open(hidden_states),
+            layout,
+            positions,
+            output_attentions,
+            run_attention=run_attention,
         )
         return x, probabilities
 
@@ -339,6 +348,7 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
         *,
         taps: Tensor | None = None,
         next_layer: Wav2Vec2BertEncoderLayer | None = None,
+        run_attention: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`forward` for an encoder that hands normalised inputs from layer to layer.
 
@@ -350,6 +360,8 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
             output_attentions: also return the attention maps.
             taps: as in `Wav2Vec2BertConvolutionModule.forward`.
             next_layer: the layer that follows at once, whose first norm joins this one's last.
+            run_attention: called with the attention module and its arguments instead of the module
+                itself; it may compute it again in the backward pass.
 
         Returns:
             The output `[N, C]`; what `next_layer.open` would make of it, `None` without a next
@@ -358,7 +370,12 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
         residual, x = self._close_block(
             hidden_states, self.ffn1(normed), 0.5, self.self_attn_layer_norm
         )
-        x, probabilities = self.self_attn(x, layout, positions, output_attentions)
+        if run_attention is None:
+            x, probabilities = self.self_attn(x, layout, positions, output_attentions)
+        else:
+            x, probabilities = run_attention(
+                self.self_attn, x, layout, positions, output_attentions
+            )
         x = self.self_attn_dropout(x)
         residual, x = self._close_block(residual, x, 1.0, self.conv_module.layer_norm)
         x = self.conv_module(x, layout, taps)

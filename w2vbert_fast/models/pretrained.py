@@ -15,6 +15,7 @@ from .._config_checks import floating_dtype
 from ..checkpoint import find_checkpoint, write_checkpoint
 from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from ..hub import pinned_revision, resolve_file
+from .checkpointing import Checkpointing, Policy
 from .graphs import LayerGraphs
 from .initialization import initialize_weights
 from .loading import load_weights
@@ -324,20 +325,70 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         """Whether any part recomputes its activations in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute the layers' activations in the backward pass instead of keeping them."""
-        self._set_gradient_checkpointing(True)
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        *,
+        policy: Policy = "layer",
+        budget_bytes: int | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """In training, compute activations again in the backward pass instead of keeping them.
+
+        The gradients of one path (fast or plain) are the same to the last bit, with dropout and
+        LayerDrop too, unless checkpoints are reentrant, which may add up in another order.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`;
+                `use_reentrant` is `False` unless it is among them.
+            policy: what is computed again. "layer": each layer, from its input. "attention": each
+                layer's attention module. "auto": nothing, the attention of as few layers as will
+                do, or as few whole layers as will do, so that what the layers keep fits into
+                `budget_bytes`; what a layer keeps is counted in each step, at its first layer.
+                "none": nothing.
+            budget_bytes: for "auto". `None`: nine tenths of what the device has free, less what
+                gradients and Adam's moments will take where they are not there yet.
+            every_n_layers: "layer" and "attention" concern the first of so many layers.
+            offload: must be `False`; it is there because transformers' `Trainer` passes it.
+
+        Raises:
+            ValueError: an unknown policy or argument, a number that is not positive, a budget
+                without "auto", offloading, or the model has no layers.
+            TypeError: a number is no integer.
+        """
+        if offload:
+            raise ValueError(
+                f"offload is {offload!r}; it must be False (PyTorch offloads saved tensors under "
+                "torch.autograd.graph.save_on_cpu)"
+            )
+        given = (policy, budget_bytes, gradient_checkpointing_kwargs or {}, every_n_layers)
+        parts = self._checkpointed_parts()
+        settings = [Checkpointing(*given) for _ in parts]
+        for module, own in zip(parts, settings, strict=True):
+            module.checkpointing = own
+            module.gradient_checkpointing = own.policy != "none"
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the layers' activations for the backward pass."""
-        self._set_gradient_checkpointing(False)
+        for module in self._checkpointed_parts():
+            module.gradient_checkpointing = False
 
-    def _set_gradient_checkpointing(self, value: bool) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`gradient_checkpointing_enable` by the name that transformers' `Trainer` calls."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` by its newer name."""
+        self.gradient_checkpointing_disable()
+
+    def _checkpointed_parts(self) -> list[Any]:
         parts = self._parts_with("gradient_checkpointing")
         if not parts:
             raise ValueError(f"{type(self).__name__} has no layers that can be checkpointed")
-        for module in parts:
-            module.gradient_checkpointing = value
+        return parts
 
     def _parts_with(self, attribute: str) -> list[Any]:
         """The submodules that have an attribute."""

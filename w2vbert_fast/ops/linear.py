@@ -17,6 +17,11 @@ FUSED_ACTIVATIONS = ("gelu", "gelu_new", "relu", "selu", "silu", "swish")
 """Activations that the fast implementations have; others run after the matrix product."""
 
 
+def is_fused(activation: object) -> bool:
+    """Whether the fast implementations have an activation, and its gradient."""
+    return isinstance(activation, str) and activation in FUSED_ACTIVATIONS
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -38,7 +43,7 @@ def linear(
         `[num_tokens, out_features]`.
     """
     if fast:
-        inside = isinstance(activation, str) and activation in FUSED_ACTIVATIONS
+        inside = is_fused(activation)
         if inside and records_gradient(x, weight, bias) and not on_triton_device(x):
             # The fused form would compute the activation's argument again in the backward pass.
             inside = False
@@ -118,14 +123,16 @@ def feed_forward(
         activation: a name of `ops.activations.ACTIVATIONS`.
         weight2: `[hidden_out, intermediate]`.
         bias2: `[hidden_out]` or `None`.
-        fast: use the device's fast implementation: two products where Triton kernels run, else
-            `torch.ops.w2vbert.feed_forward`, which works on a block of tokens at a time on a CPU.
+        fast: use the device's fast implementation. On a CPU, without a gradient, that is
+            `torch.ops.w2vbert.feed_forward`, which works on a block of tokens at a time. Where
+            Triton kernels run it is two products, and with a gradient that operation, which keeps
+            `x` alone for the backward pass.
 
     Returns:
         `[num_tokens, hidden_out]`.
     """
     recorded = records_gradient(x, weight1, bias1, weight2, bias2)
-    if fast and not recorded and not on_triton_device(x):
+    if fast and recorded == on_triton_device(x) and (not recorded or is_fused(activation)):
         y: Tensor = feed_forward_op(x, weight1, bias1, activation, weight2, bias2)
         return y
     return linear(linear(x, weight1, bias1, activation, fast=fast), weight2, bias2, fast=fast)

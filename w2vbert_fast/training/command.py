@@ -81,8 +81,8 @@ def register(
             float | None, option("Decay of a moving average of the weights, such as 0.999.")
         ] = None,
         gradient_checkpointing: Annotated[
-            bool, option("Recompute activations: less memory.", "--gradient-checkpointing")
-        ] = False,
+            str, option("none, layer, attention or auto: activations to recompute, for memory.")
+        ] = "none",
         evaluate_every: Annotated[
             int, option("Steps between evaluations.")
         ] = _DEFAULTS.evaluate_every,

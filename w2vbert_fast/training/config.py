@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 Task = Literal["ctc", "classification", "frames", "xvector"]
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Literal["linear", "cosine", "constant"]
+RecomputePolicy = Literal["none", "layer", "attention", "auto"]
 VocabularyChoice = Literal["auto", "keep", "new"]
 
 TASKS: tuple[str, ...] = get_args(Task)
@@ -67,7 +68,9 @@ class FinetuneConfig:
             `mask_time_prob` or `layerdrop`.
         average: decay of an exponential moving average of the weights, which is then what is
             scored and saved; None for none.
-        gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing: what is recomputed in the backward pass: "none", "layer",
+            "attention" or "auto", see the model's `gradient_checkpointing_enable`; True is "layer",
+            False "none".
         use_fast_kernels: see the model's property of that name.
         vocabulary: "new" builds it from the training transcripts and starts a new CTC head; "keep"
             takes the tokenizer of the checkpoint; "auto" keeps it where there is one.
@@ -112,7 +115,7 @@ class FinetuneConfig:
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     model_overrides: Mapping[str, Any] = field(default_factory=dict)
     average: float | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | RecomputePolicy = False
     use_fast_kernels: bool = True
     vocabulary: VocabularyChoice = "auto"
     lower_case: bool = False
@@ -162,7 +165,14 @@ class FinetuneConfig:
                 f"device must be None or 'cpu', got {self.device!r}; which GPU a process takes is "
                 "for accelerate launch or CUDA_VISIBLE_DEVICES to say"
             )
-        for name in ("lower_case", "gradient_checkpointing", "use_fast_kernels", "tensorboard"):
+        recompute = self.gradient_checkpointing
+        if not isinstance(recompute, bool) and recompute not in get_args(RecomputePolicy):
+            policies = ", ".join(get_args(RecomputePolicy))
+            raise ValueError(
+                "gradient_checkpointing must be True, False or one of "
+                f"{policies}, got {recompute!r}"
+            )
+        for name in ("lower_case", "use_fast_kernels", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 

@@ -119,8 +119,9 @@ def make_parts(
     if not masks and hasattr(model.base_model, "masked_spec_embed"):
         # It would never have a gradient, and a sharded optimiser wants a state for all it holds.
         model.base_model.masked_spec_embed.requires_grad_(False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    recompute = config.gradient_checkpointing
+    if recompute:
+        model.gradient_checkpointing_enable(policy="layer" if recompute is True else recompute)
     model.train()
     return Parts(model, _with_lora(model, config), extractor, tokenizer, label2id)
 

@@ -7,10 +7,9 @@ only the gradients of the rows are rounded. On any device, in any floating dtype
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .norm import row_blocks
+from .norm import layer_norm, row_blocks
 
 
 def norm_gradient(
@@ -108,8 +107,9 @@ def residual_double_layer_norm_backward(
     wide1, wide2 = weight1.to(dtype), weight2.to(dtype)
     for rows in row_blocks(x):
         # Both rounded as the forward pass stored them.
-        y = torch.add(residual[rows], x[rows], alpha=scale).to(dtype)
-        z = F.layer_norm(y, (x.shape[1],), wide1, bias1.to(dtype), eps).to(x.dtype).to(dtype)
+        stored = torch.add(residual[rows], x[rows], alpha=scale)
+        z = layer_norm(stored, weight1, bias1, eps).to(dtype)
+        y = stored.to(dtype)
         grad, *shares = norm_gradient(grad_z2[rows].to(dtype), z, wide2, eps)
         _add_shares(second, shares)
         if grad_z1 is not None:
