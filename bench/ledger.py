@@ -3,8 +3,9 @@
     python -m bench.ledger --batch 16 --frames 1500 --dtype bf16 --layers 24
 
 counts the kernels' path of this library and transformers' eager and sdpa attention under the same
-shapes, and sets the counts against the peak rates of three GPUs. It is a model and not a
-measurement, and needs no GPU. What is counted, and how: docs/ledger.md.
+shapes, and sets the counts against the peak rates of three GPUs; `--training` does so for a
+training step. It is a model and not a measurement, and needs no GPU. What is counted, and how:
+docs/ledger.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -385,11 +386,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="give the reference no attention mask, as if no utterance were shorter",
     )
+    parser.add_argument(
+        "--training", action="store_true", help="of a training step instead of a forward pass"
+    )
     parser.add_argument("--operations", action="store_true", help="list a layer's operations")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
     options = parser.parse_args(argv)
+    count: Callable[..., dict[str, Any]] = ledger
+    show: Callable[..., str] = render
+    if options.training:
+        from .ledger_training import render_training, training_ledger
+
+        count, show = training_ledger, render_training
     try:
-        result = ledger(
+        result = count(
             options.batch,
             options.frames,
             options.dtype,
@@ -400,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    print(render(result, options.operations))
+    print(show(result, options.operations))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -145,6 +145,15 @@ def _linear(a: Mapping[str, Any], results: Sequence[Tensor], context: Context) -
     )
 
 
+def _feed_forward(a: Mapping[str, Any], results: Sequence[Tensor], context: Context) -> Cost:
+    x, weight1 = a["x"], a["weight1"]
+    inner = x.new_empty(x.shape[0], weight1.shape[0])
+    first = {"x": x, "weight": weight1, "bias": a["bias1"], "activation": a["activation"]}
+    second = {"x": inner, "weight": a["weight2"], "bias": a["bias2"]}
+    cost = _linear(first, [inner], context) + _linear(second, results, context)
+    return cost + Cost(temporary=size_of(inner))
+
+
 def _linear_glu(a: Mapping[str, Any], results: Sequence[Tensor], context: Context) -> Cost:
     read = total_size(_given(a, "x", "weight", "bias"))
     flops = 2 * a["x"].shape[0] * a["weight"].numel()
@@ -300,6 +309,7 @@ COSTS: dict[str, Callable[[Mapping[str, Any], Sequence[Tensor], Context], Cost]]
     "linear": _linear,
     "linear_glu": _linear_glu,
     "linear_residual": _linear_residual,
+    "feed_forward": _feed_forward,
     "linear_stacked": _linear_stacked,
     "conv_norm_act": _conv_norm_act,
     "attention_tile_map": _attention_tile_map,
@@ -308,10 +318,6 @@ COSTS: dict[str, Callable[[Mapping[str, Any], Sequence[Tensor], Context], Cost]]
     "normalize_and_stack": _normalize_and_stack,
     "ctc_greedy": _ctc_greedy,
 }
-
-CPU_ONLY = frozenset({"feed_forward"})
-"""Operations that no GPU path calls. In a trace they are an error, as unknown ones are."""
-
 
 # --- PyTorch's operations ------------------------------------------------------------------------
 
@@ -348,6 +354,11 @@ _VECTOR_FLOPS = {
     "sigmoid": ACTIVATION_FLOPS,
     "gelu": ACTIVATION_FLOPS,
     "glu": ACTIVATION_FLOPS + 1,
+    "native_layer_norm_backward": 2 * NORM_FLOPS,
+    "_softmax_backward_data": SOFTMAX_FLOPS,
+    "silu_backward": 2 * ACTIVATION_FLOPS,
+    "glu_backward": 2 * ACTIVATION_FLOPS,
+    "native_dropout": 2,
 }
 
 
@@ -386,8 +397,12 @@ def aten_cost(
     counter = flop_registry.get(func.overloadpacket)
     if counter is not None:
         matrix = flops_of(counter)
-        if name == "convolution" and arguments["groups"] > 1:  # depthwise: no matrix product
-            matrix, vector = 0, matrix
+        if name.startswith("convolution") and arguments["groups"] > 1:  # depthwise: no products
+            # The counter takes the gradient of the weight for that of a dense one.
+            taps = arguments["weight"].numel() // arguments["weight"].shape[0]
+            outputs = arguments.get("grad_output", results[0] if results else None)
+            wanted = sum(arguments.get("output_mask", [True])[:2])
+            matrix, vector = 0, 2 * taps * outputs.numel() * wanted
         elif "attention" in name:
             batch, heads, frames, _ = arguments["query"].shape
             scores = batch * heads * frames * arguments["key"].shape[2]

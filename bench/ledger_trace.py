@@ -25,10 +25,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .ledger_backward import BACKWARD_COSTS
 from .ledger_costs import COSTS, Context, Cost, aten_cost, launches
 
 DEVICES = ("cuda", "meta")
 """Tensors on them count; those on the CPU are the host's bookkeeping."""
+
+ALL_COSTS = {**COSTS, **BACKWARD_COSTS}
+"""Of every operation of `w2vbert_fast.ops`, by name."""
 
 aten = torch.ops.aten
 
@@ -80,8 +84,8 @@ class Counter(TorchDispatchMode):
         self.arch = arch
         self.trace = Trace()
         self._live: dict[int, int] = {}
-        self._live_bytes = 0
-        self._given: set[int] = set()
+        self.live_bytes = 0
+        self.given: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -91,7 +95,7 @@ class Counter(TorchDispatchMode):
         for tensor in tensors:  # what the run did not allocate itself
             storage = tensor.untyped_storage()._cdata
             if storage not in self._live:
-                self._given.add(storage)
+                self.given.add(storage)
         result = func(*args, **kwargs)
         results = _tensors_in(result)
         if func.namespace == "prim" or not (tensors or results):
@@ -100,7 +104,7 @@ class Counter(TorchDispatchMode):
             self._allocate(tensor)
         cost = self._cost(func, args, kwargs, tensors, results, result)
         if cost is not None:
-            self.trace.peak_bytes = max(self.trace.peak_bytes, self._live_bytes + cost.temporary)
+            self.trace.peak_bytes = max(self.trace.peak_bytes, self.live_bytes + cost.temporary)
             name = f"{func.namespace}.{func.overloadpacket.__name__}"
             self.trace.operations.append(Operation(name, _shape(cost, tensors, results), cost))
         return result
@@ -120,12 +124,12 @@ class Counter(TorchDispatchMode):
         arguments |= kwargs
         if func.namespace == "w2vbert":
             name = func.overloadpacket.__name__
-            if name not in COSTS:
+            if name not in ALL_COSTS:
                 raise NotImplementedError(
                     f"the ledger has no cost for torch.ops.w2vbert.{name}; add it to "
                     "bench/ledger_costs.py"
                 )
-            return COSTS[name](arguments, results, Context(self.arch, self._count))
+            return ALL_COSTS[name](arguments, results, Context(self.arch, self._count))
         if not launches(func):
             return None
         return aten_cost(
@@ -144,15 +148,15 @@ class Counter(TorchDispatchMode):
     def _allocate(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or key in self._given:
+        if key in self._live or key in self.given:
             return
         self._live[key] = storage.nbytes()
-        self._live_bytes += storage.nbytes()
+        self.live_bytes += storage.nbytes()
         weakref.finalize(storage, self._free, key)
-        self.trace.peak_bytes = max(self.trace.peak_bytes, self._live_bytes)
+        self.trace.peak_bytes = max(self.trace.peak_bytes, self.live_bytes)
 
     def _free(self, key: int) -> None:
-        self._live_bytes -= self._live.pop(key, 0)
+        self.live_bytes -= self._live.pop(key, 0)
 
 
 def _shape(cost: Cost, tensors: list[Tensor], results: list[Tensor]) -> str:
@@ -182,6 +186,8 @@ class WithoutDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and self.sdpa == "efficient":
             return _efficient_attention(*args, **kwargs)
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
         on_device = bool(args) and isinstance(args[0], Tensor) and args[0].device.type == "cuda"
         if on_device and func is Tensor.contiguous:
             if args[0].is_contiguous():
@@ -223,6 +229,14 @@ def _index(tensor: Tensor, index: Any) -> Tensor:
     return tensor
 
 
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """What `dropout` does on a GPU: one kernel, which keeps a mask of a byte an element."""
+    if not training or p == 0.0:
+        return x
+    dropped: Tensor = aten.native_dropout.default(x, p, True)[0]
+    return dropped
+
+
 def _efficient_attention(
     query: Tensor,
     key: Tensor,
@@ -243,28 +257,28 @@ def _efficient_attention(
         padded = F.pad(attn_mask, (0, -frames % 16))
         attn_mask = aten.slice.Tensor(padded, attn_mask.dim() - 1, 0, frames)
     output: Tensor = aten._scaled_dot_product_efficient_attention.default(
-        query, key, value, attn_mask, False, dropout_p, is_causal, scale=scale
+        query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
     )[0]
     return output
 
 
 @contextmanager
-def without_data(sdpa: str = "efficient") -> Iterator[None]:
-    """Tensors made inside have no data; nothing needs a gradient."""
-    with FakeTensorMode(), torch.no_grad(), WithoutDevice(sdpa):
+def without_data(sdpa: str = "efficient", training: bool = False) -> Iterator[None]:
+    """Tensors made inside have no data; nothing needs a gradient, except in `training`."""
+    with FakeTensorMode(), torch.set_grad_enabled(training), WithoutDevice(sdpa):
         yield
 
 
-def place(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+def place(module: nn.Module, device: str, dtype: torch.dtype, training: bool = False) -> None:
     """Gives a module that was built on "meta" parameters and buffers on `device`, without data.
 
-    To be called inside `without_data`.
+    To be called inside `without_data`. In `training` the parameters need gradients.
     """
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 empty = torch.empty(parameter.shape, dtype=dtype, device=device)
-                part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                part._parameters[name] = nn.Parameter(empty, requires_grad=training)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 to = dtype if buffer.is_floating_point() else buffer.dtype
@@ -281,3 +295,33 @@ def trace(function: Callable[[], object], arch: str) -> Trace:
         result = function()
     del result
     return replace(counter.trace)
+
+
+@dataclass
+class StepTrace:
+    """Forward pass and loss, and backward pass, of one training step.
+
+    Attributes:
+        forward: operations up to the loss.
+        backward: operations after it.
+        kept_bytes: activations alive between the two: what autograd saved for the backward pass,
+            and what checkpoints begin from. Parameters and inputs do not count.
+        peak_bytes: most bytes alive at once in the whole step, with the parameters' gradients.
+    """
+
+    forward: Trace
+    backward: Trace
+    kept_bytes: int
+    peak_bytes: int
+
+
+def trace_step(function: Callable[[], Tensor], arch: str) -> StepTrace:
+    """One run of `function`, which returns a loss, and its backward pass, inside `without_data`."""
+    with Counter(arch) as counter:
+        loss = function()
+        behind, kept = len(counter.trace.operations), counter.live_bytes
+        peak = counter.trace.peak_bytes
+        loss.backward()  # type: ignore[no-untyped-call]
+    operations = counter.trace.operations
+    forward, backward = Trace(operations[:behind], peak), Trace(operations[behind:])
+    return StepTrace(forward, backward, kept, counter.trace.peak_bytes)

@@ -15,8 +15,9 @@ import w2vbert_fast  # noqa: F401  (registers the operations)
 from bench import ledger as bench_ledger
 from bench.hardware import GPUS, H100
 from bench.ledger import OURS, SDPA, ledger, ratios, seconds_on, trace_encoder
-from bench.ledger_costs import COSTS, CPU_ONLY, Context, Cost, size_of, total_size
-from bench.ledger_trace import Counter, trace
+from bench.ledger_backward import BACKWARD_COSTS
+from bench.ledger_costs import COSTS, Context, Cost, size_of, total_size
+from bench.ledger_trace import ALL_COSTS, Counter, trace
 from csrc_triton import attention, conv, ctc, fbank, norm
 from w2vbert_fast.models.packing import lay_end_to_end
 from w2vbert_fast.ops.linear import lie_end_to_end
@@ -73,7 +74,7 @@ def cost_of(name: str, arguments: dict[str, Any], results: list[Tensor]) -> Cost
             function()
         return counter.trace.cost
 
-    return COSTS[name](arguments, results, Context("interpreter", count))
+    return ALL_COSTS[name](arguments, results, Context("interpreter", count))
 
 
 ROWS, WIDTH = 65, 32
@@ -186,11 +187,9 @@ LAUNCHER_CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
 def test_every_registered_operation_has_a_cost() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("w2vbert::")}
-    # The ledger counts a forward pass; in a trace an operation without a cost is an error.
-    registered = {name for name in registered if not name.endswith("_backward")}
-    assert set(COSTS) == registered - CPU_ONLY
-    assert registered >= CPU_ONLY
-    stacked = {"linear_stacked"}  # not a launcher of its own: see below
+    assert set(COSTS) == {name for name in registered if not name.endswith("_backward")}
+    assert set(BACKWARD_COSTS) == registered - set(COSTS)
+    stacked = {"linear_stacked", "feed_forward"}  # no launchers of their own: see below
     assert {name for name, _, _ in LAUNCHER_CALLS.values()} == set(COSTS) - stacked
 
 
@@ -226,6 +225,17 @@ def test_stacked_layers_are_one_launch_only_where_they_lie_end_to_end() -> None:
     layers = [torch.nn.Linear(8, 8) for _ in range(3)]
     assert lay_end_to_end([layer.weight for layer in layers])
     assert lie_end_to_end([layer.weight for layer in layers])
+
+
+def test_feed_forward_is_two_products() -> None:
+    first, second = tensor(48, WIDTH), tensor(WIDTH, 48)
+    arguments = {"x": X, "weight1": first, "bias1": None, "weight2": second, "bias2": VECTOR}
+    cost = cost_of("feed_forward", {**arguments, "activation": "silu"}, [tensor(ROWS, WIDTH)])
+    assert cost.launches == 2
+    assert cost.matrix_flops == 2 * 2 * ROWS * 48 * WIDTH
+    assert cost.temporary == 2 * ROWS * 48
+    inner = 2 * ROWS * 48  # written, and read again
+    assert cost.moved == 2 * inner + 2 * (2 * ROWS * WIDTH + 2 * 48 * WIDTH + WIDTH)
 
 
 def traced(function: Callable[[], object]) -> Any:
