@@ -15,7 +15,7 @@ from typing import Any
 from bench import machine, targets
 from bench.peers import limit_threads
 from bench.peers_torch import quiet
-from bench.workloads import REPOSITORY, WORKLOADS
+from bench.workloads import DEFAULT, REPOSITORY, WORKLOADS
 
 SCHEMA = "w2vbert-bench/v1"
 PEERS = (
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--match", default="", help='of the peers, only labels with this, as "sdpa, c"')
     p.add_argument("--dtype", action="append", choices=("fp32", "bf16", "int8"))
     p.add_argument("--rounds", type=int, default=5, help="rounds at most (5)")
-    p.add_argument("--budget", type=float, default=5.0, help="seconds of timing a candidate (5)")
+    p.add_argument("--budget", type=float, default=4.0, help="seconds of timing a candidate (4)")
     p.add_argument("--layers", type=int, help="encoder layers (4 on a CPU, 24 on a GPU)")
     p.add_argument("--threads", type=int, default=machine.cores(), help="CPU threads (all cores)")
     p.add_argument("--no-memory", action="store_true", help="leave peak memory out")
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(arguments: argparse.Namespace) -> int:
     import torch
 
-    from bench.runner import Settings, run_workload
+    from bench.runner import LAYERED, Settings, run_workload
     from bench.workloads import speech
 
     device = torch.device(arguments.device)
@@ -107,13 +107,13 @@ def _measure(arguments: argparse.Namespace) -> int:
         "targets": [],
     }
     _print_header(result)
-    names = arguments.workload or list(WORKLOADS)
+    names = arguments.workload or list(DEFAULT)
     disagreements = []
     with tempfile.TemporaryDirectory(prefix="w2vbert-bench-") as folder:
         for name in names:
             workload = WORKLOADS[name]
             layers = workload.layers or settings.layers
-            depth = f", {layers} layers" if workload.kind in ("encoder", "early_exit") else ""
+            depth = f", {layers} layers" if workload.kind in LAYERED else ""
             print(f"\n{name} ({workload.kind}{depth}, {workload.audio_seconds:.0f} s of audio)")
             # Exports are kept for the workloads that use the same model.
             settings.folder = Path(folder)

@@ -33,11 +33,15 @@ class Prepared:
         run: one pass over the workload; only this is timed.
         collect: what `run` returned -> each utterance's output: float tensors `[T, C]`, or texts.
         release: give memory back.
+        parameters: `run` adds to their gradients.
+        reset: after each run, not timed.
     """
 
     run: Callable[[], Any]
     collect: Callable[[Any], list[Any]]
     release: Callable[[], None] = lambda: None
+    parameters: Sequence[Tensor] = ()
+    reset: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -214,4 +218,5 @@ def interleave(
                 if index > 0 and spent > budget / 2 and spent + spent / index > budget:
                     continue
                 timing.seconds.append(timed(timing.prepared.run))
+                timing.prepared.reset()
     return {dtype: percentile(values, 0.5) for dtype, values in rates.items() if values}

@@ -4,7 +4,8 @@
 
 prints a number of bytes. On Linux it is the highest resident set size during the first run
 (`VmHWM`, reset before it) less the size before; so what a library packs, compiles or allocates in
-its first run counts. On CUDA it is PyTorch's own peak.
+its first run counts. On CUDA it is PyTorch's own peak. Gradients of the weights, in a training
+step, are there before and do not count.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ MARK = "peak_bytes_above_weights="
 def peak_of(prepared: Prepared, device: torch.device) -> int | None:
     """Run once; bytes above what was there before. None where the system cannot tell."""
     gc.collect()
+    for parameter in prepared.parameters:
+        # Touched, and added to: neither they nor their making counts.
+        parameter.grad = torch.empty_like(parameter).fill_(0.0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

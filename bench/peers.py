@@ -34,6 +34,7 @@ class Context:
         features: `[T, 160]` float32 of each utterance.
         waveforms: float32 `[samples]` of each utterance.
         folder: a temporary folder for exported models.
+        truths: of training steps, once they were computed.
     """
 
     workload: Workload
@@ -43,6 +44,7 @@ class Context:
     features: list[Tensor]
     waveforms: list[Any]
     folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+    truths: dict[str, Any] = field(default_factory=dict)
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def config_values(self) -> dict[str, Any]:
@@ -87,20 +89,32 @@ class Context:
         Raises:
             Unavailable: transformers is not installed, or has no such attention.
         """
+        values, weights = self.config_values(), self.weights(dtype)
+        model = self.reference_of("Wav2Vec2BertModel", values, weights, attention)
+        return model.eval().requires_grad_(False)
+
+    def reference_of(
+        self, class_name: str, values: dict[str, Any], weights: dict[str, Tensor], attention: str
+    ) -> nn.Module:
+        """A model of transformers with this configuration over these weights.
+
+        Raises:
+            Unavailable: transformers is not installed, or has no such attention.
+        """
         try:
             import transformers
         except ImportError as error:
             raise Unavailable("transformers is not installed") from error
-        config = transformers.Wav2Vec2BertConfig(**self.config_values())
+        config = transformers.Wav2Vec2BertConfig(**values)
         try:
             config._attn_implementation = attention
             with torch.device("meta"):
-                model = transformers.Wav2Vec2BertModel(config)
+                model: nn.Module = getattr(transformers, class_name)(config)
             model.set_attn_implementation(attention)
         except (ValueError, ImportError, AttributeError) as error:
             raise Unavailable(f"{attention} attention: {str(error).splitlines()[0]}") from error
-        model.load_state_dict(self.weights(dtype), assign=True)
-        return model.eval().requires_grad_(False)
+        model.load_state_dict(weights, assign=True)
+        return model
 
 
 def random_weights(config: Any, device: torch.device) -> dict[str, Tensor]:
@@ -150,7 +164,7 @@ def oracle(context: Context, dtype: str) -> list[Tensor]:
     model = copy.deepcopy(context.reference(dtype, "eager")).to(precision)
     for module in model.modules():
         if type(module).__name__ == "Wav2Vec2BertSelfAttention":
-            module.forward = types.MethodType(_attention_by_blocks, module)
+            module.forward = types.MethodType(attention_by_blocks, module)
     results = []
     with torch.inference_mode():
         for features in context.features:
@@ -159,7 +173,7 @@ def oracle(context: Context, dtype: str) -> list[Tensor]:
     return results
 
 
-def _attention_by_blocks(
+def attention_by_blocks(
     module: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """`Wav2Vec2BertSelfAttention.forward` for one utterance, 256 queries at a time."""

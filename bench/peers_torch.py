@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -119,7 +119,7 @@ def _with_weights(make: Callable[[Any], Any], config: Any, weights: dict[str, Te
     return model.eval().requires_grad_(False)
 
 
-def _compile(model: nn.Module, how: str, one_length: bool) -> Callable[[], None]:
+def compile_layers(layers: Iterable[nn.Module], how: str, one_length: bool) -> Callable[[], None]:
     """Compile every layer (one graph for all of them). Returns what undoes global settings."""
     import torch._dynamo
     import torch._inductor.config as inductor
@@ -128,13 +128,15 @@ def _compile(model: nn.Module, how: str, one_length: bool) -> Callable[[], None]
     options: dict[str, Any] = {"dynamic": not one_length}
     if how == "compiled max-autotune":
         options["mode"] = "max-autotune-no-cudagraphs"
-    before = inductor.freezing
+    before = inductor.freezing, torch._dynamo.config.recompile_limit
     inductor.freezing = how == "compiled, frozen"
-    for layer in model.encoder.layers:
+    # One code object serves all layers; beyond the limit the rest would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in layers:
         layer.compile(**options)
 
     def restore() -> None:
-        inductor.freezing = before
+        inductor.freezing, torch._dynamo.config.recompile_limit = before
 
     return restore
 
@@ -155,7 +157,7 @@ def _transformers(
         return [model(x, attention_mask=mask).last_hidden_state for x, mask in inputs]
 
     if compiled:
-        restore = _compile(model, compiled, len(lengths) == 1)
+        restore = compile_layers(model.encoder.layers, compiled, len(lengths) == 1)
         try:
             with torch.inference_mode():
                 run()
@@ -204,7 +206,7 @@ def _hidden_states(context: Context, dtype: str, layer: int, compiled: str) -> P
         return model(x, output_hidden_states=True).hidden_states[layer]
 
     if compiled:
-        restore = _compile(model, compiled, True)
+        restore = compile_layers(model.encoder.layers, compiled, True)
         try:
             with torch.inference_mode():
                 run()

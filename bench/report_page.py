@@ -24,6 +24,7 @@ _KIND_TITLES = {
     "early_exit": "Early exit",
     "features": "Features",
     "end_to_end": "Waveform to text",
+    "training": "Training step",
 }
 _DTYPES = ("fp32", "bf16", "fp16", "int8")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 SCHEMA = "w2vbert-bench/v1"
 OURS = "w2vbert_fast"
-KINDS = ("encoder", "early_exit", "features", "end_to_end")
+KINDS = ("encoder", "early_exit", "features", "end_to_end", "training")
 
 _TOP = ("machine", "versions", "commit", "date", "threads", "layers", "gemm_rate", "rows")
 _ROW = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import memory, peers_engines, peers_speech, peers_torch
+from bench import memory, peers_engines, peers_speech, peers_torch, peers_training, training
 from bench.flops import encoder_flops
 from bench.machine import Gemm, available_memory
 from bench.measure import (
@@ -28,6 +28,9 @@ from bench.measure import (
 )
 from bench.peers import Context, oracle
 from bench.workloads import Workload, encoder_inputs, speech
+
+LAYERED = ("encoder", "early_exit", "training")
+"""Kinds of workload whose FLOPs follow from the number of layers."""
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Settings:
     threads: int = 1
     layers: int = 4
     rounds: int = 5
-    budget: float = 5.0
+    budget: float = 4.0
     pause: float = 0.25
     peers: set[str] | None = None
     match: str = ""
@@ -99,6 +102,7 @@ def candidates_of(context: Context, dtypes: tuple[str, ...]) -> list[Candidate]:
         "early_exit": peers_torch.early_exit_candidates,
         "features": peers_speech.feature_candidates,
         "end_to_end": peers_speech.text_candidates,
+        "training": peers_training.candidates,
     }
     if kind not in makers:
         raise ValueError(f"kind is {kind!r}; it must be encoder or one of {', '.join(makers)}")
@@ -128,7 +132,7 @@ def run_workload(
     with opened as context:
         candidates = select(candidates_of(context, dtypes), settings.peers, settings.match)
         peaks: dict[str, int | None] = {}
-        if settings.memory and workload.kind == "encoder":
+        if settings.memory and workload.kind in ("encoder", "training"):
             free = available_memory(device)
             for c in candidates:
                 if c.memory and c.bytes_needed < 0.8 * free:
@@ -149,7 +153,7 @@ def run_workload(
         gemms = {d: g for d, g in settings.gemms.items() if d in dtypes}
         rates = interleave(
             timings,
-            gemms if workload.kind in ("encoder", "early_exit") else {},
+            gemms if workload.kind in LAYERED else {},
             device,
             rounds=min(settings.rounds, workload.rounds or settings.rounds),
             budget=settings.budget,
@@ -174,8 +178,9 @@ def select(
     for candidate in candidates:
         wanted = candidate.ours or peers is None or candidate.implementation in peers
         wanted = wanted and (candidate.ours or match in candidate.label)
-        if candidate.implementation == "transformers" and candidate.dtype not in compared_with:
-            compared_with.add(candidate.dtype)
+        key = candidate.dtype, training.mode_of(candidate.configuration)
+        if candidate.implementation == "transformers" and key not in compared_with:
+            compared_with.add(key)
             wanted = True
         if wanted:
             kept.append(candidate)
@@ -191,6 +196,9 @@ def judge(
         Error and what it is relative to, by label, and the candidates that disagree.
     """
     kind = context.workload.kind
+    if kind == "training":
+        by_label, wrong = training.judge(timings, peers_training.REFERENCE_LABEL)
+        return by_label, [Disagreement(*entry) for entry in wrong]
     errors: dict[str, tuple[float, str]] = {}
     disagreements: list[Disagreement] = []
     reference_errors: dict[str, float] = {}
@@ -266,8 +274,10 @@ def _row(
     lengths = [f.shape[0] for f in context.features]
     error, error_kind = errors.get(candidate.label, (None, None))
     flops = None
-    if workload.kind in ("encoder", "early_exit"):
+    if workload.kind in LAYERED:
         flops = encoder_flops(context.our_config(), lengths, workload.exit_layer)
+        # Each product of the forward pass has two in the backward pass.
+        flops *= 3.0 if workload.kind == "training" else 1.0
     row: dict[str, Any] = {
         "workload": workload.name,
         "kind": workload.kind,

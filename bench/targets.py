@@ -40,11 +40,6 @@ def _measured(rows: Rows, **wanted: str) -> list[dict[str, Any]]:
     ]
 
 
-def _best(rows: Rows, **wanted: str) -> float | None:
-    times = [row["seconds"]["median"] for row in _measured(rows, **wanted)]
-    return min(times) if times else None
-
-
 def share(workload: str, dtype: str) -> Callable[[Rows], float | None]:
     """Our share of the machine's GEMM rate."""
 
@@ -62,20 +57,45 @@ def share(workload: str, dtype: str) -> Callable[[Rows], float | None]:
 
 
 def speedup(
-    workload: str, dtype: str, over: str, containing: str = "", over_dtype: str | None = None
+    workload: str,
+    dtype: str,
+    over: str,
+    containing: str = "",
+    over_dtype: str | None = None,
+    ours_containing: str = "",
 ) -> Callable[[Rows], float | None]:
-    """The fastest configuration of `over` (whose name holds `containing`) over our time."""
+    """The fastest configuration of `over` (whose name holds `containing`) over our time (in the
+    fastest configuration whose name holds `ours_containing`)."""
 
     def measure(rows: Rows) -> float | None:
-        ours = _best(rows, workload=workload, dtype=dtype, implementation="w2vbert_fast")
-        theirs = [
-            row["seconds"]["median"]
-            for row in _measured(
-                rows, workload=workload, dtype=over_dtype or dtype, implementation=over
-            )
-            if containing in row["configuration"]
-        ]
-        return min(theirs) / ours if ours and theirs else None
+        ours = _times(rows, ours_containing, workload, dtype, "w2vbert_fast")
+        theirs = _times(rows, containing, workload, over_dtype or dtype, over)
+        return min(theirs) / min(ours) if ours and theirs else None
+
+    return measure
+
+
+def _times(
+    rows: Rows, containing: str, workload: str, dtype: str, implementation: str
+) -> list[float]:
+    found = _measured(rows, workload=workload, dtype=dtype, implementation=implementation)
+    return [row["seconds"]["median"] for row in found if containing in row["configuration"]]
+
+
+def peak_ratio(
+    workload: str, dtype: str, over: str, containing: str = ""
+) -> Callable[[Rows], float | None]:
+    """Our peak memory over the smallest among configurations of `over`; of ours the largest. Of
+    both those whose name holds `containing`."""
+
+    def measure(rows: Rows) -> float | None:
+        peaks = []
+        for implementation in ("w2vbert_fast", over):
+            found = _measured(rows, workload=workload, dtype=dtype, implementation=implementation)
+            chosen = [row for row in found if containing in row["configuration"]]
+            sizes = [row["peak_bytes_above_weights"] for row in chosen]
+            peaks.append([size for size in sizes if size is not None])
+        return max(peaks[0]) / min(peaks[1]) if all(peaks) else None
 
     return measure
 
@@ -110,6 +130,20 @@ def _ledger_ratios() -> dict[str, float]:
 
     # The ratios are those of one layer, which do not depend on how many there are.
     return ratios(ledger(layers=2))
+
+
+def _training(workload: str, dtype: str, least: float, mode: str = "") -> Target:
+    name = f"{dtype}, {mode}" if mode else dtype
+    row = f"{workload}, {name}, against transformers' best"
+    measure = speedup(workload, dtype, "transformers", mode, ours_containing=mode)
+    return Target(row, least, "x", measure)
+
+
+def _training_peak(dtype: str, mode: str = "") -> Target:
+    name = f"{dtype}, {mode}" if mode else dtype
+    row = f"train 1x30s, {name}: peak memory over transformers' least"
+    measure = peak_ratio("train 1x30s", dtype, "transformers", mode)
+    return Target(row, 0.333, "", measure, below=True)
 
 
 def _speed(workload: str, dtype: str, least: float, against: str = "transformers") -> Target:
@@ -147,6 +181,15 @@ TARGETS: tuple[Target, ...] = (
            "x", speedup("1x30s, layer 17", "fp32", "transformers")),
     Target("peak memory above the weights, 1x300s, fp32", 2.0, "GB",
            peak_gigabytes("1x300s", "fp32"), below=True),
+    _training("train 1x30s", "fp32", 1.8),
+    _training("train 1x30s", "bf16", 1.8),
+    _training("train 1x30s", "bf16", 1.8, "autocast"),
+    _training("train 8x1-20s", "fp32", 1.3),
+    _training("train 8x1-20s", "bf16", 1.3),
+    _training("train 8x1-20s", "bf16", 1.3, "autocast"),
+    _training_peak("fp32"),
+    _training_peak("bf16", "bf16 weights"),
+    _training_peak("bf16", "autocast"),
     Target("ledger: launches a layer, transformers sdpa over ours", 3.0, "x",
            ledger_ratio("launches"), counted=True),
     Target("ledger: bytes a layer, transformers sdpa over ours", 5.0, "x", 

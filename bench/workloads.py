@@ -26,6 +26,9 @@ MIXED_SECONDS = (
 """16 lengths in seconds: equally spaced quantiles of the 355 recordings of 1 to 20 s among the
 English telephone prompts that the demo's clips come from."""
 
+TRAINING_SECONDS = MIXED_SECONDS[1::2]
+"""8 lengths of the same distribution."""
+
 ENCODER_DTYPES = ("fp32", "bf16", "int8")
 
 
@@ -35,7 +38,7 @@ class Workload:
 
     Attributes:
         name: as on the command line and in the results.
-        kind: "encoder", "early_exit", "features" or "end_to_end".
+        kind: "encoder", "early_exit", "features", "end_to_end" or "training".
         seconds: length of every utterance.
         dtypes: what it is measured in, unless told otherwise.
         layers: encoder layers; None: as many as the command line says.
@@ -73,6 +76,8 @@ WORKLOADS: dict[str, Workload] = {
                  rounds=3),
         Workload("8x30s", "features", (30.0,) * 8),
         Workload("16x1-20s, demo", "end_to_end", MIXED_SECONDS),
+        Workload("train 1x30s", "training", (30.0,), ("fp32", "bf16")),
+        Workload("train 8x1-20s", "training", TRAINING_SECONDS, ("fp32", "bf16")),
     )
 }  # fmt: skip
 
@@ -132,6 +137,9 @@ def padded(features: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     mask = (torch.arange(batch.shape[1])[None] < lengths[:, None]).long()
     return batch, None if bool(mask.all()) else mask
 
+
+DEFAULT = tuple(name for name, w in WORKLOADS.items() if w.kind != "training")
+"""What is measured unless workloads are named."""
 
 BATCHINGS = ("one by one", "sorted batches of 4", "padded batch")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.reference import TINY, padded_batch, pair, relative_error
+from tests.reference import POSITIONS, TINY, padded_batch, pair, relative_error
 from tests.test_operations import DIFFERENTIABLE, arguments
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
@@ -364,6 +364,36 @@ def test_gradients_are_those_of_the_reference(training: bool) -> None:
         model(features, labels=labels).loss.backward()
     theirs = dict(reference.named_parameters())
     expected = [theirs[name].grad for name, _ in ours.named_parameters()]
+    assert_close(ours, [p.grad for p in ours.parameters()], expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_gradients_of_a_padded_batch_are_those_of_the_reference(
+    position: str | None, checkpointing: bool
+) -> None:
+    """Every parameter, with LayerDrop and masked frames, which both draw or get alike."""
+    changes = {"num_hidden_layers": 4, "layerdrop": 0.5, "position_embeddings_type": position}
+    reference, ours = pair("Wav2Vec2BertModel", **changes)
+    features, mask = padded_batch(LENGTHS, FEATURES)
+    masked = torch.zeros(mask.shape, dtype=torch.bool)
+    masked[0, 3:9] = masked[1, 20:28] = masked[3, :2] = True  # row 1 has 24 frames
+    weights = torch.randn(*mask.shape, TINY["hidden_size"]) * mask[..., None]
+    ours.use_fast_kernels = True
+    if checkpointing:
+        ours.gradient_checkpointing_enable()
+    outputs = []
+    for model in (reference, ours):
+        torch.manual_seed(5)  # skips the second of the four layers, and not the third
+        output = model.train()(features, mask, mask_time_indices=masked).last_hidden_state
+        (output * weights).sum().backward()
+        outputs.append(output.detach() * mask[..., None])
+    assert relative_error(outputs[1], outputs[0]) <= 1e-5
+    theirs = dict(reference.named_parameters())
+    expected = [theirs[name].grad for name, _ in ours.named_parameters()]
+    dropped = {name.split(".")[2] for name, p in ours.named_parameters() if p.grad is None}
+    assert "1" in dropped and "2" not in dropped
+    assert ours.masked_spec_embed.grad is not None and bool(ours.masked_spec_embed.grad.any())
     assert_close(ours, [p.grad for p in ours.parameters()], expected)
 
 
