@@ -1,0 +1,142 @@
+"""Subtitles: cue limits, the two formats and plain text."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from w2vbert_fast.inference.subtitles import Layout, cues, srt, txt, vtt
+from w2vbert_fast.inference.timestamps import Character, Word
+
+
+def word(text: str, start: float, end: float) -> Word:
+    step = (end - start) / len(text)
+    characters = [
+        Character(c, start + i * step, start + (i + 1) * step, 1.0) for i, c in enumerate(text)
+    ]
+    return Word(text, start, end, 1.0, characters)
+
+
+def sentence(text: str, start: float = 0.0, pace: float = 0.3, gap: float = 0.1) -> list[Word]:
+    return [
+        word(text, start + i * pace, start + (i + 1) * pace - gap)
+        for i, text in enumerate(text.split())
+    ]
+
+
+def test_srt_file() -> None:
+    words = [*sentence("press one to hear it"), *sentence("or hang up", start=3661.5)]
+    assert srt(words) == (
+        "1\n00:00:00,000 --> 00:00:01,400\npress one to hear it\n\n"
+        "2\n01:01:01,500 --> 01:01:02,500\nor hang up\n"
+    )
+
+
+def test_vtt_file() -> None:
+    words = [word("a<b", 0.5, 2.0), word("&c", 2.1, 2.5)]
+    assert vtt(words) == "WEBVTT\n\n00:00:00.500 --> 00:00:02.500\na&lt;b &amp;c\n"
+
+
+def test_plain_text_has_a_line_a_cue() -> None:
+    words = [*sentence("one two"), *sentence("three", start=5.0)]
+    assert txt(words) == "one two\nthree\n"
+
+
+def test_no_words() -> None:
+    assert (cues([]), srt([]), vtt([]), txt([])) == ([], "", "WEBVTT\n", "")
+
+
+def test_a_pause_ends_a_cue_and_a_shorter_gap_does_not() -> None:
+    assert len(cues([word("a", 0, 1), word("b", 1.59, 2)])) == 1
+    assert len(cues([word("a", 0, 1), word("b", 1.61, 2)])) == 2
+
+
+def test_a_sentence_ends_a_cue() -> None:
+    assert [cue.lines for cue in cues(sentence("It is. What is it?"))] == [
+        ["It is."],
+        ["What is it?"],
+    ]
+
+
+def test_lines_are_balanced() -> None:
+    (cue,) = cues(sentence("after the tone say your temporary message and then", pace=0.2))
+    assert cue.lines == ["after the tone say your", "temporary message and then"]
+
+
+def test_short_cues_stay_until_the_next() -> None:
+    first, second = cues([word("a", 0, 0.1), word("b", 0.8, 0.9)])
+    assert (first.start, first.end) == (0, 0.8)
+    assert (second.start, second.end) == (0.8, pytest.approx(1.8))
+
+
+def test_text_without_spaces_is_cut_between_characters() -> None:
+    text = "".join(chr(ord("a") + i % 26) for i in range(100))
+    made = cues([word(text, 0.0, 20.0)])
+    assert "".join(line for cue in made for line in cue.lines) == text
+    assert all(len(line) <= 42 for cue in made for line in cue.lines)
+    assert all(cue.end - cue.start <= 7 for cue in made)
+
+
+words_in_time = st.lists(
+    st.tuples(
+        st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=60),
+        st.floats(0, 3),
+        st.floats(0, 9),
+    ),
+    max_size=40,
+)
+
+
+def placed(drawn: list[tuple[str, float, float]]) -> list[Word]:
+    now, words = 0.0, []
+    for text, gap, seconds in drawn:
+        words.append(word(text, now + gap, now + gap + seconds))
+        now += gap + seconds
+    return words
+
+
+@given(drawn=words_in_time, line_length=st.integers(1, 50), max_lines=st.integers(1, 3))
+@settings(max_examples=200, deadline=None)
+def test_limits_hold_and_nothing_is_lost(
+    drawn: list[tuple[str, float, float]], line_length: int, max_lines: int
+) -> None:
+    words = placed(drawn)
+    layout = Layout(line_length=line_length, max_lines=max_lines)
+    made = cues(words, layout)
+    for cue in made:
+        assert 1 <= len(cue.lines) <= max_lines
+        assert all(len(line) <= line_length for line in cue.lines)
+    shown = "".join("".join(cue.lines) for cue in made).replace(" ", "")
+    assert shown == "".join(w.text for w in words)
+    for cue in made:
+        assert cue.end - cue.start <= 7 + 1e-6
+    for left, right in itertools.pairwise(made):
+        assert left.start <= left.end <= right.start
+
+    times = re.findall(r"(\d+):(\d\d):(\d\d),(\d{3})", srt(words, layout))
+    assert len(times) == 2 * len(made)
+    clock = [int(h) * 3600 + int(m) * 60 + int(s) + int(ms) / 1000 for h, m, s, ms in times]
+    assert clock == sorted(clock)
+    assert all(start < end for start, end in zip(clock[::2], clock[1::2], strict=True))
+    assert all(
+        math.isclose(found, cue.start, abs_tol=0.06)
+        for found, cue in zip(clock[::2], made, strict=True)
+    )
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"words\[1\] 'b' is from 0 to 1"):
+        srt([word("a", 5, 6), word("b", 0, 1)])
+    with pytest.raises(ValueError, match=r"words\[0\]"):
+        vtt([word("a", 0, float("nan"))])
+    with pytest.raises(ValueError, match=r"words\[0\]"):
+        txt([word("a", -1, 1)])
+    with pytest.raises(ValueError, match="line_length must be positive, got 0"):
+        Layout(line_length=0)
+    with pytest.raises(ValueError, match="min_seconds"):
+        Layout(min_seconds=8)
