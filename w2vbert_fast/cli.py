@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from w2vbert_fast import __version__
 from w2vbert_fast._extras import require
+from w2vbert_fast.cli_jobs import JOB_HELP, given_options, register, start, with_job_options
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.transcribe import Pipeline, Transcript
@@ -28,7 +29,10 @@ TRANSCRIBE_HELP = (
     "Print what is said in audio files: for every file its name, the text, the seconds of audio, "
     "and the real-time factor (seconds of processing per second of audio).\n\n"
     "Where the output is not a terminal, these are four columns separated by tabs. A file that "
-    "cannot be read is reported and the others go on; the exit status is then 1."
+    "cannot be read is reported and the others go on; the exit status is then 1.\n\n"
+    "With --out, results go to a folder instead, and the files may also be folders, patterns, "
+    "WebDataset shards (.tar) and manifests (.jsonl, .csv, .tsv, .parquet); the options below it "
+    "are for that. " + JOB_HELP
 )
 DOCTOR_HELP = (
     "Print what is installed, what this machine has, which implementation each operation would use "
@@ -61,6 +65,8 @@ def main() -> None:
 def _build_app() -> Any:
     import typer
 
+    from w2vbert_fast.convert_command import register as register_convert
+    from w2vbert_fast.export_command import register as register_export
     from w2vbert_fast.training.command import register as register_finetune
 
     app = typer.Typer(
@@ -89,7 +95,9 @@ def _build_app() -> Any:
     @app.command(
         "transcribe", short_help="Print what is said in audio files.", help=TRANSCRIBE_HELP
     )
+    @with_job_options
     def transcribe_command(
+        *,
         files: Annotated[
             list[str],
             typer.Argument(
@@ -116,9 +124,54 @@ def _build_app() -> Any:
                 help="Default: the checkpoint's own on a GPU, float32 on a CPU; int8 is for CPUs."
             ),
         ] = None,
+        out: Annotated[
+            str | None,
+            typer.Option(metavar="DIR", help="Folder for results, of a job that can be resumed."),
+        ] = None,
+        timestamps: Annotated[
+            str | None,
+            typer.Option(
+                metavar="none|word|character",
+                help="Times and confidences. Default: word for srt and vtt, else none.",
+            ),
+        ] = None,
+        beam: Annotated[
+            int, typer.Option(help="Hypotheses of the beam search; 0 decodes greedily.")
+        ] = 0,
+        lm: Annotated[
+            str | None, typer.Option(metavar="FILE", help="n-gram model of the beam search.")
+        ] = None,
+        lm_weight: Annotated[float | None, typer.Option(help="Weight of its score.")] = None,
+        word_bonus: Annotated[float | None, typer.Option(help="Score of every word.")] = None,
+        **shared: Any,
     ) -> None:
-        pipeline = _load(model, device, dtype)
-        raise typer.Exit(_transcribe(files, pipeline, as_json))
+        if out is None:
+            own = {
+                "timestamps": timestamps,
+                "beam": beam or None,
+                "lm": lm,
+                "lm_weight": lm_weight,
+                "word_bonus": word_bonus,
+            }
+            for option in given_options(own, shared):
+                raise typer.BadParameter(f"{option} needs --out")
+            pipeline = _load(model, device, dtype)
+            raise typer.Exit(_transcribe(files, pipeline, as_json))
+        if as_json:
+            raise typer.BadParameter("--json is for printing; with --out there is --log-json")
+        if model == "demo":
+            _report(DEMO_NOTICE)
+        options = {
+            "model": model,
+            "device": device,
+            "dtype": None if dtype is None else dtype.value,
+            "timestamps": timestamps,
+            "beam": beam,
+            "lm": lm,
+            "lm_weight": lm_weight,
+            "word_bonus": word_bonus,
+        }
+        raise typer.Exit(start("transcribe", files, out, options, shared, _report, _fail))
 
     @app.command("doctor", short_help="Check what runs here, and how.", help=DOCTOR_HELP)
     def doctor_command(
@@ -126,7 +179,10 @@ def _build_app() -> Any:
     ) -> None:
         raise typer.Exit(_doctor(as_json))
 
+    register(app, _report, _fail, Dtype)
     register_finetune(app, _report, _fail)
+    register_export(app, _report, _fail)
+    register_convert(app, _report, _fail)
     return app
 
 

@@ -1,13 +1,24 @@
-"""Running trained models on recordings: audio in, text out."""
+"""Running trained models on recordings: audio in, text, hidden states or classes out."""
 
 from .audio import Audio, AudioError, load_audio, to_mono_16khz
+from .offline import Classifier, Embedder, Flow, Transcriber
+from .rows import Classification, Embedding, Result, Row, Transcription
 from .transcribe import Pipeline, Transcript, load_pipeline, transcribe
 
 __all__ = [
     "Audio",
     "AudioError",
+    "Classification",
+    "Classifier",
+    "Embedder",
+    "Embedding",
+    "Flow",
     "Pipeline",
+    "Result",
+    "Row",
+    "Transcriber",
     "Transcript",
+    "Transcription",
     "load_audio",
     "load_pipeline",
     "to_mono_16khz",

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import stat
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +32,9 @@ SAMPLING_RATE = 16_000
 MIN_SAMPLES = FRAME_LENGTH + FRAME_SHIFT
 """Samples at 16 kHz in two analysis windows (35 ms): one alone cannot be normalised."""
 
+CONTENT_NAME = "audio"
+"""What messages call a recording that came as bytes."""
+
 _BLOCK_FRAMES = 1 << 20
 _SF_ERR_MALFORMED_FILE = 3
 
@@ -40,6 +45,9 @@ _CHUNK_SIZE = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d
 _SMALLEST_UNKNOWN_SIZE = 0x7FFF_0000
 # Some recorders count the header among the samples.
 _LARGEST_HEADER = 64
+
+_OGG_HEADER = 27  # bytes of a page before the lengths of its segments
+_LONGEST_OGG_PAGE = 1 << 16
 
 # Below this a header is damaged; believing it would turn a small file into hours of samples.
 _LOWEST_RATE = 1_000
@@ -90,14 +98,71 @@ class _Unreadable(Exception):
 
 
 class _Source(NamedTuple):
-    """A file that is being decoded: its sampling rate in Hz and its blocks ``[channels, n]``."""
+    """A file that is being decoded: its sampling rate in Hz, its blocks ``[channels, n]``, and how
+    many samples of each channel were left out in front of them."""
 
     sampling_rate: int
     blocks: Generator[_Samples, None, None]
+    skipped: int = 0
 
 
-def load_audio(path: str | os.PathLike[str], *, sampling_rate: int = SAMPLING_RATE) -> Audio:
-    """Read an audio file as one channel at a given sampling rate.
+@dataclass(frozen=True)
+class _Part:
+    """Which part of a recording is wanted, in seconds; `load_audio` says what the fields mean."""
+
+    offset: float
+    duration: float | None
+    longest: float | None
+
+    def __post_init__(self) -> None:
+        # `not (... >= ...)`, so that NaN is refused.
+        if not (math.isfinite(self.offset) and self.offset >= 0):
+            raise ValueError(f"offset must be seconds of at least 0, got {self.offset}")
+        for name, value in (("duration", self.duration), ("longest", self.longest)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be seconds above 0, got {value}")
+
+    def start(self, rate: int) -> int:
+        """First sample of the part."""
+        return round(self.offset * rate)
+
+    def check_length(self, frames: int, rate: int) -> None:
+        """Refuse a part of so many samples, or more, at `rate`."""
+        if self.longest is not None and frames > self.longest * rate:
+            raise _Unreadable(
+                f"longer than the limit of {self.longest:g} seconds "
+                f"({frames / rate:.0f} seconds or more)"
+            )
+
+    def cut(self, blocks: Iterable[_Samples], rate: int, position: int) -> Iterator[_Samples]:
+        """The part's samples, of blocks that begin at sample `position`."""
+        start = self.start(rate)
+        stop = None if self.duration is None else start + max(1, round(self.duration * rate))
+        for block in blocks:
+            first, position = position, position + block.shape[1]
+            self.check_length(min(position, stop or position) - start, rate)
+            if position > start:
+                yield block[:, max(0, start - first) : None if stop is None else stop - first]
+            if stop is not None and position >= stop:
+                return
+        early = stop is not None and stop - position > _DURATION_TOLERANCE_SECONDS * rate
+        if position > 0 and (early or (start > 0 and position <= start)):
+            end = "" if stop is None else f" to {stop / rate:.2f}"
+            raise _Unreadable(
+                f"ends after {position / rate:.2f} seconds; the part from {self.offset:.2f}{end} "
+                "is not there"
+            )
+
+
+def load_audio(
+    path: str | os.PathLike[str] | bytes,
+    *,
+    sampling_rate: int = SAMPLING_RATE,
+    offset: float = 0.0,
+    duration: float | None = None,
+    longest: float | None = None,
+) -> Audio:
+    """Read an audio file, or a part of it, as one channel at a given sampling rate.
 
     Channels are averaged; integer samples are scaled to -1 ... 1. A file that ends before the
     length its header states is refused rather than read in part; MP3, bare AAC and live streams
@@ -105,30 +170,40 @@ def load_audio(path: str | os.PathLike[str], *, sampling_rate: int = SAMPLING_RA
 
     Args:
         path: the file: anything that libsndfile or FFmpeg reads. The content decides, not the name.
+            Or the content itself, as bytes.
         sampling_rate: samples per second to return.
+        offset: where to begin, in seconds. libsndfile goes there; with FFmpeg all that lies before
+            is decoded.
+        duration: how much to read, in seconds; None: to the end. A recording that ends up to half a
+            second before the part does gives what there is.
+        longest: refuse more than this many seconds, before or while they are decoded; None: no
+            limit but the memory's.
 
     Returns:
-        The samples, float32 ``[num_samples]``, and the length in seconds.
+        The samples, float32 ``[num_samples]``, and the length of what was read in seconds.
 
     Raises:
         AudioError: the file is missing, a folder, not to be opened, empty, not audio, without an
-            audio stream, truncated or damaged, without samples, shorter than 35 ms, or holds NaN or
-            infinite samples.
-        ValueError: ``sampling_rate`` is not positive.
+            stream, truncated or damaged, without samples, shorter than 35 ms, longer than
+            ``longest``, ends before the part that is asked for, or holds NaN or infinite samples.
+        ValueError: ``sampling_rate``, ``duration`` or ``longest`` is not positive, or ``offset``
+            negative.
         ImportError: soundfile, PyAV or soxr is needed and not installed.
     """
     if sampling_rate < 1:
         raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
-    name = os.fspath(path)
+    part = _Part(offset, duration, longest)
+    name = CONTENT_NAME if isinstance(path, bytes) else os.fspath(path)
     try:
-        with _open(name) as file:
-            source = _open_sndfile(file) or _open_ffmpeg(file)
+        with _open_content(path) if isinstance(path, bytes) else _open(name) as file:
+            source = _open_sndfile(file, part) or _open_ffmpeg(file)
             if source.sampling_rate < _LOWEST_RATE:
                 raise _Unreadable(
                     f"states a sampling rate of {source.sampling_rate} Hz, too low for speech"
                 )
             with contextlib.closing(source.blocks) as blocks:
-                samples, frames = _resample(blocks, source.sampling_rate, sampling_rate)
+                wanted = part.cut(blocks, source.sampling_rate, source.skipped)
+                samples, frames = _resample(wanted, source.sampling_rate, sampling_rate)
     except _Unreadable as error:
         raise AudioError(name, str(error)) from error.__cause__
     except OSError as error:
@@ -183,6 +258,12 @@ def to_mono_16khz(array: torch.Tensor | npt.ArrayLike, sampling_rate: int) -> to
     return torch.from_numpy(samples)
 
 
+def _open_content(content: bytes) -> _File:
+    if not content:
+        raise _Unreadable("the file is empty")
+    return io.BytesIO(content)
+
+
 def _open(name: str) -> _File:
     """Open a file for both readers: a descriptor and a seekable object."""
     if "\0" in name:
@@ -231,8 +312,8 @@ def _resample(
     return np.concatenate(parts) if parts else np.zeros(0, np.float32), frames
 
 
-def _open_sndfile(file: _File) -> _Source | None:
-    """Open a file with libsndfile; None when the other reader should have it."""
+def _open_sndfile(file: _File, part: _Part) -> _Source | None:
+    """Open a file with libsndfile, at the part; None when the other reader should have it."""
     soundfile = require("soundfile", "audio")
     start = file.read(3)
     file.seek(0)
@@ -257,10 +338,46 @@ def _open_sndfile(file: _File) -> _Source | None:
         sound.close()
         file.seek(0)
         return None
-    return _Source(sound.samplerate, _sndfile_blocks(sound, soundfile.LibsndfileError))
+    # libsndfile takes a page that is cut off for junk, as it does tags behind the last page.
+    if "Junk after the last page" in sound.extra_info and _ends_within_ogg_page(file):
+        sound.close()
+        raise _Unreadable("truncated: the Ogg stream has no last page")
+    rate: int = sound.samplerate
+    skipped = 0
+    if rate >= _LOWEST_RATE:
+        start = part.start(rate)
+        if part.duration is None:
+            part.check_length(sound.frames - start, rate)
+        # A position behind the end is refused when the blocks are cut.
+        if 0 < start < sound.frames and sound.seekable():
+            with contextlib.suppress(soundfile.LibsndfileError):
+                skipped = sound.seek(start)
+    blocks = _sndfile_blocks(sound, skipped, soundfile.LibsndfileError)
+    return _Source(rate, blocks, skipped)
 
 
-def _sndfile_blocks(sound: Any, decode_error: type[Exception]) -> Generator[_Samples, None, None]:
+def _ends_within_ogg_page(file: _File) -> bool:
+    """Whether the last Ogg page of a file is not all there; the position stays."""
+    if isinstance(file, io.BytesIO):
+        tail = bytes(file.getbuffer()[-_LONGEST_OGG_PAGE:])
+    else:
+        size = os.fstat(file.fileno()).st_size
+        tail = os.pread(file.fileno(), _LONGEST_OGG_PAGE, max(0, size - _LONGEST_OGG_PAGE))
+    start = tail.rfind(b"OggS")
+    if start < 0:
+        return False
+    page = tail[start:]
+    if len(page) < _OGG_HEADER:
+        return True
+    segments = page[_OGG_HEADER - 1]
+    lengths = page[_OGG_HEADER : _OGG_HEADER + segments]
+    return len(page) < _OGG_HEADER + segments + sum(lengths)
+
+
+def _sndfile_blocks(
+    sound: Any, position: int, decode_error: type[Exception]
+) -> Generator[_Samples, None, None]:
+    """Blocks ``[channels, n]`` from a position on, at which the file stands already."""
     with sound:
         log: str = sound.extra_info
         rate: int = sound.samplerate
@@ -270,7 +387,7 @@ def _sndfile_blocks(sound: Any, decode_error: type[Exception]) -> Generator[_Sam
                 raise _Unreadable(f"truncated: {present} of {stated} bytes of samples are there")
         if "lacks an end-of-stream bit" in log:
             raise _Unreadable("truncated: the Ogg stream has no last page")
-        frames = 0
+        frames = position
         while frames < sound.frames:
             try:
                 block = sound.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)

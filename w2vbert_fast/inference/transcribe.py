@@ -144,7 +144,7 @@ def load_pipeline(
             unknown or not there.
     """
     source = DEMO_FOLDER if model == DEMO_MODEL else model
-    where = _find_device(device)
+    where = find_device(device)
     config = Wav2Vec2BertConfig.from_pretrained(source, revision=revision)
     if config.architectures and Wav2Vec2BertForCTC.__name__ not in config.architectures:
         raise ValueError(
@@ -200,21 +200,21 @@ def _transcribe_file(path: str, pipeline: Pipeline) -> Transcript:
     except ValueError as error:
         return Transcript(path, audio_seconds=seconds, error=str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         length = "" if seconds is None else f" for {seconds:.0f} seconds of audio"
         return Transcript(path, audio_seconds=seconds, error=f"not enough memory{length}")
     return Transcript(path, text, seconds, time.perf_counter() - start)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     # PyTorch's CPU allocator raises a bare RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         "can't allocate memory" in str(error)
     )
 
 
-def _find_device(device: torch.device | str | None) -> torch.device:
+def find_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,234 @@
+"""Batches that fill a budget of frames, and what is done when one does not fit into memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from w2vbert_fast.inference.decoding import Loaded
+from w2vbert_fast.inference.long_recordings import Chunk
+from w2vbert_fast.inference.rows import Result
+from w2vbert_fast.inference.transcribe import is_out_of_memory
+from w2vbert_fast.inference.workers import Piece, Task
+
+logger = logging.getLogger(__name__)
+
+USUAL_BUDGET = {"cpu": 2_000, "cuda": 32_000}
+"""Frames of a batch where nothing else is said, by the kind of device."""
+
+_PROBE_SECONDS = 10.0  # of audio in each of the probe's utterances
+_SMALLEST_BUDGET = 1_000
+_LARGEST_BUDGET = {"cpu": 16_000, "cuda": 256_000}
+# A larger budget has to pay: it costs memory, and the end of a window waits for it.
+_WORTH_DOUBLING = 1.05
+_LONGEST_PROBE_SECONDS = 10.0
+
+
+@dataclass
+class _Recording:
+    """A recording of a window on its way through the model."""
+
+    loaded: Loaded
+    chunks: list[Chunk]
+    outputs: list[Any]
+    missing: int
+    failure: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A piece in a batch: the recording's place in the window and the chunk's in the recording."""
+
+    recording: int
+    chunk: int
+    piece: Piece
+
+
+class Batcher:
+    """Runs windows of recordings through a task's model.
+
+    Args:
+        task: the task.
+        frame_budget: encoder frames of a batch, 50 a second; "auto": found by a probe at first use,
+            of some 10 seconds; None: `USUAL_BUDGET`. A single piece that is longer makes a batch of
+            its own.
+
+    Attributes:
+        frame_budget: as a number, once it is known; halved whenever a batch did not fit into
+            memory.
+        seconds: time spent in the model, in seconds.
+        batches: how many batches were run.
+
+    Raises:
+        ValueError: the budget is not positive.
+    """
+
+    def __init__(self, task: Task, frame_budget: int | str | None = None) -> None:
+        checked_budget(frame_budget)
+        self.task = task
+        self.probes = frame_budget == "auto"
+        self.frame_budget = frame_budget if isinstance(frame_budget, int) else None
+        self.seconds = 0.0
+        self.batches = 0
+
+    def prepare(self) -> int:
+        """Load the model and find the budget, where that has not been done; the budget."""
+        self.task.load()
+        if self.frame_budget is None:
+            device = next(self.task.network.parameters()).device
+            usual = USUAL_BUDGET.get(device.type, USUAL_BUDGET["cuda"])
+            self.frame_budget = probe(self.task) if self.probes else usual
+        return self.frame_budget
+
+    def run(self, window: Sequence[Loaded]) -> Iterator[Result]:
+        """Results of a window's rows, as they finish; every row has one.
+
+        Raises:
+            RuntimeError: the model failed for another reason than memory.
+        """
+        budget = self.prepare()
+        recordings: list[_Recording | None] = []
+        units: list[_Unit] = []
+        for place, loaded in enumerate(window):
+            if loaded.samples is None:
+                recordings.append(None)
+                yield self.task.failed(loaded, loaded.error_type or "Error", loaded.error or "")
+                continue
+            chunks = self.task.chunks(loaded.samples)
+            recordings.append(_Recording(loaded, chunks, [None] * len(chunks), len(chunks)))
+            for number, chunk in enumerate(chunks):
+                piece = Piece(loaded.samples[chunk.start : chunk.end], len(chunks) == 1)
+                units.append(_Unit(place, number, piece))
+        # The longest first: what does not fit into memory shows at once.
+        units.sort(key=lambda unit: unit.piece.samples.numel(), reverse=True)
+        batches = self._batches(units, budget)
+        while batches:
+            batch = batches.pop()
+            outcome = self._attempt(batch)
+            if isinstance(outcome, Exception) and len(batch) > 1:
+                if is_out_of_memory(outcome):
+                    self._halve(batch)
+                    rest = [unit for later in reversed(batches) for unit in later]
+                    batches = self._batches([*batch, *rest], self.prepare())
+                else:
+                    batches += [[unit] for unit in reversed(batch)]
+                continue
+            outputs = [None] if isinstance(outcome, Exception) else outcome
+            for unit, output in zip(batch, outputs, strict=True):
+                recording = recordings[unit.recording]
+                assert recording is not None
+                recording.outputs[unit.chunk] = output
+                recording.missing -= 1
+                if isinstance(outcome, Exception) and recording.failure is None:
+                    recording.failure = _describe(outcome, recording.loaded)
+                if recording.missing == 0:
+                    recordings[unit.recording] = None
+                    yield self._finish(recording)
+
+    def _batches(self, units: Sequence[_Unit], budget: int) -> list[list[_Unit]]:
+        """Batches in the order of the units, the first one last."""
+        batches: list[list[_Unit]] = []
+        room = -1
+        for unit in units:
+            frames = self._frames(unit)
+            if frames > room:
+                batches.append([])
+                room = budget
+            batches[-1].append(unit)
+            room -= frames
+        return batches[::-1]
+
+    def _frames(self, unit: _Unit) -> int:
+        return unit.piece.samples.numel() // self.task.samples_per_frame + 1
+
+    def _attempt(self, batch: Sequence[_Unit]) -> list[Any] | Exception:
+        """What the model makes of a batch; the error of one that has to be run in parts."""
+        start = time.perf_counter()
+        try:
+            outputs = self.task.run([unit.piece for unit in batch])
+        except (MemoryError, RuntimeError, ValueError) as error:
+            if not (isinstance(error, ValueError) or is_out_of_memory(error)):
+                raise
+            # The traceback holds the batch's tensors.
+            return error.with_traceback(None)
+        self.batches += 1
+        self.seconds += time.perf_counter() - start
+        return outputs
+
+    def _halve(self, batch: Sequence[_Unit]) -> None:
+        assert self.frame_budget is not None
+        frames = sum(map(self._frames, batch))
+        self.frame_budget = min(self.frame_budget, frames // 2)
+        logger.warning(
+            "out of memory with %d frames; batches have up to %d from now on",
+            frames,
+            self.frame_budget,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _finish(self, recording: _Recording) -> Result:
+        loaded = recording.loaded
+        if recording.failure is not None:
+            return self.task.failed(loaded, *recording.failure)
+        try:
+            return self.task.finish(loaded, recording.chunks, recording.outputs)
+        except ValueError as error:
+            return self.task.failed(loaded, "ValueError", str(error))
+
+
+def checked_budget(frame_budget: int | str | None) -> None:
+    """Raise ValueError for a frame budget that is none."""
+    if frame_budget is None or frame_budget == "auto":
+        return
+    if isinstance(frame_budget, str | bool) or frame_budget < 1:
+        raise ValueError(f"frame_budget must be at least 1, 'auto' or None, got {frame_budget!r}")
+
+
+def _describe(error: Exception, loaded: Loaded) -> tuple[str, str]:
+    if is_out_of_memory(error):
+        return "OutOfMemoryError", f"not enough memory for {loaded.seconds:.0f} seconds of audio"
+    return type(error).__name__, str(error)
+
+
+def probe(task: Task) -> int:
+    """Find a frame budget: doubled while that is faster and fits into memory.
+
+    Runs noise through the model, for some 10 seconds at most.
+    """
+    device = next(task.network.parameters()).device
+    largest = _LARGEST_BUDGET.get(device.type, _LARGEST_BUDGET["cuda"])
+    count = round(_PROBE_SECONDS * task.extractor.sampling_rate)
+    noise = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.1
+    frames = count // task.samples_per_frame
+    best, best_rate = _SMALLEST_BUDGET, 0.0
+    budget = _SMALLEST_BUDGET
+    start = time.perf_counter()
+    while budget <= largest and time.perf_counter() - start < _LONGEST_PROBE_SECONDS:
+        pieces = [Piece(noise)] * max(1, budget // frames)
+        try:
+            # The first run warms up: allocations, kernels that are made when they are needed.
+            seconds = min(_timed(task, pieces) for _ in range(2))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        rate = len(pieces) * frames / seconds
+        if rate < _WORTH_DOUBLING * best_rate:
+            break
+        best, best_rate = budget, rate
+        budget *= 2
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return best
+
+
+def _timed(task: Task, pieces: Sequence[Piece]) -> float:
+    start = time.perf_counter()
+    task.run(pieces)  # The results are on the CPU: the device has finished.
+    return time.perf_counter() - start

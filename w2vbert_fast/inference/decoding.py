@@ -1,0 +1,267 @@
+"""Rows to waveforms, in threads that stay a bounded way ahead of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from w2vbert_fast.inference.audio import AudioError, load_audio, to_mono_16khz
+from w2vbert_fast.inference.rows import Row
+from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
+
+_ANNOUNCED_BYTES = 16 << 20
+_FEW_CPUS = 8
+
+LONGEST_SECONDS = 4 * 3600.0
+"""Longest recording that is read unless another limit is set: 0.9 GB of samples."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A row whose audio was read, or could not be.
+
+    Attributes:
+        row: the row.
+        samples: float32 `[num_samples]` on the CPU; None after an error.
+        seconds: length of the audio; None after an error.
+        error_type: kind of the error; None: none.
+        error: what is wrong; None: nothing.
+    """
+
+    row: Row
+    samples: Tensor | None = None
+    seconds: float | None = None
+    error_type: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Reads the audio of rows. Whatever is wrong with a row becomes an error of this row.
+
+    Attributes:
+        sampling_rate: samples per second that the model reads.
+        longest: recordings, or parts, of more seconds are errors.
+    """
+
+    sampling_rate: int = 16_000
+    longest: float = LONGEST_SECONDS
+
+    def __call__(self, row: Row) -> Loaded:
+        """Read a row.
+
+        Raises:
+            ImportError: a package of the ``audio`` extra is needed and not installed.
+        """
+        if row.problem is not None:
+            return Loaded(row, error_type="ManifestError", error=row.problem)
+        try:
+            samples, seconds = self._read(row)
+        except ImportError:
+            raise
+        except AudioError as error:
+            # What the operating system said tells more than that it is no audio.
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            return Loaded(row, error_type=type(cause).__name__, error=error.reason)
+        except MemoryError:
+            return Loaded(row, error_type="MemoryError", error="not enough memory to read it")
+        except Exception as error:  # A row costs itself and never the job, whatever its bytes do.
+            kind = type(error).__name__
+            return Loaded(row, error_type=kind, error=str(error) or kind)
+        return Loaded(row, samples, seconds)
+
+    def _read(self, row: Row) -> tuple[Tensor, float]:
+        if row.sampling_rate is None:
+            return load_audio(
+                row.audio,
+                sampling_rate=self.sampling_rate,
+                offset=row.offset,
+                duration=row.duration,
+                longest=self.longest,
+            )
+        samples = to_mono_16khz(row.audio, row.sampling_rate)
+        if samples.numel() < FRAME_LENGTH + FRAME_SHIFT:
+            raise AudioError(row.name, "too short: two analysis windows, 35 ms, are needed")
+        return samples, row.audio.shape[-1] / row.sampling_rate
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return count or 1
+
+
+def default_workers() -> int:
+    """Threads that decode: the CPUs that this process may use, at most 8."""
+    return min(8, usable_cpus())
+
+
+def overlaps(device_type: str) -> bool:
+    """Whether decoding runs beside a model on a kind of device.
+
+    On few CPUs it does not: a model's threads wait for each other at every operation, so one CPU
+    that is taken away for a moment costs all of them that moment.
+    """
+    return device_type != "cpu" or usable_cpus() > _FEW_CPUS
+
+
+class ReadAhead:
+    """Iterates over rows with their audio, in order, while threads decode what comes next.
+
+    The rows ahead are bounded in number and, to within a recording a thread, in seconds of audio.
+    Files ahead are announced to the operating system, which reads them meanwhile. What goes wrong
+    with the iterator of rows is raised in the order in which it happened.
+
+    Args:
+        rows: taken in a thread of its own.
+        decode: called in `workers` threads.
+        workers: number of threads that decode.
+        max_rows: rows ahead.
+        max_seconds: seconds of audio ahead.
+        overlap: decode at any time; False: only while somebody waits for a row, because all of the
+            CPUs have other work in between.
+    """
+
+    def __init__(
+        self,
+        rows: Iterator[Row],
+        decode: Decoder,
+        workers: int,
+        max_rows: int,
+        max_seconds: float,
+        *,
+        overlap: bool = True,
+    ) -> None:
+        self._rows = rows
+        self._decode = decode
+        self._pool = ThreadPoolExecutor(workers, "decode")
+        self._max_rows = max_rows
+        self._max_seconds = max_seconds
+        self._overlap = overlap
+        self._waiting = False
+        self._changed = threading.Condition()
+        self._pending: deque[Future[Loaded]] = deque()
+        self._taken = 0  # rows that were taken
+        self._submitted = 0
+        self._seconds = 0.0  # decoded and not yet taken
+        self._ended = False  # there are no more rows
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._feeder = threading.Thread(target=self._feed, name="rows", daemon=True)
+        self._feeder.start()
+
+    def wait(self, waiting: bool) -> None:
+        """Say whether somebody waits for rows now; without `overlap`, else nothing is decoded."""
+        with self._changed:
+            self._waiting = waiting
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Loaded]:
+        while True:
+            with self._changed:
+                while not self._pending and not self._ended:
+                    self._changed.wait()
+                if not self._pending:
+                    if self._failure is not None:
+                        raise self._failure
+                    return
+                future = self._pending[0]
+            loaded = future.result()
+            with self._changed:
+                self._pending.popleft()
+                self._taken += 1
+                self._seconds -= loaded.seconds or 0.0
+                self._changed.notify_all()
+            yield loaded
+
+    def close(self) -> None:
+        """End the threads; what they are decoding is finished and thrown away."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _may_decode(self, number: int) -> bool:
+        """Whether it is a row's turn. That of the next one always comes, or nobody would go on."""
+        if not (self._overlap or self._waiting):
+            return False
+        return number == self._taken or self._seconds < self._max_seconds
+
+    def _feed(self) -> None:
+        try:
+            for row in self._rows:
+                announce(row)
+                with self._changed:
+                    while len(self._pending) >= self._max_rows and not self._closed:
+                        self._changed.wait()
+                    if self._closed:
+                        return
+                    future = self._pool.submit(self._load, row, self._submitted)
+                    self._submitted += 1
+                    self._pending.append(future)
+                    self._changed.notify_all()
+        except BaseException as error:  # It belongs to the thread that takes the rows.
+            self._failure = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _load(self, row: Row, number: int) -> Loaded:
+        with self._changed:
+            while not self._closed and not self._may_decode(number):
+                self._changed.wait()
+            if self._closed:
+                return Loaded(row)  # nobody will look at it
+        loaded = self._decode(row)
+        with self._changed:
+            self._seconds += loaded.seconds or 0.0
+            self._changed.notify_all()
+        return loaded
+
+
+def announce(row: Row) -> None:
+    """Have the operating system read a row's file, if it can, before it is decoded."""
+    if row.offset > 0 or not isinstance(row.audio, str) or not hasattr(os, "posix_fadvise"):
+        return
+    # Whatever is wrong with the file shows, and counts, when it is decoded.
+    with contextlib.suppress(OSError, ValueError):
+        # A pipe must not be opened twice.
+        if not stat.S_ISREG(os.stat(row.audio).st_mode):
+            return
+        file = os.open(row.audio, os.O_RDONLY)
+        try:
+            os.posix_fadvise(file, 0, _ANNOUNCED_BYTES, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
+
+
+def windows(loaded: Iterator[Loaded], max_rows: int, max_seconds: float) -> Iterator[list[Loaded]]:
+    """Successive rows, as many as are batched together.
+
+    Where a window ends depends on the rows in it alone, so that a job that was stopped after a
+    window makes the same ones, and the same batches, again.
+
+    Args:
+        loaded: rows in order.
+        max_rows: rows of a window.
+        max_seconds: a window ends with the row that reaches so many seconds of audio.
+    """
+    window: list[Loaded] = []
+    seconds = 0.0
+    for item in loaded:
+        window.append(item)
+        seconds += item.seconds or 0.0
+        if len(window) >= max_rows or seconds >= max_seconds:
+            yield window
+            window, seconds = [], 0.0
+    if window:
+        yield window

@@ -1,0 +1,420 @@
+"""The tasks of offline inference: transcribing, embedding, classifying."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from w2vbert_fast import models
+from w2vbert_fast.features import SeamlessM4TFeatureExtractor
+from w2vbert_fast.inference.decoding import Loaded
+from w2vbert_fast.inference.long_recordings import Chunk, merge
+from w2vbert_fast.inference.rows import Classification, Embedding, Segment, Transcription
+from w2vbert_fast.inference.transcribe import Pipeline, find_device, load_pipeline
+from w2vbert_fast.inference.workers import (
+    Piece,
+    Task,
+    file_digest,
+    head_of,
+    identity,
+    source_of,
+)
+from w2vbert_fast.ops import greedy_decode
+
+if TYPE_CHECKING:
+    from w2vbert_fast.inference.timestamps import Delay
+
+_log = logging.getLogger(__name__)
+
+TIMESTAMPS = ("none", "word", "character")
+CLASSIFIERS = (
+    "Wav2Vec2BertForSequenceClassification",
+    "Wav2Vec2BertForAudioFrameClassification",
+    "Wav2Vec2BertForXVector",
+)
+
+
+@dataclass
+class Transcribe(Task):
+    """Speech to text.
+
+    Attributes:
+        timestamps: "none", "word" or "character". Times are corrected by the model's emission
+            delay, which is measured on the samples that ship with the package (`measure_delay`).
+        beam: hypotheses kept by the beam search; 0 decodes greedily.
+        lm: n-gram language model of the beam search, ARPA or KenLM.
+        lm_weight: weight of its score; None: the decoder's own.
+        word_bonus: added to the score for every word; None: the decoder's own.
+    """
+
+    timestamps: str = "none"
+    beam: int = 0
+    lm: str | os.PathLike[str] | None = None
+    lm_weight: float | None = None
+    word_bonus: float | None = None
+
+    name = "transcribe"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timestamps not in TIMESTAMPS:
+            raise ValueError(f"timestamps must be {', '.join(TIMESTAMPS)}, got {self.timestamps!r}")
+        if self.beam < 0:
+            raise ValueError(f"beam must be at least 0, got {self.beam}")
+        for name in ("lm", "lm_weight", "word_bonus"):
+            if self.beam == 0 and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs a beam search; set beam, for example to 100")
+        self._pipeline: Pipeline | None = None
+        self._decoder: Any = None
+        self._delay: Delay | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _pipeline=None, _decoder=None, _delay=None)
+
+    @property
+    def delay(self) -> Delay:
+        """How late the model emits characters; measured when times are first asked for."""
+        if self._delay is None:
+            from w2vbert_fast.inference.timestamps import Delay, measure_delay
+
+            try:
+                self._delay = measure_delay(self.network, self.pipeline.processor)
+            except (ImportError, ValueError) as error:
+                _log.warning("times are as the model emits, its delay is unknown: %s", error)
+                self._delay = Delay()
+        return self._delay
+
+    def load(self) -> None:
+        if self._pipeline is not None:
+            return
+        pipeline = load_pipeline(
+            self.model, revision=self.revision, device=self.device, dtype=self.dtype
+        )
+        if self.beam > 0:
+            from w2vbert_fast.inference.beam import BeamDecoder
+
+            given: dict[str, Any] = {"lm_weight": self.lm_weight, "word_bonus": self.word_bonus}
+            self._decoder = BeamDecoder(
+                pipeline.processor.tokenizer,
+                None if self.lm is None else os.fspath(self.lm),
+                beam_width=self.beam,
+                **{name: value for name, value in given.items() if value is not None},
+            )
+        self._pipeline = pipeline
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Model and processor, loaded."""
+        self.load()
+        assert self._pipeline is not None
+        return self._pipeline
+
+    @property
+    def extractor(self) -> SeamlessM4TFeatureExtractor:
+        return self.pipeline.processor.feature_extractor
+
+    @property
+    def network(self) -> models.Wav2Vec2BertForCTC:
+        return self.pipeline.model
+
+    def run(self, pieces: Sequence[Piece]) -> list[Any]:
+        """Token ids of pieces that need no more, else log-probabilities `[frames, vocab]`."""
+        features, mask = self.features(pieces)
+        blank = self.pipeline.blank
+        frames_wanted = self.beam > 0 or self.timestamps != "none"
+        with torch.inference_mode():
+            logits = self.network(features, attention_mask=mask).logits
+            lengths = self.network.valid_lengths(mask)
+            if not frames_wanted and all(piece.whole for piece in pieces):
+                return greedy_decode(logits, lengths, blank=blank)
+            log_probs = logits.log_softmax(-1, dtype=torch.float32)
+        counts = lengths.tolist()
+        # Copies, because a view would keep the batch's padding in memory.
+        return [row[:n].cpu().clone() for row, n in zip(log_probs, counts, strict=True)]
+
+    def finish(
+        self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]
+    ) -> Transcription:
+        tokenizer = self.pipeline.processor.tokenizer
+        if not isinstance(outputs[0], Tensor):
+            spoken = str(tokenizer.decode(outputs[0], group_tokens=False))
+            return Transcription(**identity(loaded), text=spoken)
+        from w2vbert_fast.inference.timestamps import frame_seconds, word_timestamps
+
+        seconds = frame_seconds(self.network.config)
+        log_probs = outputs[0]
+        if len(outputs) > 1:
+            log_probs = merge(
+                outputs,
+                chunks,
+                seconds,
+                blank=self.pipeline.blank,
+                delimiter=tokenizer.word_delimiter_token_id,
+            )
+        text: str | None = None
+        if self.beam > 0:
+            text = self._decoder.decode(log_probs).text
+        words = None
+        if self.timestamps != "none":
+            # Of a beam search's text, the best way to say it.
+            aligned = word_timestamps(
+                log_probs,
+                tokenizer,
+                seconds,
+                loaded.row.offset,
+                text=text or None,
+                delay=self.delay,
+            )
+            if self.timestamps == "word":
+                aligned = [type(w)(w.text, w.start, w.end, w.confidence, []) for w in aligned]
+            words = tuple(aligned)
+        if text is None:
+            text = str(tokenizer.decode(log_probs.argmax(-1).tolist()))
+        if len(outputs) > 1:
+            # Where chunks meet, both may end or begin with a word delimiter.
+            text = " ".join(text.split())
+        return Transcription(**identity(loaded), text=text, words=words)
+
+    def failed(self, loaded: Loaded, error_type: str, error: str) -> Transcription:
+        return Transcription(**identity(loaded), error_type=error_type, error=error)
+
+    def options(self) -> dict[str, Any]:
+        return {
+            **self.common_options(),
+            "timestamps": self.timestamps,
+            "beam": self.beam,
+            "lm": None if self.lm is None else file_digest(Path(self.lm)),
+            "lm_weight": self.lm_weight,
+            "word_bonus": self.word_bonus,
+        }
+
+
+@dataclass
+class _Encoding(Task):
+    """A model that is no CTC model, with its feature extractor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._network: models.Wav2Vec2BertPreTrainedModel | None = None
+        self._extractor: SeamlessM4TFeatureExtractor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _network=None, _extractor=None)
+
+    def class_name(self) -> str:
+        """The class to load."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        if self._network is not None:
+            return
+        source = source_of(self.model)
+        device = find_device(self.device)
+        dtype = self.dtype or ("float32" if device.type == "cpu" else None)
+        self._extractor = SeamlessM4TFeatureExtractor.from_pretrained(
+            source, revision=self.revision
+        )
+        network: models.Wav2Vec2BertPreTrainedModel = getattr(
+            models, self.class_name()
+        ).from_pretrained(
+            source, revision=self.revision, dtype=dtype, device=device, use_fast_kernels=True
+        )
+        self.check(network)
+        self._network = network
+
+    def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
+        """Raise ValueError for options that do not fit the model."""
+
+    @property
+    def extractor(self) -> SeamlessM4TFeatureExtractor:
+        self.load()
+        assert self._extractor is not None
+        return self._extractor
+
+    @property
+    def network(self) -> models.Wav2Vec2BertPreTrainedModel:
+        self.load()
+        assert self._network is not None
+        return self._network
+
+
+@dataclass
+class Embed(_Encoding):
+    """Hidden states.
+
+    Attributes:
+        layer: index into `hidden_states`; -1: the last.
+        stats: file of mean and variance, such as `wav2vec2bert_stats.pt`, or a mapping.
+        pool: "mean" or "none".
+        embedding_dtype: "float32" or "float16", of the result.
+    """
+
+    layer: int = -1
+    stats: str | os.PathLike[str] | dict[str, Tensor] | None = None
+    pool: str = "none"
+    embedding_dtype: str = "float32"
+
+    name = "embed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool not in ("mean", "none"):
+            raise ValueError(f"pool must be 'mean' or 'none', got {self.pool!r}")
+        if self.embedding_dtype not in ("float32", "float16"):
+            raise ValueError(
+                f"embedding_dtype must be 'float32' or 'float16', got {self.embedding_dtype!r}"
+            )
+        self._stats: dict[str, Tensor] | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers in a frame's hidden state."""
+        width: int = self.network.config.hidden_size
+        return width
+
+    def class_name(self) -> str:
+        return "Wav2Vec2BertModel"
+
+    def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
+        count = network.config.num_hidden_layers
+        if not -count - 1 <= self.layer <= count:
+            raise ValueError(
+                f"layer is {self.layer}; a model of {count} layers has hidden states 0 to {count}"
+            )
+        self._stats = None
+        if self.stats is not None:
+            from w2vbert_fast.models.pooling import checked_statistics
+
+            found = self.stats
+            if not isinstance(found, dict):
+                found = torch.load(found, map_location="cpu", weights_only=True)
+            mean, variance = checked_statistics(found, network.config.hidden_size)
+            device = next(network.parameters()).device
+            self._stats = {"mean": mean.to(device), "var": variance.to(device)}
+
+    def run(self, pieces: Sequence[Piece]) -> list[Any]:
+        """`[frames, hidden_size]` each; pooled already where a piece is the whole recording."""
+        features, mask = self.features(pieces)
+        pooled = self.pool == "mean" and all(piece.whole for piece in pieces)
+        network = self.network
+        assert isinstance(network, models.Wav2Vec2BertModel)
+        with torch.inference_mode():
+            states = network.encode(
+                features,
+                mask,
+                layer=self.layer,
+                stats=self._stats,
+                pool="mean" if pooled else None,
+            )
+        kind = getattr(torch, self.embedding_dtype)
+        if pooled:
+            return list(states.to(kind).cpu().clone().unbind(0))
+        if self.pool == "none":
+            states = states.to(kind)
+        counts = mask.sum(1).tolist()
+        return [row[:n].cpu().clone() for row, n in zip(states, counts, strict=True)]
+
+    def finish(self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]) -> Embedding:
+        embedding = outputs[0]
+        if embedding.dim() == 2:
+            parts = [self.kept_frames(c, x) for c, x in zip(chunks, outputs, strict=True)]
+            embedding = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if self.pool == "mean":
+                embedding = embedding.float().mean(0).to(getattr(torch, self.embedding_dtype))
+        return Embedding(**identity(loaded), embedding=embedding)
+
+    def failed(self, loaded: Loaded, error_type: str, error: str) -> Embedding:
+        return Embedding(**identity(loaded), error_type=error_type, error=error)
+
+    def options(self) -> dict[str, Any]:
+        stats: Any = self.stats
+        if isinstance(stats, dict):
+            stats = {name: value.tolist() for name, value in stats.items()}
+        elif stats is not None:
+            stats = file_digest(Path(stats))
+        return {
+            **self.common_options(),
+            "layer": self.layer,
+            "stats": stats,
+            "pool": self.pool,
+            "embedding_dtype": self.embedding_dtype,
+        }
+
+
+@dataclass
+class Classify(_Encoding):
+    """The classes of a recording or of its frames, or a speaker's x-vector, by the model's head.
+
+    Of a recording in chunks, a sequence classifier's logits are the mean over all frames, as they
+    would be for the whole; x-vectors are averaged by the chunks' lengths.
+    """
+
+    name = "classify"
+
+    def class_name(self) -> str:
+        head = head_of(self.model, self.revision)
+        if head not in CLASSIFIERS:
+            raise ValueError(
+                f"model {os.fspath(self.model)!r} is a checkpoint of {head}; classifying needs "
+                f"one of {', '.join(CLASSIFIERS)}"
+            )
+        return head
+
+    def run(self, pieces: Sequence[Piece]) -> list[Any]:
+        """Logits `[num_labels]` or `[frames, num_labels]`, or embeddings, float32."""
+        features, mask = self.features(pieces)
+        network = self.network
+        with torch.inference_mode():
+            output = network(features, attention_mask=mask)
+        if isinstance(network, models.Wav2Vec2BertForXVector):
+            return list(output.embeddings.float().cpu().clone().unbind(0))
+        logits = output.logits.float().cpu()
+        if logits.dim() == 2:
+            return list(logits.clone().unbind(0))
+        counts = mask.sum(1).tolist()
+        return [row[:n].clone() for row, n in zip(logits, counts, strict=True)]
+
+    def finish(
+        self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]
+    ) -> Classification:
+        network = self.network
+        labels: dict[int, str] = network.config.id2label
+        if isinstance(network, models.Wav2Vec2BertForAudioFrameClassification):
+            kept = [self.kept_frames(c, x) for c, x in zip(chunks, outputs, strict=True)]
+            segments = self._segments(torch.cat(kept).softmax(-1), labels, loaded.row.offset)
+            return Classification(**identity(loaded), segments=segments)
+        weights = torch.tensor([float(chunk.keep_end - chunk.keep_start) for chunk in chunks])
+        mean = (torch.stack(list(outputs)) * (weights / weights.sum())[:, None]).sum(0)
+        if isinstance(network, models.Wav2Vec2BertForXVector):
+            return Classification(**identity(loaded), embedding=mean)
+        scores = {labels[i]: round(p, 6) for i, p in enumerate(mean.softmax(0).tolist())}
+        label = labels[int(mean.argmax())]
+        return Classification(**identity(loaded), label=label, scores=scores)
+
+    def _segments(
+        self, scores: Tensor, labels: dict[int, str], offset: float
+    ) -> tuple[Segment, ...]:
+        step = self.samples_per_frame / self.extractor.sampling_rate
+        best = scores.argmax(1).tolist()
+        found: list[Segment] = []
+        for _, group in groupby(range(len(best)), key=best.__getitem__):
+            frames = list(group)
+            first, last, label = frames[0], frames[-1], best[frames[0]]
+            score = float(scores[first : last + 1, label].mean())
+            start, end = offset + first * step, offset + (last + 1) * step
+            found.append(Segment(round(start, 4), round(end, 4), labels[label], round(score, 6)))
+        return tuple(found)
+
+    def failed(self, loaded: Loaded, error_type: str, error: str) -> Classification:
+        return Classification(**identity(loaded), error_type=error_type, error=error)
+
+    def options(self) -> dict[str, Any]:
+        return self.common_options()
