@@ -1,0 +1,450 @@
+"""transformers' own Wav2Vec2-BERT models on our operations, in place.
+
+    from w2vbert_fast.integrations.transformers import accelerate
+
+    model = AutoModelForCTC.from_pretrained("hf-audio/wav2vec2-bert-CV16-en")
+    accelerate(model)
+
+`accelerate` gives the encoders in a model, their layers and their adapters another class: a
+subclass of their own with another `forward`. Nothing else changes: the parameters, the state dict,
+the names, and every other instance of the class stay as they are. docs/transformers.md has what
+works, what runs transformers' own code, and what differs.
+
+The subclasses carry the names that they have in transformers, and are attributes of this module, so
+that pickles find them. transformers is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import PackedBatch
+from ._conformer import (
+    Run,
+    adapter_obstacle,
+    capturing,
+    has_global_hooks,
+    is_watched,
+    layer_obstacle,
+    run_adapter,
+    unpack_held,
+)
+
+if TYPE_CHECKING:
+    FastSeamlessM4TFeatureExtractor: Any
+
+logger = logging.getLogger(__name__)
+
+OLDEST, NEWEST = "4.37", "5.23"
+"""The oldest and the newest minor version of transformers that `accelerate` knows."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How transformers names the classes of one model."""
+
+    module: str
+    prefix: str
+    layerdrop: str  # the field of the configuration
+
+    def reference(self, part: str) -> type[Any]:
+        module = importlib.import_module(f"transformers.models.{self.module}")
+        found: type[Any] = getattr(module, f"{self.prefix}{part}")
+        return found
+
+
+_FAMILIES = (
+    _Family("wav2vec2_bert.modeling_wav2vec2_bert", "Wav2Vec2Bert", "layerdrop"),
+    _Family(
+        "seamless_m4t_v2.modeling_seamless_m4t_v2",
+        "SeamlessM4Tv2Conformer",
+        "speech_encoder_layerdrop",
+    ),
+)
+
+
+def accelerate(model: _Module) -> _Module:
+    """Make the Wav2Vec2-BERT encoders in a model run on our operations, in place.
+
+    Every `Wav2Vec2BertEncoder` and `SeamlessM4Tv2ConformerEncoder` of transformers that the model
+    contains, at any depth, and the adapters behind them. What stands in front of them and behind
+    (feature projection, heads, decoders) stays as it is. The parameters are the same objects; LoRA
+    and other adapters may be put in before or after. A call that asks for what our code cannot do
+    (attention maps, ...) runs transformers' code, which the log says once for each reason.
+
+    In a padded batch an utterance gets the answer that it gets alone. Padded frames are zero in
+    `hidden_states` and repeat the utterance's last frame in `last_hidden_state`, so that a greedy
+    CTC decoder finds nothing in them (transformers leaves there, and lets the adapter read,
+    whatever the arithmetic gives).
+
+    Args:
+        model: any module. Nothing happens to encoders that are accelerated already.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+        ValueError: there is no such encoder in it, or one has a `forward` of its own.
+        ImportError: the version of transformers is not one that this was made for.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__qualname__}; it must be a torch.nn.Module")
+    _check_version()
+    fast = {kind._w2vbert_reference: kind for kind in _fast_classes().values()}
+    found = [module for module in model.modules() if type(module) in fast]
+    done = any(isinstance(module, _FastEncoder) for module in model.modules())
+    if not done and not any(issubclass(fast[type(module)], _FastEncoder) for module in found):
+        raise ValueError(_nothing_found(model, tuple(fast)))
+    for module in found:
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"a {type(module).__name__} in model has a forward of its own (an offloading "
+                "library's, for instance), behind which it cannot be accelerated; call "
+                "accelerate() first"
+            )
+    for module in found:
+        module.__class__ = fast[type(module)]
+    return model
+
+
+def restore(model: _Module) -> _Module:
+    """Undo `accelerate`, in place; the parameters keep their values.
+
+    Args:
+        model: any module. Nothing happens where nothing was accelerated.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__qualname__}; it must be a torch.nn.Module")
+    for module in model.modules():
+        if isinstance(module, _Fast) and module._w2vbert_own:
+            module.__class__ = module._w2vbert_reference
+    return model
+
+
+def _nothing_found(model: nn.Module, references: tuple[type, ...]) -> str:
+    subclasses = sorted(
+        {
+            type(module).__qualname__
+            for module in model.modules()
+            if isinstance(module, references) and type(module) not in references
+        }
+    )
+    hint = (
+        f"; {', '.join(subclasses)} derive from transformers' classes with code of their own, "
+        "which cannot be replaced"
+        if subclasses
+        else ""
+    )
+    return (
+        f"model is {type(model).__qualname__}, which contains no Wav2Vec2BertEncoder and no "
+        f"SeamlessM4Tv2ConformerEncoder of transformers{hint}"
+    )
+
+
+def _check_version() -> None:
+    transformers = importlib.import_module("transformers")
+    version = transformers.__version__
+
+    def number(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(".")[:2])
+
+    if not number(OLDEST) <= number(version) <= number(NEWEST):
+        raise ImportError(
+            f"transformers {version} is installed; accelerate() was made for {OLDEST} to {NEWEST}. "
+            "w2vbert_fast's own models need no transformers"
+        )
+
+
+class _Fast:
+    """Base of the subclasses that `accelerate` gives to modules.
+
+    Attributes:
+        _w2vbert_reference: transformers' class.
+        _w2vbert_parts: transformers' classes of the parts, by the names of `layer_obstacle`.
+        _w2vbert_family: where the classes come from.
+        _w2vbert_legacy: whether encoder and layers take and return what transformers 4 does:
+            tuples, with hidden states and attention maps by arguments.
+        _w2vbert_output: transformers' `BaseModelOutput`.
+        _w2vbert_uncompiled: what `forward` runs, for a compiler to leave as it is.
+    """
+
+    _w2vbert_reference: type[Any]
+    _w2vbert_parts: dict[str, type[nn.Module]]
+    _w2vbert_family: _Family
+    _w2vbert_legacy: bool
+    _w2vbert_output: type[Any]
+    _w2vbert_uncompiled: Any
+
+    @property
+    def _w2vbert_own(self) -> bool:
+        """Whether the class is ours, and not made of it by somebody (FSDP)."""
+        return type(self) in _fast_classes().values()
+
+
+class _FastEncoder(_Fast):
+    training: bool
+    config: Any
+    layers: Any
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers' encoder: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T, C]`."""
+        if attention_mask is not None and torch.compiler.is_compiling():
+            # The lengths decide how much is computed: this is no part of a compiled graph.
+            return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
+        return _encode(self, hidden_states, attention_mask, args, kwargs)
+
+
+def _encode(
+    encoder: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    options = dict(
+        zip(("output_attentions", "output_hidden_states", "return_dict"), args, strict=False)
+    )
+    options.update(kwargs)
+    layout, reason = _encoder_layout(encoder, hidden_states, attention_mask, options)
+    if layout is None:
+        _say_once(encoder, reason)
+        return encoder._w2vbert_reference.forward(
+            encoder, hidden_states, attention_mask, *args, **kwargs
+        )
+    keep = bool(encoder._w2vbert_legacy and options.get("output_hidden_states"))
+    output, kept = _run_layers(encoder, hidden_states, layout, keep)
+    if "layer_norm" in encoder._modules:  # SeamlessM4T v2
+        output = encoder.layer_norm(output)
+        if not encoder._w2vbert_legacy:
+            return output
+    hidden = (*kept, output) if keep else None
+    if encoder._w2vbert_legacy and not options.get("return_dict", True):
+        return (output,) if hidden is None else (output, hidden)
+    return encoder._w2vbert_output(last_hidden_state=output, hidden_states=hidden)
+
+
+def _encoder_layout(
+    encoder: Any, x: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> tuple[PackedBatch | None, str]:
+    """The utterances, or `None` and why transformers' own code has to run."""
+    config = encoder.config
+    if options.get("output_attentions"):
+        return None, "attention maps are asked for"
+    if has_global_hooks():
+        return None, "there are hooks for all modules"
+    chunk = getattr(config, "speech_encoder_chunk_size", None)
+    if chunk is not None and x.shape[1] > chunk:
+        return None, f"the input is longer than speech_encoder_chunk_size={chunk}"
+    layer: Any
+    for index, layer in enumerate(encoder.layers):
+        if (
+            not isinstance(layer, _FastLayer)
+            or "forward" in layer.__dict__
+            or getattr(layer, "_compiled_call_impl", None) is not None
+        ):
+            return None, f"layers.{index} was replaced"
+        if (obstacle := layer_obstacle(layer, encoder._w2vbert_parts)) is not None:
+            if "attentions" in capturing():
+                return None, "attention maps are asked for"
+            return None, f"layers.{index}.{obstacle} was replaced or is hooked"
+    return _layout(x, attention_mask)
+
+
+def _layout(x: Tensor, attention_mask: Tensor | None) -> tuple[PackedBatch | None, str]:
+    if x.dim() != 3 or (attention_mask is not None and attention_mask.dim() != 2):
+        return None, "the shapes of the input or of the mask are not the usual ones"
+    batch, frames, _ = x.shape
+    try:
+        layout = PackedBatch.from_attention_mask(attention_mask, batch, frames, x.device)
+    except ValueError as error:
+        return None, str(error)
+    return layout, ""
+
+
+def _run_layers(
+    encoder: Any, hidden_states: Tensor, layout: PackedBatch, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The last layer's output `[batch, T, C]`, and with `keep` what enters each layer.
+
+    Padded frames are as `accelerate` says.
+    """
+    layerdrop = getattr(encoder.config, encoder._w2vbert_family.layerdrop)
+    drops = encoder.training and layerdrop > 0.0
+    x = encoder.dropout(layout.pack(hidden_states))
+    run = Run(encoder, x, layout)
+    layers: list[Any] = list(run.layers)
+    checkpointed = [encoder.training and _checkpoints(encoder, layer) for layer in layers]
+    watched = [is_watched(layer) for layer in layers]
+    alone = [
+        drops or is_checkpointed or is_seen
+        for is_checkpointed, is_seen in zip(checkpointed, watched, strict=True)
+    ]
+    kept: list[Tensor] = []
+    normed: Tensor | None = None  # the next layer's normalised input, if the last one made it
+    for index, layer in enumerate(layers):
+        if keep:
+            kept.append(layout.unpack(x))
+        if drops and torch.rand(()).item() < layerdrop:
+            continue
+        if watched[index]:
+            # Hooks see padded tensors, as they do in transformers.
+            call: Any = partial(layer, w2vbert_run=(run, index))
+            if checkpointed[index] and not hasattr(layer, "gradient_checkpointing"):
+                call = partial(encoder._gradient_checkpointing_func, call)
+            output = call(layout.unpack(x))
+            x = layout.pack(output[0] if isinstance(output, tuple) else output)
+        elif checkpointed[index]:
+            owner = layer if hasattr(layer, "_gradient_checkpointing_func") else encoder
+            x = owner._gradient_checkpointing_func(partial(_layer_output, run, index), x)
+        else:
+            last = index + 1 == len(layers)
+            fuse = not (last or alone[index] or alone[index + 1])
+            x, normed = run.layer(index, x, normed, fuse=fuse)
+    return unpack_held(x, layout), kept
+
+
+def _checkpoints(encoder: Any, layer: Any) -> bool:
+    own: bool = getattr(layer, "gradient_checkpointing", encoder.gradient_checkpointing)
+    return own
+
+
+def _layer_output(run: Run, index: int, x: Tensor) -> Tensor:
+    return run.layer(index, x)[0]
+
+
+class _FastLayer(_Fast):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        w2vbert_run: tuple[Run, int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' layer, or `[batch, T, C]` -> `[batch, T, C]` of an encoder's run."""
+        if w2vbert_run is None:
+            return self._w2vbert_reference.forward(self, hidden_states, *args, **kwargs)
+        run, index = w2vbert_run
+        output = run.layout.unpack(_layer_output(run, index, run.layout.pack(hidden_states)))
+        return (output, None) if self._w2vbert_legacy else output
+
+
+class _FastAdapter(_Fast):
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers' adapter: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T', C']`.
+
+        The convolutions read zeros behind the end of an utterance.
+        """
+        if attention_mask is not None and torch.compiler.is_compiling():
+            return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
+        return _adapt(self, hidden_states, attention_mask, args, kwargs)
+
+
+def _adapt(
+    adapter: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    layout, reason = None, "there are hooks for all modules"
+    if not has_global_hooks():
+        obstacle = adapter_obstacle(adapter, adapter._w2vbert_parts)
+        reason = f"{obstacle} was replaced or is hooked"
+        if obstacle is None:
+            layout, reason = _layout(hidden_states, attention_mask)
+    if layout is None:
+        _say_once(adapter, reason)
+        return adapter._w2vbert_reference.forward(
+            adapter, hidden_states, attention_mask, *args, **kwargs
+        )
+    x, shortened = run_adapter(adapter, layout.pack(hidden_states), layout)
+    return unpack_held(x, shortened)
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say_once(module: nn.Module, reason: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    name = type(module).__name__
+    if (name, reason) not in _said:
+        _said.add((name, reason))
+        logger.warning("%s runs transformers' own code where %s; this is said once", name, reason)
+
+
+@functools.cache
+def _fast_classes() -> dict[str, Any]:
+    """The subclasses by name, made when transformers is there to derive them from."""
+    made: dict[str, Any] = {}
+    outputs = importlib.import_module("transformers.modeling_outputs")
+    for family in _FAMILIES:
+        encoder = family.reference("Encoder")
+        shared = {
+            "_w2vbert_family": family,
+            "_w2vbert_legacy": "output_hidden_states"
+            in inspect.signature(encoder.forward).parameters,
+            "_w2vbert_parts": {
+                "feed_forward": family.reference("FeedForward"),
+                "attention": family.reference("SelfAttention"),
+                "convolution": family.reference("ConvolutionModule"),
+                "adapter_layer": family.reference("AdapterLayer"),
+            },
+            "_w2vbert_output": outputs.BaseModelOutput,
+            "__module__": __name__,
+        }
+        part: str
+        mixin: type[_Fast]
+        run: Any
+        for part, mixin, run in (
+            ("Encoder", _FastEncoder, _encode),
+            ("EncoderLayer", _FastLayer, None),
+            ("Adapter", _FastAdapter, _adapt),
+        ):
+            reference = family.reference(part)
+            # Not at import: it imports the compiler.
+            left = None if run is None else torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+            made[reference.__name__] = type(
+                reference.__name__,
+                (mixin, reference),
+                {
+                    **shared,
+                    "_w2vbert_reference": reference,
+                    "_w2vbert_uncompiled": staticmethod(left) if left else None,
+                    "__doc__": reference.__doc__,
+                },
+            )
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """The subclasses, for pickles, and the feature extractor, whose base is transformers'."""
+    if name == "FastSeamlessM4TFeatureExtractor":
+        from ._feature_extractor import fast_feature_extractor
+
+        return fast_feature_extractor()
+    if name.startswith(tuple(family.prefix for family in _FAMILIES)) and name in _fast_classes():
+        return _fast_classes()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
