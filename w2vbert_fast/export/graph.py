@@ -1,0 +1,282 @@
+"""A model as one module of plain tensors, with named inputs and outputs: what is exported."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..features import SeamlessM4TFeatureExtractor
+from ..models.encoder import Wav2Vec2BertModel
+from ..models.heads import (
+    BLANK_LOGIT,
+    Wav2Vec2BertForAudioFrameClassification,
+    Wav2Vec2BertForCTC,
+    Wav2Vec2BertForSequenceClassification,
+    Wav2Vec2BertForXVector,
+)
+from ..models.pooling import Statistics, checked_statistics, normalize_with_statistics
+from ..models.pretrained import Wav2Vec2BertPreTrainedModel
+from ..models.quantization import Int8Linear
+from ..ops.fbank import FRAME_LENGTH, FRAME_SHIFT
+from . import padded
+from .waveform import WaveformFeatures
+
+# Three make two stacks: for one alone the graph would have to be another.
+_FEWEST_MEL_FRAMES = 3
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of a graph's tensors, in order, with their dynamic dimensions.
+
+    Attributes:
+        inputs: for each input the names of its dimensions; a number is a fixed size.
+        outputs: names.
+    """
+
+    inputs: dict[str, tuple[str | int, ...]]
+    outputs: tuple[str, ...]
+
+
+class ExportGraph(nn.Module):
+    """Features or waveforms in; hidden states, logits or embeddings out.
+
+    Args:
+        model: in evaluation mode; its modules are used, not copied.
+        extractor: with one, waveforms go in; `None`: features.
+        layer: of the encoder, give `hidden_states[layer]` and nothing of what comes behind; `None`:
+            what the model's `forward` gives.
+        stats: mean and variance to normalise that hidden state with, as for `encode`.
+
+    Raises:
+        TypeError: the model is none of this package's, or `stats` is no pair or mapping.
+        ValueError: the model is in training mode, quantised to int8 or not in float32, or an
+            argument does not fit it.
+    """
+
+    mean: Tensor | None
+    variance: Tensor | None
+
+    def __init__(
+        self,
+        model: Wav2Vec2BertPreTrainedModel,
+        extractor: SeamlessM4TFeatureExtractor | None = None,
+        *,
+        layer: int | None = None,
+        stats: Statistics | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, Wav2Vec2BertPreTrainedModel):
+            raise TypeError(
+                f"model is {type(model).__module__}.{type(model).__qualname__}; it must be one of "
+                "w2vbert_fast's models"
+            )
+        if model.training:
+            raise ValueError("model is in training mode; call model.eval() first")
+        if any(isinstance(module, Int8Linear) for module in model.modules()):
+            raise ValueError("model is quantised to int8; export it as float32")
+        if model.dtype != torch.float32:
+            raise ValueError(f"model has {model.dtype} weights; export it as float32")
+        encoder = model.base_model
+        assert isinstance(encoder, Wav2Vec2BertModel)
+        config = model.config
+        count = config.num_hidden_layers
+        if layer is not None:
+            whole = isinstance(layer, int) and not isinstance(layer, bool)
+            if not whole or not -count - 1 <= layer <= count:
+                raise ValueError(
+                    f"layer is {layer!r}; a model of {count} layers has hidden states 0 to {count}"
+                )
+            layer %= count + 1
+        if stats is not None and layer is None:
+            raise ValueError("stats were given without layer, whose hidden state they normalise")
+        width = config.feature_projection_input_dim
+        if extractor is not None and extractor.num_mel_bins * extractor.stride != width:
+            raise ValueError(
+                f"the feature extractor gives {extractor.num_mel_bins * extractor.stride} features "
+                f"a frame; the model takes {width}"
+            )
+        # In a list the model is no submodule, all of whose weights would be exported.
+        self._whole = [model]
+        self.part: nn.Module = model if layer is None else _front(encoder, layer)
+        self.layer = layer
+        self.extractor = extractor
+        self.features = None if extractor is None else WaveformFeatures(extractor)
+        statistics = None if stats is None else checked_statistics(stats, config.hidden_size)
+        mean, variance = (None, None) if statistics is None else statistics
+        self.register_buffer("mean", mean)
+        self.register_buffer("variance", variance)
+        self.signature = Signature(self._inputs(width), self._outputs())
+
+    @property
+    def model(self) -> Wav2Vec2BertPreTrainedModel:
+        """The model, of which `part` is what the graph needs."""
+        return self._whole[0]
+
+    @property
+    def encoder(self) -> Wav2Vec2BertModel:
+        """The model's encoder."""
+        encoder = self.model.base_model
+        assert isinstance(encoder, Wav2Vec2BertModel)
+        return encoder
+
+    def _inputs(self, width: int) -> dict[str, tuple[str | int, ...]]:
+        if self.features is not None:
+            return {"waveform": ("batch", "samples"), "num_samples": ("batch",)}
+        return {
+            "input_features": ("batch", "frames", width),
+            "attention_mask": ("batch", "frames"),
+        }
+
+    def _outputs(self) -> tuple[str, ...]:
+        if self.layer is not None:
+            return ("hidden_state", "lengths")
+        if isinstance(self.model, Wav2Vec2BertModel):
+            return ("last_hidden_state", "lengths")
+        if isinstance(self.model, Wav2Vec2BertForSequenceClassification):
+            return ("logits",)
+        if isinstance(self.model, Wav2Vec2BertForXVector):
+            return ("logits", "embeddings")
+        if isinstance(self.model, (Wav2Vec2BertForCTC, Wav2Vec2BertForAudioFrameClassification)):
+            return ("logits", "lengths")
+        raise TypeError(f"there is no export of {type(self.model).__name__}")
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        """The outputs that `signature` names.
+
+        Args:
+            first: `waveform`, float32 `[batch, samples]`, or `input_features`, float32
+                `[batch, T, features]`.
+            second: `num_samples`, int64 `[batch]`, or `attention_mask`, int64 `[batch, T]`.
+        """
+        if self.features is not None:
+            features, mask = self.features(first, second)
+        else:
+            features, mask = first, second != 0
+        if self.layer is not None:
+            assert isinstance(self.part, Wav2Vec2BertModel)
+            x = padded.encode(self.part, features, mask, self.layer)[-1]
+            if self.mean is not None and self.variance is not None:
+                x = normalize_with_statistics(x, self.mean, self.variance)
+            return _without_padding(x, mask), mask.sum(1)
+        num_layers = self.model.config.num_hidden_layers
+        return self._head(padded.encode(self.encoder, features, mask, num_layers), mask)
+
+    def _head(self, states: list[Tensor], mask: Tensor) -> tuple[Tensor, ...]:
+        model = self.model
+        mix = getattr(model, "layer_weights", None)
+        if mix is not None:
+            # The mix is of the encoder's states, so that an adapter counts for nothing.
+            weights = torch.softmax(mix, dim=-1)
+            x = torch.einsum("l,lbtc->btc", weights, torch.stack(states))
+        else:
+            x, mask = padded.finish(self.encoder, states[-1], mask)
+        if isinstance(model, Wav2Vec2BertForCTC):
+            logits = _without_padding(model.lm_head(x), mask)
+            blank, size = model.config.pad_token_id, logits.shape[-1]
+            if blank is not None and 0 <= blank < size:
+                column = torch.arange(size, device=x.device) == blank
+                logits = logits.masked_fill(~mask[..., None] & column, BLANK_LOGIT)
+            return logits, mask.sum(1)
+        if isinstance(model, Wav2Vec2BertForAudioFrameClassification):
+            return _without_padding(model.classifier(x), mask), mask.sum(1)
+        if isinstance(model, Wav2Vec2BertForSequenceClassification):
+            projected = _without_padding(model.projector(x), mask)
+            mean = projected.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+            return (model.classifier(mean),)
+        if isinstance(model, Wav2Vec2BertForXVector):
+            return self._x_vector(model, x, mask)
+        return _without_padding(x, mask), mask.sum(1)
+
+    def _x_vector(
+        self, model: Wav2Vec2BertForXVector, x: Tensor, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A row of fewer frames than the TDNN needs becomes NaN: a graph cannot raise."""
+        x, lengths = padded.left_aligned(model.projector(x), mask)
+        for layer in model.tdnn:
+            x = layer(x)
+        lengths = lengths - _context(model)
+        frames = torch.arange(x.shape[1], device=x.device)
+        padding = (frames >= lengths[:, None])[..., None]
+        count = lengths[:, None].to(x.dtype)
+        mean = x.masked_fill(padding, 0.0).sum(1) / count
+        centred = (x - mean[:, None]).masked_fill(padding, 0.0)
+        std = torch.sqrt((centred * centred).sum(1) / (count - 1.0))
+        embeddings = model.feature_extractor(torch.cat((mean, std), dim=-1))
+        return model.classifier(embeddings), embeddings
+
+    def answers_of_the_model(self, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        """What the extractor and the packed model themselves give for these inputs."""
+        if self.extractor is not None:
+            rows = [row[:n] for row, n in zip(first, second.tolist(), strict=True)]
+            rate = self.extractor.sampling_rate
+            batch = self.extractor(rows, sampling_rate=rate, return_tensors="pt")
+            first, second = batch["input_features"], batch["attention_mask"]
+        lengths = second.sum(1)
+        if self.layer is not None:
+            statistics = None
+            if self.mean is not None and self.variance is not None:
+                statistics = (self.mean, self.variance)
+            return self.encoder.encode(first, second, layer=self.layer, stats=statistics), lengths
+        output = self.model(first, second)
+        if not hasattr(self.model, "layer_weights"):
+            lengths = self.encoder.valid_lengths(second)
+        return tuple(lengths if n == "lengths" else output[n] for n in self.signature.outputs)
+
+    def fewest(self) -> int:
+        """Frames or samples that every row of an input must have at least."""
+        frames = 1
+        if isinstance(self.model, Wav2Vec2BertForXVector) and self.layer is None:
+            frames = 2 + _context(self.model)
+        elif self.encoder.adapter is not None and self.layer is None:
+            kernel, stride = self.model.config.adapter_kernel_size, self.model.config.adapter_stride
+            # Two frames at the end: for one alone the graph would have to be another.
+            frames = 2
+            for _ in range(self.model.config.num_adapter_layers):
+                frames = max(frames, (frames - 1) * stride + kernel - 2 * (stride // 2))
+        if self.features is None:
+            return frames
+        mel_frames = max(_FEWEST_MEL_FRAMES, frames * self.features.stride)
+        return FRAME_LENGTH + (mel_frames - 1) * FRAME_SHIFT
+
+    def example(self, batch: int, longest: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Random inputs of `batch` rows whose valid parts have different lengths.
+
+        Args:
+            batch: rows.
+            longest: frames or samples of the first row; the others are shorter by up to a half.
+            seed: of the random values.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        least = min(longest, max(self.fewest(), longest // 2))
+        lengths = torch.linspace(longest, least, batch).round().to(torch.int64)
+        if self.features is not None:
+            return 0.1 * torch.randn(batch, longest, generator=generator), lengths
+        width = self.model.config.feature_projection_input_dim
+        mask = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
+        return torch.randn(batch, longest, width, generator=generator), mask
+
+
+def _without_padding(x: Tensor, mask: Tensor) -> Tensor:
+    return x.masked_fill(~mask[..., None], 0.0)
+
+
+def _context(model: Wav2Vec2BertForXVector) -> int:
+    """Frames by which the TDNN shortens an utterance."""
+    context: int = sum(layer.context for layer in model.tdnn)  # type: ignore[misc]
+    return context
+
+
+def _front(model: Wav2Vec2BertModel, num_layers: int) -> Wav2Vec2BertModel:
+    """The model without what lies behind its first so many layers; modules are shared."""
+    stack = copy.copy(model.encoder)
+    stack._modules = dict(stack._modules)
+    stack.layers = nn.ModuleList(list(model.encoder.layers)[:num_layers])
+    front = copy.copy(model)
+    front._modules = dict(front._modules)
+    front._parameters = {}  # the embedding of masked frames
+    front.encoder, front.adapter, front.intermediate_ffn = stack, None, None
+    return front
