@@ -15,8 +15,8 @@ bench := $(VENV)/.stamp-bench
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test gpu-test aot verify bench gpu-bench gpu-bench-short gpu-bench-long \
-        gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types format clean
+.PHONY: help demo test gpu-test aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
+        gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types docs format clean
 
 help:
 	@echo "make demo    transcribe the sample clips with the checkpoint that ships in the package"
@@ -25,9 +25,11 @@ help:
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
 	@echo "make bench   time this library and its peers side by side (BENCH_ARGS=...)"
+	@echo "make bench-train  the same for training steps, forward and backward"
 	@echo "make gpu-bench  the same on a GPU, with the python on the path; installs nothing"
 	@echo "make lint    ruff: lint rules and formatting"
 	@echo "make types   mypy, strict"
+	@echo "make docs    build the documentation, with the API reference, into build/docs"
 	@echo "make format  ruff: rewrite the files as lint wants them"
 	@echo "make clean   remove .venv and everything that was built"
 	@echo
@@ -52,6 +54,10 @@ verify: $(dev)
 
 bench: $(bench)
 	$(bin)/python -m bench --out bench/results/cpu.json $(BENCH_ARGS)
+
+bench-train: $(bench)
+	$(bin)/python -m bench --workload "train 1x30s" --workload "train 8x1-20s" --budget 20 \
+	    --out bench/results/cpu_train.json $(BENCH_ARGS)
 
 # In steps, each far below the time that shared GPU machines give a command. Each may be run alone.
 gpu-bench: gpu-bench-short gpu-bench-long gpu-bench-mixed gpu-bench-speech gpu-bench-operations
@@ -85,6 +91,9 @@ lint: $(dev)
 
 types: $(dev)
 	$(bin)/mypy
+
+docs: $(dev)
+	$(bin)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 format: $(dev)
 	$(bin)/ruff check --fix .

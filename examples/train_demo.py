@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--synthetic", type=Path)
     parser.add_argument("--segments", type=Path, help="word cuts made by align_words.py")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint, not from nothing")
     parser.add_argument("--epochs", type=int, default=72)
     parser.add_argument("--utterances", type=int, default=1000, help="in an epoch")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -315,6 +316,9 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = make_model(tokenizer)
+    if args.start:
+        trained = Wav2Vec2BertForCTC.from_pretrained(args.start, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     model.save_pretrained(start)
     processor.save_pretrained(start)

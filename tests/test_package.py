@@ -24,8 +24,13 @@ NOT_CORE = (
     "hypothesis",
     "jiwer",
     "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "peft",
+    "pyarrow",
     "pytest",
+    "ray",
     "rich",
     "soundfile",
     "soxr",
@@ -138,11 +143,14 @@ LAYERS = (
     # features, tokenizer, processor, checkpoints.
     ("w2vbert_fast",),
     ("w2vbert_fast.models",),
+    # Models in other files: of other runtimes, and of the original.
+    ("w2vbert_fast.export", "w2vbert_fast.convert"),
+    ("w2vbert_fast.export_command", "w2vbert_fast.convert_command"),
     ("w2vbert_fast.inference",),
     # Beside inference, of which it takes the reading of audio alone; see below.
     ("w2vbert_fast.training",),
     ("w2vbert_fast.integrations",),
-    ("w2vbert_fast.cli",),
+    ("w2vbert_fast.cli", "w2vbert_fast.cli_jobs"),
 )
 
 
