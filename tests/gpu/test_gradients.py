@@ -125,7 +125,8 @@ def gradients(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_an_operation(case: str, dtype: torch.dtype, judge: Judge) -> None:
-    assert set(found := cases(dtype)) == set(CASES)
+    found = cases(dtype)
+    assert set(found) == set(CASES)
     given = found[case]
     name = case.partition("/")[0]
     operation = getattr(torch.ops.w2vbert, name)
