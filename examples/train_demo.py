@@ -219,8 +219,8 @@ class TrainingUtterances:
         return random.Random(f"{self.seed} {epoch} {index}")
 
     def _draw(self, rng: random.Random, epoch: int) -> Draw:
-        # The share of the real speaker grows, but other voices stay: without them it overfits.
-        real_share = 0.5 + 0.3 * epoch / self.epochs if self.synthetic else 1.0
+        # The real speaker takes over towards the end.
+        real_share = min(1.0, 0.5 + 0.6 * epoch / self.epochs) if self.synthetic else 1.0
         share = rng.random()
         if self.synthetic and share >= real_share:
             return joined(self.synthetic, 0.2, rng)
