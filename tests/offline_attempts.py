@@ -1,6 +1,6 @@
 """Kills a job again and again, lets it end, and prints how often it was killed.
 
-    python -m tests.offline_attempts MANIFEST MODEL FOLDER random|steps
+    python -m tests.offline_attempts MANIFEST MODEL FOLDER random|steps SHARD_ROWS
 
 This process imports everything and forks one for each attempt: what is killed is a whole process at
 work, and 20 of them do not take 20 times the seconds of importing PyTorch.
@@ -26,6 +26,8 @@ from w2vbert_fast.inference.tasks import Transcribe
 FLOW = Flow(frame_budget=400, workers=2, window_rows=10)
 KILLS = 24
 LONGEST_WAIT = 0.3
+# A fast machine finishes many shards in that time: without a limit the job might end too early.
+MOST_SHARDS = 2
 
 
 def attempt(
@@ -49,12 +51,21 @@ def attempt(
     return status == 0
 
 
-def at_random_moments(work: Callable[[], object]) -> int:
+def at_random_moments(work: Callable[[], object], out: Path) -> int:
     """Kill it `KILLS` times, or until it has come to its end."""
     moments = random.Random(0)
+    journal = out / "journal.jsonl"
+
+    def size() -> int:
+        return journal.stat().st_size if journal.exists() else 0
 
     def kill(child: int) -> None:
-        time.sleep(moments.uniform(0.0, LONGEST_WAIT))
+        end = time.monotonic() + moments.uniform(0.0, LONGEST_WAIT)
+        before, written = size(), 0
+        while time.monotonic() < end and written < MOST_SHARDS:
+            time.sleep(moments.uniform(0.0, 0.004))
+            if size() != before:
+                before, written = size(), written + 1
         os.kill(child, signal.SIGKILL)
 
     killed = 0
@@ -84,17 +95,17 @@ def at_step(number: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    manifest, model, out, mode = sys.argv[1:]
+    manifest, model, out, mode, shard_rows = sys.argv[1:]
     torch.set_num_threads(1)
     task = Transcribe(model, timestamps="word")
     task.load()
 
     def into(folder: Path) -> Callable[[], object]:
-        return lambda: job([manifest], folder, task, flow=FLOW, shard_rows=10).run()
+        return lambda: job([manifest], folder, task, flow=FLOW, shard_rows=int(shard_rows)).run()
 
     killed = 0
     if mode == "random":
-        killed = at_random_moments(into(Path(out)))
+        killed = at_random_moments(into(Path(out)), Path(out))
         assert attempt(into(Path(out)))
     else:
         while not attempt(into(Path(out, str(killed + 1))), at_step(killed + 1)):

@@ -32,10 +32,11 @@ COMMAND = [sys.executable, "-m", "w2vbert_fast.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def attempts(manifest: str, model: Path, out: Path, mode: str) -> int:
+def attempts(manifest: str, model: Path, out: Path, mode: str, shard_rows: int) -> int:
     """Kill a job again and again, then let it end; how often it was killed."""
+    arguments = [manifest, str(model), str(out), mode, str(shard_rows)]
     result = subprocess.run(
-        [sys.executable, "-m", "tests.offline_attempts", manifest, str(model), str(out), mode],
+        [sys.executable, "-m", "tests.offline_attempts", *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -60,11 +61,11 @@ def manifest_500(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_job_killed_over_and_over_ends_with_the_rows_of_an_undisturbed_one(
     tiny_checkpoint: Path, manifest_500: str, tmp_path: Path
 ) -> None:
-    killed = attempts(manifest_500, tiny_checkpoint, tmp_path / "killed", "random")
+    killed = attempts(manifest_500, tiny_checkpoint, tmp_path / "killed", "random", 5)
     assert killed >= 20
     flow = Flow(frame_budget=400, workers=2, window_rows=10)
     task = Transcribe(tiny_checkpoint, timestamps="word")
-    run([manifest_500], tmp_path / "whole", task, flow=flow, shard_rows=10)
+    run([manifest_500], tmp_path / "whole", task, flow=flow, shard_rows=5)
     expected, found = table(tmp_path / "whole"), table(tmp_path / "killed")
     assert len(expected) == 500
     assert sum("error" in row for row in expected) == 10
@@ -79,7 +80,7 @@ def test_a_crash_at_every_step_of_finishing_a_shard(tiny_checkpoint: Path, tmp_p
     paths = clips(tmp_path / "clips", 9)
     rows = [{"audio": path} for path in [*paths, "missing.wav"]]
     manifest = write_manifest(tmp_path / "rows.jsonl", rows)
-    steps = attempts(manifest, tiny_checkpoint, tmp_path / "killed", "steps")
+    steps = attempts(manifest, tiny_checkpoint, tmp_path / "killed", "steps", 10)
     # job.json; two tables, their folder, the journal and its folder; summary.json.
     assert steps >= 10
     flow = Flow(frame_budget=400, workers=2, window_rows=10)
