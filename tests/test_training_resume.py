@@ -206,7 +206,8 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path: Path) -> None:
     assert_equal_runs(whole, killed)
 
 
-def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["w2vbert_fast.cli", "tests.fsdp_on_cpu"])
+def test_two_processes_train_as_one_that_accumulates(program: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", **STILL, feature_projection_input_dim=160, vocab_size=29)
     rows = [{"text": text} for text in ("one two", "three", "four", "x" * 90)]
     manifest = write_clips(tmp_path / "clips", rows)
@@ -217,7 +218,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [
-            *(sys.executable, *launcher, "-m", *command(*shared, *flags)[2:]),
+            *(sys.executable, *launcher, "-m", program, *command(*shared, *flags)[3:]),
             *("--frame-budget", "60", "--workers", "0", "--out", str(together)),
             *("--option", "tensorboard=false", "--speeds", "1", "--precision", "fp32"),
         ],
@@ -228,6 +229,9 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("best checkpoint: ") == 1
+    (state,) = (together / "state").iterdir()
+    sharded = (state / "pytorch_model_fsdp_0").is_dir()
+    assert sharded == (program == "tests.fsdp_on_cpu")
     finetune(
         config(
             model,
