@@ -5,6 +5,7 @@ The kernel, its formula and its cost are in `attention_kernel`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,9 +111,50 @@ def _options(config: AttentionConfig) -> dict[str, int]:
     return options
 
 
-def _check_positions(
-    distance_embedding: Tensor | None, query: Tensor, left: int, right: int
-) -> None:
+def check_attention(
+    query: Tensor,
+    tensors: Mapping[str, Tensor],
+    log_sum_exp: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    tile_map: Tensor | None,
+    precision: str,
+) -> str:
+    """The checks that `shaw_attention` and its gradient share.
+
+    Args:
+        query: `[num_tokens, num_heads, D]`.
+        tensors: by name, those of the shape and dtype of `query`.
+        log_sum_exp: `None` where it is not an argument.
+        cu_seqlens: as of `shaw_attention`, and so are the others.
+        max_seqlen: frames of the longest utterance.
+        distance_embedding: E, or `None`.
+        left: L.
+        right: R.
+        dropout_p: probability with which a weight is dropped.
+        dropout_seed: of its random numbers, or `None`.
+        tile_map: checked by `checked_tile_map`; here only where it lies.
+        precision: of float32 products.
+
+    Returns:
+        The architecture, as of `runtime.architecture`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what is needed.
+        RuntimeError: CPU tensors outside Triton's interpreter.
+    """
+    check_tensor("query", query, (None, None, None))
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, query.shape, (query.dtype,))
+    if log_sum_exp is not None:
+        shape = (query.shape[1], query.shape[0])
+        check_tensor("log_sum_exp", log_sum_exp, shape, (torch.float32,))
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
     if left < 0 or right < 0:
         raise ValueError(
             f"left_max_position is {left} and right_max_position is {right}; both must be 0 or more"
@@ -120,6 +162,45 @@ def _check_positions(
     if distance_embedding is not None:
         shape = (left + right + 1, query.shape[2])
         check_tensor("distance_embedding", distance_embedding, shape, (query.dtype,))
+    check_dropout(dropout_p, dropout_seed)
+    check_device(
+        query=query,
+        **tensors,
+        log_sum_exp=log_sum_exp,
+        cu_seqlens=cu_seqlens,
+        distance_embedding=distance_embedding,
+        dropout_seed=dropout_seed,
+        tile_map=tile_map,
+    )
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens has no elements; it must have batch + 1")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}; it must be 0 or more")
+    if precision not in ("ieee", "tf32x3"):
+        raise ValueError(f"precision is {precision!r}; it must be 'ieee' or 'tf32x3'")
+    arch = architecture(query.device)
+    if precision == "tf32x3" and arch.startswith("gfx"):
+        raise ValueError(f"precision is 'tf32x3'; on {arch} it must be 'ieee'")
+    return arch
+
+
+def checked_tile_map(
+    tile_map: Tensor | None, cu_seqlens: Tensor, block_m: int, num_tokens: int, max_seqlen: int
+) -> Tensor:
+    """The map that was given, or that of `build_tile_map` where none was.
+
+    A map for another `block_m` has another number of rows, unless every utterance is one tile.
+
+    Raises:
+        ValueError: it is not a contiguous int32 `[tile_bound(...), 2]`.
+    """
+    if tile_map is None:
+        return build_tile_map(cu_seqlens, block_m, num_tokens=num_tokens, max_seqlen=max_seqlen)
+    num_tiles = tile_bound(cu_seqlens.numel() - 1, num_tokens, max_seqlen, block_m)
+    check_tensor("tile_map", tile_map, (num_tiles, 2), (torch.int32,))
+    if num_tiles > 0 and tile_map.stride(0) != 2:
+        raise ValueError(f"tile_map has strides {tile_map.stride()}; it must be contiguous")
+    return tile_map
 
 
 def shaw_attention(
@@ -166,48 +247,29 @@ def shaw_attention(
         ValueError: an argument does not fit; the message names it, what came and what is needed.
         RuntimeError: CPU tensors outside Triton's interpreter.
     """
-    check_tensor("query", query, (None, None, None))
-    num_tokens, num_heads, head_dim = query.shape
-    check_tensor("key", key, query.shape, (query.dtype,))
-    check_tensor("value", value, query.shape, (query.dtype,))
-    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    check_tensor("out", out, query.shape, (query.dtype,))
-    _check_positions(distance_embedding, query, left_max_position, right_max_position)
-    check_dropout(dropout_p, dropout_seed)
-    check_device(
-        query=query,
-        key=key,
-        value=value,
-        cu_seqlens=cu_seqlens,
-        distance_embedding=distance_embedding,
-        dropout_seed=dropout_seed,
-        tile_map=tile_map,
-        out=out,
+    arch = check_attention(
+        query,
+        {"key": key, "value": value, "out": out},
+        None,
+        cu_seqlens,
+        max_seqlen,
+        distance_embedding,
+        left_max_position,
+        right_max_position,
+        dropout_p,
+        dropout_seed,
+        tile_map,
+        precision,
     )
-    if cu_seqlens.numel() == 0:
-        raise ValueError("cu_seqlens has no elements; it must have batch + 1")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen is {max_seqlen}; it must be 0 or more")
-    if precision not in ("ieee", "tf32x3"):
-        raise ValueError(f"precision is {precision!r}; it must be 'ieee' or 'tf32x3'")
-    arch = architecture(query.device)
-    if precision == "tf32x3" and arch.startswith("gfx"):
-        raise ValueError(f"precision is 'tf32x3'; on {arch} it must be 'ieee'")
+    num_tokens, num_heads, head_dim = query.shape
     if config is None:
         config = attention_config(head_dim, query.dtype, arch)
         if dropout_p > 0.0:
             config = with_dropout(config)
-    num_tiles = tile_bound(cu_seqlens.numel() - 1, num_tokens, max_seqlen, config.block_m)
-    if tile_map is None:
-        tile_map = build_tile_map(
-            cu_seqlens, config.block_m, num_tokens=num_tokens, max_seqlen=max_seqlen
-        )
-    # A map for another block_m has another number of rows, unless every utterance is one tile.
-    check_tensor("tile_map", tile_map, (num_tiles, 2), (torch.int32,))
-    if num_tiles > 0 and tile_map.stride(0) != 2:
-        raise ValueError(f"tile_map has strides {tile_map.stride()}; it must be contiguous")
+    tile_map = checked_tile_map(tile_map, cu_seqlens, config.block_m, num_tokens, max_seqlen)
+    num_tiles = tile_map.shape[0]
     log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
 
     has_positions = distance_embedding is not None

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention import LOG2_E, build_tile_map, tile_bound
+from .attention import LOG2_E, check_attention, checked_tile_map
 from .attention_backward_kernel import (
     shaw_attention_bwd_keys_kernel,
     shaw_attention_bwd_prepare_kernel,
@@ -24,9 +24,7 @@ from .configs.attention_backward import (
     attention_backward_config,
     scores_layout,
 )
-from .dropout import check_dropout
-from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 
 def shaw_attention_backward(
@@ -83,42 +81,27 @@ def shaw_attention_backward(
         ValueError: an argument does not fit; the message names it, what came and what is needed.
         RuntimeError: CPU tensors outside Triton's interpreter.
     """
-    check_tensor("query", query, (None, None, None))
-    num_tokens, num_heads, head_dim = query.shape
     same = {"grad_output": grad_output, "key": key, "value": value, "output": output}
     if out is None:
         grads = torch.empty(3, *query.shape, dtype=query.dtype, device=query.device)
         out = (grads[0], grads[1], grads[2])
     same |= {f"out[{index}]": tensor for index, tensor in enumerate(out)}
-    for name, tensor in same.items():
-        check_tensor(name, tensor, query.shape, (query.dtype,))
-    check_tensor("log_sum_exp", log_sum_exp, (num_heads, num_tokens), (torch.float32,))
-    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
     left, right = left_max_position, right_max_position
-    if left < 0 or right < 0:
-        raise ValueError(
-            f"left_max_position is {left} and right_max_position is {right}; both must be 0 or more"
-        )
-    if distance_embedding is not None:
-        shape = (left + right + 1, head_dim)
-        check_tensor("distance_embedding", distance_embedding, shape, (query.dtype,))
-    check_dropout(dropout_p, dropout_seed)
-    check_device(
-        query=query,
-        **same,
-        log_sum_exp=log_sum_exp,
-        cu_seqlens=cu_seqlens,
-        distance_embedding=distance_embedding,
-        dropout_seed=dropout_seed,
-        tile_map=tile_map,
+    arch = check_attention(
+        query,
+        same,
+        log_sum_exp,
+        cu_seqlens,
+        max_seqlen,
+        distance_embedding,
+        left,
+        right,
+        dropout_p,
+        dropout_seed,
+        tile_map,
+        precision,
     )
-    if cu_seqlens.numel() == 0:
-        raise ValueError("cu_seqlens has no elements; it must have batch + 1")
-    if max_seqlen < 0:
-        raise ValueError(f"max_seqlen is {max_seqlen}; it must be 0 or more")
-    arch = architecture(query.device)
-    if precision not in ("ieee", "tf32x3"):
-        raise ValueError(f"precision is {precision!r}; it must be 'ieee' or 'tf32x3'")
+    num_tokens, num_heads, head_dim = query.shape
     if config is None:
         config = attention_backward_config(
             head_dim, query.dtype, arch, precision=precision, has_dropout=dropout_p > 0.0
@@ -130,14 +113,8 @@ def shaw_attention_backward(
             empty = torch.zeros_like(distance_embedding, dtype=torch.float32)
         return *out, empty
 
-    num_tiles = tile_bound(batch_size, num_tokens, max_seqlen, config.tile)
-    if tile_map is None:
-        tile_map = build_tile_map(
-            cu_seqlens, config.tile, num_tokens=num_tokens, max_seqlen=max_seqlen
-        )
-    check_tensor("tile_map", tile_map, (num_tiles, 2), (torch.int32,))
-    if num_tiles > 0 and tile_map.stride(0) != 2:
-        raise ValueError(f"tile_map has strides {tile_map.stride()}; it must be contiguous")
+    tile_map = checked_tile_map(tile_map, cu_seqlens, config.tile, num_tokens, max_seqlen)
+    num_tiles = tile_map.shape[0]
 
     has_positions = distance_embedding is not None
     vectors = query[0] if distance_embedding is None else distance_embedding
@@ -346,13 +323,18 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                         launch,
                         dtype,
                         "gemm" if product else "pointwise",
+                        config,
                     )
                 )
     return specs
 
 
 def _kernel_spec(
-    name: str, launch: _Launch, dtype: str, kind: Literal["gemm", "pointwise"]
+    name: str,
+    launch: _Launch,
+    dtype: str,
+    kind: Literal["gemm", "pointwise"],
+    config: AttentionBackwardConfig,
 ) -> KernelSpec:
     constants: dict[str, Any] = dict(launch.constants)
     names = launch.kernel.arg_names
@@ -387,4 +369,30 @@ def _kernel_spec(
         num_warps=launch.options["num_warps"],
         num_stages=launch.options["num_stages"],
         divisible_by_16=frozenset(aligned),
+        proof=_proof_launch(signature, constants, config),
+    )
+
+
+def _proof_launch(
+    signature: dict[str, str], constants: dict[str, Any], config: AttentionBackwardConfig
+) -> ProofLaunch:
+    """One head of an utterance of two tiles, the second a ragged one."""
+    length = config.tile + 22
+    layout = scores_layout(config, 1, length, constants["LEFT"], constants["RIGHT"])
+    scalars = {
+        **{name: 64 if name.endswith("_head") else 1024 for name in signature},
+        "stride_e_row": 64,
+        "stride_lse_head": length,
+        "stride_row_head": length,
+        "head_blocks": layout.head_blocks,
+        "first_head": 3,
+        "num_heads": 1,
+        "scale": 0.125,
+        "scale_log2": 0.125,
+        "dropout_p": 0.125,
+    }
+    return ProofLaunch(
+        2,
+        {name: value for name, value in scalars.items() if signature.get(name, "*")[0] != "*"},
+        {"cu_seqlens_ptr": (0, length), "tile_map_ptr": (0, 0, 0, 1)},
     )

@@ -42,6 +42,12 @@ from .dropout import kept_weights
 
 
 @triton.jit
+def head_rows(ptr, start, head, stride_row, stride_head):
+    """Where the rows of one head of an utterance begin; `start` and `head` are int64."""
+    return ptr + start * stride_row + head * stride_head
+
+
+@triton.jit
 def load_rows(base, rows, stride_row, channels, row_mask, HEAD_DIM: tl.constexpr):
     """Rows of one head, zero outside `row_mask` and after the last channel."""
     return tl.load(
@@ -158,11 +164,11 @@ def shaw_attention_bwd_prepare_kernel(
     row_mask = rows < length
     channels = tl.arange(0, BLOCK_D)
     out = load_rows(
-        out_ptr + start * stride_out_row + wide_head * stride_out_head,
+        head_rows(out_ptr, start, wide_head, stride_out_row, stride_out_head),
         rows, stride_out_row, channels, row_mask, HEAD_DIM,
     )  # fmt: skip
     grad = load_rows(
-        grad_ptr + start * stride_grad_row + wide_head * stride_grad_head,
+        head_rows(grad_ptr, start, wide_head, stride_grad_row, stride_grad_head),
         rows, stride_grad_row, channels, row_mask, HEAD_DIM,
     )  # fmt: skip
     row_offsets = head.to(tl.int64) * stride_row_head + start + rows
@@ -176,7 +182,7 @@ def shaw_attention_bwd_prepare_kernel(
         left_shift = tl.zeros([BLOCK_M], tl.float32)
         right_shift = left_shift
         query = load_rows(
-            q_ptr + start * stride_q_row + wide_head * stride_q_head,
+            head_rows(q_ptr, start, wide_head, stride_q_row, stride_q_head),
             rows, stride_q_row, channels, row_mask, HEAD_DIM,
         )  # fmt: skip
         scores_base = utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE)
@@ -297,12 +303,12 @@ def shaw_attention_bwd_keys_kernel(
     key_mask = keys < length
     offs_m = tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
-    k_base = k_ptr + start * stride_k_row + wide_head * stride_k_head
+    k_base = head_rows(k_ptr, start, wide_head, stride_k_row, stride_k_head)
     key = load_rows(k_base, keys, stride_k_row, channels, key_mask, HEAD_DIM)
-    v_base = v_ptr + start * stride_v_row + wide_head * stride_v_head
+    v_base = head_rows(v_ptr, start, wide_head, stride_v_row, stride_v_head)
     value = load_rows(v_base, keys, stride_v_row, channels, key_mask, HEAD_DIM)
-    q_base = q_ptr + start * stride_q_row + wide_head * stride_q_head
-    grad_base = grad_ptr + start * stride_grad_row + wide_head * stride_grad_head
+    q_base = head_rows(q_ptr, start, wide_head, stride_q_row, stride_q_head)
+    grad_base = head_rows(grad_ptr, start, wide_head, stride_grad_row, stride_grad_head)
     shift_base = shift_ptr + head.to(tl.int64) * stride_row_head + start
     delta_base = delta_ptr + head.to(tl.int64) * stride_row_head + start
     side = num_heads.to(tl.int64) * stride_row_head

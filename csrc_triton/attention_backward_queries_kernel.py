@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .attention_backward_kernel import (
+    head_rows,
     load_rows,
     load_whole_rows,
     locate_tile,
@@ -159,16 +160,16 @@ def shaw_attention_bwd_queries_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     rows = first_row + offs_m
     row_mask = rows < length
-    q_base = q_ptr + start * stride_q_row + wide_head * stride_q_head
+    q_base = head_rows(q_ptr, start, wide_head, stride_q_row, stride_q_head)
     query = load_rows(q_base, rows, stride_q_row, channels, row_mask, HEAD_DIM)
-    grad_base = grad_ptr + start * stride_grad_row + wide_head * stride_grad_head
+    grad_base = head_rows(grad_ptr, start, wide_head, stride_grad_row, stride_grad_head)
     grad = load_rows(grad_base, rows, stride_grad_row, channels, row_mask, HEAD_DIM)
     row_offsets = head.to(tl.int64) * stride_row_head + start + rows
     delta = tl.load(delta_ptr + row_offsets, mask=row_mask, other=0.0)
     left_shift = tl.load(shift_ptr + row_offsets, mask=row_mask, other=0.0)
     right_shift = left_shift
-    k_base = k_ptr + start * stride_k_row + wide_head * stride_k_head
-    v_base = v_ptr + start * stride_v_row + wide_head * stride_v_head
+    k_base = head_rows(k_ptr, start, wide_head, stride_k_row, stride_k_head)
+    v_base = head_rows(v_ptr, start, wide_head, stride_v_row, stride_v_head)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     left_sum = tl.zeros([BLOCK_M], tl.float32)

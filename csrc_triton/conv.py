@@ -85,6 +85,57 @@ def _apply_tap(
     return new_sums, window[1:]
 
 
+@triton.jit
+def slide_window(
+    x_ptr,  # [num_rows, channels]
+    weight_ptr,  # of the first tap
+    row,  # under the first tap, for the first sum
+    start,  # of the utterance
+    end,
+    stride_x_row,
+    stride_weight_tap,
+    channels,  # [BLOCK_C]
+    is_channel,  # [BLOCK_C]
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The convolution's sums for ROWS successive rows, ROWS x [BLOCK_C]."""
+    row_ptr = x_ptr + row.to(tl.int64) * stride_x_row
+    sums = ()
+    window = ()  # ROWS x [BLOCK_C], and so are the sums
+    for _ in tl.static_range(ROWS):
+        is_row = (row >= start) & (row < end)
+        mask = _if_row(is_channel, is_row)
+        loaded = tl.load(row_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+        sums += (tl.zeros(channels.shape, dtype=tl.float32),)  # type: ignore[assignment]
+        window += (loaded,)  # type: ignore[assignment]
+        row += 1
+        row_ptr += stride_x_row
+
+    # A window that moves on is a renaming where the loop is unrolled, and copies where it is not.
+    # All K taps unrolled would take the compiler minutes. The row that follows the last tap's
+    # window is not used.
+    for _ in tl.static_range(K % UNROLL):
+        is_row = (row >= start) & (row < end)
+        sums, window = _apply_tap(
+            sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
+        )
+        row += 1
+        row_ptr += stride_x_row
+        weight_ptr += stride_weight_tap
+    for _ in range(K // UNROLL):
+        for _ in tl.static_range(UNROLL):
+            is_row = (row >= start) & (row < end)
+            sums, window = _apply_tap(
+                sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
+            )
+            row += 1
+            row_ptr += stride_x_row
+            weight_ptr += stride_weight_tap
+    return sums
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])
 def _conv_norm_act_fwd_kernel(
     x_ptr,  # [num_rows, CHANNELS]
@@ -116,39 +167,10 @@ def _conv_norm_act_fwd_kernel(
 
     channels = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     is_channel = channels < CHANNELS
-    row = first - (K - 1)
-    row_ptr = x_ptr + row.to(tl.int64) * stride_x_row
-    sums = ()
-    window = ()  # ROWS x [BLOCK_C], and so are the sums
-    for _ in tl.static_range(ROWS):
-        is_row = (row >= start) & (row < end)
-        mask = _if_row(is_channel, is_row)
-        loaded = tl.load(row_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-        sums += (tl.zeros([BLOCK_C], dtype=tl.float32),)  # type: ignore[assignment]
-        window += (loaded,)  # type: ignore[assignment]
-        row += 1
-        row_ptr += stride_x_row
-
-    # A window that moves on is a renaming where the loop is unrolled, and copies where it is not.
-    # All K taps unrolled would take the compiler minutes. The row that follows the last tap's
-    # window is not used.
-    for _ in tl.static_range(K % UNROLL):
-        is_row = (row >= start) & (row < end)
-        sums, window = _apply_tap(
-            sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
-        )
-        row += 1
-        row_ptr += stride_x_row
-        weight_ptr += stride_weight_tap
-    for _ in range(K // UNROLL):
-        for _ in tl.static_range(UNROLL):
-            is_row = (row >= start) & (row < end)
-            sums, window = _apply_tap(
-                sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
-            )
-            row += 1
-            row_ptr += stride_x_row
-            weight_ptr += stride_weight_tap
+    sums = slide_window(
+        x_ptr, weight_ptr, first - (K - 1), start, end, stride_x_row, stride_weight_tap,
+        channels, is_channel, K, ROWS, UNROLL,
+    )  # fmt: skip
 
     tile = _stack(sums, LOG_ROWS)  # [BLOCK_C, 2, ..., 2]
     mean = tl.sum(tile, 0) / CHANNELS  # [2, ..., 2]
@@ -201,7 +223,7 @@ def conv_norm_act(
     """
     check_tensor("x", x, (None, None))
     num_tokens, channels = x.shape
-    _check_weight(conv_weight, channels)
+    check_weight(conv_weight, channels)
     check_tensor("norm_weight", norm_weight, (channels,))
     check_tensor("norm_bias", norm_bias, (channels,))
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
@@ -240,7 +262,12 @@ def conv_norm_act(
     return out
 
 
-def _check_weight(weight: Tensor, channels: int) -> None:
+def check_weight(weight: Tensor, channels: int) -> None:
+    """A convolution's weight is `[channels, K]` of a dtype that the kernels take.
+
+    Raises:
+        ValueError: it is not.
+    """
     if weight.dim() != 2 or weight.shape[0] != channels:
         raise ValueError(
             f"conv_weight has shape {tuple(weight.shape)}; it must be ({channels}, kernel size)"

@@ -32,13 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs.conv_backward import ConvBackwardConfig, conv_backward_config
-from .conv import _apply_tap, _check_weight
+from .conv import check_weight, slide_window
 from .device import activation_constant
 from .device_backward import activation_derivative
 from .norm_backward import norm_gradient, standardize
 from .packed import locate_block, num_blocks
 from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])
@@ -74,33 +74,10 @@ def _slide_kernel(
         stride_weight_tap = -stride_weight_tap
     else:
         row -= K - 1
-    row_ptr = x_ptr + row.to(tl.int64) * stride_x_row
-    sums = ()
-    window = ()  # ROWS x [BLOCK_C], and so are the sums
-    for _ in tl.static_range(ROWS):
-        is_row = (row >= start) & (row < end)
-        loaded = tl.load(row_ptr + channels, mask=is_channel & is_row, other=0.0).to(tl.float32)
-        sums += (tl.zeros([BLOCK_C], dtype=tl.float32),)  # type: ignore[assignment]
-        window += (loaded,)  # type: ignore[assignment]
-        row += 1
-        row_ptr += stride_x_row
-    for _ in tl.static_range(K % UNROLL):
-        is_row = (row >= start) & (row < end)
-        sums, window = _apply_tap(
-            sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
-        )
-        row += 1
-        row_ptr += stride_x_row
-        weight_ptr += stride_weight_tap
-    for _ in range(K // UNROLL):
-        for _ in tl.static_range(UNROLL):
-            is_row = (row >= start) & (row < end)
-            sums, window = _apply_tap(
-                sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS
-            )
-            row += 1
-            row_ptr += stride_x_row
-            weight_ptr += stride_weight_tap
+    sums = slide_window(
+        x_ptr, weight_ptr, row, start, end, stride_x_row, stride_weight_tap,
+        channels, is_channel, K, ROWS, UNROLL,
+    )  # fmt: skip
     for i in tl.static_range(ROWS):
         row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
         tl.store(
@@ -247,7 +224,7 @@ def conv_norm_act_backward(
     check_tensor("x", x, (None, None))
     num_tokens, channels = x.shape
     check_tensor("grad_output", grad_output, x.shape, (x.dtype,))
-    _check_weight(conv_weight, channels)
+    check_weight(conv_weight, channels)
     check_tensor("norm_weight", norm_weight, (channels,))
     check_tensor("norm_bias", norm_bias, (channels,))
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
@@ -363,6 +340,7 @@ def kernel_specs(
         ("input", _slide_kernel, {**slide, "BACKWARDS": True}, config.num_warps),
         ("weight", _conv_bwd_weight_kernel, weight, config.num_warps),
     )
+    proofs = _proof_launches(channels, config)
     specs = []
     for step, kernel, constants, num_warps in steps:
         run_time = [name for name in kernel.arg_names if name not in constants]
@@ -388,6 +366,32 @@ def kernel_specs(
                 num_warps=num_warps,
                 num_stages=1,
                 divisible_by_16=frozenset(pointers + strides),
+                proof=proofs[step],
             )
         )
     return specs
+
+
+def _proof_launches(channels: int, config: ConvBackwardConfig) -> dict[str, ProofLaunch]:
+    """By step. An utterance of 3 frames and one that ends 5 frames into a block of its own."""
+    channel_blocks = triton.cdiv(channels, config.block_channels)
+
+    def launch(rows: int, strides: tuple[str, ...], *grid: int) -> ProofLaunch:
+        num_rows = 2 * rows + 5
+        return ProofLaunch(
+            (num_blocks(num_rows, 2, rows), channel_blocks, *grid),
+            {**dict.fromkeys(strides, channels), "num_rows": num_rows, "num_sequences": 2},
+            {"cu_seqlens_ptr": (0, 3, num_rows)},
+        )
+
+    slide = launch(config.rows, ("stride_x_row", "stride_weight_tap", "stride_out_row"))
+    # The first program of the norm goes round twice, the second time over one row.
+    norm = {"num_rows": 2 * config.norm.rows + 1, "eps": 2.0**-17}
+    norm |= {"stride_grad_row": channels, "stride_y_row": channels}
+    return {
+        "conv_again": slide,
+        "input": slide,
+        "norm": ProofLaunch((2,), norm),
+        # The first taps and, of a second program, the next ones.
+        "weight": launch(config.chunk, ("stride_dy_row", "stride_x_row"), 2),
+    }

@@ -32,7 +32,7 @@ from .device import activate, activation_constant
 from .device_backward import activation_derivative
 from .linear import linear
 from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 
 @triton.jit
@@ -464,7 +464,15 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                 num_warps=config.num_warps,
                 num_stages=1,
                 divisible_by_16=frozenset(names) - {"num_rows"},
-                outputs_per_program=None,
+                # Two blocks of columns; the first programs go round twice, then over one row.
+                proof=ProofLaunch(
+                    (2, 2),
+                    {
+                        **{arg: columns for arg in names if arg.startswith("stride_")},
+                        "num_columns": 2 * config.block_columns,
+                        "num_rows": 2 * config.rows + 1,
+                    },
+                ),
             )
         )
     return specs

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .configs.norm_backward import NormBackwardConfig, norm_backward_config
 from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec
+from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 
 @triton.jit
@@ -391,6 +391,16 @@ def kernel_specs(arch: str, dtype: str, width: int = 1024) -> list[KernelSpec]:
                 num_warps=config.num_warps,
                 num_stages=1,
                 divisible_by_16=frozenset(pointers + strides),
+                # The first program goes round twice, the second time over one row.
+                proof=ProofLaunch(
+                    2,
+                    {
+                        **dict.fromkeys(strides, width),
+                        "num_rows": 2 * config.rows + 1,
+                        "scale": 0.5,
+                        "eps": 2.0**-17,
+                    },
+                ),
             )
         )
     return specs

@@ -16,14 +16,20 @@ class ProofLaunch:
     """A small fixed launch for the verifier: several blocks, the last one not full.
 
     Attributes:
-        blocks: number of programs, along x.
+        blocks: number of programs: along x, or along x, y and z.
         scalars: value of every run-time argument that is no pointer.
         arrays: contents of the int32 arrays that steer the control flow, such as offsets.
     """
 
-    blocks: int
+    blocks: int | tuple[int, ...]
     scalars: Mapping[str, float]
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Number of programs along x, y and z."""
+        x, y, z, *_ = (*((self.blocks,) if isinstance(self.blocks, int) else self.blocks), 1, 1)
+        return x, y, z
 
 
 @dataclass(frozen=True)

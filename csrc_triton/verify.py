@@ -69,10 +69,19 @@ class Allowed:
 
 
 _LANES = "the four lanes of a row hold the result of one butterfly reduction"
+_WARPS = "the four warps read one sum over rows from shared memory, and lay it out there anew"
+_CUDA = ("cuda:80", "cuda:90", "cuda:100")
 ALLOWED = (
     Allowed("ctc_argmax/32", ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120"), _LANES),
     Allowed("shaw_attention_fwd/relative_key", ("cuda:80",), f"log-sum-exp: {_LANES}"),
     Allowed("shaw_attention_fwd/no_positions", ("cuda:80",), f"log-sum-exp: {_LANES}"),
+    Allowed(
+        "shaw_attention_bwd_prepare/no_positions",
+        _CUDA,
+        "delta: the lanes of a row hold the result of one butterfly reduction",
+    ),
+    Allowed("linear_bwd/bias_silu", _CUDA, _WARPS),
+    Allowed("linear_bwd/bias_silu_output", _CUDA, _WARPS),
 )
 
 
@@ -187,7 +196,7 @@ def _question(spec: KernelSpec, target: Target, equality: Equality | None) -> _Q
     config = {
         "schema": "spverify.kernel-input/v1",
         "launch": {
-            "grid_dim": [spec.proof.blocks, 1, 1],
+            "grid_dim": list(spec.proof.grid),
             "block_dim": [int(threads[1]), 1, 1],
             "dynamic_shared_bytes": kernel.metadata.shared,
         },
@@ -327,7 +336,7 @@ def _decide(question: _Question, timeout: float) -> Proof:
         try:
             stores = duplicate_stores(
                 question.ptx,
-                launch["grid_dim"][0],
+                launch["grid_dim"],
                 launch["block_dim"][0],
                 {a["parameter"]: a["value"] for a in question.config["arguments"]
                  if isinstance(a["value"], int)},

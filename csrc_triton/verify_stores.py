@@ -6,8 +6,10 @@ for one launch with fixed lengths: it executes the PTX for all threads of each b
 integers (addresses, indices, lengths) as numbers and everything else as terms. Two values are equal
 when their terms are, after the operands of a commutative operation are put in order: that is what
 makes the lanes of a butterfly reduction agree, `op(a, b)` here and `op(b, a)` there, bit for bit
-but for the payload of a NaN. Loads, matrix products and whatever else is not known here give every
-thread a term of its own, so that nothing is taken for equal that may not be.
+but for the payload of a NaN. Threads that read one address of shared memory in one step get one
+value, which is so in a kernel without races, and that is asked next. Other loads, matrix products
+and whatever else is not known here give every thread a term of its own, so that nothing is taken
+for equal that may not be.
 """
 
 from __future__ import annotations
@@ -109,12 +111,16 @@ class _Block:
 
     def __init__(
         self,
-        block: int,
+        block: Sequence[int],
+        grid: Sequence[int],
         num_threads: int,
         scalars: Mapping[str, int],
         arrays: Mapping[str, Sequence[int]],
     ) -> None:
-        self.block, self.num_threads = block, num_threads
+        self.num_threads = num_threads
+        self.special: dict[str, int] = {"%tid.y": 0, "%tid.z": 0}
+        for axis, index, size in zip("xyz", block, grid, strict=True):
+            self.special |= {f"%ctaid.{axis}": index, f"%nctaid.{axis}": size}
         self.scalars, self.arrays = scalars, arrays
         self.registers: dict[str, list[Value]] = {}
         self.terms: dict[tuple[Any, ...], Term] = {}
@@ -131,8 +137,6 @@ class _Block:
         threads = range(self.num_threads)
         if operand == "%tid.x":
             return list(threads)
-        if operand == "%ctaid.x":
-            return [self.block] * self.num_threads
         if operand.startswith("%") and "." not in operand:
             if operand not in self.registers:
                 self.registers[operand] = [self.term("undefined", operand, t) for t in threads]
@@ -144,8 +148,8 @@ class _Block:
             value = int(operand[2:], 16)
         elif re.fullmatch(r"[A-Za-z_]\w*", operand):
             value = Address(operand, 0)
-        elif operand in ("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"):
-            value = 0
+        elif operand in self.special:
+            value = self.special[operand]
         else:
             raise CannotFollow(f"the operand {operand}")
         return [value] * self.num_threads
@@ -284,7 +288,7 @@ def _shuffle(block: _Block, instruction: _Instruction) -> list[Value] | None:
 
 
 def _load(block: _Block, instruction: _Instruction) -> list[Value] | None:
-    """A load of a parameter or of an array with fixed contents."""
+    """A load of a parameter, of an array with fixed contents, or from shared memory."""
     opcode, operands = instruction.opcode, instruction.operands
     if operands[0].startswith("{") and "," in operands[0]:
         return None
@@ -295,6 +299,14 @@ def _load(block: _Block, instruction: _Instruction) -> list[Value] | None:
             value = block.scalars[name]
         return [value] * block.num_threads
     values: list[Value] = []
+    if opcode.startswith("ld.shared"):
+        # In a kernel without races nothing is written between two threads' reads of an address in
+        # one step: only a barrier, which both have passed, could order the write before or after.
+        # That there are no other races is what the verifier is asked next (`keep_one_thread`).
+        return [
+            block.fresh("shared", address) if isinstance(address, Address) else block.fresh(0, t)
+            for t, address in enumerate(block.address(operands[1]))
+        ]
     if not opcode.startswith("ld.global"):
         return None
     for address in block.address(operands[1]):
@@ -387,7 +399,7 @@ def _run(
 
 def duplicate_stores(
     ptx: str,
-    num_blocks: int,
+    grid: Sequence[int],
     num_threads: int,
     scalars: Mapping[str, int],
     arrays: Mapping[str, Sequence[int]],
@@ -396,7 +408,7 @@ def duplicate_stores(
 
     Args:
         ptx: of one kernel.
-        num_blocks: of the launch, along x.
+        grid: blocks of the launch along x, y and z.
         num_threads: of a block, along x.
         scalars: value of each integer parameter, by its name in the PTX.
         arrays: contents of int32 arrays, by the name of their pointer in the PTX.
@@ -451,8 +463,8 @@ def duplicate_stores(
             same = before == Store(line, mask)
             found[line] = before if same else "the threads that store differ from time to time"
 
-    for number in range(num_blocks):
-        _run(_Block(number, num_threads, scalars, arrays), code, labels, see_store)
+    for block in itertools.product(*map(range, grid)):
+        _run(_Block(block, grid, num_threads, scalars, arrays), code, labels, see_store)
     return found
 
 

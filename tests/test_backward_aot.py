@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from csrc_triton import attention_backward, conv_backward, linear_backward, norm_backward
 from csrc_triton.aot import check_kernel
+from csrc_triton.configs.norm import warp_size
+from csrc_triton.configs.norm_backward import norm_backward_config
 from csrc_triton.machine_code import Target, default_cache
 from csrc_triton.specs import KernelSpec
 
@@ -62,3 +65,12 @@ def test_compiles_without_spills_and_with_tensor_cores(target: str) -> None:
         if spec.name.startswith("shaw_attention_bwd"):
             assert spec.kind == "gemm", spec.name
             assert TENSOR_CORES[target] in row.code.tensor_core, spec.name
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("width", [1, 100, 256, 512, 1000, 1024, 2048, 4096, 8192])
+def test_a_thread_of_a_norm_holds_at_most_16_elements_of_a_row(width: int, arch: str) -> None:
+    config = norm_backward_config(width, torch.bfloat16, arch)
+    assert config.block_width >= width
+    threads = config.num_warps * warp_size(arch)
+    assert config.rows * config.block_width <= 16 * threads

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from tests.reference import TINY, padded_batch, pair
 from tests.training_helpers import make_model
 from w2vbert_fast.models import checkpointing
-from w2vbert_fast.models.checkpointing import Checkpointing, layer_policies
+from w2vbert_fast.models.checkpointing import (
+    Checkpointing,
+    LayerPlan,
+    SavedBytes,
+    layer_policies,
+)
 from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, Wav2Vec2BertSelfAttention
 from w2vbert_fast.training import FinetuneConfig
 from w2vbert_fast.training.model import make_parts
@@ -339,3 +344,52 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
     with pytest.raises(error, match=message):
         ours.gradient_checkpointing_enable(**options)
     assert not ours.is_gradient_checkpointing
+
+
+def test_moments_count_until_the_gradients_have_been_taken_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpointing, "free_memory", lambda device: 1_000_000)
+    model, settings = nn.Linear(100, 50, bias=False), Checkpointing("auto")
+    size, device = model.weight.nbytes, torch.device("cpu")
+    model.weight.grad = torch.zeros_like(model.weight)  # accumulated: no step was made yet
+    budgets = [settings.budget(model, device) for _ in range(2)]
+    model.weight.grad = None
+    budgets += [settings.budget(model, device) for _ in range(2)]
+    expected = [2 * size, 2 * size, 3 * size, size]
+    assert budgets == [int(0.9 * (1_000_000 - missing)) for missing in expected]
+
+
+def test_the_first_of_every_n_layers_recomputes() -> None:
+    plan = LayerPlan(Checkpointing("layer", every_n_layers=3), nn.Identity(), 7)
+    assert [i for i in range(1, 8) if not plan.takes_apart(i)] == [1, 4, 7]
+
+
+def test_auto_recomputes_each_layer_of_code_that_is_being_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    plan = LayerPlan(Checkpointing("auto", budget_bytes=1 << 40), nn.Identity(), 3)
+    assert not any(plan.takes_apart(i) for i in (1, 2, 3))
+
+
+def test_auto_asks_about_the_layers_that_are_left() -> None:
+    layer, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(4, 8, requires_grad=True)
+    saved = SavedBytes(layer)
+    with saved.hooks():
+        layer(x)
+    assert saved.total == 2 * x.nbytes
+    # One byte less, and neither fits beside what computing one of them again takes.
+    for budget, apart in ((2 * saved.total, True), (2 * saved.total - 1, False)):
+        plan = LayerPlan(Checkpointing("auto", budget_bytes=budget), layer, 3)
+        assert not plan.takes_apart(1)
+        plan.run(1, layer, x)
+        assert [plan.takes_apart(i) for i in (2, 3)] == [apart, apart]
+
+
+def test_the_input_of_the_attention_is_not_the_attentions() -> None:
+    attention, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(4, 8, requires_grad=True)
+    saved = SavedBytes(attention)
+    with saved.hooks():
+        saved.attention(attention, x)
+    assert (saved.total, saved.in_attention) == (2 * x.nbytes, x.nbytes)

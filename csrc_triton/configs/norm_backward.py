@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .linear import MULTIPROCESSORS, nearest_architecture
-from .norm import MAX_WIDTH, warp_size
+from .norm import norm_config, warp_size
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,6 @@ class NormBackwardConfig:
     programs: int
 
 
-# Widest block -> rows and threads of a program. A thread then holds at most 16 elements of a
-# tensor: up to four tensors and four sums of them fit its registers.
-_ROWS_AND_THREADS = {
-    128: (8, 64),
-    256: (4, 64),
-    512: (2, 64),
-    1024: (2, 128),
-    2048: (1, 128),
-    4096: (1, 256),
-    8192: (1, 512),
-}
-
-
 def norm_backward_config(width: int, dtype: torch.dtype, arch: str) -> NormBackwardConfig:
     """The launch configuration for rows of `width` elements.
 
@@ -51,13 +38,14 @@ def norm_backward_config(width: int, dtype: torch.dtype, arch: str) -> NormBackw
     Raises:
         ValueError: the rows are too wide.
     """
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"width is {width}; it must be 1 to {MAX_WIDTH}")
-    block_width = max(16, 1 << (width - 1).bit_length())
+    forward = norm_config(width, dtype, arch)
+    block_width, num_warps = forward.block_width, forward.num_warps
     if arch == "interpreter":
-        return NormBackwardConfig(rows=4, block_width=block_width, num_warps=1, programs=3)
-    bound = next(bound for bound in _ROWS_AND_THREADS if block_width <= bound)
-    rows, threads = _ROWS_AND_THREADS[bound]
+        return NormBackwardConfig(forward.rows, block_width, num_warps, programs=3)
+    # At most 16 elements of a tensor a thread, half of what the forward kernel holds: up to four
+    # tensors and four sums of them fit its registers.
+    rows = max(1, forward.rows // 2)
     # Enough threads to hide memory's latency, and few shares to add up.
+    threads = num_warps * warp_size(arch)
     programs = MULTIPROCESSORS[nearest_architecture(arch)] * max(1, 512 // threads)
-    return NormBackwardConfig(rows, block_width, threads // warp_size(arch), programs)
+    return NormBackwardConfig(rows, block_width, num_warps, programs)

@@ -15,6 +15,17 @@ from .attention import has_kernel, shaw_attention_op
 from .registry import backward_operation, dense_rows, differentiable
 
 
+def _empty_like_inputs(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the gradients of query, key and value go."""
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
+def _empty_like_embedding(query: Tensor, embedding: Tensor | None) -> Tensor:
+    """The distance embedding's gradient, without values; without elements where there is none."""
+    shape = (0,) if embedding is None else embedding.shape
+    return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
 def _fake(
     grad: Tensor,
     query: Tensor,
@@ -25,16 +36,9 @@ def _fake(
     cu_seqlens: Tensor,
     max_seqlen: int,
     distance_embedding: Tensor | None,
-    left_max_position: int,
-    right_max_position: int,
-    tile_map: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    shape = (0,) if distance_embedding is None else distance_embedding.shape
-    grads = [query.new_empty(query.shape) for _ in range(3)]
-    return grads[0], grads[1], grads[2], query.new_empty(shape, dtype=dtype)
+    return *_empty_like_inputs(query), _empty_like_embedding(query, distance_embedding)
 
 
 @backward_operation(
@@ -72,7 +76,6 @@ def shaw_attention_backward_op(
             _, log_sum_exp = shaw_attention_op(
                 query, key, value, cu_seqlens, max_seqlen, distance_embedding, left, right, tile_map
             )
-        out = [query.new_empty(query.shape) for _ in range(3)]
         *inputs, grad_embedding = kernel(
             dense_rows(grad),
             query,
@@ -88,7 +91,7 @@ def shaw_attention_backward_op(
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
             tile_map=tile_map if _same_tiles(query, dropout_p) else None,
-            out=(out[0], out[1], out[2]),
+            out=_empty_like_inputs(query),
         )
     else:
         from .cpu.attention_backward import shaw_attention_backward
@@ -107,8 +110,7 @@ def shaw_attention_backward_op(
             dropout_seed,
         )
     if grad_embedding is None:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        grad_embedding = query.new_empty(0, dtype=dtype)
+        grad_embedding = _empty_like_embedding(query, None)
     return inputs[0], inputs[1], inputs[2], grad_embedding
 
 

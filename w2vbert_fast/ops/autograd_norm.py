@@ -25,6 +25,16 @@ def _grad_x(x: Tensor, scale: float) -> Tensor:
     return x.new_empty(0 if scale == 1.0 else x.shape)
 
 
+def _without_alias(grads: tuple[Tensor, ...], x: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """A kernel's gradients, of which an operation may return none twice."""
+    return grads[0], grads[1] if scale != 1.0 else _grad_x(x, scale), *grads[2:]
+
+
+def _with_alias(grads: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of residual and x, of what an operation returned."""
+    return grads[0], grads[0] if scale == 1.0 else grads[1]
+
+
 def _layer_norm_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
@@ -84,7 +94,7 @@ def residual_layer_norm_backward_op(
 
         first = None if grad_y is None else dense_rows(grad_y)
         grads = kernel(first, dense_rows(grad_z), y, scale, weight, eps)
-        return grads[0], y.new_empty(0) if scale == 1.0 else grads[1], *grads[2:]
+        return _without_alias(grads, y, scale)
     from .cpu.norm_backward import residual_layer_norm_backward
 
     return residual_layer_norm_backward(grad_y, grad_z, y, scale, weight, eps)
@@ -105,11 +115,8 @@ def _residual_layer_norm_gradient(
     y, weight = ctx.saved_tensors
     grad_z = torch.zeros_like(y) if grad_z is None else grad_z
     grads = residual_layer_norm_backward_op(grad_y, grad_z, y, ctx.scale, weight, ctx.eps)
-    grad_residual, grad_x, grad_weight, grad_bias = grads
-    if ctx.scale == 1.0:
-        grad_x = grad_residual
-    parameters = (grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype))
-    return grad_residual, grad_x, None, *parameters, None
+    parameters = (grads[2].to(weight.dtype), grads[3].to(ctx.bias_dtype))
+    return *_with_alias(grads, ctx.scale), None, *parameters, None
 
 
 differentiable("residual_layer_norm", _residual_layer_norm_setup, _residual_layer_norm_gradient)
@@ -154,7 +161,7 @@ def residual_double_layer_norm_backward_op(
 
         first, second = None if grad_z1 is None else dense_rows(grad_z1), dense_rows(grad_z2)
         grads = kernel(first, second, residual, x, scale, weight1, bias1, weight2, eps)
-        return grads[0], x.new_empty(0) if scale == 1.0 else grads[1], *grads[2:]
+        return _without_alias(grads, x, scale)
     from .cpu.norm_backward import residual_double_layer_norm_backward
 
     return residual_double_layer_norm_backward(
@@ -179,8 +186,7 @@ def _double_gradient(
     )
     dtypes = (weight1.dtype, bias1.dtype, weight2.dtype, ctx.bias_dtype)
     parameters = (grad.to(dtype) for grad, dtype in zip(grads[2:], dtypes, strict=True))
-    grad_x = grads[0] if ctx.scale == 1.0 else grads[1]
-    return grads[0], grad_x, None, *parameters, None
+    return *_with_alias(grads, ctx.scale), None, *parameters, None
 
 
 differentiable("residual_double_layer_norm", _double_setup, _double_gradient)
