@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.reference import TINY, padded_batch
+from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from w2vbert_fast.layout import PackedBatch, positions_in_sequence, sequence_ids
 
 
@@ -72,3 +74,47 @@ def test_mask_with_a_hole_names_the_row() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]])
     with pytest.raises(ValueError, match=r"row\(s\) \[1\]"):
         PackedBatch.from_attention_mask(mask, 2, 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("mask", "is_right_padded"),
+    [
+        ([[1, 1, 1], [1, 0, 0]], True),
+        ([[1, 1, 0], [0, 0, 0]], True),
+        ([[1, 1, 1], [0, 1, 1]], False),
+        ([[0, 1, 0], [1, 1, 0]], False),
+    ],
+)
+def test_padding_in_front_is_known(mask: list[list[int]], is_right_padded: bool) -> None:
+    valid = torch.tensor(mask)
+    layout = PackedBatch.from_attention_mask(valid, 2, 3, torch.device("cpu"))
+    assert layout.is_right_padded == is_right_padded
+    values = torch.randn(layout.num_tokens, 2)
+    shortest = layout.right_padded()
+    assert shortest.is_right_padded
+    assert shortest.right_padded() is shortest
+    assert (shortest is layout) == (is_right_padded and layout.max_seqlen == 3)
+    padded = shortest.unpack(values)
+    assert padded.shape == (2, layout.max_seqlen, 2)
+    for row, utterance in zip(padded, values.split(list(layout.lengths)), strict=True):
+        assert torch.equal(row[: len(utterance)], utterance)
+        assert not row[len(utterance) :].any()
+
+
+@pytest.mark.parametrize(("in_front", "layouts"), [(False, 1), (True, 2)])
+def test_the_ctc_loss_reads_the_logits_that_are_returned(
+    in_front: bool, layouts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Wav2Vec2BertForCTC(Wav2Vec2BertConfig(**{**TINY, "pad_token_id": 0})).eval()
+    features, mask = padded_batch((12, 5), TINY["feature_projection_input_dim"])
+    if in_front:
+        features, mask = features.flip(1), mask.flip(1)
+    unpack, widths = PackedBatch.unpack, []
+
+    def counted(layout: PackedBatch, packed: torch.Tensor) -> torch.Tensor:
+        widths.append(packed.shape[-1])
+        return unpack(layout, packed)
+
+    monkeypatch.setattr(PackedBatch, "unpack", counted)
+    model(features, mask, labels=torch.tensor([[1, 2, 3], [4, 5, -100]]))
+    assert widths.count(TINY["vocab_size"]) == layouts

@@ -24,6 +24,7 @@ class PackedBatch:
             form `[batch * T, ...]`; `None` when every row is full, so that packing is a reshape.
         tile_map: the attention kernel's work list for these utterances, which an encoder makes once
             for all its layers (`ops.attention_tile_map`); `None` where there is none.
+        is_right_padded: every utterance is known to begin at its row's first frame.
     """
 
     cu_seqlens: Tensor
@@ -31,6 +32,7 @@ class PackedBatch:
     padded_length: int
     token_positions: Tensor | None
     tile_map: Tensor | None = None
+    is_right_padded: bool = False
 
     @classmethod
     def from_lengths(
@@ -46,7 +48,7 @@ class PackedBatch:
         frames = torch.arange(padded_length, device="cpu")
         limits = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         valid = frames[None, :] < limits[:, None]
-        return cls._from_valid(valid, tuple(lengths), torch.device(device))
+        return cls._from_valid(valid, tuple(lengths), torch.device(device), True)
 
     @classmethod
     def from_attention_mask(
@@ -88,11 +90,16 @@ class PackedBatch:
                 f"attention_mask marks invalid frames between valid ones in row(s) {holes}; "
                 "the valid frames of an utterance must be contiguous"
             )
-        return cls._from_valid(valid, tuple(lengths), device)
+        in_front = valid[:, :1] != valid.any(1, keepdim=True)
+        return cls._from_valid(valid, tuple(lengths), device, not in_front.any().item())
 
     @classmethod
     def _from_valid(
-        cls, valid: Tensor, lengths: tuple[int, ...], device: torch.device
+        cls,
+        valid: Tensor,
+        lengths: tuple[int, ...],
+        device: torch.device,
+        is_right_padded: bool,
     ) -> PackedBatch:
         # On the CPU first, whatever the default device is: a copy to the device is one transfer.
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="cpu")
@@ -100,7 +107,13 @@ class PackedBatch:
         padded_length = valid.shape[1]
         full = all(length == padded_length for length in lengths)
         positions = None if full else valid.flatten().nonzero().flatten().to(device)
-        return cls(cu_seqlens.to(device), lengths, padded_length, positions)
+        return cls(
+            cu_seqlens.to(device),
+            lengths,
+            padded_length,
+            positions,
+            is_right_padded=is_right_padded,
+        )
 
     @property
     def batch_size(self) -> int:
@@ -130,6 +143,8 @@ class PackedBatch:
 
     def right_padded(self) -> PackedBatch:
         """The same utterances in a padded form as short as the longest of them."""
+        if self.is_right_padded and self.padded_length == self.max_seqlen:
+            return self
         return self.from_lengths(self.lengths, self.max_seqlen, self.cu_seqlens.device)
 
     def with_lengths(self, lengths: list[int], padded_length: int) -> PackedBatch:

@@ -176,8 +176,13 @@ class Wav2Vec2BertForCTC(_WithEncoder):
         loss = None
         if labels is not None:
             # The loss reads every utterance from its row's first frame; padding may be in front.
+            from_first = (
+                logits[:, : layout.max_seqlen]
+                if layout.is_right_padded
+                else layout.right_padded().unpack(token_logits)
+            )
             loss = ops.ctc_loss(
-                layout.right_padded().unpack(token_logits),
+                from_first,
                 torch.tensor(layout.lengths, device=logits.device),
                 labels,
                 blank=_checked_blank(blank, vocab_size),
