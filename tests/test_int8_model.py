@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.reference import relative_error
 from w2vbert_fast import Wav2Vec2BertForCTC
-from w2vbert_fast.models.quantization import Int8Linear
+from w2vbert_fast.models.quantization import Int8Linear, WideLinear
 from w2vbert_fast.ops import dispatch
 
 VNNI = torch.cpu._is_vnni_supported()
@@ -29,7 +29,8 @@ def load(path: Path, dtype: str | None = "int8") -> Wav2Vec2BertForCTC:
 def test_the_encoders_linear_layers_are_quantised(tiny_checkpoint: Path) -> None:
     model = load(tiny_checkpoint)
     quantised = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
-    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    kinds = (nn.Linear, WideLinear)
+    plain = {name for name, module in model.named_modules() if type(module) in kinds}
     assert len(quantised) == 2 * 8  # two layers, of two feed-forward blocks and four projections
     assert all(name.startswith("wav2vec2_bert.encoder.layers.") for name in quantised)
     assert plain == {"wav2vec2_bert.feature_projection.projection", "lm_head"}
@@ -45,7 +46,15 @@ def test_the_rest_is_in_bfloat16_where_the_cpu_has_it(
     model = load(tiny_checkpoint)
     expected = torch.bfloat16 if native else torch.float32
     assert model.dtype == model.config.dtype == expected
-    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    head = {"lm_head.weight", "lm_head.bias"}
+    dtypes = {n: parameter.dtype for n, parameter in model.named_parameters()}
+    assert {dtypes[name] for name in dtypes.keys() - head} == {expected}
+    # bfloat16 logits tie. The head is neither rounded nor does it round.
+    plain = load(tiny_checkpoint, None).lm_head
+    assert torch.equal(model.lm_head.weight, plain.weight)
+    hidden = torch.randn(3, plain.in_features).to(expected)
+    with torch.no_grad():
+        assert torch.equal(model.lm_head(hidden), plain(hidden.float()))
     # The weights were quantised before the rest was rounded.
     name = "encoder.layers.0.ffn1.intermediate_dense"
     weight = load(tiny_checkpoint, None).base_model.get_submodule(name).weight.detach()

@@ -16,6 +16,7 @@ from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch
 from ..ops.dispatch import on_triton_device, records_gradient
+from .packed_weights import PackedLinear, packed_feed_forward
 from .packing import lay_end_to_end
 from .quantization import Int8Linear, int8_feed_forward, int8_projections
 
@@ -36,7 +37,8 @@ def apply_linear(
     if is_untouched(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias, activation, fast=fast)
     y: Tensor
-    if is_untouched(module, Int8Linear) and not callable(activation):
+    kind = PackedLinear if isinstance(module, PackedLinear) else Int8Linear
+    if is_untouched(module, kind) and not callable(activation):
         y = module(x, activation)
         return y
     y = module(x)
@@ -107,6 +109,8 @@ class Wav2Vec2BertFeedForward(nn.Module):
                 return out
             if is_untouched(first, Int8Linear) and is_untouched(second, Int8Linear):
                 return int8_feed_forward(x, first, second, activation)
+            if is_untouched(first, PackedLinear) and is_untouched(second, PackedLinear):
+                return packed_feed_forward(x, first, second, activation)
         x = apply_linear(self.intermediate_dense, x, self.activation, fast=fast)
         x = self.intermediate_dropout(x)
         y: Tensor = self.output_dropout(apply_linear(self.output_dense, x, fast=fast))
@@ -145,7 +149,11 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
         `taps` is the depthwise weight `[C, K]` in another layout (`ops.tap_major`).
         """
         fast = self.use_fast_kernels
-        x = ops.linear_glu(x, self.pointwise_conv1.weight.squeeze(-1), fast=fast)
+        first, last = self.pointwise_conv1, self.pointwise_conv2
+        if isinstance(first, PackedLinear):
+            x = first.glu(x)
+        else:
+            x = ops.linear_glu(x, first.weight.squeeze(-1), fast=fast)
         norm = self.depthwise_layer_norm
         x = ops.conv_norm_act(
             x,
@@ -157,7 +165,10 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
             layout.cu_seqlens,
             fast=fast,
         )
-        x = ops.linear(x, self.pointwise_conv2.weight.squeeze(-1), fast=fast)
+        if isinstance(last, PackedLinear):
+            x = last(x)
+        else:
+            x = ops.linear(x, last.weight.squeeze(-1), fast=fast)
         y: Tensor = self.dropout(x)
         return y
 

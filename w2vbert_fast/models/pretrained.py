@@ -15,11 +15,13 @@ from .._config_checks import floating_dtype
 from ..checkpoint import find_checkpoint, write_checkpoint
 from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from ..hub import pinned_revision, resolve_file
+from ..ops.dispatch import packed_kernels
 from .checkpointing import Checkpointing, Policy
 from .graphs import LayerGraphs
 from .initialization import initialize_weights
 from .loading import load_weights
-from .quantization import check_int8, dtype_beside_int8, quantize_encoder
+from .packed_weights import pack_encoder
+from .quantization import check_int8, dtype_beside_int8, keep_ctc_head, quantize_encoder
 
 _Model = TypeVar("_Model", bound="Wav2Vec2BertPreTrainedModel")
 
@@ -201,7 +203,8 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         if int8:
             # Quantised before the rest is rounded.
             quantize_encoder(model)
-            model.to(dtype_beside_int8(model.dtype))
+            with keep_ctc_head(model):
+                model.to(dtype_beside_int8(model.dtype))
             model.config.dtype = model.dtype
         model.use_fast_kernels = use_fast_kernels
         return model.eval()
@@ -269,6 +272,36 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         self._use_fast_kernels = bool(value)
         for module in self._parts_with("use_fast_kernels"):
             module.use_fast_kernels = bool(value)
+
+    def pack_weights(self: _Model) -> _Model:
+        """Store the encoder's matrices as the CPU multiplies them, in place of the parameters.
+
+        oneDNN otherwise lays every weight out anew at each call. For inference: afterwards the
+        encoder's linear layers and pointwise convolutions have no weight that could be trained,
+        changed, saved or moved. Layers that hooks, LoRA or int8 changed stay as they are. The fast
+        kernels are switched on.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: the model is in training mode, not on the CPU, in a dtype that oneDNN does
+                not multiply here, or has no encoder layers.
+        """
+        encoders = self._parts_with("layer_graphs")
+        if not encoders:
+            raise ValueError(f"{type(self).__name__} has no encoder layers")
+        if self.training:
+            raise ValueError("the model is in training mode; weights are packed for inference")
+        parameter = next(self.parameters())
+        if parameter.device.type != "cpu":
+            raise ValueError(f"the model is on {parameter.device}; weights are packed on the CPU")
+        if not packed_kernels().onednn_linear(parameter.dtype):
+            raise ValueError(f"the model is {parameter.dtype}, which oneDNN does not multiply here")
+        for encoder in encoders:
+            pack_encoder(encoder)
+        self.use_fast_kernels = True
+        return self
 
     def compile_for_inference(
         self: _Model,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -85,6 +86,33 @@ class Int8Linear(nn.Module):
             f"{prefix.rstrip('.')} is quantised to int8 and has no weight that a checkpoint could "
             "hold; save the model that was loaded without dtype='int8'"
         )
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that is in float32 in a model that is not, and computes there.
+
+    For the logits of CTC: rounded to bfloat16 they tie, and which of two tokens wins is chance.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.float()
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]`, any floating dtype -> `[..., out_features]` in the weight's."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+@contextmanager
+def keep_ctc_head(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to a CTC model inside, its head ends as a `WideLinear` of what it was."""
+    head = model._modules.pop("lm_head", None)
+    yield
+    if head is not None:
+        model.add_module("lm_head", WideLinear(head) if type(head) is nn.Linear else head)
 
 
 def int8_projections(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:

@@ -125,6 +125,11 @@ def _cpu_problem() -> str | None:
     return None
 
 
+def packed_kernels() -> Any:
+    """The linear layers of the CPU path, which take packed weights."""
+    return importlib.import_module(f"{__package__}.cpu.linear")
+
+
 def int8_kernels() -> Any:
     """The int8 functions of the CPU path. Their `reasons` say whether they can run."""
     return importlib.import_module(f"{__package__}.cpu.int8")

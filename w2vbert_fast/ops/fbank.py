@@ -32,12 +32,15 @@ FRAME_SHIFT = 160
 """Samples from the start of a frame to the start of the next."""
 FFT_LENGTH = 512
 """Points of the DFT; frames are zero-padded to it."""
+PREEMPHASIS = 0.97
+"""How much of the sample before it is subtracted from each sample of a frame."""
+MEL_FLOOR = 2.0**-23
+"""The least energy of a mel bin, before the logarithm."""
+VARIANCE_FLOOR = 1e-7
+"""What normalisation adds to a feature's variance over an utterance."""
 
-_PREEMPHASIS = 0.97
 _SAMPLE_SCALE = 2.0**15
-_MEL_FLOOR = 2.0**-23
 _LOWEST_FREQUENCY = 20.0
-_VARIANCE_FLOOR = 1e-7
 
 # A block's frames and their spectra stay in a core's L2 cache on a CPU; elsewhere the block only
 # bounds the memory for the spectra (12 KB a frame).
@@ -102,8 +105,13 @@ def _filter_groups(
 
 
 @functools.lru_cache(maxsize=1)
-def _scaled_window() -> NDArray[np.float64]:
-    """Povey window times the sample scale, ``[400]``. Its first and last weights are zero."""
+def scaled_window() -> NDArray[np.float64]:
+    """Povey window times 2^15, the sample scale.
+
+    Returns:
+        float64 array ``[400]``; its first and last weights are zero. The array is shared between
+        callers and must not be written to.
+    """
     phase = 2.0 * np.pi * np.arange(FRAME_LENGTH) / (FRAME_LENGTH - 1)
     window = (0.5 - 0.5 * np.cos(phase)).clip(min=0.0) ** 0.85
     window[0] = window[-1] = 0.0
@@ -188,7 +196,7 @@ def _write_log_mel(
 ) -> None:
     """Fills `features` ``[num_frames, num_mel_bins]`` for the frames that begin at `starts`."""
     device = waveforms.device
-    window = torch.from_numpy(_scaled_window()).to(device=device, dtype=compute_dtype)
+    window = torch.from_numpy(scaled_window()).to(device=device, dtype=compute_dtype)
     groups = [
         (first, end, torch.from_numpy(weights).to(device=device, dtype=compute_dtype))
         for first, end, weights in _filter_groups(features.shape[1], sampling_rate)
@@ -205,13 +213,13 @@ def _write_log_mel(
         frames = block[:, :FRAME_LENGTH]
         # Pre-emphasis is linear and the window is zero at a frame's first sample, so removing the
         # mean first is the same as subtracting 0.03 of the mean afterwards.
-        torch.sub(samples[:, 1:], samples[:, :-1], alpha=_PREEMPHASIS, out=frames[:, 1:])
-        frames -= samples.mean(dim=1, keepdim=True) * (1.0 - _PREEMPHASIS)
+        torch.sub(samples[:, 1:], samples[:, :-1], alpha=PREEMPHASIS, out=frames[:, 1:])
+        frames -= samples.mean(dim=1, keepdim=True) * (1.0 - PREEMPHASIS)
         frames *= window
         spectrum = torch.fft.rfft(block)  # [frames, 257]
         power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
         mel = [power[:, first:last] @ weights for first, last, weights in groups]
-        features[begin:end].copy_(torch.cat(mel, dim=1)).clamp_(min=_MEL_FLOOR).log_()
+        features[begin:end].copy_(torch.cat(mel, dim=1)).clamp_(min=MEL_FLOOR).log_()
 
 
 def normalize_utterances(features: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -247,7 +255,7 @@ def normalize_utterances(features: Tensor, cu_seqlens: Tensor) -> Tensor:
         centered = features[begin:end].to(wide, copy=True)
         centered -= centered.mean(dim=0)
         variance = torch.linalg.vector_norm(centered, dim=0).square() / max(end - begin - 1, 1)
-        centered /= (variance + _VARIANCE_FLOOR).sqrt()
+        centered /= (variance + VARIANCE_FLOOR).sqrt()
         normalized[begin:end] = centered
     return normalized
 

@@ -205,9 +205,11 @@ def _linear(
     if tokens.values.numel() == 0 or weight.out_features == 0:
         y = tokens.scale.new_zeros(tokens.values.shape[0], weight.out_features)
     else:
-        y = _product(tokens, weight).mul_(tokens.scale)
+        y = _product(tokens, weight)
     if bias is not None:
-        y.add_(bias)
+        torch.addcmul(bias.float(), y, tokens.scale, out=y)
+    else:
+        y.mul_(tokens.scale)
     if activation in ("silu", "swish"):
         return F.silu(y, inplace=True)
     return y if activation is None else get_activation(activation)(y)
