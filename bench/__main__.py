@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", action="append", choices=("fp32", "bf16", "int8"))
     p.add_argument("--rounds", type=int, default=5, help="rounds at most (5)")
     p.add_argument("--budget", type=float, default=4.0, help="seconds of timing a candidate (4)")
-    p.add_argument("--layers", type=int, help="encoder layers (4 on a CPU, 24 on a GPU)")
+    p.add_argument("--layers", type=int, help="encoder layers (2 or 4 on a CPU, 24 on a GPU)")
     p.add_argument("--threads", type=int, default=machine.cores(), help="CPU threads (all cores)")
     p.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     p.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
@@ -79,7 +79,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     settings = Settings(
         device=arguments.device,
         threads=arguments.threads,
-        layers=arguments.layers or (24 if arguments.device == "cuda" else 4),
+        layers=arguments.layers,
         rounds=arguments.rounds,
         budget=arguments.budget,
         pause=0.25 if arguments.device == "cpu" else 0.0,
@@ -99,10 +99,11 @@ def _measure(arguments: argparse.Namespace) -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": arguments.device,
         "threads": settings.threads,
-        "layers": settings.layers,
+        "layers": arguments.layers or (24 if arguments.device == "cuda" else 4),
         "audio": speech((1.0,))[1],
         "gemm_rate": {dtype: gemm.rate for dtype, gemm in settings.gemms.items()},
         "gemm": {dtype: gemm.name for dtype, gemm in settings.gemms.items()},
+        "packed_gemm_rate": {d: machine.packed_gemm_rate(d, device) for d in settings.gemms},
         "rows": [],
         "targets": [],
     }
@@ -112,7 +113,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="w2vbert-bench-") as folder:
         for name in names:
             workload = WORKLOADS[name]
-            layers = workload.layers or settings.layers
+            layers = workload.depth(arguments.device, arguments.layers)
             depth = f", {layers} layers" if workload.kind in LAYERED else ""
             print(f"\n{name} ({workload.kind}{depth}, {workload.audio_seconds:.0f} s of audio)")
             # Exports are kept for the workloads that use the same model.
@@ -143,7 +144,9 @@ def _print_header(result: dict[str, Any]) -> None:
           f"{result['threads']} threads, commit {result['commit']}")  # fmt: skip
     print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     for dtype, rate in result["gemm_rate"].items():
-        print(f"best GEMM, {dtype}: {rate / 1e9:.0f} GFLOP/s ({result['gemm'][dtype]})")
+        line = f"best GEMM, {dtype}: {rate / 1e9:.0f} GFLOP/s ({result['gemm'][dtype]})"
+        packed = result["packed_gemm_rate"][dtype]
+        print(line if packed is None else f"{line}; with a packed weight {packed / 1e9:.0f}")
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from torch import nn
 from .hardware import GPUS, Gpu
 from .ledger_costs import Cost
 from .ledger_trace import Operation, Trace, place, trace, without_data
+from .ledger_workload import DTYPES, Workload, described
 
 SCHEMA = "w2vbert-ledger/v1"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FRAME_SECONDS = 0.02
-"""A frame of the encoder: two filterbank frames of 10 ms."""
 
 OURS = "w2vbert_fast"
 EAGER = "transformers eager"
@@ -41,7 +39,7 @@ BYTES_TARGET = 5
 """And it moves at least this many times the bytes."""
 
 
-def _ours(overrides: dict[str, Any]) -> nn.Module:
+def _ours(overrides: Mapping[str, Any]) -> nn.Module:
     from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
     model = Wav2Vec2BertModel(Wav2Vec2BertConfig(**overrides))
@@ -68,7 +66,7 @@ def _pack_projections(model: nn.Module) -> None:
                     layer._parameters[name] = nn.Parameter(part, requires_grad=False)
 
 
-def _reference(overrides: dict[str, Any], attention: str) -> nn.Module:
+def _reference(overrides: Mapping[str, Any], attention: str) -> nn.Module:
     from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
     config = Wav2Vec2BertConfig(**overrides)
@@ -77,55 +75,46 @@ def _reference(overrides: dict[str, Any], attention: str) -> nn.Module:
     return model
 
 
-def trace_encoder(
-    path: str,
-    batch: int,
-    frames: int,
-    dtype: torch.dtype,
-    overrides: dict[str, Any],
-    arch: str = "sm_90",
-    sdpa: str = "efficient",
-    mask: bool = True,
-) -> Trace:
-    """One forward pass of the bare model over `batch` rows of `frames` valid frames.
+def build(path: str, config: Mapping[str, Any]) -> nn.Module:
+    """The bare model of one of `PATHS`, without values.
 
     Args:
         path: one of `PATHS`.
-        batch: utterances.
-        frames: of each.
-        dtype: of weights and activations.
-        overrides: what of the config is not the default, such as `num_hidden_layers`.
-        arch: the architecture whose launch configurations our kernels take.
-        sdpa: "efficient" or "math", the kernel behind the reference's sdpa.
-        mask: give the reference the attention mask that its feature extractor returns, as every
-            padded batch needs. Ours reads a mask once, on the host, and is counted without.
+        config: what of its config is not the default.
 
     Raises:
-        ValueError: an unknown path, or no utterances, frames or layers.
+        ValueError: an unknown path.
     """
     if path not in PATHS:
         raise ValueError(f"path is {path!r}; it must be one of {PATHS}")
-    for name, value in (("batch", batch), ("frames", frames)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         if path == OURS:
-            model = _ours(overrides)
-        else:
-            model = _reference(overrides, path.removeprefix("transformers "))
+            return _ours(config)
+        return _reference(config, path.removeprefix("transformers "))
+
+
+def trace_encoder(path: str, workload: Workload) -> Trace:
+    """One forward pass of the bare model over rows of valid frames.
+
+    Args:
+        path: one of `PATHS`.
+        workload: shapes, dtype, depth.
+
+    Raises:
+        ValueError: an unknown path.
+    """
+    with torch.no_grad():
+        model = build(path, workload.config)
     model.eval()
     # The kernels' path asks for CUDA tensors; PyTorch's own operations are the same on any device.
     device = "cuda" if path == OURS else "meta"
-    width = model.config.feature_projection_input_dim
-    with without_data(sdpa):
-        place(model, device, dtype)
+    with without_data(workload.sdpa):
+        place(model, device, workload.torch_dtype)
         if path == OURS:
             _pack_projections(model)
-        features = torch.empty(batch, frames, width, dtype=dtype, device=device)
-        inputs = {"input_features": features}
-        if mask and path != OURS:
-            inputs["attention_mask"] = torch.empty(batch, frames, dtype=torch.int64, device=device)
-        return trace(lambda: model(**inputs), arch)
+        width = model.config.feature_projection_input_dim
+        inputs = workload.inputs(width, device, reference=path != OURS)
+        return trace(lambda: model(**inputs), workload.arch)
 
 
 def _difference(longer: Trace, shorter: Trace) -> list[Operation]:
@@ -207,64 +196,36 @@ def _by_kind(operations: Sequence[Operation]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -int(row["bytes"]))
 
 
-def ledger(
-    batch: int = 16,
-    frames: int = 1500,
-    dtype: str = "bf16",
-    layers: int = 24,
-    overrides: dict[str, Any] | None = None,
-    arch: str = "sm_90",
-    sdpa: str = "efficient",
-    mask: bool = True,
-    paths: Sequence[str] = PATHS,
-) -> dict[str, Any]:
+def ledger(workload: Workload | None = None, paths: Sequence[str] = PATHS) -> dict[str, Any]:
     """Counts of every path, as the JSON file has them.
 
     Args:
-        batch: utterances.
-        frames: of each, 20 ms apart.
-        dtype: "bf16", "fp16" or "fp32".
-        layers: of the whole encoder; a layer's own counts come from models of 3 and 2 layers.
-        overrides: what else of the config is not the default.
-        arch: the architecture whose launch configurations our kernels take.
-        sdpa: "efficient" or "math", the kernel behind the reference's sdpa.
-        mask: give the reference an attention mask.
+        workload: what is counted; the default is `Workload()`. A layer's own counts come from
+            models of 3 and 2 layers.
         paths: which of `PATHS`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an unknown path or architecture.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {tuple(DTYPES)}")
-    if layers < 1:
-        raise ValueError(f"layers is {layers}; it must be at least 1")
-
-    def run(path: str, num_layers: int) -> Trace:
-        config = dict(overrides or {}) | {"num_hidden_layers": num_layers}
-        return trace_encoder(path, batch, frames, DTYPES[dtype], config, arch, sdpa, mask)
-
+    workload = workload or Workload()
     counted = {}
     for path in paths:
-        whole = run(path, layers)
-        layer = _difference(run(path, 3), run(path, 2))
+        whole, longer, shorter = (
+            trace_encoder(path, replace(workload, layers=layers))
+            for layers in (workload.layers, 3, 2)
+        )
+        layer = _difference(longer, shorter)
         counted[path] = {
             "layer": _counts(layer),
             "layer_operations": _by_kind(layer),
             "encoder": _counts(whole.operations),
             "peak_activation_bytes": whole.peak_bytes,
-            "roofline": {gpu.name: roofline(gpu, whole.operations, dtype) for gpu in GPUS},
+            "roofline": {gpu.name: roofline(gpu, whole.operations, workload.dtype) for gpu in GPUS},
         }
     return {
         "schema": SCHEMA,
         "kind": "a model, not a measurement",
-        "batch": batch,
-        "frames": frames,
-        "audio_seconds": batch * frames * FRAME_SECONDS,
-        "dtype": dtype,
-        "layers": layers,
-        "arch": arch,
-        "sdpa": sdpa,
-        "mask": mask,
+        **workload.facts(),
         "versions": _versions(paths),
         "gpus": [asdict(gpu) for gpu in GPUS],
         "paths": counted,
@@ -304,11 +265,7 @@ def render(result: dict[str, Any], operations: bool = False) -> str:
     parts = [
         "COST LEDGER: a model, not a measurement. Counted on tensors without data; nothing ran on "
         "a GPU.",
-        f"{result['batch']} utterances x {result['frames']} frames "
-        f"({result['frames'] * FRAME_SECONDS:g} s each), {result['dtype']}, {result['layers']} "
-        f"layers; our launch configurations for {result['arch']}; sdpa takes the "
-        f"{result['sdpa']} kernel; the reference with{'' if result['mask'] else 'out'} attention "
-        "mask; " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        described(result),
     ]
     rows = []
     for path, counts in paths.items():
@@ -399,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         count, show = training_ledger, render_training
     try:
-        result = count(
+        workload = Workload(
             options.batch,
             options.frames,
             options.dtype,
@@ -408,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sdpa=options.sdpa,
             mask=not options.no_mask,
         )
+        result = count(workload)
     except ValueError as error:
         parser.error(str(error))
     print(show(result, options.operations))

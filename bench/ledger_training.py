@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,18 +23,15 @@ from w2vbert_fast.ops import dispatch
 
 from .hardware import GPUS
 from .ledger import (
-    DTYPES,
     EAGER,
-    FRAME_SECONDS,
     OURS,
     SDPA,
     _by_kind,
     _counts,
     _difference,
-    _ours,
-    _reference,
     _table,
     _versions,
+    build,
     roofline,
 )
 from .ledger_costs import Cost
@@ -48,6 +44,7 @@ from .ledger_trace import (
     trace_step,
     without_data,
 )
+from .ledger_workload import DTYPES, Workload, described
 
 SCHEMA = "w2vbert-ledger-training/v1"
 RUNS: tuple[tuple[str, str], ...] = (
@@ -69,47 +66,25 @@ _STILL = {"layerdrop": 0.0, "apply_spec_augment": False}
 _ADAMW_FLOPS = 14  # an element: two moments, their bias corrections, a root, a quotient, decay
 
 
-def trace_training(
-    path: str,
-    policy: str,
-    batch: int,
-    frames: int,
-    dtype: torch.dtype,
-    overrides: dict[str, Any],
-    arch: str = "sm_90",
-    sdpa: str = "efficient",
-    mask: bool = True,
-) -> StepTrace:
+def trace_training(path: str, policy: str, workload: Workload) -> StepTrace:
     """Forward pass of the bare model, mean square of its output as the loss, and backward pass.
 
     Args:
-        path: as in `ledger.trace_encoder`, and so are the arguments from `batch` on.
+        path: one of `ledger.PATHS`.
         policy: "none", "layer" or, on our path, "attention".
-        batch: utterances.
-        frames: of each.
-        dtype: of weights, gradients and activations.
-        overrides: what of the config is not the default. LayerDrop and SpecAugment, which depend on
-            chance, are off; the dropout of the convolution module, 0.1, is on.
-        arch: the architecture whose launch configurations our kernels take.
-        sdpa: "efficient" or "math".
-        mask: give the reference an attention mask.
+        workload: shapes, dtype, depth. LayerDrop and SpecAugment, which depend on chance, are off
+            unless its overrides say otherwise; the dropout of the convolution module, 0.1, is on.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an unknown path or policy.
     """
-    for name, value in (("batch", batch), ("frames", frames)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    with torch.device("meta"):
-        config = {**_STILL, **overrides}
-        if path == OURS:
-            model = _ours(config)
-        else:
-            model = _reference(config, path.removeprefix("transformers "))
+    model = build(path, {**_STILL, **workload.config})
     model.train()
     # A backward pass runs outside of `WithoutDevice`; what is computed again must be inside.
     again = partial(
-        checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), WithoutDevice(sdpa))
+        checkpoint,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), WithoutDevice(workload.sdpa)),
     )
     if path == OURS:
         model.gradient_checkpointing_enable(policy=policy)  # type: ignore[operator]
@@ -117,23 +92,21 @@ def trace_training(
         model._set_gradient_checkpointing(True, again)  # type: ignore[operator]
     elif policy != "none":
         raise ValueError(f"policy is {policy!r}; {path} has 'none' and 'layer'")
-    width = model.config.feature_projection_input_dim
     with ExitStack() as stack:
-        stack.enter_context(without_data(sdpa, training=True))
+        stack.enter_context(without_data(workload.sdpa, training=True))
         # PyTorch built without CUDA has no autograd for tensors that claim to be there.
         stack.enter_context(patch.object(dispatch, "_forced", "triton"))
-        stack.enter_context(patch.object(runtime, "architecture", lambda device: arch))
+        stack.enter_context(patch.object(runtime, "architecture", lambda device: workload.arch))
         stack.enter_context(patch.object(Checkpointing, "run", staticmethod(again)))
-        place(model, "meta", dtype, training=True)
-        inputs = {"input_features": torch.empty(batch, frames, width, dtype=dtype, device="meta")}
-        if mask and path != OURS:
-            inputs["attention_mask"] = torch.empty(batch, frames, dtype=torch.int64, device="meta")
+        place(model, "meta", workload.torch_dtype, training=True)
+        width = model.config.feature_projection_input_dim
+        inputs = workload.inputs(width, "meta", reference=path != OURS)
 
         def loss() -> Tensor:
             output: Tensor = model(**inputs).last_hidden_state
             return output.float().square().mean()
 
-        return trace_step(loss, arch)
+        return trace_step(loss, workload.arch)
 
 
 def adamw(parameters: int, itemsize: int) -> Cost:
@@ -144,35 +117,26 @@ def adamw(parameters: int, itemsize: int) -> Cost:
 
 
 def training_ledger(
-    batch: int = 16,
-    frames: int = 1500,
-    dtype: str = "bf16",
-    layers: int = 24,
-    overrides: dict[str, Any] | None = None,
-    arch: str = "sm_90",
-    sdpa: str = "efficient",
-    mask: bool = True,
-    runs: Sequence[tuple[str, str]] = RUNS,
+    workload: Workload | None = None, runs: Sequence[tuple[str, str]] = RUNS
 ) -> dict[str, Any]:
-    """Counts of a training step for every path and policy; arguments as of `ledger.ledger`.
+    """Counts of a training step for every path and policy.
+
+    Args:
+        workload: what is counted; the default is `Workload()`.
+        runs: pairs of path and policy.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an unknown path, policy or architecture.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {tuple(DTYPES)}")
-    if layers < 1:
-        raise ValueError(f"layers is {layers}; it must be at least 1")
+    workload = workload or Workload()
 
     @cache
     def run(path: str, policy: str, num_layers: int) -> StepTrace:
-        config = dict(overrides or {}) | {"num_hidden_layers": num_layers}
-        given = (batch, frames, DTYPES[dtype], config, arch, sdpa, mask)
-        return trace_training(path, policy, *given)
+        return trace_training(path, policy, replace(workload, layers=num_layers))
 
     counted = []
     for path, policy in runs:
-        whole, longer, shorter = (run(path, policy, count) for count in (layers, 3, 2))
+        whole, longer, shorter = (run(path, policy, count) for count in (workload.layers, 3, 2))
         forward = _difference(longer.forward, shorter.forward)
         backward = _difference(longer.backward, shorter.backward)
         operations = [*whole.forward.operations, *whole.backward.operations]
@@ -192,27 +156,22 @@ def training_ledger(
                 "step": _counts(operations),
                 "kept_bytes": whole.kept_bytes,
                 "peak_bytes": whole.peak_bytes,
-                "roofline": {gpu.name: roofline(gpu, operations, dtype) for gpu in GPUS},
+                "roofline": {gpu.name: roofline(gpu, operations, workload.dtype) for gpu in GPUS},
             }
         )
-    with torch.device("meta"):
-        model = _ours({**_STILL, **(overrides or {}), "num_hidden_layers": layers})
+    model = build(OURS, {**_STILL, **workload.config})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "schema": SCHEMA,
         "kind": "a model, not a measurement",
-        "batch": batch,
-        "frames": frames,
-        "audio_seconds": batch * frames * FRAME_SECONDS,
-        "dtype": dtype,
-        "layers": layers,
-        "arch": arch,
-        "sdpa": sdpa,
-        "mask": mask,
+        **workload.facts(),
         "versions": _versions([path for path, _ in runs]),
         "gpus": [asdict(gpu) for gpu in GPUS],
         "runs": counted,
-        "adamw": {"parameters": parameters, **_counts(_adamw_trace(parameters, dtype).operations)},
+        "adamw": {
+            "parameters": parameters,
+            **_counts(_adamw_trace(parameters, workload.dtype).operations),
+        },
     }
 
 
@@ -237,11 +196,7 @@ def render_training(result: dict[str, Any], operations: bool = False) -> str:
     parts = [
         "COST LEDGER OF A TRAINING STEP: a model, not a measurement. Counted on tensors without "
         "data; nothing ran on a GPU.",
-        f"{result['batch']} utterances x {result['frames']} frames "
-        f"({result['frames'] * FRAME_SECONDS:g} s each), {result['dtype']}, {result['layers']} "
-        f"layers; our launch configurations for {result['arch']}; sdpa takes the "
-        f"{result['sdpa']} kernel; the reference with{'' if result['mask'] else 'out'} attention "
-        "mask; " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        described(result),
     ]
     rows = [
         [

@@ -21,6 +21,13 @@ PEER_SLACK = 5.0
 """A peer may be this much further from the truth than we may: less exact only makes it faster."""
 
 
+GEMM_SECONDS = 0.3
+"""For so long the GEMM runs in each round: about as long as the encoder, so that what disturbs the
+machine for a moment disturbs both."""
+OUR_ROUNDS = 3
+"""Rounds that our own candidates get even if they take longer than the budget."""
+
+
 class Unavailable(Exception):
     """A candidate cannot run here; the message says why."""
 
@@ -81,7 +88,7 @@ class Timing:
     prepared: Prepared | None = None
     skipped: str | None = None
     outputs: list[Any] = field(default_factory=list)
-    rounds: int = 0
+    stopped: bool = False
     seconds: list[float] = field(default_factory=list)
 
 
@@ -180,43 +187,50 @@ def interleave(
     budget: float,
     pause: float,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Run every candidate once a round, and the best GEMM of each dtype beside them.
+) -> dict[str, list[float]]:
+    """Run every candidate once a round, and the best GEMM of each dtype before them.
 
     Args:
         timings: from `prepare`; their `seconds` are filled in.
         gemms: by dtype.
         device: where they run.
         rounds: at most so many.
-        budget: seconds for one candidate: a slow one stops earlier, but not before round 2.
+        budget: seconds for one candidate: a slow one stops earlier, ours not before round 3.
         pause: seconds of rest before each run, so that another library's waiting threads have gone
             to sleep.
         clock: for tests.
 
     Returns:
-        Median GEMM rate in FLOP/s by dtype, measured in these rounds.
+        GEMM rate in FLOP/s of every round, by dtype.
     """
     rates: dict[str, list[float]] = {dtype: [] for dtype in gemms}
     active = [t for t in timings if t.prepared is not None and t.skipped is None]
 
-    def timed(run: Callable[[], Any]) -> float:
+    def timed(run: Callable[[], Any], at_least: float = 0.0) -> float:
+        """Seconds of one call; the mean of as many as take `at_least` seconds."""
         if pause:
             time.sleep(pause)
         synchronize(device)
-        start = clock()
-        run()
-        synchronize(device)
-        return clock() - start
+        start, calls, passed = clock(), 0, 0.0
+        while calls == 0 or passed < at_least:
+            run()
+            synchronize(device)
+            calls, passed = calls + 1, clock() - start
+        return passed / calls
 
     with torch.inference_mode():
         for index in range(rounds):
             for dtype, gemm in gemms.items():
-                rates[dtype].append(gemm.flops / timed(gemm.run))
+                rates[dtype].append(gemm.flops / timed(gemm.run, GEMM_SECONDS))
             for timing in active:
                 assert timing.prepared is not None
                 spent = sum(timing.seconds)
-                if index > 0 and spent > budget / 2 and spent + spent / index > budget:
+                if timing.stopped or (
+                    index >= (OUR_ROUNDS if timing.candidate.ours else 1)
+                    and (spent > budget / 2 and spent + spent / index > budget)
+                ):
+                    timing.stopped = True
                     continue
                 timing.seconds.append(timed(timing.prepared.run))
                 timing.prepared.reset()
-    return {dtype: percentile(values, 0.5) for dtype, values in rates.items() if values}
+    return {dtype: values for dtype, values in rates.items() if values}

@@ -150,7 +150,7 @@ def oracle(context: Context, dtype: str) -> list[Tensor]:
     rounded to `dtype` ("fp32" or "bf16").
 
     Attention is computed in blocks of queries, or five minutes of audio would need 115 GB. A run of
-    more than 2 TFLOP on a CPU is done in float32.
+    more than 1 TFLOP on a CPU is done in float32.
 
     Returns:
         `[T, C]` of each utterance on the CPU.
@@ -159,7 +159,7 @@ def oracle(context: Context, dtype: str) -> list[Tensor]:
 
     lengths = [f.shape[0] for f in context.features]
     config = context.our_config()
-    heavy = context.device.type == "cpu" and encoder_flops(config, lengths) > 2e12
+    heavy = context.device.type == "cpu" and encoder_flops(config, lengths) > 1e12
     precision = torch.float32 if heavy else torch.float64
     model = copy.deepcopy(context.reference(dtype, "eager")).to(precision)
     for module in model.modules():

@@ -22,6 +22,7 @@ from bench.measure import (
     Timing,
     interleave,
     limit,
+    percentile,
     prepare,
     relative_error,
     statistics,
@@ -40,20 +41,20 @@ class Settings:
     Attributes:
         device: "cpu" or "cuda".
         threads: CPU threads of every library.
-        layers: encoder layers where the workload does not say.
+        layers: encoder layers; None: as `Workload.depth` says.
         rounds: rounds at most.
         budget: seconds of timing for each candidate.
         pause: seconds of rest before each timed run.
         peers: implementations to compare with; None: all.
         match: of the peers' configurations only those whose label holds this.
         dtypes: of these only; None: the workload's.
-        memory: measure peak memory too, in fresh processes.
+        memory: measure peak memory too, in fresh processes; on a CPU of the workloads that say so.
         folder: where exported models are kept during the run; None: a folder for each workload.
     """
 
     device: str = "cpu"
     threads: int = 1
-    layers: int = 4
+    layers: int | None = None
     rounds: int = 5
     budget: float = 4.0
     pause: float = 0.25
@@ -76,7 +77,11 @@ class Disagreement:
 
 @contextmanager
 def open_context(
-    workload: Workload, device: torch.device, threads: int, layers: int, folder: Path | None = None
+    workload: Workload,
+    device: torch.device,
+    threads: int,
+    layers: int | None,
+    folder: Path | None = None,
 ) -> Iterator[Context]:
     """Inputs of a workload, and a folder for exported models that goes away afterwards."""
     waveforms, _ = speech(workload.seconds)
@@ -85,7 +90,7 @@ def open_context(
             workload=workload,
             device=device,
             threads=threads,
-            layers=workload.layers or layers,
+            layers=workload.depth(device.type, layers),
             features=encoder_inputs(waveforms),
             waveforms=waveforms,
             folder=folder or Path(temporary),
@@ -132,12 +137,13 @@ def run_workload(
     with opened as context:
         candidates = select(candidates_of(context, dtypes), settings.peers, settings.match)
         peaks: dict[str, int | None] = {}
-        if settings.memory and workload.kind in ("encoder", "training"):
+        wanted = workload.memory or settings.device == "cuda"
+        if settings.memory and wanted and workload.kind in ("encoder", "training"):
             free = available_memory(device)
             for c in candidates:
                 if c.memory and c.bytes_needed < 0.8 * free:
                     peaks[c.label] = memory.measure(
-                        c, workload.name, settings.device, settings.threads, settings.layers
+                        c, workload.name, settings.device, settings.threads, context.layers
                     )
         started = time.perf_counter()
         timings = []
@@ -268,7 +274,7 @@ def _row(
     context: Context,
     timing: Timing,
     errors: dict[str, tuple[float, str]],
-    rates: dict[str, float],
+    rates: dict[str, list[float]],
 ) -> dict[str, Any]:
     workload, candidate = context.workload, timing.candidate
     lengths = [f.shape[0] for f in context.features]
@@ -300,6 +306,8 @@ def _row(
         median = row["seconds"]["median"]
         row["audio_seconds_per_second"] = workload.audio_seconds / median
         if flops is not None and candidate.dtype in rates:
-            row["gemm_rate"] = rates[candidate.dtype]
-            row["share_of_gemm"] = flops / median / rates[candidate.dtype]
+            row["gemm_rate"] = percentile(rates[candidate.dtype], 0.5)
+            # Of each round its own GEMM: the machine may be slower in one than in another.
+            pairs = zip(timing.seconds, rates[candidate.dtype], strict=False)
+            row["share_of_gemm"] = percentile([flops / s / rate for s, rate in pairs], 0.5)
     return row

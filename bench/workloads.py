@@ -41,10 +41,12 @@ class Workload:
         kind: "encoder", "early_exit", "features", "end_to_end" or "training".
         seconds: length of every utterance.
         dtypes: what it is measured in, unless told otherwise.
-        layers: encoder layers; None: as many as the command line says.
+        layers: encoder layers, whatever the command line says.
+        cpu_layers: encoder layers on a CPU, unless the command line says.
         adapter: with one adapter layer behind the encoder.
         exit_layer: the hidden state that is asked for (early exit).
         rounds: at most so many rounds; None: as the command line says.
+        memory: measure peak memory on a CPU, too: a fresh process for each candidate.
     """
 
     name: str
@@ -52,9 +54,15 @@ class Workload:
     seconds: tuple[float, ...]
     dtypes: tuple[str, ...] = ("fp32",)
     layers: int | None = None
+    cpu_layers: int = 4
     adapter: bool = False
     exit_layer: int | None = None
     rounds: int | None = None
+    memory: bool = False
+
+    def depth(self, device: str, asked: int | None = None) -> int:
+        """Encoder layers on "cpu" or "cuda" when the command line asks for `asked`."""
+        return self.layers or asked or (24 if device == "cuda" else self.cpu_layers)
 
     @property
     def audio_seconds(self) -> float:
@@ -66,18 +74,19 @@ WORKLOADS: dict[str, Workload] = {
     w.name: w
     for w in (
         Workload("1x10s", "encoder", (10.0,), ENCODER_DTYPES),
-        Workload("1x30s", "encoder", (30.0,), ENCODER_DTYPES),
-        Workload("1x60s", "encoder", (60.0,), ("fp32", "bf16")),
-        Workload("16x1-20s", "encoder", MIXED_SECONDS, ("fp32", "bf16")),
+        Workload("1x30s", "encoder", (30.0,), ENCODER_DTYPES, memory=True),
+        # Half the layers and twice the rounds: peers take up to half a minute for four layers.
+        Workload("1x60s", "encoder", (60.0,), ("fp32", "bf16"), cpu_layers=2),
+        Workload("16x1-20s", "encoder", MIXED_SECONDS, ("fp32", "bf16"), cpu_layers=2),
         Workload("1x30s, adapter", "encoder", (30.0,), ("fp32", "int8"), adapter=True),
         # The memory, which is what this one is for, does not grow with the number of layers.
-        Workload("1x300s", "encoder", (300.0,), ("fp32",), layers=2, rounds=2),
+        Workload("1x300s", "encoder", (300.0,), ("fp32",), layers=1, rounds=3, memory=True),
         Workload("1x30s, layer 17", "early_exit", (30.0,), ("fp32",), layers=24, exit_layer=17,
                  rounds=3),
         Workload("8x30s", "features", (30.0,) * 8),
         Workload("16x1-20s, demo", "end_to_end", MIXED_SECONDS),
-        Workload("train 1x30s", "training", (30.0,), ("fp32", "bf16")),
-        Workload("train 8x1-20s", "training", TRAINING_SECONDS, ("fp32", "bf16")),
+        Workload("train 1x30s", "training", (30.0,), ("fp32", "bf16"), memory=True),
+        Workload("train 8x1-20s", "training", TRAINING_SECONDS, ("fp32", "bf16"), memory=True),
     )
 }  # fmt: skip
 

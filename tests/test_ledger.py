@@ -18,6 +18,7 @@ from bench.ledger import OURS, SDPA, ledger, ratios, seconds_on, trace_encoder
 from bench.ledger_backward import BACKWARD_COSTS
 from bench.ledger_costs import COSTS, Context, Cost, size_of, total_size
 from bench.ledger_trace import ALL_COSTS, Counter, trace
+from bench.ledger_workload import Workload
 from csrc_triton import attention, conv, ctc, fbank, norm
 from w2vbert_fast.models.packing import lay_end_to_end
 from w2vbert_fast.ops.linear import lie_end_to_end
@@ -329,7 +330,7 @@ def test_an_operation_without_a_cost_is_an_error(unknown_operation: None) -> Non
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
-    return ledger(16, 1500, "bf16", layers=3)
+    return ledger(Workload(16, 1500, "bf16", layers=3))
 
 
 def test_targets(counted: dict[str, Any]) -> None:
@@ -343,7 +344,7 @@ def test_targets(counted: dict[str, Any]) -> None:
 
 
 def test_targets_at_a_smaller_batch() -> None:
-    small = ledger(4, 1500, "bf16", layers=2, paths=(OURS, SDPA))
+    small = ledger(Workload(4, 1500, "bf16", layers=2), paths=(OURS, SDPA))
     ratio = ratios(small)
     assert ratio["launches"] >= 3
     assert ratio["bytes"] >= 5
@@ -368,9 +369,8 @@ def test_a_layer_by_hand(counted: dict[str, Any]) -> None:
 
 
 def test_reference_without_mask_is_cheaper() -> None:
-    config = {"num_hidden_layers": 2}
     with_mask, without = (
-        trace_encoder(SDPA, 2, 100, torch.bfloat16, config, mask=mask) for mask in (True, False)
+        trace_encoder(SDPA, Workload(2, 100, layers=2, mask=mask)) for mask in (True, False)
     )
     assert without.cost.launches < with_mask.cost.launches
     assert without.cost.moved < with_mask.cost.moved
@@ -380,9 +380,7 @@ def test_reference_without_mask_is_cheaper() -> None:
 
 def test_mask_rows_that_are_multiples_of_16_are_not_padded() -> None:
     def padded(frames: int) -> int:
-        operations = trace_encoder(
-            SDPA, 1, frames, torch.bfloat16, {"num_hidden_layers": 1}, mask=False
-        ).operations
+        operations = trace_encoder(SDPA, Workload(1, frames, layers=1, mask=False)).operations
         return sum(operation.name == "aten.constant_pad_nd" for operation in operations)
 
     assert (padded(96), padded(100)) == (1, 2)  # one is the convolution's

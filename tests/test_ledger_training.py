@@ -24,6 +24,7 @@ from bench.ledger_training import (
     training_ledger,
     training_ratios,
 )
+from bench.ledger_workload import Workload
 from csrc_triton import attention_backward, conv_backward, linear_backward, norm_backward
 from tests.test_ledger import (
     ATTENTION,
@@ -280,13 +281,13 @@ def test_kept_is_what_autograd_saves(path: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step = trace_training(path, "none", 2, 200, torch.bfloat16, {"num_hidden_layers": 2})
+        step = trace_training(path, "none", Workload(2, 200, layers=2))
     assert step.kept_bytes == pytest.approx(sum(saved.values()), rel=0.02)
 
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
-    return training_ledger(layers=3)
+    return training_ledger(Workload(layers=3))
 
 
 def test_targets(counted: dict[str, Any]) -> None:
@@ -322,6 +323,23 @@ def test_our_layer_by_hand(counted: dict[str, Any]) -> None:
     assert runs["attention"]["backward"]["matrix_flops"] == backward + projections
 
 
+def test_a_step_is_all_layers_forwards_and_backwards(counted: dict[str, Any]) -> None:
+    tokens, projection, layers = 24_000, 160 * 1024, counted["layers"]
+    for run in counted["runs"]:
+        layer, step = run["layer"], run["step"]
+        of_layers = layers * sum(layer[way]["matrix_flops"] for way in ("forward", "backward"))
+        # Besides the layers, the feature projection: a product forwards and at most two backwards.
+        assert 0 < step["matrix_flops"] - of_layers <= 3 * 2 * tokens * projection
+        assert step["bytes"] >= layers * sum(layer[w]["bytes"] for w in ("forward", "backward"))
+        assert layers * layer["kept_bytes"] <= run["kept_bytes"] < run["peak_bytes"]
+        for gpu in counted["gpus"]:
+            seconds = run["roofline"][gpu["name"]]["seconds"]
+            assert seconds >= step["matrix_flops"] / gpu["matrix"]["bf16"]
+    optimizer = counted["adamw"]
+    assert optimizer["parameters"] > 20_000_000 * layers
+    assert optimizer["vector_flops"] == 14 * optimizer["parameters"]
+
+
 def test_adamw() -> None:
     cost = adamw(10, 2)
     assert (cost.read, cost.written) == (80, 60)
@@ -347,6 +365,6 @@ def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="policy is 'attention'; transformers sdpa has 'none'"):
-        trace_training(SDPA, "attention", 1, 8, torch.bfloat16, {"num_hidden_layers": 1})
+        trace_training(SDPA, "attention", Workload(1, 8, layers=1))
     with pytest.raises(ValueError, match="dtype is 'int8'"):
-        training_ledger(dtype="int8")
+        Workload(dtype="int8")

@@ -14,6 +14,7 @@ import pytest
 
 from bench import report
 from bench.ledger import ledger
+from bench.ledger_workload import Workload
 from bench.report_charts import Bar, Line, bar_chart, digits, line_chart, standalone
 from bench.report_page import groups, ledger_picture, page, scaling_lines, speed_picture
 from bench.report_results import parse
@@ -76,7 +77,7 @@ def raw() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
-    return ledger(1, 96, "bf16", layers=2)
+    return ledger(Workload(1, 96, layers=2))
 
 
 class Page(HTMLParser):

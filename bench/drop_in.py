@@ -1,0 +1,124 @@
+"""How fast transformers' encoder is once `accelerate` has had it, on a CPU.
+
+python -m bench.drop_in [--layers 4] [--rounds 7] [--dtype bf16] [--out FILE]
+
+The same random weights, width and features of the published encoder in four forms: transformers
+with eager and with SDPA attention, transformers accelerated, and this package's own model with its
+fast kernels. The forms take turns. docs/transformers.md has the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import w2vbert_fast
+from bench.machine import describe, versions
+from w2vbert_fast.integrations.transformers import accelerate
+
+SECONDS = (10, 30)
+FRAMES_PER_SECOND = 50
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LIMITS = {"fp32": 1e-5, "bf16": 3e-2}
+"""Largest relative error against transformers (eager) in the same dtype."""
+
+
+def forms(layers: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The models by name, all with the same weights, in evaluation mode."""
+    import transformers
+
+    config = transformers.Wav2Vec2BertConfig(num_hidden_layers=layers)
+    torch.manual_seed(0)
+    eager = transformers.Wav2Vec2BertModel._from_config(config, attn_implementation="eager")
+    eager = eager.to(dtype).eval()
+    made: dict[str, Any] = {"transformers, eager": eager}
+    try:
+        sdpa = transformers.Wav2Vec2BertModel._from_config(
+            copy.deepcopy(config), attn_implementation="sdpa"
+        )
+        sdpa.load_state_dict(eager.state_dict())
+        made["transformers, sdpa"] = sdpa.to(dtype).eval()
+    except ValueError as error:  # what transformers says where a model has no such attention
+        print(f"transformers, sdpa: {str(error).splitlines()[0]}")
+    made["transformers, accelerated"] = accelerate(copy.deepcopy(eager))
+    ours = w2vbert_fast.Wav2Vec2BertModel(w2vbert_fast.Wav2Vec2BertConfig(num_hidden_layers=layers))
+    ours.load_state_dict(eager.state_dict())
+    ours = ours.to(dtype).eval()
+    ours.use_fast_kernels = True
+    made["w2vbert_fast"] = ours
+    return made
+
+
+def measure(models: dict[str, Any], x: Tensor, rounds: int, limit: float) -> dict[str, list[float]]:
+    """Seconds of each round of each form; every form's answer is checked first."""
+    expected = models["transformers, eager"](x).last_hidden_state
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        answer = model(x).last_hidden_state
+        error = float((answer - expected).float().norm() / expected.float().norm())
+        if not error <= limit:
+            raise SystemExit(f"{name} differs from transformers by {error:.1e}")
+        calls[name] = lambda model=model: model(x)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: each")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
+    arguments = parser.parse_args()
+    rows = []
+    for dtype_name in arguments.dtype or DTYPES:
+        dtype = DTYPES[dtype_name]
+        models = forms(arguments.layers, dtype)
+        for seconds in SECONDS:
+            x = torch.randn(1, seconds * FRAMES_PER_SECOND, 160).to(dtype)
+            times = measure(models, x, arguments.rounds, LIMITS[dtype_name])
+            medians = {name: statistics.median(found) for name, found in times.items()}
+            best = min(
+                v for name, v in medians.items() if name.split(", ")[-1] in ("eager", "sdpa")
+            )
+            for name, median in medians.items():
+                print(
+                    f"{dtype_name} 1 x {seconds} s  {name:26} {1e3 * median:8.1f} ms"
+                    f"  {best / median:5.2f} x transformers"
+                )
+                rows.append(
+                    {
+                        "dtype": dtype_name,
+                        "seconds_of_audio": seconds,
+                        "form": name,
+                        "median": median,
+                        "rounds": times[name],
+                    }
+                )
+    if arguments.out is not None:
+        content = {
+            "machine": describe(),
+            "versions": versions(),
+            "layers": arguments.layers,
+            "rows": rows,
+        }
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
