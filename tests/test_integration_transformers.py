@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import logging
 from typing import Any
@@ -254,11 +253,14 @@ def test_other_dtypes_and_moves(always_fast: None) -> None:
     reference, fast = both()
     x, mask = padded_batch((30, 20), FEATURES)
     valid = mask.bool()
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
-        theirs = reference.to(torch.float64)(x.double(), attention_mask=mask).logits
+    exact = reference.to(torch.float64)(x.double(), attention_mask=mask).logits[valid]
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        theirs = reference.to(dtype)(x.to(dtype), attention_mask=mask).logits
         mine = fast.to(dtype)(x.to(dtype), attention_mask=mask).logits
-        assert mine.dtype == dtype
-        assert relative_error(mine[valid].double(), theirs[valid]) <= tolerance
+        assert mine.dtype == theirs.dtype == dtype
+        # Both models have been rounded to the dtypes before.
+        own = relative_error(theirs[valid].double(), exact)
+        assert relative_error(mine[valid].double(), exact) <= max(1.1 * own, 1e-12)
     fast, reference = fast.float(), reference.float()
     with torch.autocast("cpu", torch.bfloat16):
         mine = fast(x, attention_mask=mask).logits
@@ -478,14 +480,4 @@ def test_what_cannot_be_accelerated() -> None:
     assert [type(module) for module in model.modules()] == types
     encoder.__class__ = type("Mine", (type(encoder),), {"forward": lambda *args: None})
     with pytest.raises(ValueError, match=r"Mine derive from transformers' classes"):
-        accelerate(model)
-
-
-@pytest.mark.parametrize("version", ["4.36.2", "5.24.0", "6.0.0.dev0"])
-def test_other_versions_of_transformers_are_an_error(
-    version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = pair("Wav2Vec2BertForCTC")
-    monkeypatch.setattr(importlib.import_module("transformers"), "__version__", version)
-    with pytest.raises(ImportError, match=rf"transformers {version} is installed; .* 4.37 to 5"):
         accelerate(model)

@@ -34,6 +34,8 @@ from .test_integration_transformers import (
 
 __all__ = ["always_fast", "said"]
 
+OLD = transformers.__version__.startswith("4.")
+
 SEAMLESS = {
     "hidden_size": 48,
     "speech_encoder_layers": 2,
@@ -169,9 +171,12 @@ def test_lora(accelerate_first: bool, targets: list[str], said: list[str]) -> No
         if fast and accelerate_first:
             accelerate(twin)
         torch.manual_seed(2)
-        twin = peft.get_peft_model(
-            twin, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
-        )
+        lora = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        try:
+            twin = peft.get_peft_model(twin, lora)
+        except ValueError as error:
+            assert OLD and "Conv1d" in str(error)
+            pytest.skip(f"peft {peft.__version__} has no LoRA on nn.Conv1d")
         adapted.append(accelerate(twin) if fast and not accelerate_first else twin)
     x, mask = padded_batch((20, 12), FEATURES)
     theirs = training_step(adapted[0], x, attention_mask=mask)
@@ -188,11 +193,11 @@ def test_lora(accelerate_first: bool, targets: list[str], said: list[str]) -> No
         assert said == []
 
 
-@torch.no_grad()
-def test_asr_pipeline_with_chunks_and_timestamps(tiny_checkpoint: Path, always_fast: None) -> None:
-    model = transformers.Wav2Vec2BertForCTC.from_pretrained(tiny_checkpoint)
-    processor = transformers.AutoProcessor.from_pretrained(tiny_checkpoint)
-    pipes = [
+def pipelines(checkpoint: Path) -> tuple[Any, Any]:
+    """(transformers' own, accelerated) speech recognition."""
+    model = transformers.Wav2Vec2BertForCTC.from_pretrained(checkpoint)
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    theirs, mine = (
         transformers.pipeline(
             "automatic-speech-recognition",
             model=network,
@@ -206,25 +211,73 @@ def test_asr_pipeline_with_chunks_and_timestamps(tiny_checkpoint: Path, always_f
                 FastSeamlessM4TFeatureExtractor.from_extractor(processor.feature_extractor),
             ),
         )
-    ]
+    )
+    return theirs, mine
+
+
+def sweeps(*lengths: int) -> list[np.ndarray[Any, Any]]:
+    """Sounds of which a model makes ever other letters."""
     generator = np.random.default_rng(3)
     time = np.arange(70_000) / 16_000
-    audio = [
+    return [
         (
             np.sin(2 * np.pi * (200 + 300 * time) * time) * 0.3
             + 0.05 * generator.standard_normal(time.size)
         ).astype(np.float32)[:length]
-        for length in (70_000, 31_000, 50_240)  # no chunk ends in half a frame of padding
+        for length in lengths
     ]
-    for options in (
-        {},
-        {"return_timestamps": "char"},
-        {"return_timestamps": "word", "chunk_length_s": 2.0, "stride_length_s": 0.5},
-        {"chunk_length_s": 1.5},
-    ):
-        theirs, mine = (pipe([a.copy() for a in audio], **options) for pipe in pipes)
-        assert mine == theirs
-        assert all(len(result["text"]) > 3 for result in mine)
+
+
+PIPELINE_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"return_timestamps": "char"},
+    {"return_timestamps": "word", "chunk_length_s": 2.0, "stride_length_s": 0.5},
+    {"chunk_length_s": 1.5},
+]
+
+
+def supported(pipe: Any, options: dict[str, Any]) -> bool:
+    """The oldest transformers has neither chunks nor timestamps for these models."""
+    return not options or not OLD or hasattr(pipe.model.config, "inputs_to_logits_ratio")
+
+
+@pytest.mark.parametrize("options", PIPELINE_OPTIONS)
+@torch.no_grad()
+def test_asr_pipeline(options: dict[str, Any], tiny_checkpoint: Path, always_fast: None) -> None:
+    theirs, mine = pipelines(tiny_checkpoint)
+    if not supported(theirs, options):
+        pytest.skip(f"the pipeline of transformers {transformers.__version__} cannot do that")
+    # No chunk ends in half a frame of padding.
+    expected = theirs(sweeps(70_000, 31_000, 50_240), **options)
+    assert mine(sweeps(70_000, 31_000, 50_240), **options) == expected
+    assert all(len(result["text"]) > 3 for result in expected)
+    # Batches without padding: two recordings of three chunks of 2 s, or whole.
+    if options.get("chunk_length_s", 2.0) == 2.0:
+        results = [pipe(sweeps(64_000, 64_000), batch_size=2, **options) for pipe in (theirs, mine)]
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("options", PIPELINE_OPTIONS)
+@torch.no_grad()
+def test_asr_pipeline_finds_no_letters_in_the_padding_of_batches(
+    options: dict[str, Any], tiny_checkpoint: Path, always_fast: None
+) -> None:
+    theirs, mine = pipelines(tiny_checkpoint)
+    if not supported(theirs, options):
+        pytest.skip(f"the pipeline of transformers {transformers.__version__} cannot do that")
+    lengths = (70_000, 31_000, 50_240)
+    alone = theirs(sweeps(*lengths), **options)
+    batched = mine(sweeps(*lengths), batch_size=2, **options)
+    assert [result["text"] for result in batched] == [result["text"] for result in alone]
+    for ours, reference in zip(batched, alone, strict=True):
+        spans = [[c["timestamp"] for c in result.get("chunks", ())] for result in (ours, reference)]
+        if spans[1]:
+            assert spans[0][:-1] == spans[1][:-1]
+            # A letter in the very last frame lasts as long as the padding, which repeats it.
+            (start, end), (expected_start, expected_end) = spans[0][-1], spans[1][-1]
+            assert start == expected_start and end >= expected_end
+    found = theirs(sweeps(*lengths), batch_size=2, **options)
+    assert [result["text"] for result in found] != [result["text"] for result in alone]
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -264,12 +317,12 @@ def test_trainer(tmp_path: Path, always_fast: None) -> None:
     ):
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path / name),
-            max_steps=3,
+            max_steps=2,  # one epoch: transformers 4 draws random numbers, which order the next
             per_device_train_batch_size=2,
             gradient_checkpointing=True,
             learning_rate=1e-2,
             optim="sgd",
-            save_steps=3,
+            save_steps=2,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -277,7 +330,7 @@ def test_trainer(tmp_path: Path, always_fast: None) -> None:
         )
         transformers.Trainer(model=model, args=arguments, train_dataset=Clips()).train()
         trained.append(model)
-        loaded = type(start).from_pretrained(tmp_path / name / "checkpoint-3")
+        loaded = type(start).from_pretrained(tmp_path / name / "checkpoint-2")
         assert type(encoder_of(loaded)) is type(encoder_of(start))
         for key, value in loaded.state_dict().items():
             assert torch.equal(value, model.state_dict()[key])
@@ -285,8 +338,8 @@ def test_trainer(tmp_path: Path, always_fast: None) -> None:
     for old, theirs, mine in zip(
         start.parameters(), trained[0].parameters(), trained[1].parameters(), strict=True
     ):
-        step = float((theirs - old).norm())
-        assert float((mine - theirs).norm()) <= 1e-3 * step + 1e-6
+        step = float((theirs - old).detach().norm())
+        assert float((mine - theirs).detach().norm()) <= 1e-3 * step + 1e-6
         moved += step
     assert moved > 0.01
 
@@ -317,8 +370,12 @@ def test_fast_feature_extractor(options: dict[str, Any]) -> None:
     reference = transformers.SeamlessM4TFeatureExtractor(padding_value=1, stride=2)
     fast = FastSeamlessM4TFeatureExtractor.from_extractor(reference)
     for speech in (waveforms(), waveforms()[0], waveforms()[0].tolist()):
-        theirs = reference(speech, sampling_rate=16_000, **options)
         mine = fast(speech, sampling_rate=16_000, **options)
+        try:
+            theirs = reference(speech, sampling_rate=16_000, **options)
+        except ValueError:  # an odd number of frames, in the oldest transformers
+            assert options.get("pad_to_multiple_of", 2) is None and OLD
+            continue
         assert type(mine) is type(theirs) and list(mine) == list(theirs)
         for name in theirs:
             a, b = mine[name], theirs[name]

@@ -17,6 +17,7 @@ from ..models.heads import (
     Wav2Vec2BertForSequenceClassification,
     Wav2Vec2BertForXVector,
 )
+from ..models.packed_weights import PackedLinear
 from ..models.pooling import Statistics, checked_statistics, normalize_with_statistics
 from ..models.pretrained import Wav2Vec2BertPreTrainedModel
 from ..models.quantization import Int8Linear
@@ -53,8 +54,8 @@ class ExportGraph(nn.Module):
 
     Raises:
         TypeError: the model is none of this package's, or `stats` is no pair or mapping.
-        ValueError: the model is in training mode, quantised to int8 or not in float32, or an
-            argument does not fit it.
+        ValueError: the model is in training mode, quantised to int8, packed or not in float32, or
+            an argument does not fit it.
     """
 
     mean: Tensor | None
@@ -78,6 +79,8 @@ class ExportGraph(nn.Module):
             raise ValueError("model is in training mode; call model.eval() first")
         if any(isinstance(module, Int8Linear) for module in model.modules()):
             raise ValueError("model is quantised to int8; export it as float32")
+        if any(isinstance(module, PackedLinear) for module in model.modules()):
+            raise ValueError("model has packed weights; export it as it was before pack_weights()")
         if model.dtype != torch.float32:
             raise ValueError(f"model has {model.dtype} weights; export it as float32")
         encoder = model.base_model

@@ -62,7 +62,7 @@ class WaveformFeatures(nn.Module):
         frames = waveform[:, index[:, None] * shift + within].double()  # [batch, frames, 400]
         real, imaginary = (frames @ self.spectrum).chunk(2, dim=2)
         energies = (real * real + imaginary * imaginary) @ self.filters
-        features = energies.float().clamp(min=fbank._MEL_FLOOR).log().double()
+        features = energies.float().clamp(min=fbank.MEL_FLOOR).log().double()
 
         counts = torch.div(num_samples - length, shift, rounding_mode="floor") + 1
         counts = torch.where(num_samples < length, 0, counts)
@@ -71,7 +71,7 @@ class WaveformFeatures(nn.Module):
         mean = features.masked_fill(padding, 0.0).sum(1, keepdim=True) / divisor.clamp(min=1.0)
         centred = (features - mean).masked_fill(padding, 0.0)
         variance = (centred * centred).sum(1, keepdim=True) / (divisor - 1.0).clamp(min=1.0)
-        features = (centred / torch.sqrt(variance + fbank._VARIANCE_FLOOR)).float()
+        features = (centred / torch.sqrt(variance + fbank.VARIANCE_FLOOR)).float()
 
         # Rounded up to pairs of frames, as the extractor pads.
         rows = torch.arange((total + 1) // 2 * (2 // self.stride), device=waveform.device)
@@ -88,7 +88,7 @@ def _frame_to_spectrum() -> NDArray[np.float64]:
     length = fbank.FRAME_LENGTH
     centred = np.eye(length) - 1.0 / length
     emphasised = centred.copy()  # rows are samples in, columns samples out
-    emphasised[:, 1:] -= fbank._PREEMPHASIS * centred[:, :-1]
-    emphasised[:, 0] *= 1.0 - fbank._PREEMPHASIS
-    spectrum = np.fft.rfft(emphasised * fbank._scaled_window(), n=fbank.FFT_LENGTH, axis=1)
+    emphasised[:, 1:] -= fbank.PREEMPHASIS * centred[:, :-1]
+    emphasised[:, 0] *= 1.0 - fbank.PREEMPHASIS
+    spectrum = np.fft.rfft(emphasised * fbank.scaled_window(), n=fbank.FFT_LENGTH, axis=1)
     return np.ascontiguousarray(np.concatenate((spectrum.real, spectrum.imag), axis=1))

@@ -168,8 +168,8 @@ def _check_version() -> None:
 
     if not number(OLDEST) <= number(version) <= number(NEWEST):
         raise ImportError(
-            f"transformers {version} is installed; accelerate() was made for {OLDEST} to {NEWEST}. "
-            "w2vbert_fast's own models need no transformers"
+            f"transformers {version} is installed; w2vbert_fast.integrations.transformers was made "
+            f"for {OLDEST} to {NEWEST}. w2vbert_fast's own models need no transformers"
         )
 
 
@@ -442,9 +442,12 @@ def _fast_classes() -> dict[str, Any]:
 def __getattr__(name: str) -> Any:
     """The subclasses, for pickles, and the feature extractor, whose base is transformers'."""
     if name == "FastSeamlessM4TFeatureExtractor":
+        _check_version()
         from ._feature_extractor import fast_feature_extractor
 
         return fast_feature_extractor()
-    if name.startswith(tuple(family.prefix for family in _FAMILIES)) and name in _fast_classes():
-        return _fast_classes()[name]
+    if name.startswith(tuple(family.prefix for family in _FAMILIES)):
+        _check_version()
+        if name in _fast_classes():
+            return _fast_classes()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
