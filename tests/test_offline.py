@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from w2vbert_fast.inference import (
     transcribe,
 )
 from w2vbert_fast.inference.batching import Batcher
-from w2vbert_fast.inference.decoding import Decoder, Loaded
+from w2vbert_fast.inference.decoding import Decoder, Loaded, ReadAhead
 from w2vbert_fast.inference.offline import Runner
 
 SAMPLES = Path(models.__file__).parents[1] / "demo" / "samples"
@@ -137,14 +138,95 @@ def test_without_overlap_nothing_is_decoded_while_the_model_runs(
 
     def watched(self: Decoder, row: Row) -> Loaded:
         running.append(at_work)
+        time.sleep(0.03)  # five of them take longer than the model does
         return decode(self, row)
 
     monkeypatch.setattr(Stub, "run", run)
     monkeypatch.setattr(Decoder, "__call__", watched)
-    flow = Flow(frame_budget=1000, workers=2, window_rows=2, overlap=False)
+    flow = Flow(frame_budget=1000, workers=1, window_rows=6, overlap=False)
     assert len(list(Runner(Stub(), flow)(files))) == 11
     assert len(running) == 11
     assert not any(running)
+
+
+def test_the_next_window_is_read_while_the_model_runs(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model never waits but for its first window, however slow reading is within a window."""
+    decoded = threading.Condition()
+    count = 0
+    stalled: list[int] = []
+    run, decode = Stub.run, Decoder.__call__
+
+    def counted(self: Decoder, row: Row) -> Loaded:
+        nonlocal count
+        loaded = decode(self, row)
+        with decoded:
+            count += 1
+            decoded.notify_all()
+        return loaded
+
+    def until_the_next_window_is_there(self: Stub, pieces: Any) -> list[Any]:
+        wanted = min(11, sum(self.batches) + 2 * len(pieces))
+        with decoded:
+            if not decoded.wait_for(lambda: count >= wanted, timeout=5):
+                stalled.append(count)
+        return run(self, pieces)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    monkeypatch.setattr(Stub, "run", until_the_next_window_is_there)
+    task = Stub()
+    flow = Flow(frame_budget=1000, workers=2, window_rows=4, overlap=True)
+    assert len(list(Runner(task, flow)(files))) == 11
+    assert task.batches == [4, 4, 3]
+    assert stalled == []
+
+
+def test_short_recordings_change_threads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that wakes up for each of them costs more than many recordings do."""
+    handed_over: list[int] = []
+    fed = threading.Event()
+    hand_over, decode = ReadAhead._hand_over, Decoder.__call__
+
+    def counted(self: ReadAhead, finished: list[Any]) -> None:
+        handed_over.append(len(finished))
+        hand_over(self, finished)
+
+    def patient(self: Decoder, row: Row) -> Loaded:
+        assert fed.wait(5)
+        return decode(self, row)
+
+    def rows() -> Iterator[Row]:
+        for index in range(64):
+            yield Row(index, np.zeros(800, np.float32), "", "", sampling_rate=16_000)
+        fed.set()
+
+    monkeypatch.setattr(ReadAhead, "_hand_over", counted)
+    monkeypatch.setattr(Decoder, "__call__", patient)
+    ahead = ReadAhead(rows(), Decoder(), workers=2, max_rows=64, max_seconds=60)
+    assert [loaded.row.index for loaded in ahead] == list(range(64))
+    ahead.close()
+    assert sum(handed_over) == 64
+    # Groups of 8, smaller ones at the beginning and at the end.
+    assert max(handed_over) == 8
+    assert len(handed_over) <= 16
+
+
+def test_a_missing_package_ends_the_job_in_its_turn(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Decoder.__call__
+
+    def missing(self: Decoder, row: Row) -> Loaded:
+        if row.index == 5:
+            raise ImportError("soundfile is not installed")
+        return decode(self, row)
+
+    monkeypatch.setattr(Decoder, "__call__", missing)
+    results = Runner(Stub(), SMALL)(files)
+    assert len(list(itertools.islice(results, 4))) == 4
+    with pytest.raises(ImportError, match="soundfile"):
+        list(results)
 
 
 def test_what_the_input_raises_arrives(files: list[str]) -> None:

@@ -7,8 +7,8 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
 
 _ANNOUNCED_BYTES = 16 << 20
 _FEW_CPUS = 8
+_GROUP_ROWS = 8
 
 LONGEST_SECONDS = 4 * 3600.0
 """Longest recording that is read unless another limit is set: 0.9 GB of samples."""
@@ -113,6 +114,16 @@ def overlaps(device_type: str) -> bool:
     return device_type != "cpu" or usable_cpus() > _FEW_CPUS
 
 
+@dataclass
+class _Slot:
+    """A row on its way through the threads that decode: its place, and what came of it."""
+
+    row: Row
+    number: int
+    loaded: Loaded | None = None
+    failure: BaseException | None = None
+
+
 class ReadAhead:
     """Iterates over rows with their audio, in order, while threads decode what comes next.
 
@@ -142,13 +153,22 @@ class ReadAhead:
     ) -> None:
         self._rows = rows
         self._decode = decode
-        self._pool = ThreadPoolExecutor(workers, "decode")
+        self._workers = workers
         self._max_rows = max_rows
         self._max_seconds = max_seconds
         self._overlap = overlap
+        # Short recordings take less time than waking a thread does, so rows go from thread to
+        # thread in groups; in none so large that the last one keeps the other threads waiting.
+        self._group = max(1, min(_GROUP_ROWS, max_rows // (4 * workers)))
         self._waiting = False
-        self._changed = threading.Condition()
-        self._pending: deque[Future[Loaded]] = deque()
+        # One lock, and a condition for each thing that is waited for: nobody else wakes up.
+        lock = threading.Lock()
+        self._room = threading.Condition(lock)  # the feeder: for fewer rows ahead
+        self._work = threading.Condition(lock)  # who decodes: for rows
+        self._turn = threading.Condition(lock)  # who decodes: until it may
+        self._done = threading.Condition(lock)  # who takes the rows: for the next one
+        self._pending: deque[_Slot] = deque()  # not yet taken
+        self._unclaimed: deque[_Slot] = deque()  # those of them that no thread has begun with
         self._taken = 0  # rows that were taken
         self._submitted = 0
         self._seconds = 0.0  # decoded and not yet taken
@@ -156,38 +176,49 @@ class ReadAhead:
         self._closed = False
         self._failure: BaseException | None = None
         self._feeder = threading.Thread(target=self._feed, name="rows", daemon=True)
+        self._pool = ThreadPoolExecutor(workers, "decode")
+        for _ in range(workers):
+            self._pool.submit(self._decode_groups)
         self._feeder.start()
 
     def wait(self, waiting: bool) -> None:
         """Say whether somebody waits for rows now; without `overlap`, else nothing is decoded."""
-        with self._changed:
+        with self._turn:
             self._waiting = waiting
-            self._changed.notify_all()
+            self._turn.notify_all()
 
     def __iter__(self) -> Iterator[Loaded]:
         while True:
-            with self._changed:
-                while not self._pending and not self._ended:
-                    self._changed.wait()
+            with self._done:
+                while not (self._ready() or (self._ended and not self._pending)):
+                    self._done.wait()
                 if not self._pending:
                     if self._failure is not None:
                         raise self._failure
                     return
-                future = self._pending[0]
-            loaded = future.result()
-            with self._changed:
-                self._pending.popleft()
+                slot = self._pending.popleft()
                 self._taken += 1
-                self._seconds -= loaded.seconds or 0.0
-                self._changed.notify_all()
-            yield loaded
+                if slot.failure is not None:
+                    raise slot.failure
+                assert slot.loaded is not None
+                self._seconds -= slot.loaded.seconds or 0.0
+                self._turn.notify_all()
+                if len(self._pending) <= self._max_rows - self._group:
+                    self._room.notify()
+            yield slot.loaded
 
     def close(self) -> None:
         """End the threads; what they are decoding is finished and thrown away."""
-        with self._changed:
+        with self._turn:
             self._closed = True
-            self._changed.notify_all()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+            for condition in (self._room, self._work, self._turn):
+                condition.notify_all()
+        self._pool.shutdown(wait=True)
+
+    def _ready(self) -> bool:
+        if not self._pending:
+            return False
+        return self._pending[0].loaded is not None or self._pending[0].failure is not None
 
     def _may_decode(self, number: int) -> bool:
         """Whether it is a row's turn. That of the next one always comes, or nobody would go on."""
@@ -199,33 +230,64 @@ class ReadAhead:
         try:
             for row in self._rows:
                 announce(row)
-                with self._changed:
+                with self._room:
                     while len(self._pending) >= self._max_rows and not self._closed:
-                        self._changed.wait()
+                        self._room.wait()
                     if self._closed:
                         return
-                    future = self._pool.submit(self._load, row, self._submitted)
+                    slot = _Slot(row, self._submitted)
                     self._submitted += 1
-                    self._pending.append(future)
-                    self._changed.notify_all()
+                    self._pending.append(slot)
+                    self._unclaimed.append(slot)
+                    self._work.notify()
         except BaseException as error:  # It belongs to the thread that takes the rows.
             self._failure = error
         finally:
-            with self._changed:
+            with self._room:
                 self._ended = True
-                self._changed.notify_all()
+                self._work.notify_all()
+                self._done.notify_all()
 
-    def _load(self, row: Row, number: int) -> Loaded:
-        with self._changed:
-            while not self._closed and not self._may_decode(number):
-                self._changed.wait()
-            if self._closed:
-                return Loaded(row)  # nobody will look at it
-        loaded = self._decode(row)
-        with self._changed:
-            self._seconds += loaded.seconds or 0.0
-            self._changed.notify_all()
-        return loaded
+    def _decode_groups(self) -> None:
+        while True:
+            with self._work:
+                while not (self._unclaimed or self._ended or self._closed):
+                    self._work.wait()
+                if self._closed or not self._unclaimed:
+                    return
+                share = -(-len(self._unclaimed) // self._workers)
+                count = min(self._group, share)
+                slots = [self._unclaimed.popleft() for _ in range(count)]
+            self._decode_group(slots)
+
+    def _decode_group(self, slots: Sequence[_Slot]) -> None:
+        """Decode some rows, and hand them over together unless it has to wait in between."""
+        finished: list[tuple[_Slot, Loaded | None, BaseException | None]] = []
+        for slot in slots:
+            with self._turn:
+                if finished and not self._may_decode(slot.number):
+                    self._hand_over(finished)
+                while not self._closed and not self._may_decode(slot.number):
+                    self._turn.wait()
+                if self._closed:
+                    return  # nobody will look at it
+            loaded, failure = None, None
+            try:
+                loaded = self._decode(slot.row)
+            except BaseException as error:  # It belongs to the thread that takes the rows.
+                failure = error
+            with self._turn:
+                self._seconds += (loaded.seconds or 0.0) if loaded is not None else 0.0
+            finished.append((slot, loaded, failure))
+        with self._turn:
+            self._hand_over(finished)
+
+    def _hand_over(self, finished: list[tuple[_Slot, Loaded | None, BaseException | None]]) -> None:
+        for slot, loaded, failure in finished:
+            slot.loaded, slot.failure = loaded, failure
+        finished.clear()
+        if self._ready():
+            self._done.notify()
 
 
 def announce(row: Row) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 import os
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from w2vbert_fast import models
 from w2vbert_fast.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.inference.decoding import Loaded
 from w2vbert_fast.inference.long_recordings import Chunk, merge
+from w2vbert_fast.inference.pauses import split_at_pauses
 from w2vbert_fast.inference.rows import Classification, Embedding, Segment, Transcription
 from w2vbert_fast.inference.transcribe import Pipeline, find_device, load_pipeline
 from w2vbert_fast.inference.workers import (
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from w2vbert_fast.inference.timestamps import Delay
 
 _log = logging.getLogger(__name__)
+
+# Of a recording that is not computed whole. Nearer to what models are trained on than
+# `max_seconds`, and what is cut out of it changes no more than a minute of its text.
+_CHUNK_SECONDS = 60.0
 
 TIMESTAMPS = ("none", "word", "character")
 CLASSIFIERS = (
@@ -125,6 +131,14 @@ class Transcribe(Task):
     def network(self) -> models.Wav2Vec2BertForCTC:
         return self.pipeline.model
 
+    def chunks(self, samples: Tensor) -> list[Chunk]:
+        """Up to `max_seconds` one chunk; else chunks of a minute at most, around pauses."""
+        rate = self.extractor.sampling_rate
+        if self.vad or samples.numel() <= self.max_seconds * rate:
+            return super().chunks(samples)
+        longest = min(self.max_seconds, max(_CHUNK_SECONDS, 2 * self.overlap_seconds))
+        return split_at_pauses(samples, longest, self.overlap_seconds, rate)
+
     def run(self, pieces: Sequence[Piece]) -> list[Any]:
         """Token ids of pieces that need no more, else log-probabilities `[frames, vocab]`."""
         features, mask = self.features(pieces)
@@ -209,9 +223,9 @@ class _Encoding(Task):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _network=None, _extractor=None)
 
+    @abc.abstractmethod
     def class_name(self) -> str:
         """The class to load."""
-        raise NotImplementedError
 
     def load(self) -> None:
         if self._network is not None:
