@@ -185,6 +185,18 @@ def test_chunks_without_overlap_keep_their_places() -> None:
     assert merged[299].argmax() == 3 and merged[299].exp().sum() == 1
 
 
+def test_silence_that_no_chunk_has_keeps_its_place() -> None:
+    whole = path(300, 0)
+    for first, last in ((0, 20), (80, 140), (290, 300)):
+        whole[first:last] = torch.tensor([-torch.inf, -torch.inf, -torch.inf, 0.0, -torch.inf])
+    chunks = [
+        Chunk(20 * FRAME, 80 * FRAME + 240, 0, 110 * FRAME),
+        Chunk(140 * FRAME, 290 * FRAME + 240, 110 * FRAME, 300 * FRAME),
+    ]
+    merged = merge([frames_of(c, whole) for c in chunks], chunks, 0.02, blank=3)
+    assert torch.equal(merged, whole[:290])
+
+
 def test_merge_refuses_what_does_not_fit() -> None:
     chunks = split(1600 * FRAME, 20, 3)
     outputs = [path((c.end - c.start) // FRAME, 0) for c in chunks]

@@ -35,8 +35,8 @@ class Chunk:
         start: its first sample.
         end: behind its last sample.
         keep_start: from where on it is responsible for the text: the middle of its overlap with the
-            chunk before. `start` without an overlap.
-        keep_end: up to where: the next chunk's `keep_start`; `end` for the last.
+            chunk before, or of a silence that neither has as a whole.
+        keep_end: up to where: the next chunk's `keep_start`.
     """
 
     start: int
@@ -155,13 +155,17 @@ def merge(
     firsts = [round(chunk.start / frame) for chunk in chunks]
     parts = []
     seams = []
-    begin = firsts[0]
+    begin = origin = round(chunks[0].keep_start / frame)
     for i, piece in enumerate(pieces):
         end = firsts[i] + len(piece)
         if i + 1 < len(pieces):
             middle = round(chunks[i].keep_end / frame)
             end = max(begin, _seam(best[i], firsts[i], best[i + 1], firsts[i + 1], middle, blank))
-            seams.append(end - firsts[0])
+            seams.append(end - origin)
+        # Silence that no chunk has.
+        missing = min(max(0, firsts[i] - begin), end - begin)
+        parts.append(_certain(blank, missing, piece))
+        begin += missing
         part = piece[max(0, begin - firsts[i]) : max(0, end - firsts[i])]
         parts.append(part)
         # The last window of a chunk needs samples behind it, so that a frame may be missing.

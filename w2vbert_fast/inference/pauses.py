@@ -22,6 +22,10 @@ _PAUSE_SECONDS = 0.3
 # Frames that are looked at together: a minute at 16 kHz in float64 are 8 MB.
 _BLOCK_FRAMES = 12_000
 _MOST_STEPS = 8
+# Samples below this (-48 dB) are silence. Of one that is longer than both margins, a chunk keeps
+# the margin only.
+_SILENT = 2.0**-8
+_MARGIN_SECONDS = 0.5
 
 
 def split_at_pauses(
@@ -33,14 +37,18 @@ def split_at_pauses(
     recording are cut as the whole is, except next to their ends, and so have the same words. Where
     pauses are equally quiet to about a percent, another one may be chosen.
 
+    A cut in a silence (-48 dB) of a second or more has no overlap: of such a silence both chunks
+    keep half a second, as they do at the ends of a recording, wherever in it that begins or ends.
+
     Args:
         samples: floating point ``[num_samples]`` on the CPU.
         max_seconds: the longest chunk. A recording up to this stays whole.
-        overlap_seconds: how much two neighbours share.
+        overlap_seconds: how much two neighbours share where there is no silence.
         sampling_rate: samples per second.
 
     Returns:
-        The chunks in order; their kept parts cover the recording without gap or overlap.
+        The chunks in order; their kept parts cover the recording without gap or overlap. A chunk
+        may begin behind its `keep_start` and end before its `keep_end`: in silence.
 
     Raises:
         ValueError: as `split` raises it, or `samples` has another shape.
@@ -53,13 +61,40 @@ def split_at_pauses(
         return evenly
     frame = max(1, sampling_rate // _FRAMES_PER_SECOND)
     half = round(overlap_seconds * sampling_rate) // 2
-    step = int(max_seconds * sampling_rate) - 2 * half
+    margin = round(min(_MARGIN_SECONDS, max_seconds / 8) * sampling_rate)
+    step = int(max_seconds * sampling_rate) - 2 * max(half, margin)
     cuts = _pauses(samples, step, frame, round(_PAUSE_SECONDS * sampling_rate))
-    edges = [0, *cuts, num_samples]
+    # Of every cut: where the chunk before it ends, the text changes hands, and the next one begins.
+    first, last = _loud(samples[: cuts[0]]), _loud(samples[cuts[-1] :])
+    places = [(0, 0, max(0, int(first[0]) - margin) if len(first) else 0)]
+    for before, cut, after in zip([0, *cuts], cuts, [*cuts[1:], num_samples], strict=False):
+        quiet = _silence(samples, before, cut, after)
+        if quiet is not None and quiet[1] - quiet[0] >= 2 * margin:
+            places.append((quiet[0] + margin, sum(quiet) // 2, quiet[1] - margin))
+        else:
+            places.append((min(num_samples, cut + half), cut, max(0, cut - half)))
+    heard = cuts[-1] + int(last[-1]) + 1 if len(last) else num_samples
+    places.append((min(num_samples, heard + margin), num_samples, num_samples))
     return [
-        Chunk(max(0, a - half), min(num_samples, b + half), a, b)
-        for a, b in itertools.pairwise(edges)
+        Chunk(start, end, kept, until)
+        for (_, kept, start), (end, until, _) in itertools.pairwise(places)
     ]
+
+
+def _loud(samples: Tensor) -> Tensor:
+    """Places of the samples that are not silent."""
+    return (samples.abs() >= _SILENT).nonzero()[:, 0]
+
+
+def _silence(samples: Tensor, before: int, cut: int, after: int) -> tuple[int, int] | None:
+    """The silence around `cut`, its first sample and the one behind its last.
+
+    None if nothing is heard between `before` and it, or between it and `after`.
+    """
+    left, right = _loud(samples[before:cut]), _loud(samples[cut:after])
+    if not (len(left) and len(right)):
+        return None
+    return before + int(left[-1]) + 1, cut + int(right[0])
 
 
 def _pauses(samples: Tensor, step: int, frame: int, width: int) -> list[int]:
