@@ -422,7 +422,10 @@ def speed_picture(results: Results) -> str | None:
     if not drawn:
         return None
     device = results.machine.get("gpu") or results.machine.get("cpu", "")
-    footer = f"{device}, {results.threads} threads, {results.layers} layers; median, p20 to p80"
+    depths = {workload: rows[0].layers for _, workload, _, rows in wanted}
+    others = [f", {name}: {n}" for name, n in depths.items() if n != results.layers]
+    layers = f"{results.layers} layers{''.join(others)}"
+    footer = f"{device}, {results.threads} threads, {layers}; median, p20 to p80"
     return standalone(drawn[:4], columns=2, footer=footer)
 
 

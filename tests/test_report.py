@@ -236,6 +236,11 @@ def test_pictures_carry_their_own_colours(raw: dict[str, Any], counted: dict[str
     texts = [text.text for text in ElementTree.fromstring(speed).iter(f"{SVG}text")]
     # Of each implementation the fastest configuration only.
     assert "transformers, sdpa, one by one" in texts and "transformers, eager" not in texts
+    other = copy.deepcopy(raw)
+    for row in other["rows"]:
+        row["layers"] = other["layers"] + (row["workload"] == "1x30s")
+    drawn = str(speed_picture(parse(other, "results")))
+    assert f" {other['layers']} layers, 1x30s: {other['layers'] + 1};" in drawn
     nothing = copy.deepcopy(raw)
     nothing["rows"] = nothing["rows"][3:5]
     assert speed_picture(parse(nothing, "results")) is None
