@@ -194,10 +194,13 @@ def test_attention_of_large_scores() -> None:
     check("shaw_attention", args, 1e-4)
 
 
-def test_bfloat16_attention_is_as_accurate_as_the_plain_form() -> None:
+@pytest.mark.parametrize("offset", [0.0, 4.0])
+def test_bfloat16_attention_is_as_accurate_as_the_plain_form(offset: float) -> None:
+    """Also with values whose common part, far larger, is nothing to the gradient of the scores."""
     torch.manual_seed(0)
     lengths = (217, 300, 5)
-    tensors = [*torch.randn(3, sum(lengths), 2, 64).bfloat16()]
+    query, key, value = torch.randn(3, sum(lengths), 2, 64)
+    tensors = [x.bfloat16() for x in (query, key, value + offset)]
     args = (*tensors, cumulative(lengths), 300, torch.randn(73, 64).bfloat16(), 64, 8)
     exact = gradients(plain_form("shaw_attention"), tuple(leaf(arg, torch.float64) for arg in args))
     plain = gradients(plain_form("shaw_attention"), tuple(map(leaf, args)))

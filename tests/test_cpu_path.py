@@ -240,7 +240,7 @@ def test_row_sums_of_bf16_powers(length: int) -> None:
     powers = torch.rand(2, 16, length, generator=torch.Generator().manual_seed(length)).bfloat16()
     powers[:, 1] *= torch.logspace(-20, 0, length, dtype=torch.bfloat16)
     expected = powers.double().sum(-1, keepdim=True)
-    sums = attention._row_sums(powers, torch.float32)
+    sums = attention.row_sums(powers, torch.float32)
     assert sums.dtype == torch.float32 and sums.shape == (2, 16, 1)
     # All terms are positive: each stretch is off by half a unit in its last place at most.
     assert ((sums - expected).abs() <= 2**-9 * expected).all()

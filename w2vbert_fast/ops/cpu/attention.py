@@ -316,7 +316,7 @@ class Attend:
         if bias is not None and bias.reference is not None:
             shifts.append(bias.reference)
         powers = scores.exp2_() if self.base_two else scores.exp_()
-        return powers, _row_sums(powers, self.statistics), shifts
+        return powers, row_sums(powers, self.statistics), shifts
 
     def forward(
         self,
@@ -367,7 +367,7 @@ def _heads_in_range(query: Tensor, key: Tensor, positions: Positions | None) -> 
     return in_range
 
 
-def _row_sums(powers: Tensor, dtype: torch.dtype) -> Tensor:
+def row_sums(powers: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums of the rows of `[G, b, T]` in `dtype`: `[G, b, 1]`."""
     length = powers.shape[-1]
     if powers.dtype == dtype or length < _STRETCHES_FROM:

@@ -20,6 +20,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import (
@@ -30,6 +31,7 @@ from .attention import (
     groups_of_utterances,
     longest_of,
     reached,
+    row_sums,
 )
 from .linear import matmul_transposed
 
@@ -107,7 +109,10 @@ class _AttendBackward:
         self.grad = grad.transpose(0, 1).contiguous()  # [H, N, D]
         wide = self.grad.to(shared.statistics)
         self.delta = (wide * output.transpose(0, 1)).sum(-1, keepdim=True)  # [H, N, 1]
-        self.value = shared.value.contiguous()
+        self.rounds = grad.dtype != shared.statistics
+        self.value = shared.value
+        if self.rounds:  # [H, N, D + 1]: ones for what is subtracted from a product with values
+            self.value = F.pad(self.value, (0, 1), value=1.0)
         self.grad_query = torch.empty_like(shared.query, dtype=shared.statistics)
         self.grad_key = torch.zeros_like(self.grad_query)
         self.grad_value = torch.zeros_like(self.grad_query)
@@ -120,13 +125,23 @@ class _AttendBackward:
         key, value = shared.key[heads, columns], self.value[heads, columns]
         kept = dropout.kept(powers)
         divided = self.grad[heads, rows].to(total.dtype) / (total * dropout.keep)
-        divided = divided.to(query.dtype)  # [G, b, D]
-        ds = _product(divided, value.transpose(1, 2), by_head)  # [G, b, T]
-        if kept is not None:
-            ds.mul_(kept)
-        # In float32: the difference is small beside what it is of.
-        ds = ds.to(shared.statistics).sub_(self.delta[heads, rows] / total)
-        ds = ds.mul_(powers).to(query.dtype)
+        shift = self.delta[heads, rows] / total  # [G, b, 1]
+        # The difference is small beside what it is of, so it is taken before that is rounded.
+        if self.rounds and kept is None:
+            left = torch.cat([divided, -shift], dim=-1).to(query.dtype)  # [G, b, D + 1]
+            divided = left[..., :-1]  # [G, b, D]
+            ds = _product(left, value.transpose(1, 2), by_head).mul_(powers)  # [G, b, T]
+        else:
+            divided = divided.to(query.dtype)
+            value = value[..., : query.shape[-1]]
+            ds = _product(divided, value.transpose(1, 2), by_head)
+            if kept is not None:
+                ds.mul_(kept)
+            ds = ds.to(shared.statistics).sub_(shift).mul_(powers).to(query.dtype)
+        if self.rounds:
+            # A row's sum is zero but for what rounded weights and a rounded output left.
+            excess = row_sums(ds, shared.statistics) / total
+            ds.addcmul_(powers, excess.to(ds.dtype), value=-1)
         weights = powers if kept is None else powers.mul_(kept)
         self.grad_value[heads, columns] += _product_over_queries(weights, divided, by_head)
         self.grad_key[heads, columns] += _product_over_queries(ds, query, by_head)

@@ -128,7 +128,9 @@ def _gradients(
 def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of two matrices of one dtype, at any strides; contiguous."""
     on_cpu = a.device.type == "cpu" and b.device.type == "cpu"
-    if on_cpu and a.numel() > 0 and b.numel() > 0 and onednn_linear(a.dtype):
+    # In bf16 PyTorch's product is oneDNN's too, and takes a transposed operand as it lies.
+    fp32 = a.dtype == torch.float32
+    if fp32 and on_cpu and a.numel() > 0 and b.numel() > 0 and onednn_linear(a.dtype):
         # See matmul_transposed about strides.
         fills = b.is_contiguous() or b.t().is_contiguous()
         return matmul_transposed(a, (b if fills else b.contiguous()).t())

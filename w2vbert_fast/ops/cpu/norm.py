@@ -45,9 +45,9 @@ def layer_norm_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: f
     torch.addcmul(bias, out.mul_(scale), weight, out=out)
 
 
-def row_blocks(x: Tensor) -> list[slice]:
-    """Slices of rows of `[rows, hidden]` that stay in cache over several passes."""
-    step = max(1, _BLOCK_ELEMENTS // max(x.shape[-1], 1))
+def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
+    """Slices of rows of `[rows, hidden]`, of so many elements, to stay in cache over passes."""
+    step = max(1, elements // max(x.shape[-1], 1))
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 

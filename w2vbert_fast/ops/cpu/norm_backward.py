@@ -11,16 +11,20 @@ from torch import Tensor
 
 from .norm import layer_norm, row_blocks
 
+_BLOCK_ELEMENTS = 1 << 18
+"""Elements at a time, in float32 1 MB: of each are several copies, which must not be larger than
+what the allocator keeps."""
+
 
 def norm_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `LN(x)`: of x `[rows, hidden]`, of weight and of bias `[hidden]`; one dtype."""
-    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-    scale = variance.add_(eps).rsqrt_()
-    shape, bias = [x.shape[-1]], weight
+    shape, bias, x = [x.shape[-1]], weight, x.contiguous()
+    # The forward pass has the statistics in a tenth of the time of torch.var_mean.
+    _, mean, scale = torch.ops.aten.native_layer_norm(x, shape, None, None, eps)
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
-        grad.contiguous(), x.contiguous(), shape, mean, scale, weight, bias, [True, True, True]
+        grad.contiguous(), x, shape, mean, scale, weight, bias, [True, True, True]
     )
     return grads
 
@@ -66,7 +70,7 @@ def residual_layer_norm_backward(
     grad_residual = torch.empty_like(y, memory_format=torch.contiguous_format)
     sums = _zeros(weight, dtype, 2)
     wide = weight.to(dtype)
-    for rows in row_blocks(y):
+    for rows in row_blocks(y, _BLOCK_ELEMENTS):
         block, *shares = norm_gradient(grad_z[rows].to(dtype), y[rows].to(dtype), wide, eps)
         _add_shares(sums, shares)
         grad_residual[rows] = block if grad_y is None else block.add_(grad_y[rows])
@@ -105,7 +109,7 @@ def residual_double_layer_norm_backward(
     grad_residual = torch.empty_like(x, memory_format=torch.contiguous_format)
     first, second = _zeros(weight1, dtype, 2), _zeros(weight2, dtype, 2)
     wide1, wide2 = weight1.to(dtype), weight2.to(dtype)
-    for rows in row_blocks(x):
+    for rows in row_blocks(x, _BLOCK_ELEMENTS):
         # Both rounded as the forward pass stored them.
         stored = torch.add(residual[rows], x[rows], alpha=scale)
         z = layer_norm(stored, weight1, bias1, eps).to(dtype)
