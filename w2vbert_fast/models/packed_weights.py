@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-from typing import Any, NoReturn, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
+from .opaque_linear import OpaqueLinear
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(OpaqueLinear):
     """A linear layer, or a pointwise convolution on `[num_tokens, channels]`, with a packed weight.
 
     The original weight is not kept, so there is none for a state dict to hold.
@@ -19,6 +19,9 @@ class PackedLinear(nn.Module):
     Args:
         layer: what to pack, in fp32 or bf16 on a CPU; its bias is taken over.
     """
+
+    WEIGHT = "packed"
+    STATE = "packed by pack_weights()"
 
     def __init__(self, layer: nn.Linear | nn.Conv1d) -> None:
         super().__init__()
@@ -46,29 +49,6 @@ class PackedLinear(nn.Module):
         with torch.no_grad():
             y: Tensor = dispatch.packed_kernels().linear_glu(x, self.packed, self.bias)
         return y
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        """A copy that shares the packed weight, which nothing writes to."""
-        copied = PackedLinear.__new__(PackedLinear)
-        memo[id(self)], memo[id(self.packed)] = copied, self.packed
-        copied.__dict__.update({key: deepcopy(value, memo) for key, value in vars(self).items()})
-        return copied
-
-    def __getstate__(self) -> NoReturn:
-        # The packed weight is opaque.
-        raise TypeError("a model with packed weights cannot be pickled; load it again")
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"dtype={self.packed.dtype}"
-        )
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
-        raise ValueError(
-            f"{prefix.rstrip('.')} has a packed weight, which a checkpoint cannot hold; save the "
-            "model before pack_weights()"
-        )
 
 
 def packed_feed_forward(

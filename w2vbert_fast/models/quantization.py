@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
+from .opaque_linear import OpaqueLinear
 
 
 def check_int8(device: torch.device) -> None:
@@ -39,7 +39,7 @@ def dtype_beside_int8(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dispatch.cpu_multiplies_bfloat16() else dtype
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(OpaqueLinear):
     """A linear layer whose weight is int8, one scale an output channel, for inference on a CPU.
 
     The activations are quantised at each call, one scale a token; the result is in their dtype. The
@@ -48,6 +48,9 @@ class Int8Linear(nn.Module):
     Args:
         linear: the layer to quantise; its bias is taken over.
     """
+
+    WEIGHT = "quantized"
+    STATE = "quantised to int8"
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -66,26 +69,6 @@ class Int8Linear(nn.Module):
             kernels = dispatch.int8_kernels()
             y: Tensor = kernels.linear_int8(x, self.quantized, self.bias, activation)
         return y
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
-        """A copy that shares the quantised weight, which nothing writes to."""
-        copied = Int8Linear.__new__(Int8Linear)
-        memo[id(self)], memo[id(self.quantized)] = copied, self.quantized
-        copied.__dict__.update({key: deepcopy(value, memo) for key, value in vars(self).items()})
-        return copied
-
-    def __getstate__(self) -> NoReturn:
-        # The packed weight is opaque.
-        raise TypeError("a model that is quantised to int8 cannot be pickled; load it again")
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
-        raise ValueError(
-            f"{prefix.rstrip('.')} is quantised to int8 and has no weight that a checkpoint could "
-            "hold; save the model that was loaded without dtype='int8'"
-        )
 
 
 class WideLinear(nn.Linear):
