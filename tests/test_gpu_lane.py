@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.gpu.__main__ import _statuses
 from tests.gpu.lane import Judge, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +67,25 @@ def test_a_failing_process_fails_the_run(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "unrecognized arguments: --no-such-option" in result.stdout
     assert "FAILED" in result.stdout.splitlines()[-1]
+
+
+def test_no_test_starts_after_the_limit(tmp_path: Path) -> None:
+    result = run(tmp_path, "--interpret", "--limit", "0.001", "-k", "test_norm.py")
+    assert result.returncode == 1, result.stdout
+    results = json.loads((tmp_path / "gpu_test.json").read_text())
+    assert results["outcomes"] == {"passed": 1}
+    assert len(results["not_run"]) > 5
+    *_, not_run, verdict = result.stdout.splitlines()
+    assert not_run.startswith("NOT RUN in the time there was: tests/gpu/test_norm.py::")
+    assert verdict.startswith("FAILED")
+
+
+def test_processes_that_run_past_the_limit_are_ended() -> None:
+    commands = ("import time; time.sleep(60)", "pass")
+    processes = [subprocess.Popen([sys.executable, "-c", command]) for command in commands]
+    started = time.perf_counter()
+    assert _statuses(processes, started + 2.0) == [-signal.SIGKILL, 0]
+    assert time.perf_counter() - started < 30
 
 
 def test_what_counts_as_near_enough() -> None:

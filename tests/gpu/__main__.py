@@ -1,10 +1,14 @@
 """Runs the GPU lane in several processes, and ends with one table.
 
-    python -m tests.gpu [--processes N] [--interpret] [pytest's arguments]
+    python -m tests.gpu [--processes N] [--limit SECONDS] [--interpret] [pytest's arguments]
 
 Most of the time goes into compiling kernels, which takes a CPU core each, so the tests are dealt
 out to several processes. It installs nothing: torch, triton and pytest must be there; transformers
 is used where it is. The results also go to `$OUT/gpu_test.json`, or `build/gpu_test.json`.
+
+The run ends by itself: past the limit no process starts another test, and those that are still busy
+a little later are ended. What did not run for that is counted and fails the run; the results of
+what did are kept.
 
 The exit status is 0 when all tests passed, and also when there is no GPU, which is said.
 """
@@ -15,6 +19,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -28,9 +33,13 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
+LIMIT = 440.0
+GRACE = 20.0
+"""Seconds for tests to start in, and after them for those that run to end."""
 
 
 def main() -> int:
+    started = time.perf_counter()  # PyTorch's own start, a process before the tests', counts too
     options, pytest_arguments = _arguments()
     missing = [name for name in ("torch", "triton", "pytest") if not _is_installed(name)]
     if missing:
@@ -45,18 +54,22 @@ def main() -> int:
     versions = _versions() | {"device": device}
     print(", ".join(f"{name} {value}" for name, value in versions.items() if value), flush=True)
 
-    started = time.perf_counter()
+    limit: float = math.inf if options.interpret else LIMIT
+    if options.limit is not None:
+        limit = options.limit
+    os.environ["W2VBERT_GPU_DEADLINE"] = str(time.time() + limit - (time.perf_counter() - started))
     count = options.processes or (1 if options.interpret else min(8, (os.cpu_count() or 2) // 2))
     with tempfile.TemporaryDirectory() as folder:
         shares = [
             _start(Path(folder), number, max(count, 1), pytest_arguments)
             for number in range(max(count, 1))
         ]
-        statuses = [process.wait() for process, _, _ in shares]
+        statuses = _statuses([process for process, _, _ in shares], started + limit + GRACE)
         results = _merged(shares)
     results |= {"versions": versions, "seconds_in_all": time.perf_counter() - started}
     # 5: no test was selected, as in a share of few.
     failed = any(status not in (0, 5) for status in statuses) or set(statuses) == {5}
+    failed = failed or bool(results["not_run"])
     _report(results, "FAILED" if failed else "passed", options.interpret)
     return 1 if failed else 0
 
@@ -65,6 +78,12 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--processes", type=int, help="default: half the cores, at most 8")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help=f"no test starts after them; default: {LIMIT:.0f} on a GPU, none with --interpret",
+    )
     parser.add_argument(
         "--interpret", action="store_true", help="small CPU tensors in Triton's interpreter"
     )
@@ -118,15 +137,25 @@ def _start(folder: Path, number: int, count: int, arguments: list[str]) -> Share
     return process, output, results
 
 
+def _statuses(processes: list[subprocess.Popen[bytes]], end: float) -> list[int]:
+    """Waits for the processes, and ends those that run past `end` of `time.perf_counter`."""
+    for process in processes:
+        left = end - time.perf_counter()
+        try:
+            process.wait(None if math.isinf(left) else max(left, 0.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return [process.wait() for process in processes]
+
+
 def _merged(shares: list[Share]) -> dict[str, Any]:
     """Prints what each process said, and joins their results."""
     records: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     outcomes: Counter[str] = Counter()
+    not_run: list[str] = []
     for number, (process, output, results) in enumerate(shares):
         text = output.read_text(errors="replace")
-        for words in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", text.splitlines()[-1]):
-            outcomes[words[1]] += int(words[0])
         if process.returncode not in (0, 5):
             print(f"---- process {number}, exit status {process.returncode}\n{text}")
         else:
@@ -135,7 +164,14 @@ def _merged(shares: list[Share]) -> dict[str, Any]:
             share = json.loads(results.read_text())
             records += share["records"]
             seconds |= share["seconds"]
-    return {"outcomes": dict(outcomes), "records": records, "seconds": seconds}
+            outcomes.update(share["outcomes"].values())
+            not_run += share["not_run"]
+    return {
+        "outcomes": dict(outcomes),
+        "records": records,
+        "seconds": seconds,
+        "not_run": not_run,
+    }
 
 
 def _report(results: dict[str, Any], verdict: str, interpreted: bool) -> None:
@@ -150,6 +186,8 @@ def _report(results: dict[str, Any], verdict: str, interpreted: bool) -> None:
     where = (
         "in Triton's interpreter, NOT on a GPU" if interpreted else results["versions"]["device"]
     )
+    if results["not_run"]:
+        print(f"NOT RUN in the time there was: {', '.join(results['not_run'])}")
     print(f"{verdict}: {counts} in {results['seconds_in_all']:.0f} s, {where}; {file}")
 
 

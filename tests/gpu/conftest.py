@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,33 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     report = yield
     _judge.seconds[item.nodeid] = _judge.seconds.get(item.nodeid, 0.0) + report.duration
+    if report.when == "call" or report.outcome != "passed":
+        _judge.outcomes[item.nodeid] = report.outcome
     return report
 
 
-def pytest_sessionfinish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    folder = Path(__file__).parent
+    _judge.planned = [item.nodeid for item in session.items if folder in item.path.parents]
+    _write_results()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Keeps the results after every test, and starts none after the deadline."""
+    result = yield
+    _write_results()
+    if time.time() > float(os.environ.get("W2VBERT_GPU_DEADLINE", "inf")):
+        item.session.shouldstop = "the time limit of the GPU lane"
+    return result
+
+
+def _write_results() -> None:
     if path := os.environ.get("W2VBERT_GPU_RESULTS"):
-        Path(path).write_text(json.dumps(_judge.results()))
+        file = Path(path)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(_judge.results()))
+        temporary.replace(file)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -153,6 +153,8 @@ class Judge:
     def __init__(self) -> None:
         self.records: list[Record] = []
         self.seconds: dict[str, float] = {}
+        self.planned: list[str] = []
+        self.outcomes: dict[str, str] = {}
         self.test = ""
         self.started = time.perf_counter()
 
@@ -219,6 +221,8 @@ class Judge:
         return {
             "records": [asdict(record) for record in self.records],
             "seconds": self.seconds,
+            "outcomes": self.outcomes,
+            "not_run": [test for test in self.planned if test not in self.outcomes],
         }
 
 
