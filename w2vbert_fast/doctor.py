@@ -279,7 +279,8 @@ def _packages() -> list[tuple[str, str]]:
             found.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             found.append((name, "not installed"))
-    return found
+    # Its own version also tells the build, as 2.11.0+cu130; that of the package on PyPI does not.
+    return [(name, str(torch.__version__) if name == "torch" else it) for name, it in found]
 
 
 def _machine() -> list[tuple[str, str]]:
