@@ -85,7 +85,9 @@ gpu-bench-speech:
 
 # The operations one by one, where pytest-benchmark is installed.
 gpu-bench-operations:
-	@python=$$(command -v python || command -v python3); \
+	@python=$$(command -v python || command -v python3) || { echo "no python" >&2; exit 1; }; \
+	    "$$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || \
+	        { echo "PyTorch sees no CUDA device, nothing was measured" >&2; exit 2; }; \
 	    if "$$python" -c "import pytest_benchmark" 2>/dev/null; then \
 	        PYTHONPATH=. timeout 470 "$$python" -m pytest bench -q; \
 	    else echo "pytest-benchmark is not installed: operations were not measured"; fi

@@ -140,7 +140,8 @@ def test_rows_without_frames(config: dict[str, Any], always_fast: None) -> None:
         kept = [row for row in range(3) if row != empty]
         mine = fast(x, attention_mask=some)[0]
         assert mine[empty].eq(0).all()
-        assert torch.equal(mine[kept], fast(x, attention_mask=mask)[0][kept])
+        # Not equal bits: products of other numbers of tokens may be rounded otherwise.
+        assert relative_error(mine[kept], fast(x, attention_mask=mask)[0][kept]) <= 1e-6
     assert fast(x, attention_mask=torch.zeros_like(mask))[0].eq(0).all()
 
 
