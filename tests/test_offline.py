@@ -31,6 +31,8 @@ from w2vbert_fast.inference import (
 from w2vbert_fast.inference.batching import Batcher
 from w2vbert_fast.inference.decoding import Decoder, Loaded, ReadAhead
 from w2vbert_fast.inference.offline import Runner
+from w2vbert_fast.models.packed_weights import PackedLinear
+from w2vbert_fast.ops.dispatch import packed_kernels
 
 SAMPLES = Path(models.__file__).parents[1] / "demo" / "samples"
 SMALL = Flow(frame_budget=120, workers=2, window_rows=4)
@@ -49,6 +51,17 @@ def test_texts_in_order_and_as_they_finish(tiny_checkpoint: Path, files: list[st
     assert [result.text for result in sorted(found, key=lambda r: r.index)] == expected
     # The longest of a window comes first.
     assert [result.index for result in found] != list(range(len(files)))
+
+
+@pytest.mark.parametrize("runner", [Transcriber, Embedder])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_are_packed_where_the_cpu_multiplies_them(
+    tiny_checkpoint: Path, runner: Any, dtype: str
+) -> None:
+    made = runner(tiny_checkpoint, device="cpu", dtype=dtype)
+    made.task.load()
+    packed = [m for m in made.task.network.modules() if isinstance(m, PackedLinear)]
+    assert bool(packed) == packed_kernels().onednn_linear(getattr(torch, dtype))
 
 
 def test_paths_bytes_arrays_and_arrays_with_a_rate(tiny_checkpoint: Path, files: list[str]) -> None:

@@ -30,6 +30,7 @@ from w2vbert_fast.inference.workers import (
     source_of,
 )
 from w2vbert_fast.ops import greedy_decode
+from w2vbert_fast.ops.dispatch import packed_kernels
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.timestamps import Delay
@@ -114,6 +115,7 @@ class Transcribe(Task):
                 beam_width=self.beam,
                 **{name: value for name, value in given.items() if value is not None},
             )
+        _pack(pipeline.model)
         self._pipeline = pipeline
 
     @property
@@ -242,6 +244,7 @@ class _Encoding(Task):
             source, revision=self.revision, dtype=dtype, device=device, use_fast_kernels=True
         )
         self.check(network)
+        _pack(network)
         self._network = network
 
     def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
@@ -258,6 +261,13 @@ class _Encoding(Task):
         self.load()
         assert self._network is not None
         return self._network
+
+
+def _pack(network: models.Wav2Vec2BertPreTrainedModel) -> None:
+    """Weights as a CPU multiplies them, where it can: nobody else has a task's model."""
+    parameter = next(network.parameters())
+    if parameter.device.type == "cpu" and packed_kernels().onednn_linear(parameter.dtype):
+        network.pack_weights()
 
 
 @dataclass
