@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.reference import relative_error
-from w2vbert_fast import Wav2Vec2BertForCTC, ops
+from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertModel, ops
 from w2vbert_fast.export import export
-from w2vbert_fast.models.packed_weights import PackedLinear
+from w2vbert_fast.models.packed_weights import PackedLinear, StackedLinear
 from w2vbert_fast.ops.cpu import capability
 
 linear = importlib.import_module("w2vbert_fast.ops.cpu.linear")  # not the function
@@ -96,7 +96,10 @@ def test_a_model_gives_the_same_answer(tiny_checkpoint: Path, dtype: torch.dtype
     plain = load(tiny_checkpoint, dtype)
     model = copy.deepcopy(plain).pack_weights()
     packed = {n for n, module in model.named_modules() if isinstance(module, PackedLinear)}
-    assert len(packed) == 2 * (8 + 2)  # two layers, of eight linear layers and two convolutions
+    stacked = {n for n, module in model.named_modules() if isinstance(module, StackedLinear)}
+    assert len(packed) == 2 * (5 + 2)  # two layers, of five linear layers and two convolutions
+    assert {name.rpartition(".")[2] for name in stacked} == {"linear_q", "linear_k", "linear_v"}
+    assert len(stacked) == 2 * 3
     assert all(name.startswith("wav2vec2_bert.encoder.layers.") for name in packed)
     with torch.no_grad():
         exact = copy.deepcopy(plain).double()(features.to(dtype).double(), mask).logits[0]
@@ -106,6 +109,54 @@ def test_a_model_gives_the_same_answer(tiny_checkpoint: Path, dtype: torch.dtype
         assert errors[1] <= max(1.1 * errors[0], 1e-6), errors
         again = copy.deepcopy(model)(features.to(dtype), mask).logits
         assert torch.equal(again, model(features.to(dtype), mask).logits)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative", "relative_key", None])
+def test_projections_of_one_input_are_one_product(
+    positions: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Wav2Vec2BertConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        position_embeddings_type=positions,
+    )
+    torch.manual_seed(0)
+    plain = Wav2Vec2BertModel(config).eval()
+    plain.use_fast_kernels = True
+    model = copy.deepcopy(plain).pack_weights()
+    kinds = [type(getattr(model.encoder.layers[0].self_attn, f"linear_{n}")) for n in "qkv"]
+    last = PackedLinear if positions == "rotary" else StackedLinear  # another input
+    assert kinds == [StackedLinear, StackedLinear, last]
+
+    calls: list[int] = []
+    all_outputs = StackedLinear.all_outputs
+    monkeypatch.setattr(
+        StackedLinear, "all_outputs", lambda self, x: (calls.append(1), all_outputs(self, x))[1]
+    )
+    x = torch.randn(2, 17, 160)
+    with torch.no_grad():
+        expected = plain(x)[0]
+        assert relative_error(model(x)[0], expected) <= 1e-6
+        assert relative_error(copy.deepcopy(model)(x)[0], expected) <= 1e-6
+        assert len(calls) == 2
+        # Each by itself is right too.
+        seen: list[Tensor] = []
+        hooked = model.encoder.layers[0].self_attn.linear_k
+        hooked.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        assert relative_error(model(x)[0], expected) <= 1e-6
+    assert seen[0].shape == (34, 32)
+
+
+def test_projections_that_differ_are_packed_one_by_one(tiny_checkpoint: Path) -> None:
+    model = load(tiny_checkpoint)
+    attention = model.wav2vec2_bert.encoder.layers[0].self_attn
+    attention.linear_k.bias = None
+    expected = model(x := torch.randn(1, 20, 160)).logits.detach()
+    model.pack_weights()
+    assert {type(getattr(attention, f"linear_{n}")) for n in "qkv"} == {PackedLinear}
+    assert relative_error(model(x).logits, expected) <= 1e-6
 
 
 def test_layers_that_somebody_changed_stay(tiny_checkpoint: Path) -> None:

@@ -16,7 +16,12 @@ from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch
 from ..ops.dispatch import on_triton_device, records_gradient
-from .packed_weights import PackedLinear, packed_feed_forward
+from .packed_weights import (
+    PackedLinear,
+    StackedLinear,
+    packed_feed_forward,
+    stacked_projections,
+)
 from .packing import lay_end_to_end
 from .quantization import Int8Linear, int8_feed_forward, int8_projections
 
@@ -273,12 +278,22 @@ class Wav2Vec2BertSelfAttention(nn.Module):
             )
         return apply_linear(self.linear_out, output.flatten(1), fast=fast), probabilities
 
+    @property
+    def projections_of_one_input(self) -> tuple[str, ...]:
+        """Names of the layers that `forward` gives the same input."""
+        rotary = self.position_embeddings_type == "rotary"
+        return ("linear_q", "linear_k") if rotary else ("linear_q", "linear_k", "linear_v")
+
     def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         """Each layer's output `[N, C]` for one input: of one product where that pays.
 
-        On a CPU three products cost what one of three times the width does.
+        On a CPU three products cost what one of three times the width does, unless the weights are
+        packed.
         """
         fast = self.use_fast_kernels
+        stacked = [layer for layer in layers if is_untouched(layer, StackedLinear)]
+        if len(stacked) == len(layers):
+            return stacked_projections(x, stacked)
         if all(is_untouched(layer, Int8Linear) for layer in layers):
             return int8_projections(x, layers)
         plain = [layer for layer in layers if is_untouched(layer, nn.Linear)]
@@ -298,8 +313,8 @@ class Wav2Vec2BertSelfAttention(nn.Module):
             lay_end_to_end(weights)
             if biases:
                 lay_end_to_end(biases)
-        stacked = ops.linear_stacked(x, weights, biases, fast=fast)
-        return list(stacked.chunk(len(layers), dim=1))
+        outputs = ops.linear_stacked(x, weights, biases, fast=fast)
+        return list(outputs.chunk(len(layers), dim=1))
 
 
 class Wav2Vec2BertEncoderLayer(nn.Module):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
 from .opaque_linear import OpaqueLinear
+
+if TYPE_CHECKING:
+    from ..ops.cpu.linear import PackedWeight
 
 
 class PackedLinear(OpaqueLinear):
@@ -51,6 +55,44 @@ class PackedLinear(OpaqueLinear):
         return y
 
 
+class StackedLinear(OpaqueLinear):
+    """One of several linear layers of one input, whose weights are packed as one matrix.
+
+    By itself it computes them all; `stacked_projections` computes them once for all.
+
+    Args:
+        packed: the weights, one above the other.
+        bias: `[out_features of all]` or `None`.
+        rows: which of them are this layer's.
+    """
+
+    WEIGHT = "packed"
+    STATE = "packed by pack_weights()"
+
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, rows: slice) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.shape[1], rows.stop - rows.start
+        self.packed, self.bias, self.rows = packed, bias, rows
+
+    def all_outputs(self, x: Tensor) -> Tensor:
+        """`[num_tokens, in_features]` -> `[num_tokens, out_features of all]`."""
+        with torch.no_grad():
+            y: Tensor = dispatch.packed_kernels().linear(x, self.packed, self.bias, None)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[num_tokens, in_features]` -> `[num_tokens, out_features]`, as `PackedLinear`."""
+        return self.all_outputs(x)[:, self.rows]
+
+
+def stacked_projections(x: Tensor, layers: Sequence[StackedLinear]) -> list[Tensor]:
+    """The output of each layer for one input, of one product where one matrix holds them."""
+    if any(layer.packed is not layers[0].packed for layer in layers):
+        return [layer(x) for layer in layers]
+    outputs = layers[0].all_outputs(x)
+    return [outputs[:, layer.rows] for layer in layers]
+
+
 def packed_feed_forward(
     x: Tensor, first: PackedLinear, second: PackedLinear, activation: str | None
 ) -> Tensor:
@@ -65,18 +107,35 @@ def packed_feed_forward(
 def pack_encoder(encoder: nn.Module) -> int:
     """Replace an encoder's plain linear layers and pointwise convolutions by `PackedLinear`.
 
-    What has hooks or is of another class (LoRA, int8) stays as it is.
+    What has hooks or is of another class (LoRA, int8) stays as it is. Layers that a module names as
+    its `projections_of_one_input` become one `StackedLinear` each.
 
     Returns:
         How many were replaced.
     """
     count = 0
     for parent in list(encoder.modules()):
+        count += _stack(parent, getattr(parent, "projections_of_one_input", ()))
         for name, layer in list(parent.named_children()):
             if _is_plain(layer):
                 setattr(parent, name, PackedLinear(layer))
                 count += 1
     return count
+
+
+def _stack(parent: nn.Module, names: Sequence[str]) -> int:
+    layers = [layer for name in names if _is_plain(layer := getattr(parent, name))]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if len(layers) != len(names) or len(layers) < 2 or len(biases) not in (0, len(layers)):
+        return 0
+    weights = [layer.weight.detach().flatten(1) for layer in layers]
+    packed = dispatch.packed_kernels().pack_weight(torch.cat(weights))
+    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    start = 0
+    for name, weight in zip(names, weights, strict=True):
+        setattr(parent, name, StackedLinear(packed, bias, slice(start, start + len(weight))))
+        start += len(weight)
+    return len(layers)
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
