@@ -138,6 +138,9 @@ def test_what_each_policy_computes_again(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         ours(*padded_batch(LENGTHS, FEATURES))
     assert counts[Wav2Vec2BertSelfAttention] == 4
+    counts.clear()
+    step(ours)  # with gradients, in evaluation mode
+    assert counts[Wav2Vec2BertSelfAttention] == 4
 
 
 def kept(ours: nn.Module, lengths: tuple[int, ...]) -> int:
@@ -231,6 +234,11 @@ def test_layer_policies_recompute_as_little_as_will_do(budget: int) -> None:
     fitting = [mixture for mixture in mixtures if cost(mixture)[0] <= budget]
     least = min((cost(mixture)[1] for mixture in fitting), default=100 * layers)
     assert cost(found)[1] == least  # type: ignore[arg-type]
+
+
+def test_the_first_layers_recompute() -> None:
+    assert layer_policies(4, 100, 40, 10, 360) == ["attention", "attention", "none", "none"]
+    assert layer_policies(4, 100, 40, 10, 200) == ["layer", "layer", "layer", "attention"]
 
 
 def test_layers_without_an_attention_to_recompute() -> None:
@@ -363,6 +371,8 @@ def test_moments_count_until_the_gradients_have_been_taken_away(
 def test_the_first_of_every_n_layers_recomputes() -> None:
     plan = LayerPlan(Checkpointing("layer", every_n_layers=3), nn.Identity(), 7)
     assert [i for i in range(1, 8) if not plan.takes_apart(i)] == [1, 4, 7]
+    plan = LayerPlan(Checkpointing("attention", every_n_layers=3), nn.Identity(), 7)
+    assert [i for i in range(1, 8) if plan.run_attention(i) is not None] == [1, 4, 7]
 
 
 def test_auto_recomputes_each_layer_of_code_that_is_being_compiled(
@@ -387,9 +397,16 @@ def test_auto_asks_about_the_layers_that_are_left() -> None:
         assert [plan.takes_apart(i) for i in (2, 3)] == [apart, apart]
 
 
-def test_the_input_of_the_attention_is_not_the_attentions() -> None:
+def test_auto_measures_the_first_layer_that_is_not_dropped() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    plan = LayerPlan(Checkpointing("auto", budget_bytes=1), layer, 4)
+    plan.run(2, layer, x)
+    assert [plan.takes_apart(i) for i in (2, 3, 4)] == [True, False, False]
+
+
+def test_what_is_not_saved_inside_the_attention_is_not_the_attentions() -> None:
     attention, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(4, 8, requires_grad=True)
     saved = SavedBytes(attention)
     with saved.hooks():
-        saved.attention(attention, x)
-    assert (saved.total, saved.in_attention) == (2 * x.nbytes, x.nbytes)
+        saved.attention(attention, x).exp()
+    assert (saved.total, saved.in_attention) == (3 * x.nbytes, x.nbytes)

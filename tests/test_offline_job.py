@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -25,7 +26,8 @@ import torch
 from tests.offline_helpers import Stub, clips, job, run, table, write_manifest
 from w2vbert_fast.inference import Embedder, Flow, load_pipeline, transcribe
 from w2vbert_fast.inference.job import Interrupted, TooManyErrors, read_results
-from w2vbert_fast.inference.journal import JobError, Ranges, ranges_of
+from w2vbert_fast.inference.journal import Entry, JobError, Journal, Ranges, ranges_of
+from w2vbert_fast.inference.tables import JsonTable
 from w2vbert_fast.inference.tasks import Embed, Transcribe
 
 COMMAND = [sys.executable, "-m", "w2vbert_fast.cli"]
@@ -256,6 +258,67 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Stub, "run", whole)
     assert run(paths, tmp_path / "out", shard_rows=100).rows == 20
     assert len(table(tmp_path / "out")) == 20
+
+
+def test_ctrl_c_while_results_are_taken_in_doubles_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has rows already that the shard has not counted: nothing of it may be kept."""
+    paths = clips(tmp_path / "clips", 20)
+    whole, tables = JsonTable.add, []
+
+    def interrupted(self: JsonTable, *arguments: Any) -> None:
+        whole(self, *arguments)
+        tables.append(self)
+        if len(tables) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(JsonTable, "add", interrupted)
+    with pytest.raises(Interrupted):
+        run(paths, tmp_path / "out", shard_rows=100)
+    assert run(paths, tmp_path / "out", shard_rows=100).rows == 20
+    assert len(table(tmp_path / "out")) == 20
+
+
+@pytest.mark.parametrize(("shard_rows", "kept"), [(5, 5), (100, 20)])
+def test_ctrl_c_while_a_shard_is_finished_finishes_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_rows: int, kept: int
+) -> None:
+    paths = clips(tmp_path / "clips", 20)
+    whole = Journal.write
+
+    def interrupted(self: Journal, entry: Entry) -> None:
+        whole(self, entry)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write", interrupted)
+    with pytest.raises(Interrupted):
+        run(paths, tmp_path / "out", shard_rows=shard_rows)
+    monkeypatch.setattr(Journal, "write", whole)
+    assert len(table(tmp_path / "out")) == kept
+    assert run(paths, tmp_path / "out", shard_rows=shard_rows).rows == 20
+    assert len(table(tmp_path / "out")) == 20
+
+
+def test_a_line_of_the_journal_that_is_not_surely_on_the_disk_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = clips(tmp_path / "clips", 12)
+    journal, whole = tmp_path / "out" / "journal.jsonl", os.fsync
+
+    def failing(descriptor: int) -> None:
+        written = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        if written == 2 and os.path.samestat(os.fstat(descriptor), journal.stat()):
+            raise OSError(errno.EIO, "Input/output error")
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(paths, tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", whole)
+    assert len(table(tmp_path / "out")) == 5
+    assert run(paths, tmp_path / "out").content["this_run"]["rows"] == 7
+    assert len(table(tmp_path / "out")) == 12
 
 
 def test_the_command_stops_on_sigterm_and_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -104,6 +105,26 @@ def test_opcheck(name: str) -> None:
     operation = getattr(torch.ops.w2vbert, name).default
     result = torch.library.opcheck(operation, arguments(name))
     assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_glu", "linear_residual", "feed_forward"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_exactly_the_gradients_that_are_asked_for(name: str, has_bias: bool) -> None:
+    operation = getattr(torch.ops.w2vbert, f"{name}_backward").default
+    *given, needs = arguments(f"{name}_backward")
+    for i, weight in enumerate(given[:-1]):
+        if i > 1 and isinstance(weight, Tensor) and weight.dim() == 2:
+            given[i + 1] = torch.randn(len(weight)) if has_bias else None
+    tensors = [arg for arg in given[1:] if arg is None or isinstance(arg, Tensor)]
+    found = iter(operation(*given, [True] * len(needs)))
+    grads = [None if tensor is None else next(found) for tensor in tensors]
+    for wanted in itertools.product([False, True], repeat=len(needs)):
+        expected = [grad for grad, asked in zip(grads, wanted, strict=True) if asked]
+        expected = [grad for grad in expected if grad is not None]
+        got = operation(*given, list(wanted))
+        assert len(got) == len(expected)
+        assert all(map(torch.equal, got, expected))
+        torch.library.opcheck(operation, (*given, list(wanted)), test_utils="test_faketensor")
 
 
 def test_every_registered_operation_is_checked() -> None:
