@@ -16,9 +16,9 @@ from w2vbert_fast import ops
 from w2vbert_fast.ops import cpu
 
 # The functions of the package have the names of their files.
-attention, capability, linear = (
+attention, capability, linear, linear_backward = (
     importlib.import_module(f"w2vbert_fast.ops.cpu.{name}")
-    for name in ("attention", "capability", "linear")
+    for name in ("attention", "capability", "linear", "linear_backward")
 )
 
 RAGGED = (1, 2, 31, 0, 63, 64, 65, 217, 300)
@@ -345,6 +345,33 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.is_available() == (cpu.reasons() == ())
     monkeypatch.setattr(torch._C, "_has_mkldnn", False)
     assert capability.reasons.__wrapped__() == ("this build of PyTorch has no oneDNN",)
+
+
+@pytest.mark.skipif(not capability.onednn_linear(torch.float32), reason="no oneDNN for float32")
+def test_products_of_gradients_that_onednn_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in fp32 alone, of matrices that fill their memory: others it multiplies slowly."""
+    seen: list[Tensor] = []
+
+    def record(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(weight)
+        result: Tensor = linear.matmul_transposed(x, weight)
+        return result
+
+    monkeypatch.setattr(linear_backward, "matmul_transposed", record)
+    a, wide = torch.randn(30, 96), torch.randn(96, 320)
+    for b in (
+        wide,
+        torch.randn(160, 96).t(),
+        wide[:, :160],
+        wide[:, ::2],
+        wide[:, :1].expand(96, 7),
+    ):
+        assert relative_error(linear_backward.product(a, b), a.double() @ b.double()) <= FP32
+        weight = seen.pop()
+        assert weight.is_contiguous() or weight.t().is_contiguous()
+    for dtype in (torch.bfloat16, torch.float64):
+        linear_backward.product(a.to(dtype), wide.to(dtype))
+    assert not seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

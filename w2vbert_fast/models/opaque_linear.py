@@ -36,7 +36,8 @@ class OpaqueLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> NoReturn:
+        name = prefix.rstrip(".") or "the layer"
         raise ValueError(
-            f"{prefix.rstrip('.')} is {self.STATE} and has no weight that a checkpoint could "
-            "hold; save the model as it was before"
+            f"{name} is {self.STATE} and has no weight that a checkpoint could hold; save the "
+            "model as it was before"
         )
