@@ -276,11 +276,12 @@ def _packages() -> list[tuple[str, str]]:
     found = [("w2vbert_fast", __version__), ("python", sys.version.split()[0])]
     for name in PACKAGES:
         try:
-            found.append((name, importlib.metadata.version(name)))
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found.append((name, "not installed"))
-    # Its own version also tells the build, as 2.11.0+cu130; that of the package on PyPI does not.
-    return [(name, str(torch.__version__) if name == "torch" else it) for name, it in found]
+            version = "not installed"
+        # PyTorch's own version also tells the build, as 2.11.0+cu130; the package's may not.
+        found.append((name, str(torch.__version__) if name == "torch" else version))
+    return found
 
 
 def _machine() -> list[tuple[str, str]]:

@@ -64,37 +64,27 @@ def split_at_pauses(
     margin = round(min(_MARGIN_SECONDS, max_seconds / 8) * sampling_rate)
     step = int(max_seconds * sampling_rate) - 2 * max(half, margin)
     cuts = _pauses(samples, step, frame, round(_PAUSE_SECONDS * sampling_rate))
+    edges = [0, *cuts, num_samples]
+    heard = [_heard(samples, a, b) for a, b in itertools.pairwise(edges)]
     # Of every cut: where the chunk before it ends, the text changes hands, and the next one begins.
-    first, last = _loud(samples[: cuts[0]]), _loud(samples[cuts[-1] :])
-    places = [(0, 0, max(0, int(first[0]) - margin) if len(first) else 0)]
-    for before, cut, after in zip([0, *cuts], cuts, [*cuts[1:], num_samples], strict=False):
-        quiet = _silence(samples, before, cut, after)
-        if quiet is not None and quiet[1] - quiet[0] >= 2 * margin:
-            places.append((quiet[0] + margin, sum(quiet) // 2, quiet[1] - margin))
+    places = [(0, 0, max(0, heard[0][0] - margin) if heard[0] else 0)]
+    for cut, (before, after) in zip(cuts, itertools.pairwise(heard), strict=True):
+        if before and after and after[0] - before[1] >= 2 * margin:
+            places.append((before[1] + margin, (before[1] + after[0]) // 2, after[0] - margin))
         else:
             places.append((min(num_samples, cut + half), cut, max(0, cut - half)))
-    heard = cuts[-1] + int(last[-1]) + 1 if len(last) else num_samples
-    places.append((min(num_samples, heard + margin), num_samples, num_samples))
+    last = min(num_samples, heard[-1][1] + margin) if heard[-1] else num_samples
+    places.append((last, num_samples, num_samples))
     return [
         Chunk(start, end, kept, until)
         for (_, kept, start), (end, until, _) in itertools.pairwise(places)
     ]
 
 
-def _loud(samples: Tensor) -> Tensor:
-    """Places of the samples that are not silent."""
-    return (samples.abs() >= _SILENT).nonzero()[:, 0]
-
-
-def _silence(samples: Tensor, before: int, cut: int, after: int) -> tuple[int, int] | None:
-    """The silence around `cut`, its first sample and the one behind its last.
-
-    None if nothing is heard between `before` and it, or between it and `after`.
-    """
-    left, right = _loud(samples[before:cut]), _loud(samples[cut:after])
-    if not (len(left) and len(right)):
-        return None
-    return before + int(left[-1]) + 1, cut + int(right[0])
+def _heard(samples: Tensor, start: int, end: int) -> tuple[int, int] | None:
+    """The first sample of a part that is not silent and the one behind the last; None without."""
+    loud = (samples[start:end].abs() >= _SILENT).nonzero()[:, 0]
+    return (start + int(loud[0]), start + int(loud[-1]) + 1) if len(loud) else None
 
 
 def _pauses(samples: Tensor, step: int, frame: int, width: int) -> list[int]:

@@ -86,14 +86,13 @@ def _add_weight_gradient(
     taps, channels = total.shape
     pad = taps - 1
     step = max(1, _BLOCK_ELEMENTS // channels)
-    products, sums = total.new_empty(step, channels), torch.empty_like(total)
+    products = total.new_empty(step, channels)
     for start, end in utterances:
         for first in range(start, end, step):
             last = min(first + step, end)
             rows = grad[first:last].to(total.dtype)
             before = min(pad, first - start)
             window = x[first - before : last].to(total.dtype)
-            sums.zero_()
             for tap in range(taps):
                 # Rows that this tap finds before the utterance are zero.
                 skip = max(pad - tap - before, 0)
@@ -103,5 +102,4 @@ def _add_weight_gradient(
                 count = last - first - skip
                 out = products[:count]
                 torch.mul(rows[skip:], window[offset : offset + count], out=out)
-                torch.sum(out, 0, out=sums[tap])
-            total += sums
+                total[tap] += out.sum(0)
