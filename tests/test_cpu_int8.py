@@ -77,6 +77,27 @@ def test_layers_stay_near_the_unrounded_ones(
         assert relative_error(got, expected) <= 0.015
 
 
+@pytest.mark.parametrize("activation", sorted(int8._LEAST))
+def test_no_activation_falls_below_its_bound(activation: str) -> None:
+    x = torch.linspace(-20, 20, 1_000_001)
+    least = float(ops.get_activation(activation)(x).min())
+    assert int8._LEAST[activation] <= least <= int8._LEAST[activation] + 1e-4
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "tanh"])
+def test_values_between_two_layers_may_be_negative_or_small(activation: str) -> None:
+    """Rows near the activation's minimum, far smaller than it, and usual ones: as one layer after
+    the other, which knows no bound."""
+    packed1, packed2 = (int8.quantize_weight(torch.randn(*s)) for s in ((256, 64), (40, 256)))
+    x = torch.cat([torch.randn(3, 64) * scale for scale in (1e-2, 1e-4, 1.0)])
+    for bias in (torch.full((256,), -1.28), torch.zeros(256)):
+        expected = int8.linear_int8(
+            int8.linear_int8(x, packed1, bias, activation), packed2, None, None
+        )
+        got = int8.feed_forward_int8(x, packed1, bias, activation, packed2, None)
+        assert torch.equal(got, expected)
+
+
 def test_tokens_do_not_touch_each_other() -> None:
     packed = int8.quantize_weight(torch.randn(24, 40))
     x = torch.randn(9, 40)

@@ -10,6 +10,7 @@ The sum is exact in int32. oneDNN applies the channel's scale, a pass over the r
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from ..activations import get_activation
 from .linear import row_blocks
 
 _ZERO_POINT = 128
+_LEAST = {"silu": -0.2785, "swish": -0.2785, "gelu": -0.17, "gelu_new": -0.1701, "relu": 0.0}
+"""Name of an activation -> a number below which it never falls."""
 
 
 class QuantizedWeight(NamedTuple):
@@ -128,15 +131,18 @@ def quantize_tokens(x: Tensor) -> QuantizedTokens:
     return _quantize(x.float() if x.dtype != torch.float32 else x.clone(), x.dtype)
 
 
-def _quantize(values: Tensor, dtype: torch.dtype) -> QuantizedTokens:
-    """As `quantize_tokens`, of fp32 `values` that are used up."""
+def _quantize(values: Tensor, dtype: torch.dtype, least: float = -math.inf) -> QuantizedTokens:
+    """As `quantize_tokens`, of fp32 `values`, none below `least`, which are used up."""
     if values.numel() == 0:
         scale = values.new_ones(values.shape[0], 1)
         return QuantizedTokens(values.to(torch.uint8), scale, dtype)
-    largest = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
+    largest = values.amax(1, keepdim=True)
+    if not bool((largest >= -least).all()):
+        largest = torch.maximum(largest, values.amin(1, keepdim=True).neg_())
     scale = largest.div_(127.0).clamp_(min=torch.finfo(torch.float32).tiny)
     # Adding a half before the cast, which cuts off, rounds; all values are positive by then.
-    values.mul_(scale.reciprocal()).add_(_ZERO_POINT + 0.5)
+    shift = values.new_full((values.shape[1],), _ZERO_POINT + 0.5)
+    torch.addcmul(shift, values, scale.reciprocal(), out=values)
     return QuantizedTokens(values.to(torch.uint8), scale, dtype)
 
 
@@ -189,9 +195,10 @@ def feed_forward_int8(
         ValueError: as `linear_int8`.
     """
     out = x.new_empty(x.shape[0], weight2.out_features)
+    least = _LEAST.get(activation or "", -math.inf)
     for rows in row_blocks(x.shape[0], weight1.out_features * 4):
         hidden = _linear(quantize_tokens(x[rows]), weight1, bias1, activation)
-        out[rows] = _linear(_quantize(hidden, x.dtype), weight2, bias2, None)
+        out[rows] = _linear(_quantize(hidden, x.dtype, least), weight2, bias2, None)
     return out
 
 
