@@ -230,3 +230,26 @@ def test_bad_arguments_are_named(
         BeamDecoder(tokenizer, beam_width=0)
     with pytest.raises(TypeError, match="hotwords must be several words"):
         BeamDecoder(tokenizer, hotwords="name")
+
+
+def vocabulary(path: Path, *tokens: str, **options: bool) -> Wav2Vec2CTCTokenizer:
+    path.write_text(json.dumps({token: i for i, token in enumerate(("[PAD]", "|", *tokens))}))
+    return Wav2Vec2CTCTokenizer(
+        path, unk_token=None, pad_token="[PAD]", bos_token=None, eos_token=None, **options
+    )
+
+
+@pytest.mark.parametrize(("lower", "text"), [(False, "AB"), (True, "ab")])
+def test_capitals_stay_unless_the_tokenizer_has_none(
+    tmp_path: Path, lower: bool, text: str
+) -> None:
+    tokenizer = vocabulary(tmp_path / "vocab.json", "A", "B", do_lower_case=lower)
+    log_probs = torch.full((3, 4), math.log(0.01))
+    log_probs[[0, 1, 2], [2, 0, 3]] = math.log(0.97)
+    result = BeamDecoder(tokenizer).decode(log_probs)
+    assert (result.text, [word.text for word in result.words]) == (text, [text])
+
+
+def test_a_second_blank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer cannot be used: .* duplicate"):
+        BeamDecoder(vocabulary(tmp_path / "vocab.json", "a", "<pad>"))

@@ -91,6 +91,16 @@ def test_all_outputs_are_the_references(
         assert_equal(mine, theirs)
 
 
+@torch.no_grad()
+def test_an_encoder_called_by_itself(always_fast: None) -> None:
+    reference, fast = (encoder_of(model) for model in both("Wav2Vec2BertModel"))
+    x, _ = padded_batch((20, 20), TINY["hidden_size"])
+    for options in ({}, {"return_dict": False}):
+        theirs, mine = reference(x, **options), fast(x, **options)
+        assert type(mine) is type(theirs)
+        assert_equal(mine, theirs)
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("left", [False, True])
 @torch.no_grad()

@@ -47,6 +47,14 @@ def test_plain_text_has_a_line_a_cue() -> None:
     assert txt(words) == "one two\nthree\n"
 
 
+def test_a_word_without_a_length_is_shown_for_a_millisecond() -> None:
+    words = [word("a.", 1, 1), word("b", 1, 2)]
+    assert srt(words).splitlines()[1::4] == [
+        "00:00:01,000 --> 00:00:01,001",
+        "00:00:01,001 --> 00:00:02,000",
+    ]
+
+
 def test_no_words() -> None:
     assert (cues([]), srt([]), vtt([]), txt([])) == ([], "", "WEBVTT\n", "")
 
@@ -54,6 +62,32 @@ def test_no_words() -> None:
 def test_a_pause_ends_a_cue_and_a_shorter_gap_does_not() -> None:
     assert len(cues([word("a", 0, 1), word("b", 1.59, 2)])) == 1
     assert len(cues([word("a", 0, 1), word("b", 1.61, 2)])) == 2
+    assert len(cues([word("a", 0, 1), word("b", 1.5, 2)], Layout(pause_seconds=0.5))) == 2
+
+
+def test_the_longest_time_ends_a_cue() -> None:
+    words = sentence("a b c d", pace=2.0, gap=0.5)  # "d" ends at 7.5 s
+    assert [cue.lines for cue in cues(words)] == [["a b c"], ["d"]]
+    assert [cue.lines for cue in cues(words, Layout(max_seconds=7.5))] == [["a b c d"]]
+
+
+def test_a_line_may_be_full() -> None:
+    assert [cue.lines for cue in cues(sentence("abc defg"), Layout(8, 1))] == [["abc defg"]]
+    assert [cue.lines for cue in cues(sentence("abc defg"), Layout(7, 1))] == [["abc"], ["defg"]]
+    assert cues([word("a" * 42, 0, 2)])[0].lines == ["a" * 42]
+    assert cues([word("a" * 43, 0, 2)])[0].lines == ["a" * 42, "a"]
+
+
+def test_a_cue_has_at_most_two_lines() -> None:
+    made = cues(sentence(" ".join(["a" * 40] * 3)))
+    assert [len(cue.lines) for cue in made] == [2, 1]
+
+
+def test_a_word_that_is_cut_fills_its_lines_and_times() -> None:
+    (cue,) = cues([word("abcdefgh", 0, 2)], Layout(line_length=4))
+    assert cue.lines == ["abcd", "efgh"]
+    made = cues([word("abcdefgh", 10, 26)], Layout(max_seconds=6))  # 2 s a character
+    assert [cue.lines for cue in made] == [["abc"], ["def"], ["gh"]]
 
 
 def test_a_sentence_ends_a_cue() -> None:
@@ -138,5 +172,10 @@ def test_bad_input_is_named() -> None:
         txt([word("a", -1, 1)])
     with pytest.raises(ValueError, match="line_length must be positive, got 0"):
         Layout(line_length=0)
+    with pytest.raises(ValueError, match="max_seconds must be positive, got 0"):
+        Layout(max_seconds=0)
     with pytest.raises(ValueError, match="min_seconds"):
         Layout(min_seconds=8)
+    with pytest.raises(ValueError, match="min_seconds"):
+        Layout(min_seconds=-0.1)
+    assert Layout(min_seconds=0).min_seconds == 0

@@ -259,6 +259,14 @@ def test_words_are_where_they_were_put(pipeline: Pipeline) -> None:
     assert sorted(errors)[len(errors) // 2] < 0.060
 
 
+def test_speech_is_cut_to_its_loud_part() -> None:
+    waveform = 1e-3 * torch.randn(8000, generator=torch.Generator().manual_seed(0))  # 60 dB below
+    waveform[2400:4000] = 1.0
+    assert torch.equal(timestamps._speech(waveform), waveform[2400:4000])
+    waveform[6000] = 0.5  # in the 5 ms from 6000 on, 25 dB below the loudest
+    assert torch.equal(timestamps._speech(waveform), waveform[2400:6080])
+
+
 def test_measure_delay_refuses_what_it_cannot_measure(pipeline: Pipeline) -> None:
     model, processor = pipeline.model, pipeline.processor
     with pytest.raises(ValueError, match="hold sound"):

@@ -158,12 +158,10 @@ class BeamDecoder:
                 "unk_score_offset": -self.unknown_word_penalty,
             }
         try:
-            search = package.build_ctcdecoder(self._labels, **arguments)
+            return package.build_ctcdecoder(self._labels, **arguments)
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"lm_path: {str(self.lm_path)!r} cannot be used: {error}") from error
-        if search.n_columns != len(self._labels) or search.blank_id != 0:
-            raise ValueError("tokenizer has a second token that counts as a blank, such as '_'")
-        return search
+            named = "tokenizer" if self.lm_path is None else f"lm_path: {str(self.lm_path)!r}"
+            raise ValueError(f"{named} cannot be used: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_search"}
