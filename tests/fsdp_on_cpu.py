@@ -32,4 +32,13 @@ def pretend(self: PartialState, *arguments: object, **options: object) -> None:
 PartialState.__init__ = pretend
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status: str | int | None = None
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    # PyTorch's caches of meshes keep the group, and one of gloo's threads that lets go of a tensor
+    # while the interpreter ends would abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))

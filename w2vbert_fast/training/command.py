@@ -1,6 +1,7 @@
 """The command `w2vbert-fast finetune`: options to a `FinetuneConfig`."""
 
 # No `from __future__ import annotations`: typer reads the annotations of the command.
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -162,6 +163,9 @@ def _is_main() -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return True
     rank = dist.get_rank()
+    # Nothing may hold the group any more: one of its threads that lets go of a tensor while the
+    # interpreter ends would abort the process.
+    gc.collect()
     dist.destroy_process_group()
     return rank == 0
 

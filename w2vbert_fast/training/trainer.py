@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import time
@@ -159,6 +160,10 @@ class _Run:
         self.config = config
         self.on_step = on_step
         self.out = make_folder(config.out)
+        if torch.distributed.is_available():
+            # Its functions have the group that exists when they are first imported as a default.
+            # So they would keep it, and its threads, when the group has been destroyed.
+            importlib.import_module("torch.distributed.nn.functional")
         # LayerDrop and SpecAugment leave parameters out of a step.
         unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator: Any = accelerate.Accelerator(
