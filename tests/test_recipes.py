@@ -1,13 +1,16 @@
-"""docs/recipes.md: each block, as it stands there, against the pipeline's own formula.
+"""docs/recipes.md: each block, as it stands there, against what the pipeline itself computes.
 
-The formulas are written out on transformers' classes, one utterance at a time, as the pipelines
-publish them.
+The right values come from the pipelines' own code: transformers' extractor for X-Codec-2, else the
+formula in the source that a test names, written out on transformers' classes.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.utils import is_torchaudio_available
 
 from tests.reference import pair, relative_error
 
@@ -23,8 +27,9 @@ BLOCKS = {
     block.partition("\n")[0].removeprefix("# "): block
     for block in re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.DOTALL)
 }
-# Frames of mel in turn odd and even, and a multiple of 320 samples.
-SAMPLES = (16000, 15839, 22123)
+# Where the number of mel frames (400 samples, then 160 each) or of hops of 320 changes.
+RESIDUES = (0, 1, 79, 80, 81, 159, 160, 161, 239, 240, 241, 319)
+SAMPLES = tuple(3200 + residue for residue in RESIDUES)
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +68,29 @@ def waveform_of(samples: int) -> Tensor:
     return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(samples))
 
 
-def run_block(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, waveform: Tensor
-) -> dict[str, Any]:
-    """The names that the setup and a block leave, run in the folder of the checkpoints."""
-    monkeypatch.chdir(folder)
-    names: dict[str, Any] = {"waveform": waveform}
-    for part in ("setup", name):
-        exec(compile(BLOCKS[part], f"recipes.md: {part}", "exec"), names)
+@pytest.fixture(scope="module")
+def setup(folder: Path) -> dict[str, Any]:
+    """The names that the setup block leaves, run in the folder of the checkpoints."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        exec(compile(BLOCKS["setup"], "recipes.md: setup", "exec"), names)
     return names
+
+
+@pytest.fixture
+def run_block(
+    setup: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """Runs a block in the folder of the checkpoints; gives all names that are there then."""
+    monkeypatch.chdir(folder)
+
+    def run(name: str, waveform: Tensor, **others: Any) -> dict[str, Any]:
+        names = {**setup, "waveform": waveform, **others}
+        exec(compile(BLOCKS[name], f"recipes.md: {name}", "exec"), names)
+        return names
+
+    return run
 
 
 @torch.no_grad()
@@ -85,6 +104,14 @@ def hidden_state(
     state: Tensor = output.hidden_states[layer]
     # With the mask, what transformers leaves in a padded frame is nobody's feature.
     return state if mask is None else state * mask[..., None]
+
+
+class Probe:
+    """Stands in for the model of a block: hands back what it is fed."""
+
+    def encode(self, input_features: Tensor, *, layer: int) -> Tensor:
+        self.layer = layer
+        return input_features
 
 
 def test_the_page_holds_these_recipes() -> None:
@@ -101,10 +128,12 @@ def test_the_page_holds_these_recipes() -> None:
 
 @pytest.mark.parametrize("samples", SAMPLES)
 def test_indextts2_and_maskgct(
-    folder: Path, reference: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, samples: int
+    run_block: Callable[..., Any], reference: tuple[Any, Any], samples: int
 ) -> None:
+    """index-tts, `indextts/infer_v2.py`, `IndexTTS2.get_emb`; Amphion,
+    `models/tts/maskgct/maskgct_utils.py`, `extract_features` and `extract_semantic_code`."""
     waveform = waveform_of(samples)
-    names = run_block(folder, monkeypatch, "IndexTTS2, MaskGCT", waveform)
+    names = run_block("IndexTTS2, MaskGCT", waveform)
     stats = torch.load("wav2vec2bert_stats.pt")
     state = hidden_state(reference, waveform, 17, masked=True)
     expected = (state - stats["mean"]) / torch.sqrt(stats["var"])
@@ -113,11 +142,11 @@ def test_indextts2_and_maskgct(
 
 
 @pytest.mark.parametrize("samples", SAMPLES)
-def test_dualcodec(
-    folder: Path, reference: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, samples: int
-) -> None:
+def test_dualcodec(run_block: Callable[..., Any], reference: tuple[Any, Any], samples: int) -> None:
+    """dualcodec 0.4.2, `infer/dualcodec/inference_with_semantic.py`, `Inference.encode`, where
+    `semantic_downsample_factor` is 2 (25 Hz) or 4 (12.5 Hz)."""
     waveform = waveform_of(samples)
-    names = run_block(folder, monkeypatch, "DualCodec", waveform)
+    names = run_block("DualCodec", waveform)
     stats = torch.load("w2vbert2_mean_var_stats_emilia.pt")
     mean, std = stats["mean"], torch.sqrt(stats["var"])
     state = hidden_state(reference, waveform, 17, masked=True)
@@ -127,34 +156,85 @@ def test_dualcodec(
     assert relative_error(names["features"][..., :whole], expected[..., :whole]) <= 1e-5
 
 
-@pytest.mark.parametrize("samples", SAMPLES)
-def test_x_codec_2(
-    folder: Path, reference: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, samples: int
+@pytest.fixture
+def xcodec2_extractor(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """transformers' own extractor for X-Codec-2.
+
+    Where torchaudio is not installed, its filterbank is that of transformers' other extractor.
+    """
+    name = "transformers.models.xcodec2.feature_extraction_xcodec2"
+    module: Any = importlib.import_module(name)
+    if not is_torchaudio_available():
+        filterbank = transformers.SeamlessM4TFeatureExtractor()
+
+        def fbank(waveform: Tensor, **options: Any) -> Tensor:
+            assert options["snip_edges"] and options["frame_shift"] == 10.0
+            mel = filterbank._extract_fbank_features(waveform[0].numpy() / 2**15)
+            return torch.from_numpy(mel)
+
+        stand_in = SimpleNamespace(compliance=SimpleNamespace(kaldi=SimpleNamespace(fbank=fbank)))
+        monkeypatch.setattr(module, "torchaudio", stand_in, raising=False)
+    return module.Xcodec2FeatureExtractor()
+
+
+def test_x_codec_2_is_fed_what_transformers_extractor_makes(
+    xcodec2_extractor: Any, run_block: Callable[..., Any]
 ) -> None:
+    for samples in range(1600, 1920):
+        waveform = waveform_of(samples)
+        wanted = xcodec2_extractor(waveform.numpy(), sampling_rate=16000, return_tensors="pt")
+        assert wanted["input_features_mask"].all()
+        names = run_block("X-Codec-2", waveform, model=Probe())
+        features = names["features"]
+        assert names["model"].layer == 16 and features.shape == wanted["input_features"].shape
+        assert relative_error(features, wanted["input_features"]) <= 1e-5, samples
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_x_codec_2(run_block: Callable[..., Any], reference: tuple[Any, Any], samples: int) -> None:
+    """xcodec2 0.1.5, `modeling_xcodec2.py`, `XCodec2Model.encode_code`."""
     waveform = waveform_of(samples)
-    names = run_block(folder, monkeypatch, "X-Codec-2", waveform)
-    expected = hidden_state(reference, F.pad(waveform, (160, 160)), 16, masked=False)
-    assert names["features"].shape == expected.shape
+    names = run_block("X-Codec-2", waveform)
+    wav = waveform[None]
+    wav = F.pad(wav, (0, 320 - (wav.shape[1] % 320)))
+    expected = hidden_state(reference, F.pad(wav[0, :], (160, 160)), 16, masked=False)
+    assert names["features"].shape == expected.shape == (1, samples // 320 + 1, 48)
     assert relative_error(names["features"], expected) <= 1e-5
 
 
-@pytest.mark.parametrize("samples", SAMPLES)
-def test_neucodec(
-    folder: Path, reference: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, samples: int
+def test_neucodec_is_fed_what_its_code_makes(
+    run_block: Callable[..., Any], reference: tuple[Any, Any]
 ) -> None:
-    waveform = waveform_of(samples)
-    names = run_block(folder, monkeypatch, "NeuCodec", waveform)
+    for samples in range(1600, 1920):
+        waveform = waveform_of(samples)
+        wanted = reference[0](neucodec_audio(waveform).numpy(), sampling_rate=16000)
+        names = run_block("NeuCodec", waveform, model=Probe())
+        features, wanted = names["features"], torch.as_tensor(wanted["input_features"])
+        assert names["model"].layer == 16 and features.shape == wanted.shape
+        assert relative_error(features, wanted) <= 1e-5, samples
+
+
+def neucodec_audio(waveform: Tensor) -> Tensor:
+    """neucodec 0.0.6, `model.py`, `NeuCodec._prepare_audio`."""
     y = waveform[None, None]
-    y = F.pad(y, (0, 320 - (y.shape[-1] % 320)))
-    expected = hidden_state(reference, y[0, 0], 16, masked=False)
+    return F.pad(y, (0, 320 - (y.shape[-1] % 320)))[0, 0]
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_neucodec(run_block: Callable[..., Any], reference: tuple[Any, Any], samples: int) -> None:
+    """neucodec 0.0.6, `model.py`, `NeuCodec.encode_code`."""
+    waveform = waveform_of(samples)
+    names = run_block("NeuCodec", waveform)
+    expected = hidden_state(reference, neucodec_audio(waveform), 16, masked=False)
     assert names["features"].shape == expected.shape
     assert relative_error(names["features"], expected) <= 1e-5
 
 
 @pytest.mark.parametrize("samples", [*SAMPLES, 140_000])
-def test_smart_turn(folder: Path, monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+def test_smart_turn(run_block: Callable[..., Any], folder: Path, samples: int) -> None:
+    """smart-turn, `inference.py` of its first version, `predict_endpoint`."""
     waveform = waveform_of(samples)
-    names = run_block(folder, monkeypatch, "smart-turn", waveform)
+    names = run_block("smart-turn", waveform)
     name = folder / "pipecat-ai/smart-turn"
     model = transformers.Wav2Vec2BertForSequenceClassification.from_pretrained(name).eval()
     processor = transformers.AutoFeatureExtractor.from_pretrained(name)
@@ -176,10 +256,10 @@ def test_smart_turn(folder: Path, monkeypatch: pytest.MonkeyPatch, samples: int)
 
 
 @pytest.mark.parametrize("samples", [16000, 22123])
-def test_speaker_embeddings(folder: Path, monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+def test_speaker_embeddings(run_block: Callable[..., Any], folder: Path, samples: int) -> None:
     # Even numbers of mel frames: transformers' pooling is right where nothing is masked.
     waveform = waveform_of(samples)
-    names = run_block(folder, monkeypatch, "speaker embeddings", waveform)
+    names = run_block("speaker embeddings", waveform)
     model = transformers.Wav2Vec2BertForXVector.from_pretrained(folder / "my-x-vector-model").eval()
     extractor = transformers.SeamlessM4TFeatureExtractor(padding_value=1)
     inputs = extractor(waveform.numpy(), sampling_rate=16000, return_tensors="pt")
