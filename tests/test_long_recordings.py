@@ -285,6 +285,9 @@ def test_a_silence_at_a_seam_separates_words() -> None:
     merged = merge(pieces, chunks, 0.02, blank=0, delimiter=1)
     assert words_of(merged.argmax(-1)) == [[3, 4], [5, 6]]
     assert torch.equal(merged.exp().sum(-1).round(decimals=4), torch.ones(len(tokens)))
+    # Beside a character of a script without spaces there is none.
+    chinese = merge(pieces, chunks, 0.02, blank=0, delimiter=1, unspaced=[4])
+    assert words_of(chinese.argmax(-1)) == [[3, 4, 5, 6]]
     # Four letters within 0.3 s: one word, cut in two.
     chunks = [Chunk(0, 320, 0, 320), Chunk(320, 320 * 6, 320, 320 * 6)]
     close = log_probs[[0, 1, 1, 1, 1, 2]].log_softmax(-1).split([1, 5])

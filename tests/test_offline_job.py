@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import safetensors.torch
+import soundfile
 import torch
 
 from tests.offline_helpers import Stub, clips, job, run, table, write_manifest
+from tests.signals import speech_like
 from w2vbert_fast.inference import Embedder, Flow, load_pipeline, transcribe
 from w2vbert_fast.inference.job import Interrupted, TooManyErrors, read_results
 from w2vbert_fast.inference.journal import Entry, JobError, Journal, Ranges, ranges_of
@@ -425,6 +428,36 @@ def test_texts_and_times_of_a_parquet_table(tiny_checkpoint: Path, tmp_path: Pat
         assert words == row["text"].split()
         assert "-->" in (tmp_path / "out" / row["srt_file"]).read_text()
     assert json.loads(found[3]["extra"]) == {"tags": ["a", "b"]}
+
+
+def test_subtitles_of_a_vocabulary_without_spaces(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The tiny model with Han characters and a full stop: no spaces, two columns a character."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, model)
+    tokens = json.loads((model / "vocab.json").read_text())
+    han = {token: chr(0x4E00 + 7 * i) if token.isalpha() else token for token, i in tokens.items()}
+    written = {han[token]: i for token, i in tokens.items() if token not in "|'"}
+    written.update({"。": tokens["|"], "|": tokens["'"]})
+    (model / "vocab.json").write_text(json.dumps(written))
+    samples = speech_like(31, 16_000)
+    soundfile.write(tmp_path / "a.wav", samples, 16_000)
+    task = Transcribe(model, timestamps="word", max_seconds=10)
+    run([str(tmp_path / "a.wav")], tmp_path / "out", task, ["srt", "txt"])
+    (row,) = table(tmp_path / "out")
+    assert "。" in row["text"] and len(row["text"]) > 100
+    assert all("characters" not in word for word in row["words"])
+    blocks = (tmp_path / "out" / row["srt_file"]).read_text().strip().split("\n\n")
+    shown = [block.split("\n")[2:] for block in blocks]
+    assert "".join("".join(lines) for lines in shown) == row["text"].replace(" ", "")
+    for lines in shown:
+        assert len(lines) <= 2
+        assert all(len(line) + sum(c > "\u3000" for c in line) <= 42 for line in lines)
+        assert not "".join(lines)[:-1].rstrip("。").count("。")
+    assert any("".join(lines).endswith("。") for lines in shown)
+    texts = (tmp_path / "out" / row["txt_file"]).read_text().splitlines()
+    assert [t.replace(" ", "") for t in texts] == [
+        "".join(lines).replace(" ", "") for lines in shown
+    ]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "npy", "safetensors"])

@@ -1,10 +1,14 @@
-"""Subtitles: cue limits, the two formats and plain text."""
+"""Subtitles: cue limits, the two formats and plain text, with and without spaces."""
+
+# ruff: noqa: RUF001 - full-width marks
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
+import unicodedata
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +24,22 @@ def word(text: str, start: float, end: float) -> Word:
         Character(c, start + i * step, start + (i + 1) * step, 1.0) for i, c in enumerate(text)
     ]
     return Word(text, start, end, 1.0, characters)
+
+
+def width(text: str) -> int:
+    """Columns as terminals and East Asian Width count them."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+
+
+def spoken(text: str, *pauses: int, pace: float = 0.2) -> Word:
+    """A character every `pace` seconds, each 60 ms long; a pause in front of some of them."""
+    characters, now = [], 0.0
+    for i, c in enumerate(text):
+        now += 1.2 * (i in pauses)
+        characters.append(Character(c, now, now + 0.06, 1.0))
+        now += pace
+    return Word(text, 0.0, characters[-1].end, 1.0, characters)
 
 
 def sentence(text: str, start: float = 0.0, pace: float = 0.3, gap: float = 0.1) -> list[Word]:
@@ -116,6 +136,116 @@ def test_text_without_spaces_is_cut_between_characters() -> None:
     assert all(cue.end - cue.start <= 7 for cue in made)
 
 
+def lines_of(*words: Word, layout: Layout | None = None) -> list[list[str]]:
+    return [cue.lines for cue in cues(words, layout or Layout())]
+
+
+def test_sentences_without_spaces_end_cues() -> None:
+    assert lines_of(spoken("今天很好。我们走？好！“好。”他说……是．ﾊｲ｡も")) == [
+        ["今天很好。"],
+        ["我们走？"],
+        ["好！"],
+        ["“好。”"],
+        ["他说……"],
+        ["是．"],
+        ["ﾊｲ｡"],
+        ["も"],
+    ]
+    assert lines_of(spoken("他说好.我有3.5元!好")) == [["他说好."], ["我有3.5元!"], ["好"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("你要说印度那可真是个奇葩的国家", ["你要说印度", "那可真是个奇葩的国家"]),
+        ("とうきょうへいきました", ["とうきょうへ", "いきました"]),
+        ("วันนี้อากาศดีมาก", ["วันนี้", "อากาศดีมาก"]),
+        ("ມື້ນີ້ອາກາດດີ", ["ມື້ນີ້", "ອາກາດດີ"]),
+        ("我用iPhone手机", ["我用", "iPhone手机"]),
+    ],
+)
+def test_pauses_without_spaces_end_cues(text: str, parts: list[str]) -> None:
+    word = spoken(text, len(parts[0]))
+    first, second = cues([word])
+    assert [first.lines, second.lines] == [[parts[0]], [parts[1]]]
+    assert second.start == word.characters[len(parts[0])].start
+    assert first.end == pytest.approx(word.characters[len(parts[0]) - 1].end, abs=1)
+    # The same characters without a pause, and a pause that is too short.
+    assert lines_of(spoken(text)) == lines_of(word, layout=Layout(pause_seconds=2)) == [[text]]
+
+
+def test_a_pause_in_a_word_of_letters_does_not_divide_it() -> None:
+    assert lines_of(spoken("hello", 3)) == [["hello"]]
+    assert lines_of(spoken("안녕하세요", 2), spoken_later(spoken("네"), 9)) == [
+        ["안녕하세요"],
+        ["네"],
+    ]
+    # Unless it is too long for a line anyway, as where a vocabulary has no spaces.
+    assert lines_of(spoken("helloworld" * 5, 15)) == [
+        ["helloworldhello"],
+        ["world" + "helloworld" * 3],
+    ]
+
+
+def spoken_later(word: Word, seconds: float) -> Word:
+    characters = [replace(c, start=c.start + seconds, end=c.end + seconds) for c in word.characters]
+    return replace(word, start=word.start + seconds, end=word.end + seconds, characters=characters)
+
+
+def test_wide_characters_take_two_columns_and_marks_none() -> None:
+    assert lines_of(spoken("国" * 42, pace=0.1)) == [["国" * 21] * 2]
+    assert lines_of(spoken("国" * 43, pace=0.1)) == [["国" * 21] * 2, ["国"]]
+    assert lines_of(spoken("한" * 43, pace=0.1)) == [["한" * 21] * 2, ["한"]]
+    # Decomposed: three characters a syllable, two columns.
+    assert lines_of(spoken(unicodedata.normalize("NFD", "한") * 42, pace=0.03)) == [
+        [unicodedata.normalize("NFD", "한") * 21] * 2
+    ]
+    # Thai: a vowel or a tone above takes no place, SARA AM takes one.
+    assert lines_of(spoken("ที่" * 42 + "น้ำ" * 21, pace=0.03)) == [["ที่" * 42, "น้ำ" * 21]]
+
+
+def test_lines_neither_begin_with_closing_marks_nor_end_with_opening_ones() -> None:
+    layout = Layout(line_length=8, max_lines=9)
+    assert lines_of(spoken("国国国国、国国国", pace=0.1), layout=layout) == [
+        ["国国国", "国、国", "国国"]
+    ]
+    assert lines_of(spoken("国国国「国」", pace=0.1), layout=layout) == [["国国国", "「国」"]]
+    assert lines_of(spoken("カカカカッカカー", pace=0.1), layout=layout) == [
+        ["カカカ", "カッカ", "カー"]
+    ]
+    assert lines_of(spoken("กกกกกกกกเกๆ", pace=0.1), layout=layout) == [["กกกกกก", "กกเกๆ"]]
+
+
+def test_a_word_whose_characters_do_not_spell_it_is_spread_evenly() -> None:
+    written = replace(spoken("二十年。三十年。"), text="20年。三十年。")
+    assert lines_of(written) == [["20年。"], ["三十年。"]]
+    bare = replace(spoken("今天很好。我们走。"), characters=[])
+    first, second = cues([bare])
+    assert (first.lines, second.lines) == (["今天很好。"], ["我们走。"])
+    assert second.start == pytest.approx(bare.end * 5 / 9)
+
+
+def test_tokens_of_several_characters() -> None:
+    tokens = [Character("今天", 0, 1, 1.0), Character("好。我", 1, 4, 1.0)]
+    first, second = cues([Word("今天好。我", 0, 4, 1.0, tokens)])
+    assert (first.lines, second.lines) == (["今天好。"], ["我"])
+    assert (first.end, second.start) == (3, 3)
+
+
+def test_plain_text_without_spaces_stays_without() -> None:
+    assert txt([spoken("国" * 42, pace=0.1), spoken_later(spoken("好"), 9)]) == "国" * 42 + "\n好\n"
+
+
+def test_closing_quotes_belong_to_the_sentence() -> None:
+    assert lines_of(*sentence('He said: "Go." I went. (Why?) ठीक है। हाँ')) == [
+        ['He said: "Go."'],
+        ["I went."],
+        ["(Why?)"],
+        ["ठीक है।"],
+        ["हाँ"],
+    ]
+
+
 words_in_time = st.lists(
     st.tuples(
         st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=60),
@@ -144,7 +274,8 @@ def test_limits_hold_and_nothing_is_lost(
     made = cues(words, layout)
     for cue in made:
         assert 1 <= len(cue.lines) <= max_lines
-        assert all(len(line) <= line_length for line in cue.lines)
+        # A single wide character has nowhere to be cut.
+        assert all(width(line) <= line_length or len(line) == 1 for line in cue.lines)
     shown = "".join("".join(cue.lines) for cue in made).replace(" ", "")
     assert shown == "".join(w.text for w in words)
     for cue in made:

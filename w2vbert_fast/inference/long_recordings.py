@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,7 @@ def merge(
     *,
     blank: int | None = None,
     delimiter: int | None = None,
+    unspaced: Collection[int] = (),
     sampling_rate: int = 16_000,
 ) -> Tensor:
     """Join the CTC outputs of the chunks of one recording.
@@ -122,6 +123,8 @@ def merge(
             emits it next to a cut, since there is no word on the other side: where a seam lies in a
             silence of 0.3 s or more and no delimiter is at either end of that, one is put into its
             middle. None: the language has none.
+        unspaced: ids of characters that no delimiter stands beside: those of scripts without
+            spaces between words.
         sampling_rate: samples per second that the chunks count.
 
     Returns:
@@ -176,15 +179,18 @@ def merge(
     merged = torch.cat(parts)
     if delimiter is not None:
         gap = math.ceil(_WORD_GAP_SECONDS / frame_seconds)
-        for place in _silences(merged, seams, blank, delimiter, gap):
+        for place in _silences(merged, seams, blank, {delimiter, *unspaced}, gap):
             merged[place] = _certain(delimiter, 1, merged)[0]
     return merged
 
 
 def _silences(
-    merged: Tensor, seams: Iterable[int], blank: int, delimiter: int, shortest: int
+    merged: Tensor, seams: Iterable[int], blank: int, excluded: Collection[int], shortest: int
 ) -> list[int]:
-    """The middles of the silences around seams that separate words without a delimiter."""
+    """The middles of the silences around seams that separate words without a delimiter.
+
+    Those of silences beside an `excluded` token are left out.
+    """
     spoken = (merged.argmax(-1).cpu() != blank).nonzero()[:, 0]
     places = []
     for seam in seams:
@@ -193,7 +199,7 @@ def _silences(
             continue
         left, right = int(spoken[following - 1]), int(spoken[following])
         beside = (int(merged[left].argmax()), int(merged[right].argmax()))
-        if right - left - 1 >= shortest and delimiter not in beside:
+        if right - left - 1 >= shortest and not any(token in excluded for token in beside):
             places.append((left + right) // 2)
     return places
 

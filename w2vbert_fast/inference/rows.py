@@ -78,16 +78,18 @@ class Transcription(Result):
 
     Attributes:
         text: what was said; None after an error.
-        words: words with start, end and confidence, where timestamps were asked for.
+        words: words with their characters, where timestamps were asked for.
+        characters: whether tables have the characters too.
     """
 
     text: str | None = None
     words: tuple[Word, ...] | None = None
+    characters: bool = True
 
     def fields(self) -> dict[str, Any]:
         if self.words is None:
             return {"text": self.text}
-        return {"text": self.text, "words": [_word(word) for word in self.words]}
+        return {"text": self.text, "words": [_word(word, self.characters) for word in self.words]}
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Classification(Result):
         return found
 
 
-def _word(word: Word) -> dict[str, Any]:
+def _word(word: Word, characters: bool) -> dict[str, Any]:
     """A word as tables hold it: times to a millisecond."""
     entry: dict[str, Any] = {
         "word": word.text,
@@ -157,7 +159,7 @@ def _word(word: Word) -> dict[str, Any]:
         "end": round(word.end, 3),
         "confidence": round(word.confidence, 4),
     }
-    if word.characters:
+    if characters and word.characters:
         entry["characters"] = [
             {
                 "character": character.text,

@@ -1,21 +1,23 @@
 """Words with times to subtitles: SubRip (.srt), WebVTT (.vtt) and plain text.
 
 A cue is what is on the screen at once. Cues are made as subtitlers make them (BBC, Netflix and
-EBU guidelines agree on the numbers): at most two lines of 42 characters, at most 7 seconds, ended
-at pauses and after sentences. A cue that would be shorter than a second stays on the screen longer
-if the next one allows.
+EBU guidelines agree on the numbers): at most two lines of 42 columns, at most 7 seconds, ended at
+pauses and after sentences. A cue that would be shorter than a second stays on the screen longer if
+the next one allows.
+
+What is a word between spaces may be a whole recording where a script has none between its words:
+there cues and lines end between characters too, by the same rules (`scripts`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from w2vbert_fast.inference.timestamps import Word
+from w2vbert_fast.inference.scripts import columns, ends_sentence, graphemes, may_break
+from w2vbert_fast.inference.timestamps import Character, Word
 
-_SENTENCE_ENDS = (".", "?", "!", "…", "。", "？", "！")  # noqa: RUF001 - full-width marks
 _MILLISECONDS = 1000
 
 
@@ -24,7 +26,8 @@ class Layout:
     """The limits of a cue.
 
     Attributes:
-        line_length: characters in a line.
+        line_length: columns of a line: a Chinese, Japanese or Korean character takes two, a
+            combining mark none.
         max_lines: lines in a cue.
         max_seconds: longest time on the screen.
         min_seconds: a shorter cue stays on the screen up to this long, or until the next one.
@@ -73,8 +76,10 @@ def cues(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> list[Cue]:
     """Put words into cues.
 
     Args:
-        words: in order of time, from `word_timestamps`. A word longer than a line or than
-            `max_seconds` is cut between characters, as text without spaces needs it.
+        words: in order of time, from `word_timestamps`. Where a script has no spaces, cues and
+            lines may end between its characters; so they may in any other word that is longer than
+            a line or than `max_seconds`. Times inside of a word are those of its characters, or
+            evenly spread if they do not spell it.
         layout: the limits.
 
     Returns:
@@ -84,13 +89,7 @@ def cues(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> list[Cue]:
         ValueError: a word begins before the one before it, ends before it begins, or has a time
             that is negative or not finite.
     """
-    pieces = [piece for word in _checked(words) for piece in _pieces(word, layout)]
-    groups: list[list[_Piece]] = []
-    for piece in pieces:
-        if groups and _goes_on(groups[-1], piece, layout):
-            groups[-1].append(piece)
-        else:
-            groups.append([piece])
+    groups = _groups(words, layout)
     made = []
     for i, group in enumerate(groups):
         start, end = group[0].start, min(group[-1].end, group[0].start + layout.max_seconds)
@@ -154,12 +153,12 @@ def txt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
     Raises:
         ValueError: as `cues`.
     """
-    return "".join(" ".join(cue.lines) + "\n" for cue in cues(words, layout))
+    return "".join(_joined(group) + "\n" for group in _groups(words, layout))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A word or a part of one that fits into a line.
+    """What is not divided: a word, a character of a script without spaces, a part of a long word.
 
     Attributes:
         text: what is shown.
@@ -172,6 +171,9 @@ class _Piece:
     start: float
     end: float
     glued: bool
+
+    def __add__(self, following: _Piece) -> _Piece:
+        return _Piece(self.text + following.text, self.start, following.end, self.glued)
 
 
 def _checked(words: Iterable[Word]) -> list[Word]:
@@ -187,45 +189,99 @@ def _checked(words: Iterable[Word]) -> list[Word]:
     return checked
 
 
+def _groups(words: Iterable[Word], layout: Layout) -> list[list[_Piece]]:
+    """What each cue holds."""
+    groups: list[list[_Piece]] = []
+    for word in _checked(words):
+        for piece in _pieces(word, layout):
+            if groups and _goes_on(groups[-1], piece, layout):
+                groups[-1].append(piece)
+            else:
+                groups.append([piece])
+    return groups
+
+
 def _pieces(word: Word, layout: Layout) -> list[_Piece]:
-    seconds = word.end - word.start
-    if len(word.text) <= layout.line_length and seconds <= layout.max_seconds:
-        return [_Piece(word.text, word.start, word.end, False)]
-    pieces: list[_Piece] = []
-    for character in word.characters:
-        last = pieces[-1] if pieces else None
-        if (
-            last is not None
-            and len(last.text) + len(character.text) <= layout.line_length
-            and character.end - last.start <= layout.max_seconds
-        ):
-            text = last.text + character.text
-            pieces[-1] = dataclasses.replace(last, text=text, end=character.end)
+    """A word's pieces, none of them longer than a line or than `max_seconds` if it can be cut."""
+    pieces: list[list[_Piece]] = []
+    for character in _characters(word):
+        if pieces and not may_break(pieces[-1][-1].text, character.text):
+            pieces[-1].append(character)
         else:
-            pieces.append(_Piece(character.text, character.start, character.end, bool(pieces)))
-    return pieces or [_Piece(word.text, word.start, word.end, False)]
+            pieces.append([character])
+    return [part for piece in pieces for part in _cut(piece, layout)]
+
+
+def _characters(word: Word) -> list[_Piece]:
+    """The graphemes of a word with their times."""
+    tokens = word.characters
+    if "".join(token.text for token in tokens) != word.text:
+        tokens = [Character(word.text, word.start, word.end, word.confidence)]
+    spans: list[tuple[float, float]] = []
+    for token in tokens:
+        step = (token.end - token.start) / max(1, len(token.text))
+        inner = [token.start + i * step for i in range(1, len(token.text))]
+        spans += zip([token.start, *inner], [*inner, token.end], strict=True)
+    found: list[_Piece] = []
+    place = 0
+    for grapheme in graphemes(word.text):
+        start, place = place, place + len(grapheme)
+        found.append(_Piece(grapheme, spans[start][0], spans[place - 1][1], start > 0))
+    return found
+
+
+def _cut(characters: Sequence[_Piece], layout: Layout) -> list[_Piece]:
+    """What is longer than a line or than `max_seconds` in parts, cut at pauses where it has any."""
+    whole = characters[0]
+    for character in characters[1:]:
+        whole += character
+    if _fits(whole, layout):
+        return [whole]
+    parts = [characters[0]]
+    for character in characters[1:]:
+        pause = character.start - parts[-1].end >= layout.pause_seconds
+        if not pause and _fits(parts[-1] + character, layout):
+            parts[-1] += character
+        else:
+            parts.append(character)
+    return parts
+
+
+def _fits(piece: _Piece, layout: Layout) -> bool:
+    """Whether a piece can be a line of a cue."""
+    if piece.end - piece.start > layout.max_seconds:
+        return False
+    return columns(piece.text) <= layout.line_length
 
 
 def _goes_on(group: Sequence[_Piece], piece: _Piece, layout: Layout) -> bool:
     """Whether a piece belongs to the cue of those before it."""
     if piece.end - group[0].start > layout.max_seconds:
         return False
-    if piece.start - group[-1].end >= layout.pause_seconds and not piece.glued:
+    if piece.start - group[-1].end >= layout.pause_seconds:
         return False
-    if group[-1].text.endswith(_SENTENCE_ENDS) and not piece.glued:
+    if ends_sentence(group[-1].text):
         return False
     return len(_filled([*group, piece], layout.line_length)) <= layout.max_lines
 
 
+def _joined(pieces: Sequence[_Piece]) -> str:
+    """Pieces as one line."""
+    return "".join(("" if i == 0 or p.glued else " ") + p.text for i, p in enumerate(pieces))
+
+
 def _filled(pieces: Sequence[_Piece], width: int) -> list[str]:
-    """Lines of at most `width` characters, each as full as can be."""
+    """Lines of at most `width` columns, each as full as can be."""
     lines: list[str] = []
+    room = 0
     for piece in pieces:
-        joint = "" if piece.glued else " "
-        if lines and len(lines[-1]) + len(joint) + len(piece.text) <= width:
-            lines[-1] += joint + piece.text
+        wanted = columns(piece.text) + (not piece.glued)
+        if lines and wanted <= room:
+            lines[-1] += piece.text if piece.glued else " " + piece.text
+            room -= wanted
         else:
             lines.append(piece.text)
+            room = width - columns(piece.text)
     return lines
 
 

@@ -20,6 +20,7 @@ from w2vbert_fast.inference.decoding import Loaded
 from w2vbert_fast.inference.long_recordings import Chunk, merge
 from w2vbert_fast.inference.pauses import split_at_pauses
 from w2vbert_fast.inference.rows import Classification, Embedding, Segment, Transcription
+from w2vbert_fast.inference.scripts import is_unspaced
 from w2vbert_fast.inference.transcribe import Pipeline, find_device, load_pipeline
 from w2vbert_fast.inference.workers import (
     Piece,
@@ -174,6 +175,11 @@ class Transcribe(Task):
                 seconds,
                 blank=self.pipeline.blank,
                 delimiter=tokenizer.word_delimiter_token_id,
+                unspaced=[
+                    index
+                    for token, index in tokenizer.get_vocab().items()
+                    if any(map(is_unspaced, token))
+                ],
             )
         text: str | None = None
         if self.beam > 0:
@@ -181,23 +187,23 @@ class Transcribe(Task):
         words = None
         if self.timestamps != "none":
             # Of a beam search's text, the best way to say it.
-            aligned = word_timestamps(
-                log_probs,
-                tokenizer,
-                seconds,
-                loaded.row.offset,
-                text=text or None,
-                delay=self.delay,
+            words = tuple(
+                word_timestamps(
+                    log_probs,
+                    tokenizer,
+                    seconds,
+                    loaded.row.offset,
+                    text=text or None,
+                    delay=self.delay,
+                )
             )
-            if self.timestamps == "word":
-                aligned = [type(w)(w.text, w.start, w.end, w.confidence, []) for w in aligned]
-            words = tuple(aligned)
         if text is None:
             text = str(tokenizer.decode(log_probs.argmax(-1).tolist()))
         if len(outputs) > 1:
             # Where chunks meet, both may end or begin with a word delimiter.
             text = " ".join(text.split())
-        return Transcription(**identity(loaded), text=text, words=words)
+        characters = self.timestamps == "character"
+        return Transcription(**identity(loaded), text=text, words=words, characters=characters)
 
     def failed(self, loaded: Loaded, error_type: str, error: str) -> Transcription:
         return Transcription(**identity(loaded), error_type=error_type, error=error)
