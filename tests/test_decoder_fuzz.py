@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.offline_helpers import encoded
 from w2vbert_fast.inference.decoding import Decoder
-from w2vbert_fast.inference.rows import Row
+from w2vbert_fast.recordings.rows import Row
 
 WHOLE = {
     "wav": encoded("WAV", 0.5),

@@ -421,7 +421,7 @@ def test_impossible_options_are_refused(ray: Any, tmp_path: Path) -> None:
 
 def test_a_job_with_ray_takes_names_only() -> None:
     pytest.importorskip("ray", reason=INSTALL)
-    from w2vbert_fast.inference.rows import Row
+    from w2vbert_fast.recordings.rows import Row
 
     runner = RayRunner(Transcribe("demo"), FLOW, NO_CPUS)
     with pytest.raises(ValueError, match="takes names of recordings, not tar files"):

@@ -23,10 +23,10 @@ from tests.signals import speech_like, stereo, write_container
 from w2vbert_fast.inference import AudioError, Flow, load_audio
 from w2vbert_fast.inference.decoding import Decoder
 from w2vbert_fast.inference.offline import Runner
-from w2vbert_fast.inference.rows import Row
 from w2vbert_fast.inference.sources import open_inputs
 from w2vbert_fast.inference.tar_shards import TarShard
 from w2vbert_fast.inference.tasks import Transcribe
+from w2vbert_fast.recordings.rows import Row
 
 
 def rows(*names: str, wanted: Any = None) -> list[Row]:
@@ -120,14 +120,6 @@ def test_a_bad_line_of_a_manifest_is_one_bad_row(tmp_path: Path, line: str, prob
     assert [row.index for row in found] == [0, 1, 2]
     assert found[1].problem is not None and problem in found[1].problem
     assert (found[0].problem, found[2].problem) == (None, None)
-
-
-def test_a_csv_line_with_too_few_cells_is_one_bad_row(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text('file,text\na.wav,x\nb.wav\n"c.wav,y\n')
-    found = rows(str(path))
-    assert [row.problem is None for row in found] == [True, False, False]
-    assert found[1].problem == "1 cells in 2 columns"
 
 
 def test_folders_and_patterns(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from w2vbert_fast.inference.audio import AudioError, load_audio, to_mono_16khz
-from w2vbert_fast.inference.rows import Row
 from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
+from w2vbert_fast.recordings.rows import Row
 
 _ANNOUNCED_BYTES = 16 << 20
 _FEW_CPUS = 8

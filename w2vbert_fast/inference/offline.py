@@ -21,12 +21,12 @@ from w2vbert_fast.inference.rows import (
     Classification,
     Embedding,
     Result,
-    Row,
     Transcription,
     as_row,
 )
 from w2vbert_fast.inference.tasks import Classify, Embed, Transcribe
 from w2vbert_fast.inference.workers import Task
+from w2vbert_fast.recordings.rows import Row
 
 R = TypeVar("R", bound=Result)
 

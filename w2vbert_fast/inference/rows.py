@@ -1,8 +1,7 @@
-"""What goes in and comes out of offline inference: a row is one recording, or a part of one."""
+"""What comes out of offline inference, and the rows of what callers hand over."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,36 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from w2vbert_fast.recordings.rows import Row
+
 if TYPE_CHECKING:
     from w2vbert_fast.inference.timestamps import Word
-
-
-@dataclass(frozen=True)
-class Row:
-    """A recording that is to be processed.
-
-    Attributes:
-        index: its place in the input, from 0.
-        audio: a path, the content of a file, or samples as `to_mono_16khz` takes them; None where
-            `problem` says why there is none.
-        name: what tables and messages call the recording.
-        id: the manifest's `id`, or else the name.
-        sampling_rate: of samples; files state theirs.
-        offset: where the part begins, in seconds.
-        duration: length of the part in seconds; None: to the end.
-        columns: other columns of the manifest, carried through.
-        problem: why the row cannot be used; None: it can.
-    """
-
-    index: int
-    audio: Any
-    name: str
-    id: str
-    sampling_rate: int | None = None
-    offset: float = 0.0
-    duration: float | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -209,22 +182,3 @@ def as_row(index: int, item: Any) -> Row:
 
 def _is_array(item: Any) -> bool:
     return isinstance(item, np.ndarray | Tensor)
-
-
-def number_of_seconds(value: Any, name: str, *, above_zero: bool) -> float:
-    """A manifest's `offset` or `duration`, as a number or as text.
-
-    Raises:
-        ValueError: it is no such number of seconds.
-    """
-    lowest = "above 0" if above_zero else "of at least 0"
-    wanted = f"{name} must be seconds {lowest}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(wanted)
-    try:
-        seconds = float(value)
-    except ValueError:
-        raise ValueError(wanted) from None
-    if not math.isfinite(seconds) or seconds < 0 or (above_zero and seconds == 0):
-        raise ValueError(wanted)
-    return seconds

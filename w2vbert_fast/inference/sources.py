@@ -10,20 +10,11 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.inference.manifests import (
-    Delimited,
-    JsonLines,
-    Parquet,
-    Part,
-    Rows,
-    Wanted,
-    everything,
-)
-from w2vbert_fast.inference.rows import Row
 from w2vbert_fast.inference.tar_shards import AUDIO_SUFFIXES, TarShard
+from w2vbert_fast.recordings.manifest import open_manifest
+from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -111,8 +102,8 @@ class Inputs:
 def open_inputs(names: Sequence[str]) -> Inputs:
     """Find out what the names of a command line are, and survey it.
 
-    A name is a manifest (.jsonl, .csv, .tsv, .parquet), a tar file, a folder, a recording, or a
-    pattern such as `calls/**/*.wav`. What exists under a name comes before what it means as a
+    A name is a manifest (.jsonl, .json, .csv, .tsv, .parquet), a tar file, a folder, a recording,
+    or a pattern such as `calls/**/*.wav`. What exists under a name comes before what it means as a
     pattern.
 
     Args:
@@ -155,17 +146,9 @@ def _part(name: str) -> Part:
             raise ValueError(f"the pattern {name!r} finds no files")
         found = [path for path in found if not os.path.isdir(path)]
         return Files(found)
-    lower = name.lower()
-    suffix = Path(lower).suffix
-    if lower.endswith(_TAR_SUFFIXES):
+    if name.lower().endswith(_TAR_SUFFIXES):
         return TarShard(name)
-    if suffix == ".jsonl":
-        return JsonLines(name)
-    if suffix in (".csv", ".tsv"):
-        return Delimited(name, "\t" if suffix == ".tsv" else ",")
-    if suffix == ".parquet":
-        return Parquet(name)
-    return Files([name])
+    return open_manifest(name) or Files([name])
 
 
 def _names(paths: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import safetensors.torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.inference.rows import Embedding, Result, Row, Transcription
+from w2vbert_fast.inference.rows import Embedding, Result, Transcription
+from w2vbert_fast.recordings.rows import Row
 
 TABLE_FORMATS = ("jsonl", "parquet")
 SUBTITLE_FORMATS = ("srt", "vtt", "txt")

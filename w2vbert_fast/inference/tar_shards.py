@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.inference.manifests import Rows, Wanted
-from w2vbert_fast.inference.rows import Row
+from w2vbert_fast.recordings.rows import Row, Rows, Wanted
 
 AUDIO_SUFFIXES = frozenset(
     (

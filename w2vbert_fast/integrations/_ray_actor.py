@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.inference.manifests import AUDIO_COLUMNS, manifest_row
 from w2vbert_fast.inference.offline import Flow, Runner
-from w2vbert_fast.inference.rows import Result, Row
+from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.shards import Formats, task_columns
 from w2vbert_fast.inference.workers import Task
+from w2vbert_fast.recordings.manifest import AUDIO_COLUMNS, manifest_row
+from w2vbert_fast.recordings.rows import Row
 
 Table = Any
 """A `pyarrow.Table`. Neither pyarrow nor Ray is needed to import this module."""
@@ -154,15 +155,20 @@ class Columns:
         """The column of recordings among those of a dataset.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: it is not there, or there are two.
         """
         wanted = AUDIO_COLUMNS if self.audio is None else (self.audio,)
-        for name in wanted:
-            if name in names:
-                return name
-        raise ValueError(
-            f"the dataset needs a column {' or '.join(wanted)}; it has {', '.join(names)}"
-        )
+        found = [name for name in wanted if name in names]
+        if not found:
+            raise ValueError(
+                f"the dataset needs a column {' or '.join(wanted)}; it has {', '.join(names)}"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"the dataset has the columns {' and '.join(found)}; say with audio= which one "
+                "holds the recordings"
+            )
+        return found[0]
 
     def rows(self, table: Table) -> Iterator[Row]:
         """The rows of a table, each made when it is asked for; `index` counts in it."""
@@ -184,7 +190,8 @@ class Columns:
         if isinstance(recording, bytes):
             recording = {"bytes": recording}
         known = {name: entry for name, entry in entries.items() if entry is not None}
-        return manifest_row(index, {**known, AUDIO_COLUMNS[0]: recording}, Path(), "dataset")
+        entries = {**known, AUDIO_COLUMNS[0]: recording}
+        return manifest_row(index, entries, Path(), "dataset", f"row {index}")
 
     def carried(self, table: Table, added: Sequence[str]) -> Table:
         """The columns that stay, all but the recordings' bytes or samples.

@@ -16,9 +16,10 @@ from typing import Any
 from w2vbert_fast._extras import require
 from w2vbert_fast.inference.batching import Batcher
 from w2vbert_fast.inference.offline import Flow, Runner
-from w2vbert_fast.inference.rows import Result, Row
+from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.workers import Task
 from w2vbert_fast.integrations._ray_actor import BYTES_PER_TABLE, Actors, Table
+from w2vbert_fast.recordings.rows import Row
 
 _COLUMN = "row"
 

@@ -68,7 +68,7 @@ def transcribe_dataset(
             (seconds) name a part, as in a manifest. All other columns are carried through; one that
             is named as a result, such as `text`, becomes `input_text`.
         model: "demo", a folder that every machine can open, or a hub id.
-        audio: name of the column; None: the first there is of `audio_filepath`, `audio`, `file`.
+        audio: name of the column; None: the one there is of `audio_filepath`, `audio`, `file`.
         sampling_rate: of samples that come without one; None: the column `sampling_rate` if there
             is one, else 16 kHz.
         num_gpus: GPUs of an actor. With 0.5, two actors share one; each may use half of its memory.

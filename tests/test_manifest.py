@@ -1,0 +1,280 @@
+"""The reader of manifests: no row is left out or read into another, and bad ones say where."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from w2vbert_fast.recordings.manifest import open_manifest, transcript
+from w2vbert_fast.recordings.rows import Row, everything
+
+
+def read(path: Path, content: str | bytes) -> list[Row]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    reader = open_manifest(path)
+    assert reader is not None
+    rows = list(reader.rows(0, everything))
+    assert reader.survey()[0] == len(rows)
+    assert [row.index for row in rows] == list(range(len(rows)))
+    assert [row.name for row in reader.rows(5, {6}.__contains__)] == [r.name for r in rows[1:2]]
+    return rows
+
+
+def names(rows: list[Row]) -> list[str | None]:
+    return [None if row.audio is None else Path(row.audio).name for row in rows]
+
+
+def texts(rows: list[Row]) -> list[Any]:
+    return [row.columns.get("text") for row in rows]
+
+
+# Quotation marks and fields.
+
+
+def test_quotation_marks_are_text_in_tsv(tmp_path: Path) -> None:
+    # Sentences as Common Voice has them: marks that open alone, close alone, and inner ones.
+    said = ['"Where are you going', "fine", 'She said so"', '"では、危険だ"と彼は言った', '""', '"']
+    lines = "".join(f"{i}.wav\t{text}\n" for i, text in enumerate(said))
+    rows = read(tmp_path / "rows.tsv", f"audio\ttext\n{lines}")
+    assert texts(rows) == said
+    assert names(rows) == [f"{i}.wav" for i in range(len(said))]
+
+
+def test_a_quotation_mark_that_nobody_closes_swallows_no_row_of_a_csv(tmp_path: Path) -> None:
+    lines = ["file,text", 'a.wav,"Where are you', "b.wav,fine", 'c.wav,said so"', 'd.wav,"end']
+    rows = read(tmp_path / "rows.csv", "\n".join(lines))
+    assert [row.problem for row in rows] == [
+        "line 2: a quotation mark is not closed before line 3, which could be a row",
+        None,
+        None,
+        "line 5: a quotation mark is not closed",
+    ]
+    assert texts(rows[1:3]) == ["fine", 'said so"']
+    assert [row.place for row in rows] == [f"line {n}" for n in range(2, 6)]
+
+
+def test_every_line_that_could_be_a_row_is_one_wherever_marks_stand(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        columns = rng.randint(2, 3)
+        count = rng.randint(1, 6)
+        lines = [
+            ",".join("".join(rng.choices('ab" ', k=rng.randint(0, 4))) for _ in range(columns))
+            for _ in range(count)
+        ]
+        header = ",".join(("audio", "text", "more")[:columns])
+        rows = read(tmp_path / "rows.csv", "\n".join((header, *lines)) + "\n")
+        assert [row.place for row in rows] == [f"line {n}" for n in range(2, count + 2)], lines
+
+
+def test_what_the_csv_module_writes_comes_back(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    said = [
+        'say "hi", please',
+        "two\nlines",
+        "three\r\nshort\n\nlines",
+        '"',
+        "",
+        "a,b",
+        'ends "so"',
+    ]
+    said += ["".join(rng.choices('xyz,"', k=8)) for _ in range(50)]
+    file = io.StringIO()
+    writer = csv.writer(file)
+    # A cell over several lines is safe where none of them has as many commas as a row.
+    writer.writerow(("audio", "text", "speaker", "a"))
+    writer.writerows((f"{i}.wav", text, "s", 1) for i, text in enumerate(said))
+    rows = read(tmp_path / "rows.csv", file.getvalue())
+    assert [row.problem for row in rows] == [None] * len(said)
+    assert texts(rows) == [text.replace("\r\n", "\n") for text in said]
+    assert names(rows) == [f"{i}.wav" for i in range(len(said))]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "line", "problem"),
+    [
+        ("csv", "b.wav", "line 3: 1 cells in 2 columns"),
+        ("csv", "b.wav,x,y", "line 3: 3 cells in 2 columns"),
+        ("csv", 'b.wav,"x",y', "line 3: 3 cells in 2 columns"),
+        ("csv", 'b.wav,"x" y', "line 3: not CSV: "),
+        ("csv", "b.wav,x\0y", "line 3: holds a null character"),
+        ("csv", ",x", "line 3: audio must be the name of a file, got ''"),
+        ("tsv", "b.wav\tx\ty", "line 3: 3 cells in 2 columns"),
+        ("tsv", "\t", "line 3: audio must be the name of a file, got ''"),
+    ],
+)
+def test_a_bad_line_is_one_bad_row(tmp_path: Path, suffix: str, line: str, problem: str) -> None:
+    comma = "," if suffix == "csv" else "\t"
+    lines = [f"audio{comma}text", f"a.wav{comma}x", line, "", f"c.wav{comma}z"]
+    rows = read(tmp_path / f"rows.{suffix}", "\n".join(lines))
+    assert [row.problem is None for row in rows] == [True, False, True]
+    assert rows[1].problem is not None and rows[1].problem.startswith(problem)
+    assert names(rows) == ["a.wav", None, "c.wav"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_marks_and_line_ends_of_other_systems(tmp_path: Path, suffix: str) -> None:
+    said = ["eins", "zwei ", "dr\u00e4i\u2028\x85"]
+    if suffix == "jsonl":
+        lines = [json.dumps({"audio": "a", "text": t}, ensure_ascii=False) for t in said]
+    else:
+        comma = "," if suffix == "csv" else "\t"
+        lines = [f" audio{comma}text ", *(f"a{comma}{text}" for text in said)]
+    lines.insert(2, "")
+    content = "\r\n".join(lines)
+    assert texts(read(tmp_path / f"rows.{suffix}", f"\ufeff{content}\r\n")) == said
+    assert texts(read(tmp_path / f"rows.{suffix}", content.encode() + b"\r\n  \r\n")) == said
+    with pytest.raises(ValueError, match="is UTF-16; a manifest must be UTF-8"):
+        read(tmp_path / f"rows.{suffix}", content.encode("utf-16"))
+
+
+def test_names_that_are_not_utf8_are_bytes_of_the_file_system(tmp_path: Path) -> None:
+    rows = read(tmp_path / "rows.csv", b"audio,text\ncaf\xe9.wav,x\n")
+    assert rows[0].audio == str(tmp_path / "caf\udce9.wav")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "", "holds no rows"),
+        ("rows.csv", "\n \n", "holds no rows"),
+        ("rows.tsv", "audio\ttext\n\n", "holds no rows"),
+        ("rows.jsonl", "\n", "holds no rows"),
+        ("rows.csv", "a.wav,x\nb.wav,y\n", "first line must name the columns, one of them audio_f"),
+        ("rows.csv", "audio;text\na;b\n", "got 'audio;text'"),
+        ("rows.tsv", '"audio"\t"text"\na\tb\n', "first line must name the columns"),
+        ("rows.csv", "audio,text,text\na,b,c\n", "the column 'text' is there twice"),
+        (
+            "rows.csv",
+            'audio,"text\na,b\n',
+            "the first line must name the columns: a quotation mark",
+        ),
+        ("rows.csv", "audio,text\ra,b\rc,d\r", "they end with a carriage return alone"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    reader = open_manifest(tmp_path / name)
+    assert reader is not None
+    with pytest.raises(ValueError, match=message) as caught:
+        reader.survey()
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_columns_without_a_name(tmp_path: Path) -> None:
+    rows = read(tmp_path / "rows.csv", ",audio,text,,\n7,a.wav,x,,\n8,b.wav,y,,z\n")
+    assert [dict(row.columns) for row in rows[:1]] == [{"": "7", "text": "x"}]
+    assert rows[1].problem == "line 3: 'z' and another cell have no column name"
+
+
+# Columns.
+
+DIFFERENT = [
+    ({"audio": "a.wav", "file": "b.wav"}, "audio and file are two recordings"),
+    ({"file": "b.wav", "audio_filepath": "a.wav"}, "audio_filepath and file are two recordings"),
+    ({"audio": 3, "file": "b.wav"}, "audio and file are two recordings"),
+]
+
+
+@pytest.mark.parametrize(("entries", "problem"), DIFFERENT)
+def test_two_recordings_in_a_row_are_an_error(
+    tmp_path: Path, entries: dict[str, Any], problem: str
+) -> None:
+    (row,) = read(tmp_path / "rows.jsonl", json.dumps(entries))
+    assert row.problem is not None and row.problem.startswith(f"line 1: {problem}")
+    if all(isinstance(value, str) for value in entries.values()):
+        comma = "\t"
+        content = comma.join(entries) + "\n" + comma.join(entries.values())
+        (row,) = read(tmp_path / "rows.tsv", content)
+        assert row.problem is not None and row.problem.startswith(f"line 2: {problem}")
+
+
+def test_a_recording_that_is_named_twice_or_in_another_column_is_one(tmp_path: Path) -> None:
+    entries = [
+        {"audio": "a.wav", "file": "a.wav"},
+        {"audio": None, "file": "a.wav"},
+        {"audio_filepath": "", "file": "a.wav", "audio": "a.wav"},
+    ]
+    rows = read(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, entries)))
+    assert names(rows) == ["a.wav"] * 3
+    # As the datasets library stores LibriSpeech: the recording, and where it lay.
+    content = {"bytes": b"fLaC", "path": "a.flac"}
+    for file, good in (("/root/train/a.flac", True), ("/root/train/b.flac", False)):
+        table = pyarrow.Table.from_pylist([{"file": file, "audio": content}])
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        reader = open_manifest(tmp_path / "rows.parquet")
+        assert reader is not None
+        (row,) = reader.rows(0, everything)
+        assert row.audio == (b"fLaC" if good else None)
+        assert (row.problem is None) == good and row.place == "row 1"
+
+
+def test_transcripts() -> None:
+    assert transcript({"sentence": "a", "audio": "b"}) == "a"
+    assert transcript({"text": "", "sentence": "a", "transcript": None}) == "a"
+    assert transcript({"text": "a", "transcription": "a"}) == "a"
+    assert transcript({"text": ""}) == ""
+    for columns, message in (
+        ({"text": "a", "sentence": "b"}, "text and sentence are two transcripts that differ"),
+        ({"sentence": 5}, "sentence must be a text, got 5"),
+        ({"text": None}, "no column text, sentence, transcription, transcript"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transcript(columns)
+
+
+def test_offsets_and_durations(tmp_path: Path) -> None:
+    entries: list[dict[str, Any]] = [
+        {"offset": "1.5", "duration": " 2 "},
+        {"offset": 0, "duration": 2},
+        {"offset": None, "duration": 2},
+        {"offset": "", "duration": ""},
+        {"offset": 1},
+    ]
+    lines = [json.dumps({"audio": "a", **entry}) for entry in entries]
+    rows = read(tmp_path / "rows.jsonl", "\n".join(lines))
+    assert [(row.offset, row.duration) for row in rows] == [
+        (1.5, 2.0),
+        (0.0, 2.0),
+        (0.0, None),
+        (0.0, None),
+        (1.0, None),
+    ]
+    assert dict(rows[2].columns) == {"duration": 2} and dict(rows[3].columns) == {}
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", '"1,5"', "true", "[]", '"NaN"', "1e999"])
+@pytest.mark.parametrize("name", ["offset", "duration"])
+def test_seconds_that_are_none(tmp_path: Path, name: str, value: str) -> None:
+    value = {"nan": "NaN", "inf": "Infinity"}.get(value, value)
+    (row,) = read(tmp_path / "rows.jsonl", f'{{"audio": "a", "{name}": {value}}}')
+    assert row.problem is not None and row.problem.startswith(f"line 1: {name} must be seconds")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"audio": "a", "audio": "b"}', "line 2: not JSON: 'audio' is there twice"),
+        ("{\udce9}", "line 2: not UTF-8: "),
+        ('"a.wav"', "line 2: not a JSON object but a str"),
+        ("null", "line 2: not a JSON object but a NoneType"),
+        ('{"audio": "a"} {"audio": "b"}', "line 2: not JSON: Extra data"),
+        ('{"audio": "a\0"}', "line 2: not JSON: "),
+    ],
+)
+def test_a_line_of_json_that_is_no_row(tmp_path: Path, line: str, problem: str) -> None:
+    lines = ['{"audio": "a"}', line, '{"audio": "c"}']
+    content = "\n".join(lines).encode("utf-8", "surrogateescape")
+    rows = read(tmp_path / "rows.jsonl", content)
+    assert [row.problem is None for row in rows] == [True, False, True]
+    assert rows[1].problem is not None and rows[1].problem.startswith(problem)

@@ -1,0 +1,1 @@
+"""Recordings as they come in: what inference and training both read."""
