@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import SeamlessM4TFeatureExtractor
-from ..models.encoder import Wav2Vec2BertModel
+from ..models.encoder import Wav2Vec2BertModel, hidden_state_index
 from ..models.heads import (
     BLANK_LOGIT,
     Wav2Vec2BertForAudioFrameClassification,
@@ -86,14 +86,8 @@ class ExportGraph(nn.Module):
         encoder = model.base_model
         assert isinstance(encoder, Wav2Vec2BertModel)
         config = model.config
-        count = config.num_hidden_layers
         if layer is not None:
-            whole = isinstance(layer, int) and not isinstance(layer, bool)
-            if not whole or not -count - 1 <= layer <= count:
-                raise ValueError(
-                    f"layer is {layer!r}; a model of {count} layers has hidden states 0 to {count}"
-                )
-            layer %= count + 1
+            layer = hidden_state_index(layer, encoder.encoder.num_layers)
         if stats is not None and layer is None:
             raise ValueError("stats were given without layer, whose hidden state they normalise")
         width = config.feature_projection_input_dim
@@ -165,7 +159,7 @@ class ExportGraph(nn.Module):
             if self.mean is not None and self.variance is not None:
                 x = normalize_with_statistics(x, self.mean, self.variance)
             return _without_padding(x, mask), mask.sum(1)
-        num_layers = self.model.config.num_hidden_layers
+        num_layers = self.encoder.encoder.num_layers
         return self._head(padded.encode(self.encoder, features, mask, num_layers), mask)
 
     def _head(self, states: list[Tensor], mask: Tensor) -> tuple[Tensor, ...]:

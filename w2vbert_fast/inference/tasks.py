@@ -30,6 +30,7 @@ from w2vbert_fast.inference.workers import (
     identity,
     source_of,
 )
+from w2vbert_fast.models.encoder import hidden_state_index
 from w2vbert_fast.ops import greedy_decode
 from w2vbert_fast.ops.dispatch import packed_kernels
 
@@ -314,11 +315,9 @@ class Embed(_Encoding):
         return "Wav2Vec2BertModel"
 
     def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
-        count = network.config.num_hidden_layers
-        if not -count - 1 <= self.layer <= count:
-            raise ValueError(
-                f"layer is {self.layer}; a model of {count} layers has hidden states 0 to {count}"
-            )
+        encoder = network.base_model
+        assert isinstance(encoder, models.Wav2Vec2BertModel)
+        hidden_state_index(self.layer, encoder.encoder.num_layers)
         self._stats = None
         if self.stats is not None:
             from w2vbert_fast.models.pooling import checked_statistics

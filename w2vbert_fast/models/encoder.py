@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch, sequence_ids
-from ..ops.dispatch import on_triton_device
+from ..ops.dispatch import on_triton_device, records_gradient
 from .adapter import Wav2Vec2BertAdapter, conv_output_length
 from .checkpointing import Checkpointing, LayerPlan
 from .graphs import LayerGraphs
@@ -53,21 +53,40 @@ def requested_hidden_states(request: HiddenStatesRequest, num_layers: int) -> se
     Raises:
         ValueError: an index is out of range.
     """
-    count = num_layers + 1
     if request is None or isinstance(request, bool):
-        return set(range(count)) if request else set()
+        return set(range(num_layers + 1)) if request else set()
     indices = [request] if isinstance(request, int) else list(request)
-    for index in indices:
-        if not -count <= index < count:
-            raise ValueError(
-                f"output_hidden_states asks for index {index}; a model of {num_layers} layers has "
-                f"hidden states 0 to {num_layers}"
-            )
-    return {index % count for index in indices}
+    return {hidden_state_index(i, num_layers, "output_hidden_states") for i in indices}
+
+
+def hidden_state_index(index: object, num_layers: int, argument: str = "layer") -> int:
+    """An index into `hidden_states`, counted from the front.
+
+    Args:
+        index: 0 to `num_layers`, or negative, from the end.
+        num_layers: encoder layers.
+        argument: where the index is from, for the message.
+
+    Raises:
+        ValueError: it is no integer, or out of range.
+    """
+    if (
+        isinstance(index, bool)
+        or not isinstance(index, int)
+        or not -num_layers - 1 <= index <= num_layers
+    ):
+        raise ValueError(
+            f"{argument} is {index!r}; a model of {num_layers} layers has hidden states 0 to "
+            f"{num_layers}"
+        )
+    return index % (num_layers + 1)
 
 
 class Wav2Vec2BertEncoder(nn.Module):
-    """`num_hidden_layers` Conformer layers over packed tokens."""
+    """Conformer layers over packed tokens: `config.num_hidden_layers`, or what is left of them.
+
+    A caller may cut `layers` to spend nothing on those behind; `num_layers` is what counts.
+    """
 
     use_fast_kernels = False
     layer_graphs: LayerGraphs | None = None  # set by `compile_for_inference`
@@ -87,6 +106,11 @@ class Wav2Vec2BertEncoder(nn.Module):
         self.gradient_checkpointing = False
         self.checkpointing = Checkpointing()
 
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that are there."""
+        return len(self.layers)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -105,19 +129,27 @@ class Wav2Vec2BertEncoder(nn.Module):
             num_layers: run the first so many layers; `None`: all.
 
         Returns:
-            The last layer's output `[N, C]`, the kept hidden states `[N, C]` by index, and the maps
-            `[batch, heads, T, T]` of each layer. A layer that LayerDrop skips hands its input on
-            and gives no map.
+            The last layer's output `[N, C]`, the kept hidden states `[batch, T, C]` by index, and
+            the maps `[batch, heads, T, T]` of each layer. A layer that LayerDrop skips hands its
+            input on and gives no map. Where a gradient is recorded, that of the output reaches the
+            kept hidden states.
         """
+        attentions: list[Tensor] = []
+        found = None
         if (
             not torch.compiler.is_compiling()
             and self.layer_graphs is not None
             and not output_attentions
         ):
             found = self.layer_graphs.run(self, hidden_states, layout, wanted, num_layers)
-            if found is not None:
-                return *found, []
-        return self.run_layers(hidden_states, layout, wanted, output_attentions, num_layers)
+        if found is not None:
+            output, kept = found
+        else:
+            output, kept, attentions = self.run_layers(
+                hidden_states, layout, wanted, output_attentions, num_layers
+            )
+        kept = {i: x if x.dim() == 3 else layout.unpack(x) for i, x in kept.items()}
+        return output, kept, attentions
 
     def run_layers(
         self,
@@ -129,6 +161,8 @@ class Wav2Vec2BertEncoder(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
         """`forward`, operation by operation.
 
+        The kept hidden states are as `_kept` gives them.
+
         In evaluation on the Triton kernels the host does not wait for the device, and takes no more
         from `layout` than bounds: a CUDA graph of this may be replayed with other lengths.
         """
@@ -136,11 +170,13 @@ class Wav2Vec2BertEncoder(nn.Module):
         positions = None
         if self.embed_positions is not None:
             positions = self.embed_positions(hidden_states, layout)
-        kept = {0: hidden_states} if 0 in wanted else {}
+        kept: dict[int, Tensor] = {}
+        if 0 in wanted:
+            kept[0], hidden_states = _kept(hidden_states, layout)
         attentions: list[Tensor] = []
         layout, taps = self._once_for_all_layers(hidden_states, layout)
         normed: Tensor | None = None  # the next layer's normalised input, if the last one made it
-        stop = len(self.layers) if num_layers is None else num_layers
+        stop = self.num_layers if num_layers is None else num_layers
         settings = self.checkpointing if self.gradient_checkpointing and self.training else None
         plan = LayerPlan(settings, self, stop)
         for index, layer in enumerate(islice(self.layers, stop), start=1):
@@ -149,7 +185,8 @@ class Wav2Vec2BertEncoder(nn.Module):
             if not drop:
                 arguments = (hidden_states, layout, positions, output_attentions)
                 if plan.takes_apart(index) and self._may_fuse(layer):
-                    following = self.layers[index] if index < stop else None
+                    returned = index in wanted and torch.is_grad_enabled()
+                    following = self.layers[index] if index < stop and not returned else None
                     if not (plan.takes_apart(index + 1) and self._may_fuse(following)):
                         following = None
                     hidden_states, normed, probabilities = layer.from_normed(
@@ -165,7 +202,7 @@ class Wav2Vec2BertEncoder(nn.Module):
                 if output_attentions and probabilities is not None:
                     attentions.append(probabilities)
             if index in wanted:
-                kept[index] = hidden_states
+                kept[index], hidden_states = _kept(hidden_states, layout)
         return hidden_states, kept, attentions
 
     def _may_fuse(self, layer: nn.Module | None) -> TypeGuard[Wav2Vec2BertEncoderLayer]:
@@ -201,16 +238,29 @@ class Wav2Vec2BertEncoder(nn.Module):
         return replace(layout, tile_map=tile_map), ops.tap_major(weights) if uniform else None
 
 
+def _kept(x: Tensor, layout: PackedBatch) -> tuple[Tensor, Tensor]:
+    """A hidden state `[N, C]` in the form that is kept, and in that of the next operation.
+
+    Where a gradient is recorded, the first is padded as a caller is given it, `[batch, T, C]`, and
+    the second is packed out of it: the output's gradient reaches only what lies on the way to the
+    output. Else both are `x`.
+    """
+    if not records_gradient(x):
+        return x, x
+    padded = layout.unpack(x)
+    return padded, layout.pack(padded)
+
+
 @dataclass
 class PackedEncoding:
-    """What the bare model hands to a head: everything packed.
+    """What the bare model hands to a head.
 
     Attributes:
         hidden_state: `[N', C']`, the model's output.
         layout: where `hidden_state`'s utterances lie (shorter than the input's behind an adapter).
         input_layout: the layout of the input and of `hidden_states`.
         extract_features: `[N, feature_dim]`.
-        hidden_states: `[N, C]` each, by index.
+        hidden_states: padded, `[batch, T, C]` each, by index.
         attentions: `[batch, heads, T, T]` each.
     """
 
@@ -274,8 +324,12 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             output_attentions,
             output_hidden_states,
         )
+        # Behind the last layer there may be nothing more.
+        last = encoding.hidden_states.get(self.encoder.num_layers)
+        if last is None or self.adapter is not None or self.intermediate_ffn is not None:
+            last = encoding.layout.unpack(encoding.hidden_state)
         output = Wav2Vec2BaseModelOutput(
-            last_hidden_state=encoding.layout.unpack(encoding.hidden_state),
+            last_hidden_state=last,
             extract_features=encoding.input_layout.unpack(encoding.extract_features),
             hidden_states=self.unpack_hidden_states(encoding, output_hidden_states),
             attentions=self.unpack_attentions(encoding, output_attentions),
@@ -297,7 +351,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         x = self._spec_augment(x, layout, mask_time_indices)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        wanted = requested_hidden_states(output_hidden_states, config.num_hidden_layers)
+        wanted = requested_hidden_states(output_hidden_states, self.encoder.num_layers)
         if output_attentions is None:
             output_attentions = config.output_attentions
         x, kept, attentions = self.encoder(x, layout, wanted, bool(output_attentions))
@@ -354,15 +408,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             TypeError: `stats` is neither a pair nor a mapping.
             RuntimeError: the model is in training mode, in which hidden states are random.
         """
-        count = self.config.num_hidden_layers
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, int)
-            or not -count - 1 <= layer <= count
-        ):
-            raise ValueError(
-                f"layer is {layer!r}; a model of {count} layers has hidden states 0 to {count}"
-            )
+        num_layers = hidden_state_index(layer, self.encoder.num_layers)
         if pool not in (None, "mean"):
             raise ValueError(f"pool is {pool!r}; it must be 'mean' or None")
         if stats is not None:
@@ -374,7 +420,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             )
         layout = self._layout(input_features, attention_mask)
         x, _ = self.feature_projection(layout.pack(input_features))
-        x, _, _ = self.encoder(x, layout, set(), False, layer % (count + 1))
+        x, _, _ = self.encoder(x, layout, set(), False, num_layers)
         if stats is not None:
             x = normalize_with_statistics(x, *stats)
         return mean_over_frames(x, layout) if pool == "mean" else layout.unpack(x)
@@ -387,9 +433,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_hidden_states is None or output_hidden_states is False:
             return None
-        layout, kept = encoding.input_layout, encoding.hidden_states
-        count = self.config.num_hidden_layers + 1
-        return tuple(layout.unpack(kept[i]) if i in kept else None for i in range(count))
+        return tuple(map(encoding.hidden_states.get, range(self.encoder.num_layers + 1)))
 
     def unpack_attentions(
         self, encoding: PackedEncoding, output_attentions: bool | None
@@ -465,7 +509,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
 def _place_maps(maps: Tensor, layout: PackedBatch) -> Tensor:
     """Attention maps over an utterance's own frames -> maps over the padded frames."""
     frames = layout.padded_length
-    if layout.token_positions is None:
+    if layout.is_right_padded and frames == layout.max_seqlen:
         return maps
     out = maps.new_zeros(layout.batch_size, maps.shape[1], frames, frames)
     first = [

@@ -107,8 +107,15 @@ class _Classifier(_WithEncoder):
             # hidden_states are the encoder's; the adapter's output has another length.
             encoding.layout = encoding.input_layout
         weights = torch.softmax(self.layer_weights, dim=-1)
-        states = torch.stack([encoding.hidden_states[i] for i in range(len(weights))])
-        return torch.einsum("l,lnc->nc", weights, states), encoding
+        states = [state for _, state in sorted(encoding.hidden_states.items())]
+        if len(states) != len(weights):
+            raise ValueError(
+                f"layer_weights has {len(weights)} weights; an encoder of {len(states) - 1} layers "
+                f"has {len(states)} hidden states. Whoever cuts encoder.layers cuts layer_weights "
+                "with them"
+            )
+        mixed = torch.einsum("l,lbtc->btc", weights, torch.stack(states))
+        return encoding.input_layout.pack(mixed), encoding
 
 
 class Wav2Vec2BertForCTC(_WithEncoder):
@@ -173,13 +180,17 @@ class Wav2Vec2BertForCTC(_WithEncoder):
         token_logits = self.lm_head(hidden_state)
         logits = layout.unpack(token_logits)
         blank = self.config.pad_token_id
+        if blank is not None and 0 <= blank < vocab_size and layout.token_positions is not None:
+            padding = layout.unpack(token_logits.new_ones(layout.num_tokens, 1)) == 0
+            column = torch.arange(vocab_size, device=logits.device) == blank
+            logits = logits.masked_fill(padding & column, BLANK_LOGIT)
         loss = None
         if labels is not None:
             # The loss reads every utterance from its row's first frame; padding may be in front.
             from_first = (
                 logits[:, : layout.max_seqlen]
                 if layout.is_right_padded
-                else layout.right_padded().unpack(token_logits)
+                else layout.right_padded().unpack(layout.pack(logits))
             )
             loss = ops.ctc_loss(
                 from_first,
@@ -189,10 +200,6 @@ class Wav2Vec2BertForCTC(_WithEncoder):
                 reduction=self.config.ctc_loss_reduction,
                 zero_infinity=self.config.ctc_zero_infinity,
             )
-        if blank is not None and 0 <= blank < vocab_size and layout.token_positions is not None:
-            padding = layout.unpack(token_logits.new_ones(layout.num_tokens, 1)) == 0
-            column = torch.arange(vocab_size, device=logits.device) == blank
-            logits = logits.masked_fill(padding & column, BLANK_LOGIT)
         output = CausalLMOutput(loss=loss, logits=logits)
         return self._finish(output, encoding, output_attentions, output_hidden_states, return_dict)
 
@@ -292,11 +299,13 @@ class Wav2Vec2BertForAudioFrameClassification(_Classifier):
         hidden_state, encoding = self._encode(
             input_features, attention_mask, output_attentions, output_hidden_states
         )
-        packed_logits = self.classifier(hidden_state)
+        layout = encoding.layout
+        logits = layout.unpack(self.classifier(hidden_state))
         loss = None
         if labels is not None:
-            loss = self._loss(packed_logits, labels.to(packed_logits.device), encoding.layout)
-        output = TokenClassifierOutput(loss=loss, logits=encoding.layout.unpack(packed_logits))
+            # Of the logits that are returned, which the loss's gradient has to reach.
+            loss = self._loss(layout.pack(logits), labels.to(logits.device), layout)
+        output = TokenClassifierOutput(loss=loss, logits=logits)
         return self._finish(output, encoding, output_attentions, output_hidden_states, return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:

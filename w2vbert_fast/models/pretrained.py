@@ -87,9 +87,13 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
     def post_init(self) -> None:
         """Draw the initial weights. Every model calls this at the end of its `__init__`.
 
-        Nothing happens on the meta device, where there is no memory to draw them into, and parts
-        that are models themselves keep the weights that they have drawn.
+        Nothing is drawn on the meta device, where there is no memory to draw into, and parts that
+        are models themselves keep the weights that they have drawn. An entry
+        `gradient_checkpointing` of older configurations is carried out and taken out.
         """
+        if getattr(self.config, "gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
+            vars(self.config).pop("gradient_checkpointing")
         parameters = dict(self.named_parameters())
         if any(parameter.is_meta for parameter in parameters.values()):
             return
@@ -233,6 +237,8 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         """
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
+        for encoder in self._parts_with("layer_graphs"):
+            config.num_hidden_layers = encoder.num_layers  # a caller may have cut them
         config.dtype = self.dtype
         config.to_json_string()  # raises before anything is written
         state_dict = self.state_dict() if state_dict is None else state_dict

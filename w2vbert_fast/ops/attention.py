@@ -59,10 +59,18 @@ class _PaddedHeads:
 
 
 def _attend(
-    scores: Tensor, value: Tensor, heads: _PaddedHeads, dropout_p: float
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor,
+    value: Tensor,
+    heads: _PaddedHeads,
+    dropout_p: float,
+    return_probabilities: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     probabilities = F.dropout(torch.softmax(heads.masked(scores), dim=-1), dropout_p)
-    return heads.unpad(probabilities @ value), probabilities
+    if return_probabilities:
+        # In front of the product, so that the output's gradient reaches the maps.
+        probabilities = heads.without_padding(probabilities)
+    output = heads.unpad(probabilities @ value)
+    return output, probabilities if return_probabilities else None
 
 
 def shaw_attention(
@@ -129,8 +137,7 @@ def shaw_attention(
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
     q, k, v = heads.pad(query), heads.pad(key), heads.pad(value)
     scores = _shaw_scores(q, k, distance_embedding, left_max_position, right_max_position)
-    output, probabilities = _attend(scores, v, heads, dropout_p)
-    return output, heads.without_padding(probabilities) if return_probabilities else None
+    return _attend(scores, v, heads, dropout_p, return_probabilities)
 
 
 def _has_gradient_and_dropout(query: Tensor) -> bool:
@@ -201,8 +208,7 @@ def relative_attention(
     frames = torch.arange(max_seqlen, device=query.device)
     columns = (frames[None, :] - frames[:, None] + max_seqlen - 1).expand(scores.shape)
     scores = scores + by_distance.gather(-1, columns)
-    output, probabilities = _attend(scores * q.shape[-1] ** -0.5, v, heads, dropout_p)
-    return output, heads.without_padding(probabilities) if return_probabilities else None
+    return _attend(scores * q.shape[-1] ** -0.5, v, heads, dropout_p, return_probabilities)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
