@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AutoConfig": ("configuration", "Wav2Vec2BertConfig"),
     "AutoFeatureExtractor": ("features", "SeamlessM4TFeatureExtractor"),
+    "AutoModel": ("models", "Wav2Vec2BertModel"),
+    "AutoModelForAudioClassification": ("models", "Wav2Vec2BertForSequenceClassification"),
+    "AutoModelForAudioFrameClassification": (
+        "models",
+        "Wav2Vec2BertForAudioFrameClassification",
+    ),
+    "AutoModelForAudioXVector": ("models", "Wav2Vec2BertForXVector"),
+    "AutoModelForCTC": ("models", "Wav2Vec2BertForCTC"),
     "AutoProcessor": ("processing", "Wav2Vec2BertProcessor"),
     "SeamlessM4TFeatureExtractor": ("features", "SeamlessM4TFeatureExtractor"),
     "Wav2Vec2BertConfig": ("configuration", "Wav2Vec2BertConfig"),
@@ -23,6 +32,7 @@ _EXPORTS = {
     "Wav2Vec2BertForSequenceClassification": ("models", "Wav2Vec2BertForSequenceClassification"),
     "Wav2Vec2BertForXVector": ("models", "Wav2Vec2BertForXVector"),
     "Wav2Vec2BertModel": ("models", "Wav2Vec2BertModel"),
+    "Wav2Vec2BertPreTrainedModel": ("models", "Wav2Vec2BertPreTrainedModel"),
     "Wav2Vec2BertProcessor": ("processing", "Wav2Vec2BertProcessor"),
     "Wav2Vec2CTCTokenizer": ("tokenization", "Wav2Vec2CTCTokenizer"),
 }
@@ -41,10 +51,17 @@ if TYPE_CHECKING:
     )
     from .models import Wav2Vec2BertForXVector as Wav2Vec2BertForXVector
     from .models import Wav2Vec2BertModel as Wav2Vec2BertModel
+    from .models import Wav2Vec2BertPreTrainedModel as Wav2Vec2BertPreTrainedModel
     from .processing import Wav2Vec2BertProcessor as Wav2Vec2BertProcessor
     from .tokenization import Wav2Vec2CTCTokenizer as Wav2Vec2CTCTokenizer
 
+    AutoConfig = Wav2Vec2BertConfig
     AutoFeatureExtractor = SeamlessM4TFeatureExtractor
+    AutoModel = Wav2Vec2BertModel
+    AutoModelForAudioClassification = Wav2Vec2BertForSequenceClassification
+    AutoModelForAudioFrameClassification = Wav2Vec2BertForAudioFrameClassification
+    AutoModelForAudioXVector = Wav2Vec2BertForXVector
+    AutoModelForCTC = Wav2Vec2BertForCTC
     AutoProcessor = Wav2Vec2BertProcessor
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from w2vbert_fast._json import read_json
+from w2vbert_fast._keywords import READING, take
 from w2vbert_fast.hub import pinned_revision, resolve_file
 
 
@@ -23,6 +25,7 @@ class Repository:
         local_files_only: Whether to look in the cache only.
         token: Hub access token.
         subfolder: Folder inside the repository.
+        force_download: Whether to download files that are in the cache.
     """
 
     path_or_id: str | os.PathLike[str]
@@ -31,6 +34,30 @@ class Repository:
     local_files_only: bool = False
     token: str | bool | None = None
     subfolder: str = ""
+    force_download: bool = False
+
+    @property
+    def name(self) -> str:
+        """The path or id as a string."""
+        return os.fspath(self.path_or_id)
+
+    def take(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Follow the keywords of transformers that say how files are had; return the others.
+
+        These are `force_download`, `use_auth_token`, which is the older name of `token`, and those
+        of `_keywords.READING`, which have no effect.
+
+        Raises:
+            ValueError: `use_auth_token` and another `token` are given.
+        """
+        rest = take(keywords, READING)
+        self.force_download = bool(rest.pop("force_download", self.force_download))
+        older = rest.pop("use_auth_token", None)
+        if older is not None:
+            if self.token not in (None, older):
+                raise ValueError("use_auth_token is the older name of token; pass one of them")
+            self.token = older
+        return rest
 
     def find(self, filename: str) -> Path | None:
         """The path of a file, or None if the repository has no such file.
@@ -46,6 +73,7 @@ class Repository:
             local_files_only=self.local_files_only,
             token=self.token,
             subfolder=self.subfolder,
+            force_download=self.force_download,
         )
         if path is not None:
             self.revision = pinned_revision(path) or self.revision

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ._files import make_folder, staged_file
-from .hub import resolve_file
+from ._repository import Repository
 
 SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
@@ -191,51 +191,39 @@ def listed(items: Iterable[str], limit: int = 20) -> str:
 
 
 def find_checkpoint(
-    path_or_hub_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    subfolder: str = "",
+    repository: Repository, *, variant: str | None = None, use_safetensors: bool | None = None
 ) -> Checkpoint:
     """Open the weights of a folder or hub repository.
 
     Of several files the first counts of: `model.safetensors`, its shards, `pytorch_model.bin`,
-    its shards. The arguments are those of `resolve_file`.
+    its shards.
+
+    Args:
+        repository: where the files are.
+        variant: the weights of that variant, such as "fp16": `model.fp16.safetensors`.
+        use_safetensors: True: safetensors or nothing. False: the `.bin` files or nothing.
 
     Raises:
         OSError: no such folder or repository.
-        CheckpointError: it holds no weights, or damaged ones, or an index that names files
+        CheckpointError: it holds no such weights, or damaged ones, or an index that names files
             outside of the folder.
     """
-    name = os.fspath(path_or_hub_id)
-
-    def resolve(filename: str) -> Path | None:
-        return resolve_file(
-            path_or_hub_id,
-            filename,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
-
-    for whole, index_name in (
-        (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME),
-        (TORCH_NAME, TORCH_INDEX_NAME),
-    ):
-        file = resolve(whole)
+    name = os.fspath(repository.path_or_id)
+    kinds = [(SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME), (TORCH_NAME, TORCH_INDEX_NAME)]
+    if use_safetensors is not None:
+        kinds = kinds[:1] if use_safetensors else kinds[1:]
+    kinds = [(_of_variant(whole, variant), _of_variant(index, variant)) for whole, index in kinds]
+    for whole, index_name in kinds:
+        file = repository.find(whole)
         if file is not None:
             return Checkpoint(name, [file])
-        index = resolve(index_name)
+        index = repository.find(index_name)
         if index is None:
             continue
         files: dict[str, Path] = {}
         weight_map = _read_index(index)
         for shard in dict.fromkeys(weight_map.values()):
-            found = resolve(shard)
+            found = repository.find(shard)
             if found is None:
                 raise CheckpointError(f"{name}: {index_name} names {shard}, which is not there")
             if Path(name).is_dir():
@@ -243,9 +231,15 @@ def find_checkpoint(
             files[shard] = found
         shards = {key: files[shard] for key, shard in weight_map.items()}
         return Checkpoint(name, files.values(), shards)
-    looked_for = ", ".join((SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME, TORCH_NAME, TORCH_INDEX_NAME))
+    looked_for = ", ".join(filename for kind in kinds for filename in kind)
     where = "" if Path(name).is_dir() else " on the hub, or in its cache where it is out of reach"
     raise CheckpointError(f"{name} holds no weights: none of {looked_for}{where}")
+
+
+def _of_variant(filename: str, variant: str | None) -> str:
+    """The name of a file's variant: `model.safetensors.index.json` has its before `.json`."""
+    stem, ending = filename.rsplit(".", 1)
+    return filename if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -19,13 +19,29 @@ import torch
 
 from . import _config_checks as checks
 from ._files import make_folder, write_text
-from .hub import resolve_file
+from ._keywords import LOADING, take
+from ._repository import Repository
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 
 _Config = TypeVar("_Config", bound="Wav2Vec2BertConfig")
+
+# Besides the fields with a check of their own: other names, and fields of all models of the
+# reference, which are kept.
+_FURTHER_FIELDS = (
+    "torch_dtype",
+    "num_labels",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "task_specific_params",
+    "tokenizer_class",
+    "use_cache",
+)
 
 
 class Wav2Vec2BertConfig:
@@ -264,7 +280,11 @@ class Wav2Vec2BertConfig:
     def _set_unknown(self, entries: Mapping[str, Any]) -> None:
         model_type = entries.get("model_type", self.model_type)
         if model_type != self.model_type:
-            raise checks.fail("model_type", model_type, repr(self.model_type))
+            models = ", ".join(self.architectures or ())
+            of_models = f", the model of another architecture ({models})" if models else ""
+            raise ValueError(
+                f"model_type is {model_type!r}{of_models}; it must be {self.model_type!r}"
+            )
         # A key that would hide a method or a private attribute is carried along, not set.
         self._hidden_entries: dict[str, Any] = {}
         for name, value in entries.items():
@@ -339,66 +359,133 @@ class Wav2Vec2BertConfig:
     @classmethod
     def from_pretrained(
         cls: type[_Config],
-        path_or_hub_id: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
         subfolder: str = "",
+        return_unused_kwargs: bool = False,
         **overrides: Any,
     ) -> _Config:
         """Read `config.json` of a checkpoint.
 
         Args:
-            path_or_hub_id: a folder, a hub id such as `facebook/w2v-bert-2.0`, or the path of a
-                JSON file.
+            pretrained_model_name_or_path: a folder, a hub id such as `facebook/w2v-bert-2.0`, or
+                the path of a JSON file.
             revision: branch, tag or commit on the hub.
             cache_dir: the hub's cache folder, where it is not the usual one.
+            force_download: download the file though it is in the cache.
             local_files_only: never ask the hub, use its cache alone.
             token: the hub's access token.
             subfolder: folder within the checkpoint that holds the file.
-            **overrides: values that replace those of the file.
+            return_unused_kwargs: return the configuration and a dictionary of the overrides that
+                are neither a field nor a key of the file, instead of raising for them.
+            **overrides: values that replace those of the file. Arguments of transformers that say
+                how a model is loaded (`trust_remote_code`, `attn_implementation`, ...) have no
+                effect.
 
         Raises:
             OSError: no such folder, repository or file.
-            ValueError: the file is no JSON object, or holds an impossible value.
+            ValueError: the file is no JSON object, or holds an impossible value, `model_type` is
+                another one, or a loading argument cannot be followed.
             TypeError: an override is neither a field nor a key of the file.
         """
-        file: Path | None = Path(path_or_hub_id)
-        if file is None or not file.is_file():
-            file = resolve_file(
-                path_or_hub_id,
-                CONFIG_NAME,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-                subfolder=subfolder,
-            )
+        source = os.fspath(pretrained_model_name_or_path)
+        repository = Repository(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            subfolder=subfolder,
+            force_download=force_download,
+        )
+        overrides = take(repository.take(overrides), LOADING)
+        file = Path(source) if Path(source).is_file() else repository.find(CONFIG_NAME)
         if file is None:
-            raise FileNotFoundError(f"{os.fspath(path_or_hub_id)!r} holds no {CONFIG_NAME}")
-        config = cls._from_file(file, overrides)
-        config.name_or_path = os.fspath(path_or_hub_id)
-        return config
+            raise FileNotFoundError(f"{source!r} holds no {CONFIG_NAME}")
+        entries = cls._read(file)
+        unused: dict[str, Any] = {}
+        if return_unused_kwargs:
+            unused = {k: v for k, v in overrides.items() if not cls._can_override(k, entries)}
+        chosen = {name: value for name, value in overrides.items() if name not in unused}
+        config = cls._from_entries(file, entries, chosen)
+        config.name_or_path = source
+        return (config, unused) if return_unused_kwargs else config  # type: ignore[return-value]
+
+    @classmethod
+    def for_model(cls: type[_Config], model_type: str, **fields: Any) -> _Config:
+        """A configuration with these fields, as transformers' `AutoConfig.for_model`.
+
+        Raises:
+            ValueError: `model_type` is not `"wav2vec2-bert"`, or an impossible value.
+        """
+        return cls(model_type=model_type, **fields)
+
+    @classmethod
+    def from_any(cls: type[_Config], config: object) -> _Config:
+        """The configuration that an object stands for.
+
+        Args:
+            config: one of this class, which is returned as it is; one of transformers, whose
+                values are taken over; or what `from_pretrained` reads.
+
+        Raises:
+            TypeError: it is something else.
+            ValueError: it belongs to another kind of model, or holds an impossible value.
+            OSError: it names no folder, repository or file that can be read.
+        """
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, str | os.PathLike):
+            return cls.from_pretrained(config)
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        to_dict = getattr(config, "to_dict", None)
+        if not callable(to_dict) or isinstance(config, type):
+            raise TypeError(
+                f"config is {kind}; it must be a {cls.__name__}, here or of transformers"
+            )
+        entries = to_dict()
+        if not isinstance(entries, Mapping) or entries.get("model_type") != cls.model_type:
+            found = entries.get("model_type") if isinstance(entries, Mapping) else entries
+            raise ValueError(
+                f"config is {kind} with model_type {found!r}; it must be {cls.model_type!r}"
+            )
+        made = cls.from_dict(entries)
+        made.name_or_path = str(getattr(config, "name_or_path", ""))
+        return made
 
     @classmethod
     def from_json_file(cls: type[_Config], json_file: str | os.PathLike[str]) -> _Config:
         """Read a configuration from a JSON file, with the errors of `from_pretrained`."""
-        return cls._from_file(Path(json_file), {})
+        file = Path(json_file)
+        return cls._from_entries(file, cls._read(file), {})
 
     @classmethod
-    def _from_file(cls: type[_Config], file: Path, overrides: Mapping[str, Any]) -> _Config:
+    def _read(cls, file: Path) -> dict[str, Any]:
         try:
             entries = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is not a JSON file in UTF-8: {error}") from error
         if not isinstance(entries, dict):
             raise ValueError(f"{file} holds a JSON {type(entries).__name__}; an object is needed")
+        return entries
+
+    @classmethod
+    def _from_entries(
+        cls: type[_Config], file: Path, entries: Mapping[str, Any], overrides: Mapping[str, Any]
+    ) -> _Config:
         try:
             return cls.from_dict(entries, **overrides)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+
+    @staticmethod
+    def _can_override(name: str, entries: Mapping[str, Any]) -> bool:
+        return name in checks.FIELD_CHECKS or name in _FURTHER_FIELDS or name in entries
 
     @classmethod
     def from_dict(cls: type[_Config], config_dict: Mapping[str, Any], **overrides: Any) -> _Config:
@@ -414,10 +501,9 @@ class Wav2Vec2BertConfig:
             TypeError: an override is neither a field nor a key of the dictionary.
         """
         entries = copy.deepcopy(dict(config_dict))
-        aliases = ("torch_dtype", "num_labels", "id2label", "label2id", "name_or_path")
-        known = {*checks.FIELD_CHECKS, *aliases}
         for name in overrides:
-            if name not in known and name not in entries:
+            if not cls._can_override(name, entries):
+                known = {*checks.FIELD_CHECKS, *_FURTHER_FIELDS}
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"{name!r} is no field of {cls.__name__}{hint}")

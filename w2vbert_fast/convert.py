@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ._files import make_folder, staged_file
+from ._repository import Repository
 from .checkpoint import CheckpointError, find_checkpoint, listed, write_checkpoint
 from .configuration import Wav2Vec2BertConfig
 from .features import SeamlessM4TFeatureExtractor
@@ -186,7 +187,7 @@ def convert_to_original(
             "the original layout has 'relative_key' only"
         )
     extra = {} if pretraining is None else _pretraining_tensors(Path(pretraining))
-    checkpoint = find_checkpoint(path_or_hub_id)
+    checkpoint = find_checkpoint(Repository(path_or_hub_id))
     prefix = f"{Wav2Vec2BertModel.base_model_prefix}."
     has_head = any(name.startswith(prefix) for name in checkpoint.tensors)
     wanted = {

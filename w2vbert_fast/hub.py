@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
@@ -18,6 +22,7 @@ def resolve_file(
     local_files_only: bool = False,
     token: str | bool | None = None,
     subfolder: str = "",
+    force_download: bool = False,
 ) -> Path | None:
     """Find one file of a checkpoint.
 
@@ -32,6 +37,7 @@ def resolve_file(
         local_files_only: never ask the hub, use the cache alone.
         token: the hub's access token, as `huggingface_hub` takes it.
         subfolder: folder within the folder or repository that holds the file.
+        force_download: download the file though it is in the cache.
 
     Returns:
         The file's path, or None when the folder or repository has no such file. With the hub out
@@ -62,6 +68,7 @@ def resolve_file(
         local_files_only=local_files_only,
         token=token,
         subfolder=subfolder,
+        force_download=force_download,
     )
 
 
@@ -87,6 +94,7 @@ def _resolve_on_hub(
     local_files_only: bool,
     token: str | bool | None,
     subfolder: str,
+    force_download: bool,
 ) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -108,6 +116,7 @@ def _resolve_on_hub(
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             token=token,
+            force_download=force_download,
         )
     except LocalEntryNotFoundError as error:
         # A subclass of EntryNotFoundError that says less: the hub was not asked, or did not answer.
@@ -148,3 +157,95 @@ def _has_cached_snapshot(
         commit = reference.read_text(encoding="utf-8").strip()
     snapshot = folder / "snapshots" / commit
     return snapshot.is_dir() and any(snapshot.iterdir())
+
+
+class HubMixin:
+    """`push_to_hub` for what has `save_pretrained`."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **save_arguments: Any,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub.
+
+        Args:
+            repo_id: the repository, which is made where there is none.
+            commit_message: of the commit; by default it names what is uploaded.
+            commit_description: of the commit.
+            private: whether a new repository is private.
+            token: the hub's access token.
+            revision: the branch.
+            create_pr: open a pull request instead of changing the branch.
+            **save_arguments: for `save_pretrained`.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_arguments)  # type: ignore[attr-defined]
+            return upload_folder(
+                folder,
+                sorted(os.listdir(folder)),
+                repo_id=repo_id,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def upload_folder(
+    folder: str | os.PathLike[str],
+    filenames: Sequence[str],
+    *,
+    repo_id: str,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload some files of a folder; see `HubMixin.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi(token=token)
+    repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = hub.upload_folder(
+        repo_id=repository,
+        folder_path=Path(folder),
+        allow_patterns=list(filenames),
+        commit_message=commit_message or "Upload a model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return str(commit.pr_url if create_pr else commit.commit_url)
+
+
+def upload_arguments(
+    folder: str | os.PathLike[str], push_to_hub: bool, given: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The arguments of `upload_folder` among those of a `save_pretrained`, None without an upload.
+
+    Raises:
+        TypeError: one is unknown.
+    """
+    known = list(inspect.signature(upload_folder).parameters)[2:]
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise TypeError(f"{', '.join(unknown)}: no argument of save_pretrained or push_to_hub")
+    return {"repo_id": Path(folder).resolve().name, **given} if push_to_hub else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,22 @@ _RENAMED_SUFFIXES = ((".gamma", ".weight"), (".beta", ".bias"))
 
 _MASK_EMBEDDING = "masked_spec_embed"
 
+# What the heads of this model family keep their weights in.
+_HEAD_MODULES = frozenset(
+    (
+        "classifier",
+        "feature_extractor",
+        "layer_weights",
+        "lm_head",
+        "objective",
+        "projector",
+        "tdnn",
+    )
+)
+
+NamesAsStored = Callable[[], set[str] | None]
+"""Names of the tensors that the model would have by the checkpoint's own configuration, if any."""
+
 _Source = tuple[str, ...]
 """One stored tensor, or magnitude and direction of a weight-normalised weight."""
 
@@ -37,13 +53,35 @@ class _Plan:
     """Which stored tensors make which tensor of the model, and what does not fit."""
 
     sources: dict[str, _Source] = field(default_factory=dict)
-    headless: list[str] = field(default_factory=list)  # the head, where only an encoder is stored
+    headless: list[str] = field(default_factory=list)  # the head, where none of its kind is stored
+    added: list[str] = field(default_factory=list)  # missing, as the caller's configuration adds it
+    removed: list[str] = field(default_factory=list)  # stored, but of what the caller took away
     optional: list[str] = field(default_factory=list)  # may be missing without a word
     missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    unexpected: dict[str, str] = field(default_factory=dict)  # stored name by the model's for it
     ignored: list[str] = field(default_factory=list)  # stored, known, and of no use to the model
     mismatched: dict[str, str] = field(default_factory=dict)  # name: both shapes
     unusable: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoadingInfo:
+    """What a checkpoint and a model did not have in common.
+
+    Attributes:
+        missing: parameters of the model that the checkpoint does not give.
+        unexpected: stored tensors that the model has no use for.
+        mismatched: parameters whose stored shape differs: name, stored shape, shape in the model.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def empty(self) -> list[str]:
+        """Names of the parameters that are allocated, and hold no values yet."""
+        return [*self.missing, *(name for name, _, _ in self.mismatched)]
 
 
 def load_weights(
@@ -55,12 +93,14 @@ def load_weights(
     device: torch.device,
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
-) -> list[str]:
+    names_as_stored: NamesAsStored = lambda: None,
+) -> LoadingInfo:
     """Give every parameter and buffer of a model on the meta device its values.
 
     Names, shapes and dtypes are all checked before the first tensor is read. A checkpoint of the
-    encoder alone fits a model with a head and the other way round: `base_model_prefix` is added or
-    taken away, the head is initialised or left out.
+    encoder alone, or with another head, fits a model with a head and the other way round:
+    `base_model_prefix` is added or taken away, the head is initialised or left out. Nor does it
+    matter what a changed configuration adds to the model or takes away from it.
 
     Args:
         model: a model on the meta device.
@@ -72,41 +112,82 @@ def load_weights(
             missing ones are initialised.
         ignore_mismatched_sizes: initialise tensors whose stored shape differs, with a warning,
             instead of raising.
-
-    Returns:
-        The names of the parameters that the checkpoint does not give. They are allocated, and
-        hold no values yet.
+        names_as_stored: asked where something is missing or unexpected. What the model has beyond
+            these names, or lacks of them, is due to the configuration that the caller changed: it
+            is warned of, and no error.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model or cannot be read.
     """
     plan = _match(model, checkpoint, base_model_prefix)
     name = type(model).__name__
+    wanted = model.state_dict(keep_vars=True)
+    if plan.missing or plan.unexpected:
+        _set_apart(plan, wanted, names_as_stored())
     _raise_problems(plan, checkpoint.name, name, strict, ignore_mismatched_sizes)
-    empty = [*plan.headless, *plan.missing, *plan.mismatched]
-    if empty:
+    empty = [*plan.headless, *plan.added, *plan.missing]
+    unexpected = [*plan.removed, *plan.unexpected.values()]
+    if empty or plan.mismatched:
         logger.warning(
             "%s does not give these parameters of %s, which are newly initialised: %s",
             checkpoint.name,
             name,
-            listed([plan.mismatched.get(entry, entry) for entry in empty]),
+            listed([*_outermost(empty, wanted.keys() - empty), *plan.mismatched.values()]),
         )
-    if plan.unexpected:
-        logger.warning("%s: %s has no use for %s", checkpoint.name, name, listed(plan.unexpected))
+    if unexpected:
+        kept = checkpoint.tensors.keys() - unexpected
+        logger.warning(
+            "%s: %s has no use for %s", checkpoint.name, name, listed(_outermost(unexpected, kept))
+        )
     if plan.ignored:
         logger.info("%s: %s has no use for %s", checkpoint.name, name, listed(plan.ignored))
     if plan.optional:
         logger.info("%s is newly initialised", listed(plan.optional))
-    for entry in plan.mismatched:
-        del plan.sources[entry]
+    mismatched = [
+        (entry, checkpoint.tensors[plan.sources.pop(entry)[-1]].shape, tuple(wanted[entry].shape))
+        for entry in plan.mismatched
+    ]
     _fill(model, plan.sources, checkpoint, dtype, device)
-    empty += plan.optional
-    wanted = model.state_dict(keep_vars=True)
-    for entry in empty:
+    info = LoadingInfo([*empty, *plan.optional], [*unexpected, *plan.ignored], mismatched)
+    for entry in info.empty:
         meta = wanted[entry]
-        kept = dtype if meta.is_floating_point() else meta.dtype
-        _place(model, entry, torch.empty(meta.shape, dtype=kept, device=device))
-    return empty
+        kept_dtype = dtype if meta.is_floating_point() else meta.dtype
+        _place(model, entry, torch.empty(meta.shape, dtype=kept_dtype, device=device))
+    return info
+
+
+def _set_apart(plan: _Plan, wanted: Mapping[str, Tensor], as_stored: set[str] | None) -> None:
+    """Move what is due to the caller's configuration from what is missing or unexpected."""
+    if as_stored is None:
+        return
+    plan.added = [name for name in plan.missing if name not in as_stored]
+    plan.missing = [name for name in plan.missing if name in as_stored]
+    taken_away = as_stored - wanted.keys()
+    for name in [name for name in plan.unexpected if _is_among(name, taken_away)]:
+        plan.removed.append(plan.unexpected.pop(name))
+
+
+def _is_among(name: str, names: Collection[str]) -> bool:
+    """Whether a stored tensor is one of a model's, or makes one of them."""
+    halves = [suffix for pair in _WEIGHT_NORM_SUFFIXES for suffix in pair if name.endswith(suffix)]
+    whole = name.removesuffix(halves[0]) + ".weight" if halves else name
+    return _current_name(whole, names) in names
+
+
+def _outermost(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Modules that hold nothing but the named tensors, in place of these; sorted as the names."""
+    shared = {""}
+    for other in others:
+        while (other := other.rpartition(".")[0]) not in shared:
+            shared.add(other)
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        depth = 1
+        while ".".join(parts[:depth]) in shared:
+            depth += 1
+        found[".".join(parts[:depth])] = None
+    return list(found)
 
 
 def _raise_problems(
@@ -122,7 +203,8 @@ def _raise_problems(
     if strict and plan.missing:
         problems.append(f"missing ({len(plan.missing)}): {listed(plan.missing)}")
     if strict and plan.unexpected:
-        problems.append(f"unexpected ({len(plan.unexpected)}): {listed(plan.unexpected)}")
+        stored = plan.unexpected.values()
+        problems.append(f"unexpected ({len(stored)}): {listed(stored)}")
     if not problems:
         return
     if loose:
@@ -144,6 +226,9 @@ def _match(model: nn.Module, checkpoint: Checkpoint, base_model_prefix: str) -> 
     }
     plan = _Plan()
 
+    stored_heads = {name.partition(".")[0] for name in stored} & _HEAD_MODULES
+    other_head = model_has_head and not stored_heads & head_modules
+
     # Names of the stored tensors as the model would have them.
     placed: dict[str, str] = {}
     stored_has_head = False
@@ -151,6 +236,8 @@ def _match(model: nn.Module, checkpoint: Checkpoint, base_model_prefix: str) -> 
         in_head = name.partition(".")[0] in head_modules
         if name.removeprefix(base).startswith(_PRETRAINING_PREFIXES):
             plan.ignored.append(name)
+        elif other_head and name.partition(".")[0] in stored_heads:
+            plan.removed.append(name)
         elif stored_has_base and not name.startswith(base):
             stored_has_head = True
             if model_has_head:
@@ -175,7 +262,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint, base_model_prefix: str) -> 
         elif target.rpartition(".")[2] == _MASK_EMBEDDING or target in transient:
             plan.ignored.append(stored_name)
         else:
-            plan.unexpected.append(stored_name)
+            plan.unexpected[name] = stored_name
 
     for name, tensor in wanted.items():
         if name in plan.sources:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from .._config_checks import floating_dtype
+from .._keywords import LOADING, SAVING, take
+from .._repository import Repository
 from ..checkpoint import find_checkpoint, write_checkpoint
 from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
-from ..hub import pinned_revision, resolve_file
+from ..hub import HubMixin, upload_arguments, upload_folder
 from ..ops.dispatch import packed_kernels
 from .checkpointing import Checkpointing, Policy
 from .graphs import LayerGraphs
 from .initialization import initialize_weights
+from .layers import Wav2Vec2BertFeatureProjection
 from .loading import load_weights
 from .packed_weights import pack_encoder
 from .quantization import check_int8, dtype_beside_int8, keep_ctc_head, quantize_encoder
@@ -55,15 +60,16 @@ class _WithoutDrawing(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Wav2Vec2BertPreTrainedModel(nn.Module):
+class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     """Base of all models: configuration, checkpoints in and out, model-wide switches.
 
     Args:
-        config: the model's configuration, kept as it is.
+        config: the model's configuration, kept as it is; or one of transformers, whose values are
+            taken over.
 
     Raises:
-        TypeError: `config` is no `Wav2Vec2BertConfig`.
-        ValueError: the configuration's values exclude each other.
+        TypeError: `config` is neither.
+        ValueError: the configuration's values exclude each other, or it is of another model.
     """
 
     config_class: ClassVar[type[Wav2Vec2BertConfig]] = Wav2Vec2BertConfig
@@ -75,14 +81,11 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
-        if not isinstance(config, Wav2Vec2BertConfig):
-            raise TypeError(
-                f"config is {type(config).__module__}.{type(config).__qualname__}; it must be "
-                "w2vbert_fast.Wav2Vec2BertConfig (another library's: from_dict(config.to_dict()))"
-            )
+        config = self.config_class.from_any(config)
         config.validate()
         self.config = config
         self._use_fast_kernels = False
+        self._require_grads_hooks: list[RemovableHandle] = []
 
     def post_init(self) -> None:
         """Draw the initial weights. Every model calls this at the end of its `__init__`.
@@ -107,32 +110,40 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[_Model],
-        path_or_hub_id: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: Wav2Vec2BertConfig | None = None,
+        config: Wav2Vec2BertConfig | str | os.PathLike[str] | None = None,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,
+        device_map: torch.device | str | int | Mapping[str, Any] | None = None,
         use_fast_kernels: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
         subfolder: str = "",
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
         torch_dtype: torch.dtype | str | None = None,
         **config_overrides: Any,
     ) -> _Model:
         """Load a model from a folder or the hub.
 
         Reads `config.json` and the weights (see `w2vbert_fast.checkpoint`). A checkpoint of the
-        encoder alone can be loaded into a model with a head, which is newly initialised with a
-        warning, and a checkpoint with a head into the encoder alone. Nothing is loaded unless
-        everything fits; memory stays near the size of the weights.
+        encoder alone, or with another kind of head, can be loaded into a model with a head, which
+        is newly initialised with a warning, and a checkpoint with a head into the encoder alone.
+        The same goes for what the caller's `config` or overrides add or take away, such as
+        `add_adapter=True` or `num_hidden_layers=12`. Nothing is loaded unless everything else fits;
+        memory stays near the size of the weights.
 
         Args:
-            path_or_hub_id: a folder, or a hub id such as `facebook/w2v-bert-2.0`.
-            config: the configuration to use instead of the checkpoint's; it is copied.
+            pretrained_model_name_or_path: a folder, or a hub id such as `facebook/w2v-bert-2.0`.
+            config: the configuration to use instead of the checkpoint's; it is copied. One of
+                transformers, or what `Wav2Vec2BertConfig.from_pretrained` reads, will do.
             revision: branch, tag or commit on the hub.
             dtype: floating point dtype of the weights, or its name. None and `"auto"`: what the
                 configuration says, else what the weights have. `"int8"`, on the CPU: the linear
@@ -140,17 +151,28 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
                 token, and the rest becomes bfloat16 where the CPU multiplies it (AVX512-BF16, AMX).
                 An int8 model is for inference and cannot be saved.
             device: where the weights go; by default the CPU.
+            device_map: the same, as transformers has it: a device, a map of all modules to one, or
+                `"auto"`, which is the accelerator where there is one.
             use_fast_kernels: see the property of that name.
             cache_dir: the hub's cache folder, where it is not the usual one.
+            force_download: download files though they are in the cache.
             local_files_only: never ask the hub, use its cache alone.
             token: the hub's access token.
             subfolder: folder within the checkpoint that holds the files.
+            variant: the weights of that variant, such as `"fp16"` for `model.fp16.safetensors`.
+            use_safetensors: True: safetensors or nothing. False: `.bin` files or nothing.
             strict: whether missing or unexpected tensors are an error; else there is a warning,
                 and what is missing is newly initialised.
             ignore_mismatched_sizes: newly initialise parameters whose stored shape differs, with
                 a warning, instead of raising.
+            output_loading_info: return the model and a dictionary of `missing_keys`,
+                `unexpected_keys`, `mismatched_keys` (name, stored shape, shape here) and
+                `error_msgs` (none), as transformers does.
             torch_dtype: the older name of `dtype`.
-            **config_overrides: values that replace those of the configuration.
+            **config_overrides: values that replace those of the configuration. Further arguments
+                of transformers have no effect here (`attn_implementation`, `low_cpu_mem_usage`,
+                `trust_remote_code`, `weights_only`, ...), or are refused where they would change
+                an answer (`quantization_config`, `from_tf`, ...).
 
         Returns:
             The model, in evaluation mode.
@@ -158,52 +180,54 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         Raises:
             OSError: no such folder or repository, or it has no `config.json`.
             CheckpointError: the weights are missing, damaged or do not fit. A `ValueError`.
-            ValueError: the configuration or an argument has an impossible value, or int8 cannot
-                run here.
+            ValueError: the configuration or an argument has an impossible value, int8 cannot
+                run here, or an argument of transformers cannot be followed.
             TypeError: a keyword argument is neither listed here nor a field of the configuration.
         """
         dtype = torch_dtype if dtype is None else dtype
         int8 = dtype == "int8"
         chosen = None if dtype == "auto" or int8 else floating_dtype("dtype", dtype)
-        target = _as_device(device)
+        target = _one_device(device, device_map)
         if int8:
             check_int8(target)
-        hub_arguments: dict[str, Any] = {
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "token": token,
-            "subfolder": subfolder,
-        }
-        if not os.path.isdir(path_or_hub_id):
-            # The commit of the first file counts for all: a branch may move in the meantime.
-            first = resolve_file(path_or_hub_id, CONFIG_NAME, revision=revision, **hub_arguments)
-            revision = (None if first is None else pinned_revision(first)) or revision
-        if config is None:
-            config = cls.config_class.from_pretrained(
-                path_or_hub_id, revision=revision, **hub_arguments, **config_overrides
-            )
-        elif config_overrides:
-            config = type(config).from_dict(config.to_dict(), **config_overrides)
-        else:
+        repository = Repository(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            subfolder=subfolder,
+            force_download=force_download,
+        )
+        overrides = take(repository.take(config_overrides), LOADING)
+        # Also for the commit of the first file, which counts for all: a branch may move meanwhile.
+        config_file = repository.find(CONFIG_NAME)
+        if config is not None:
+            config = cls.config_class.from_any(config)
             config = copy.deepcopy(config)
-        checkpoint = find_checkpoint(path_or_hub_id, revision=revision, **hub_arguments)
+            if overrides:
+                config = type(config).from_dict(config.to_dict(), **overrides)
+        elif config_file is not None:
+            config = cls.config_class.from_pretrained(config_file, **overrides)
+        else:
+            raise FileNotFoundError(f"{repository.name!r} holds no {CONFIG_NAME}")
+        checkpoint = find_checkpoint(repository, variant=variant, use_safetensors=use_safetensors)
         config.dtype = chosen or config.dtype or checkpoint.dtype
-        config.name_or_path = os.fspath(path_or_hub_id)
+        config.name_or_path = repository.name
 
-        with torch.device("meta"), _WithoutDrawing():
-            model = cls(config)
-        empty = load_weights(
-            model,
+        info = load_weights(
+            model := _on_meta(cls, config),
             checkpoint,
             base_model_prefix=cls.base_model_prefix,
             dtype=config.dtype or torch.get_default_dtype(),
             device=target,
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            names_as_stored=lambda: _names_as_stored(cls, config_file, config),
         )
         _materialize_buffers(model, target)
-        if empty:
-            initialize_weights(model, empty)
+        if info.empty:
+            initialize_weights(model, info.empty)
         if int8:
             # Quantised before the rest is rounded.
             quantize_encoder(model)
@@ -211,14 +235,53 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
                 model.to(dtype_beside_int8(model.dtype))
             model.config.dtype = model.dtype
         model.use_fast_kernels = use_fast_kernels
-        return model.eval()
+        model.eval()
+        if not output_loading_info:
+            return model
+        report = {
+            "missing_keys": set(info.missing),
+            "unexpected_keys": set(info.unexpected),
+            "mismatched_keys": set(info.mismatched),
+            "error_msgs": [],
+        }
+        return model, report  # type: ignore[return-value]
+
+    @classmethod
+    def from_config(
+        cls: type[_Model],
+        config: Wav2Vec2BertConfig,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ) -> _Model:
+        """A model with newly drawn weights, as transformers' `AutoModel.from_config` makes it.
+
+        Args:
+            config: as the constructor takes it; it is copied.
+            dtype: floating point dtype of the weights, or its name; by default float32.
+            torch_dtype: the older name of `dtype`.
+            **kwargs: further arguments of transformers, as in `from_pretrained`.
+
+        Raises:
+            ValueError: an argument has an impossible value or cannot be followed.
+            TypeError: `config` is no configuration, or an unknown argument.
+        """
+        unknown = take(kwargs, LOADING)
+        if unknown:
+            raise TypeError(f"{', '.join(sorted(unknown))}: no argument of from_config")
+        model = cls(copy.deepcopy(config))
+        chosen = floating_dtype("dtype", torch_dtype if dtype is None else dtype)
+        return model if chosen is None else model.to(chosen)
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        *,
-        max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
     ) -> None:
         """Write `config.json` and the weights as safetensors into a folder.
 
@@ -227,23 +290,40 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
 
         Args:
             save_directory: the folder; made when it is not there.
-            max_shard_size: most bytes in one file, as a number or such as `"5GB"`.
+            is_main_process: `False`: nothing is written. For scripts that call this in every
+                process.
             state_dict: what to write instead of `self.state_dict()`, such as gathered shards.
+            push_to_hub: also upload the files that were written.
+            max_shard_size: most bytes in one file, as a number or such as `"5GB"`.
+            **kwargs: for the upload, `repo_id` (by default the folder's name) and the arguments of
+                `push_to_hub`. Of transformers, `save_function` and `safe_serialization` have no
+                effect: weights are written as safetensors.
 
         Raises:
-            ValueError: the configuration cannot be written, `max_shard_size` is no size, or the
-                model is quantised to int8.
+            ValueError: the configuration cannot be written, `max_shard_size` is no size, the
+                model is quantised to int8, or an argument of transformers cannot be followed.
             NotADirectoryError: the path is a file.
+            TypeError: an unknown argument.
         """
+        upload = upload_arguments(save_directory, push_to_hub, take(kwargs, SAVING))
+        if not is_main_process:
+            return
+        config = self.config_to_save()
+        config.to_json_string()  # raises before anything is written
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        files = write_checkpoint(state_dict, save_directory, max_shard_size=max_shard_size)
+        config.save_pretrained(save_directory)
+        if upload is not None:
+            upload_folder(save_directory, [CONFIG_NAME, *(file.name for file in files)], **upload)
+
+    def config_to_save(self) -> Wav2Vec2BertConfig:
+        """The configuration with the model's class and dtype, as `config.json` has it."""
         config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__]
+        config.architectures = [type(self).__name__.removeprefix("FSDP")]
         for encoder in self._parts_with("layer_graphs"):
             config.num_hidden_layers = encoder.num_layers  # a caller may have cut them
         config.dtype = self.dtype
-        config.to_json_string()  # raises before anything is written
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        write_checkpoint(state_dict, save_directory, max_shard_size=max_shard_size)
-        config.save_pretrained(save_directory)
+        return config
 
     @property
     def base_model(self) -> nn.Module:
@@ -261,9 +341,72 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         """Dtype of the first floating point parameter."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters' elements, of all or of those that need a gradient."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters' elements.
+
+        Args:
+            only_trainable: count those that need a gradient.
+            exclude_embeddings: leave out the tables of relative positions, as transformers does.
+        """
+        tables = {
+            id(module.weight)
+            for module in self.modules()
+            if exclude_embeddings and isinstance(module, nn.Embedding)
+        }
+        return sum(
+            p.numel()
+            for p in self.parameters()
+            if id(p) not in tables and (p.requires_grad or not only_trainable)
+        )
+
+    def floating_point_ops(
+        self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True
+    ) -> int:
+        """Rough FLOPs of a training step, as transformers' `Trainer` counts them.
+
+        Six for each parameter and each element of the input: a number to compare runs by, far above
+        what is computed. `python -m bench.ledger --training` counts the real one.
+        """
+        elements: int = input_dict[self.main_input_name].numel()
+        return 6 * elements * self.num_parameters(exclude_embeddings=exclude_embeddings)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """`False`: no model here writes its output token by token, as a decoder does."""
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Raises `NotImplementedError`, as transformers' models that read features do."""
+        raise NotImplementedError(f"{type(self).__name__} reads features; it embeds no tokens")
+
+    def get_output_embeddings(self) -> None:
+        """`None`: no layer shares its weights with an embedding of tokens."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: no weights are shared. Accelerate and transformers call it."""
+
+    def enable_input_require_grads(self) -> None:
+        """Let the encoder's input need a gradient, though no parameter before it does.
+
+        Reentrant checkpoints of layers with frozen weights, as under LoRA, have none otherwise.
+        """
+        self.disable_input_require_grads()
+
+        def require(module: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> None:
+            if torch.is_grad_enabled():
+                output[0].requires_grad_(True)
+
+        self._require_grads_hooks = [
+            module.register_forward_hook(require)
+            for module in self.modules()
+            if isinstance(module, Wav2Vec2BertFeatureProjection)
+        ]
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        for hook in self._require_grads_hooks:
+            hook.remove()
+        self._require_grads_hooks = []
 
     @property
     def use_fast_kernels(self) -> bool:
@@ -364,6 +507,11 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         """Whether any part recomputes its activations in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """`is_gradient_checkpointing` by its newer name."""
+        return self.is_gradient_checkpointing
+
     def gradient_checkpointing_enable(
         self,
         gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
@@ -434,11 +582,58 @@ class Wav2Vec2BertPreTrainedModel(nn.Module):
         return [part for part in self.modules() if part is not self and hasattr(part, attribute)]
 
 
-def _as_device(device: torch.device | str | int | None) -> torch.device:
+def _on_meta(cls: type[_Model], config: Wav2Vec2BertConfig) -> _Model:
+    with torch.device("meta"), _WithoutDrawing():
+        return cls(config)
+
+
+def _names_as_stored(
+    cls: type[Wav2Vec2BertPreTrainedModel], config_file: Path | None, config: Wav2Vec2BertConfig
+) -> set[str] | None:
+    """Names of the tensors of a model by the checkpoint's own configuration, where it has one."""
+    if config_file is None:
+        return None
     try:
-        return torch.device("cpu" if device is None else device)
+        stored = cls.config_class.from_json_file(config_file)
+        if stored.vocab_size is None:  # as an encoder has none
+            stored.vocab_size = config.vocab_size
+        return set(_on_meta(cls, stored).state_dict())
+    except ValueError:
+        return None
+
+
+_ANYWHERE = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _one_device(
+    device: torch.device | str | int | None,
+    device_map: torch.device | str | int | Mapping[str, Any] | None,
+) -> torch.device:
+    """The device that `device` or `device_map` names."""
+    if device_map is None:
+        return _as_device("device", "cpu" if device is None else device)
+    if isinstance(device_map, Mapping):
+        devices = {str(_as_device("device_map", place)) for place in device_map.values()}
+        if len(devices) != 1:
+            raise ValueError(
+                f"device_map names {', '.join(sorted(devices)) or 'no device'}; a model is loaded "
+                "whole, onto one device"
+            )
+        mapped = torch.device(devices.pop())
+    elif isinstance(device_map, str) and device_map in _ANYWHERE:
+        mapped = torch.accelerator.current_accelerator() or torch.device("cpu")
+    else:
+        mapped = _as_device("device_map", device_map)
+    if device is not None and _as_device("device", device) != mapped:
+        raise ValueError(f"device is {device!r} and device_map {device_map!r}; pass one of them")
+    return mapped
+
+
+def _as_device(name: str, device: torch.device | str | int) -> torch.device:
+    try:
+        return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}: {error}") from error
+        raise ValueError(f"{name} is {device!r}: {error}") from error
 
 
 def _materialize_buffers(model: nn.Module, device: torch.device) -> None:
