@@ -17,7 +17,8 @@ def require(module: str, extra: str) -> ModuleType:
         The imported module.
 
     Raises:
-        ImportError: the module is not installed; the message holds the command that installs it.
+        ImportError: the module is not installed, and the message holds the command that installs
+            it; or a library that it needs cannot be loaded.
     """
     try:
         return importlib.import_module(module)
@@ -28,3 +29,6 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module} is not installed. Install it with: pip install 'w2vbert_fast[{extra}]'",
             name=module,
         ) from error
+    except OSError as error:
+        # soundfile, where there is no libsndfile for it.
+        raise ImportError(f"{module} cannot be loaded: {error}", name=module) from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from w2vbert_fast.inference.audio import AudioError, load_audio, to_mono_16khz
+from w2vbert_fast.inference.audio import Audio, AudioError, convert_array, load_audio
 from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
 from w2vbert_fast.recordings.rows import Row
 
@@ -35,6 +35,7 @@ class Loaded:
         seconds: length of the audio; None after an error.
         error_type: kind of the error; None: none.
         error: what is wrong; None: nothing.
+        louder_channel: the channel that was taken because all of them cancel; None: their mean.
     """
 
     row: Row
@@ -42,6 +43,7 @@ class Loaded:
     seconds: float | None = None
     error_type: str | None = None
     error: str | None = None
+    louder_channel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Decoder:
         if row.problem is not None:
             return Loaded(row, error_type="ManifestError", error=row.problem)
         try:
-            samples, seconds = self._read(row)
+            audio = self._read(row)
         except ImportError:
             raise
         except AudioError as error:
@@ -77,9 +79,9 @@ class Decoder:
         except Exception as error:  # A row costs itself and never the job, whatever its bytes do.
             kind = type(error).__name__
             return Loaded(row, error_type=kind, error=str(error) or kind)
-        return Loaded(row, samples, seconds)
+        return Loaded(row, audio.samples, audio.seconds, louder_channel=audio.louder_channel)
 
-    def _read(self, row: Row) -> tuple[Tensor, float]:
+    def _read(self, row: Row) -> Audio:
         if row.sampling_rate is None:
             return load_audio(
                 row.audio,
@@ -88,10 +90,10 @@ class Decoder:
                 duration=row.duration,
                 longest=self.longest,
             )
-        samples = to_mono_16khz(row.audio, row.sampling_rate)
-        if samples.numel() < FRAME_LENGTH + FRAME_SHIFT:
+        audio = convert_array(row.audio, row.sampling_rate)
+        if audio.samples.numel() < FRAME_LENGTH + FRAME_SHIFT:
             raise AudioError(row.name, "too short: two analysis windows, 35 ms, are needed")
-        return samples, row.audio.shape[-1] / row.sampling_rate
+        return audio
 
 
 def usable_cpus() -> int:

@@ -29,6 +29,8 @@ class Result:
         seconds: length of the audio; None when it could not be read.
         error_type: kind of the error, such as "AudioError" or "FileNotFoundError"; None: none.
         error: what is wrong; None: nothing.
+        louder_channel: the channel that was taken, from 0, because in the mean of all of them what
+            is said cancels; None: the mean.
     """
 
     index: int
@@ -39,6 +41,7 @@ class Result:
     seconds: float | None = None
     error_type: str | None = None
     error: str | None = None
+    louder_channel: int | None = None
 
     def fields(self) -> dict[str, Any]:
         """The columns that the task adds to a table."""

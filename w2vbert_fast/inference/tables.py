@@ -34,7 +34,8 @@ EXTRA = "extra"
 
 _OWN_COLUMNS = frozenset(
     (
-        *("index", "id", "audio_filepath", "offset", "seconds", "text", "words", "shape"),
+        *("index", "id", "audio_filepath", "offset", "seconds", "louder_channel"),
+        *("text", "words", "shape"),
         *("embedding", "label", "scores", "segments", "error_type", "error", "extra"),
         *("npy_file", "srt_file", "vtt_file", "txt_file", "safetensors_file"),
     )
@@ -52,6 +53,7 @@ def table_row(result: Result, files: Mapping[str, str] | None = None) -> dict[st
         "audio_filepath": result.audio,
         "offset": result.offset,
         "seconds": None if result.seconds is None else round(result.seconds, 4),
+        "louder_channel": result.louder_channel,
     }
     if result.error is None:
         row.update(result.fields())
@@ -247,6 +249,7 @@ class ParquetTable:
                 ("audio_filepath", arrow.string()),
                 ("offset", arrow.float64()),
                 ("seconds", arrow.float64()),
+                ("louder_channel", arrow.int64()),
                 *task_columns,
                 *((name, kinds[kind]) for name, kind in columns.types.items()),
                 (EXTRA, arrow.string()),

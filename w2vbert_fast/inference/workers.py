@@ -191,6 +191,7 @@ def identity(loaded: Loaded) -> dict[str, Any]:
         "offset": row.offset,
         "columns": row.columns,
         "seconds": loaded.seconds,
+        "louder_channel": loaded.louder_channel,
     }
 
 

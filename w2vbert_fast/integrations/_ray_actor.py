@@ -268,6 +268,7 @@ def result_types(task: Task) -> dict[str, Any]:
     pa = require("pyarrow", "ray")
     return {
         "seconds": pa.float64(),
+        "louder_channel": pa.int64(),
         **dict(task_columns(task, Formats(("parquet",)))),
         "error_type": pa.string(),
         "error": pa.string(),
@@ -277,6 +278,7 @@ def result_types(task: Task) -> dict[str, Any]:
 def _cells(result: Result) -> dict[str, Any]:
     """A result's cells by column."""
     cells: dict[str, Any] = {**result.fields(), "seconds": result.seconds}
+    cells["louder_channel"] = result.louder_channel
     cells.update(error_type=result.error_type, error=result.error)
     embedding = getattr(result, "embedding", None)
     if embedding is not None:

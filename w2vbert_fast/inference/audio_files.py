@@ -1,0 +1,156 @@
+"""Files of recordings as both readers, libsndfile's and FFmpeg's, take and give them."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Generator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Samples = npt.NDArray[np.float32]
+
+
+class File(Protocol):
+    """What both readers read: unbuffered, seekable, binary."""
+
+    def read(self, size: int = -1, /) -> bytes | None: ...
+
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+
+    def tell(self) -> int: ...
+
+
+class Unreadable(Exception):
+    """The reason why a file cannot be read, on its way to the AudioError that names the file."""
+
+
+class Block(NamedTuple):
+    """Successive samples of a recording.
+
+    Attributes:
+        sampling_rate: samples per second.
+        samples: float32 ``[channels, num_samples]``.
+    """
+
+    sampling_rate: int
+    samples: Samples
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        count: int = self.samples.shape[1]
+        return count / self.sampling_rate
+
+
+class Source(NamedTuple):
+    """A recording that is being decoded.
+
+    Attributes:
+        sampling_rate: of its first samples, in Hz.
+        blocks: its samples, in order and without a gap. Rate and channels may change on the way.
+        skipped: how many samples of each channel were left out in front of the first block.
+    """
+
+    sampling_rate: int
+    blocks: Generator[Block, None, None]
+    skipped: int = 0
+
+
+def open_content(content: bytes) -> io.BytesIO:
+    """A file in memory.
+
+    Raises:
+        Unreadable: it is empty.
+    """
+    if not content:
+        raise Unreadable("the file is empty")
+    return io.BytesIO(content)
+
+
+def open_file(name: str) -> io.FileIO | io.BytesIO:
+    """Open a file for both readers: a descriptor and a seekable object.
+
+    Raises:
+        OSError: it is not there, or not to be opened.
+        Unreadable: it is empty or no file.
+    """
+    if "\0" in name:
+        raise Unreadable("the name holds a null character")
+    # Unbuffered, so that the object and its descriptor agree on the position.
+    file = open(name, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size > 0:
+        return file
+    with file:
+        if stat.S_ISREG(status.st_mode):
+            raise Unreadable("the file is empty")
+        if not stat.S_ISFIFO(status.st_mode):
+            raise Unreadable("not a regular file")
+        # A pipe, such as a shell's <(...), is taken in as a whole, because both readers seek.
+        content = file.read()
+    return open_content(content)
+
+
+def size_of(file: File) -> int:
+    """Bytes of a file."""
+    if isinstance(file, io.BytesIO):
+        return file.getbuffer().nbytes
+    if isinstance(file, io.FileIO):
+        return os.fstat(file.fileno()).st_size
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return size
+
+
+class Window:
+    """A part of a file as a file of its own.
+
+    Args:
+        file: the file.
+        start: the first byte.
+        end: the byte behind the last.
+    """
+
+    def __init__(self, file: File, start: int, end: int) -> None:
+        self._file = file
+        self._start = start
+        self._size = end - start
+        self._position = 0
+
+    def tell(self) -> int:
+        """The position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move the position."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"negative position {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        """The bytes from the position on."""
+        left = max(0, self._size - self._position)
+        count = left if size < 0 else min(size, left)
+        content = read_at(self._file, self._start + self._position, count)
+        self._position += len(content)
+        return content
+
+
+def read_at(file: File, start: int, size: int) -> bytes:
+    """Up to so many bytes from a place on; the file's position stays."""
+    if isinstance(file, io.BytesIO):
+        return bytes(file.getbuffer()[start : start + size])
+    if isinstance(file, io.FileIO) and hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, start)
+    position = file.tell()
+    file.seek(start)
+    content = file.read(size) or b""
+    file.seek(position)
+    return content
