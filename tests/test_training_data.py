@@ -65,40 +65,50 @@ def test_rows_of_a_manifest(clips: Path) -> None:
         {"audio_filepath": "a.m4a", "text": "X"},
     )
     rows = read_manifest(path, "ctc").rows
-    assert [row.text for row in rows] == ["Caf\u00e9 au lait", "", "X"]
+    assert [row.text for row in rows] == ["Cafe\u0301 au lait", "", "X"]
     assert [row.seconds for row in rows] == [0.8, 12.5, pytest.approx(1.0, abs=0.1)]
     assert [row.name.split(" ")[0] for row in rows] == [f"rows.jsonl:{n}" for n in (1, 3, 4)]
     assert [Path(row.audio).name for row in rows] == ["0.wav", "1.wav", "a.m4a"]
-    assert read_manifest(path, "ctc", lower_case=True).rows[0].text == "caf\u00e9 au lait"
+    assert read_manifest(path, "ctc", lower_case=True).rows[0].text == "cafe\u0301 au lait"
     assert normalise_transcript("\u00a0A\u2003b\n") == "A b"
 
 
 BAD_ROWS: tuple[tuple[str, Any, str], ...] = (
     ("ctc", '{"audio": ', "not JSON: "),
-    ("ctc", "[1]", "must be a JSON object, got a list"),
-    ("ctc", {"text": "a"}, 'field "audio": missing'),
-    ("ctc", {"audio": 3, "text": "a"}, 'field "audio": must be the name of a file, got 3'),
-    ("ctc", {"file": "no.wav", "text": "a"}, 'field "file": there is no file '),
-    ("ctc", {"audio": "a\0b", "text": "a"}, 'field "audio": there is no file '),
-    ("ctc", {"audio": "text.wav", "text": "a"}, 'field "audio": '),
-    ("ctc", {"audio": "0.wav"}, 'field "text": missing'),
-    ("ctc", {"audio": "0.wav", "text": 5}, 'field "text": must be a string, got 5'),
-    ("ctc", {"audio": "0.wav", "text": "a", "duration": -1}, 'field "duration": must be seconds'),
-    ("ctc", {"audio": "0.wav", "text": "a", "duration": True}, 'field "duration": must be seco'),
-    ("xvector", {"audio": "0.wav"}, 'field "label": missing'),
-    ("classification", {"audio": "0.wav", "label": 0.5}, 'field "label": must be the name of'),
-    ("frames", {"audio": "0.wav"}, 'field "segments": missing'),
-    ("frames", {"audio": "0.wav", "segments": "a"}, 'field "segments": must be a list, got a str'),
-    ("frames", {"audio": "0.wav", "segments": [3]}, 'field "segments[0]": must be an object'),
+    ("ctc", "[1]", "not a JSON object but a list"),
+    ("ctc", {"text": "a"}, "no column audio_filepath, audio, file"),
+    ("ctc", {"audio": 3, "text": "a"}, "audio must be the name of a file, got 3"),
+    ("ctc", {"audio": "0.wav", "file": "1.wav", "text": "a"}, "audio and file are two recordings"),
+    ("ctc", {"file": "no.wav", "text": "a"}, "there is no file "),
+    ("ctc", {"audio": "a\0b", "text": "a"}, "there is no file "),
+    ("ctc", {"audio": "text.wav", "text": "a"}, "the recording "),
+    ("ctc", {"audio": "0.wav"}, "no column text, sentence, "),
+    ("ctc", {"audio": "0.wav", "text": 5}, "text must be a text, got 5"),
+    ("ctc", {"audio": "0.wav", "text": "a", "sentence": "b"}, "text and sentence are two transcr"),
+    ("ctc", {"audio": "0.wav", "text": "\udce9"}, "the transcript is not UTF-8: "),
+    ("ctc", {"audio": "0.wav", "text": "a", "duration": -1}, "duration must be seconds above 0"),
+    ("ctc", {"audio": "0.wav", "text": "a", "duration": True}, "duration must be seconds above"),
+    ("ctc", {"audio": "0.wav", "text": "a", "offset": -1}, "offset must be seconds of at least 0"),
+    ("ctc", {"audio": "0.wav", "text": "a", "offset": 0.9}, "offset is 0.9 s, and "),
+    (
+        "ctc",
+        {"audio": "0.wav", "text": "a", "offset": 0.1, "duration": 1.3},
+        "the part from 0.1 to 1.4 s is not there: ",
+    ),
+    ("xvector", {"audio": "0.wav"}, "label is missing"),
+    ("classification", {"audio": "0.wav", "label": 0.5}, "label must be the name of a class, got"),
+    ("frames", {"audio": "0.wav"}, "segments is missing"),
+    ("frames", {"audio": "0.wav", "segments": "a"}, "segments must be a list, got a str"),
+    ("frames", {"audio": "0.wav", "segments": [3]}, "segments[0] must be an object, got a int"),
     (
         "frames",
         {"audio": "0.wav", "segments": [{"start": 1, "end": 0.5, "label": "a"}]},
-        'field "segments[0]": start and end must be seconds, 0 <= start < end, got start 1 and',
+        "segments[0] must have seconds, 0 <= start < end, got start 1 and end 0.5",
     ),
     (
         "frames",
         {"audio": "0.wav", "segments": [{"start": 0, "end": 1}]},
-        'field "segments[0]": missing',
+        "segments[0]: label is missing",
     ),
     (
         "frames",
@@ -109,13 +119,18 @@ BAD_ROWS: tuple[tuple[str, Any, str], ...] = (
                 {"start": 0, "end": 0.6, "label": "b"},
             ],
         },
-        'field "segments": those from 0.0 s and from 0.5 s overlap',
+        "segments from 0.0 s and from 0.5 s overlap",
+    ),
+    (
+        "frames",
+        {"audio": "0.wav", "offset": 0.4, "segments": [{"start": 0, "end": 0.4, "label": "a"}]},
+        "no segment reaches into the part from 0.4 to 0.8 s",
     ),
 )
 
 
 @pytest.mark.parametrize(("task", "row", "message"), BAD_ROWS)
-def test_a_bad_row_is_named_with_its_line_and_field(
+def test_a_bad_row_is_named_with_its_line_and_column(
     task: Any, row: Any, message: str, clips: Path
 ) -> None:
     good = {"audio": "0.wav", "text": "a", "label": "a", "segments": []}
@@ -124,7 +139,7 @@ def test_a_bad_row_is_named_with_its_line_and_field(
         read_manifest(path, task)
     first, second = str(caught.value).splitlines()
     assert first == f"{path} has rows that cannot be used:"
-    assert second.startswith(f"  line 2, {message}")
+    assert second.startswith(f"  line 2: {message}")
 
 
 def test_all_bad_rows_are_listed_up_to_a_limit(clips: Path) -> None:
@@ -133,7 +148,7 @@ def test_all_bad_rows_are_listed_up_to_a_limit(clips: Path) -> None:
         read_manifest(path, "ctc")
     lines = str(caught.value).splitlines()
     assert len(lines) == 22
-    assert lines[20] == '  line 20, field "text": missing'
+    assert lines[20] == "  line 20: no column text, sentence, transcription, transcript"
     assert lines[21] == "  and 3 more"
 
 
@@ -306,8 +321,12 @@ def test_error_rates_count_all_utterances_together() -> None:
     # "b" to "x", " d" lost; "f g" put in; "h" lost; over 7 + 1 + 1 characters.
     assert rates["cer"] == pytest.approx((1 + 2 + 3 + 1) / 9)
     assert error_rates([("", "")]) == {"wer": 0.0, "cer": 0.0}
-    assert is_better("ctc", 0.1, None) and is_better("ctc", 0.1, 0.2)
-    assert is_better("frames", 0.2, 0.1) and not is_better("frames", 0.1, 0.1)
+    # Composed characters and their parts are the same text.
+    composed, parts = "\u1ebft caf\u00e9", "e\u0302\u0301t cafe\u0301"
+    assert error_rates([(composed, parts), (parts, composed)]) == {"wer": 0.0, "cer": 0.0}
+    assert error_rates([("e\u0301", "e\u0300")])["cer"] == 1.0
+    assert is_better("wer", 0.1, None) and is_better("cer", 0.1, 0.2)
+    assert is_better("accuracy", 0.2, 0.1) and not is_better("accuracy", 0.1, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +453,7 @@ def test_the_command_reports_what_keeps_it_from_starting(
     bad = manifest_of(tmp_path, {"audio": "a.wav"})
     common = ["--model", model, "--train", bad, "--eval", bad, "--out", tmp_path / "out"]
     for more, message in (
-        ((), f'{bad} has rows that cannot be used: line 1, field "text": missing'),
+        ((), f"{bad} has rows that cannot be used: line 1: no column text"),
         (("--task", "asr"), "task must be one of ctc, classification, frames, xvector, got 'asr'"),
         (("--set", "x"), "--set must be NAME=VALUE, got 'x'"),
         (("--option", "colour=1"), "--option: FinetuneConfig has no field colour"),

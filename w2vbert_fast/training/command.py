@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 HELP = (
     "Fine-tune a model on the recordings of a manifest.\n\n"
     'A manifest has one JSON object a line: {"audio": "a.flac", "text": "what is said"}; instead '
-    'of "text" other tasks have "label", or "segments" with "start", "end" and "label". Names are '
-    "relative to the manifest.\n\n"
+    'of "text" other tasks have "label", or "segments" with "start", "end" and "label". With '
+    '"offset" and "duration" (seconds) a row is a part of a recording. CSV, TSV and Parquet do, '
+    "too. Names are relative to the manifest.\n\n"
     "The same command goes on where a killed run has stopped. Several GPUs: accelerate launch -m "
     "w2vbert_fast.cli finetune ..."
 )
@@ -44,8 +45,8 @@ def register(
     @app.command("finetune", short_help="Fine-tune a model on your recordings.", help=HELP)
     def finetune_command(
         model: Annotated[str, option("Where to start.", metavar="PATH|HUB_ID")],
-        train: Annotated[str, option("Manifest to train on.", metavar="JSONL")],
-        eval_manifest: Annotated[str, option("Manifest to score.", "--eval", metavar="JSONL")],
+        train: Annotated[str, option("Manifest to train on.", metavar="FILE")],
+        eval_manifest: Annotated[str, option("Manifest to score.", "--eval", metavar="FILE")],
         out: Annotated[str, option("Folder for checkpoints, logs and state.", metavar="DIR")],
         task: Annotated[
             str, option("ctc, classification, frames or xvector.", metavar="TASK")
@@ -84,6 +85,10 @@ def register(
         gradient_checkpointing: Annotated[
             str, option("none, layer, attention or auto: activations to recompute, for memory.")
         ] = "none",
+        metric: Annotated[
+            str,
+            option("auto, wer or cer: what chooses the best checkpoint.", metavar="SCORE"),
+        ] = _DEFAULTS.metric,
         evaluate_every: Annotated[
             int, option("Steps between evaluations.")
         ] = _DEFAULTS.evaluate_every,
@@ -138,6 +143,7 @@ def register(
                     "lower_case": lower_case,
                     "average": average,
                     "gradient_checkpointing": gradient_checkpointing,
+                    "metric": metric,
                     "evaluate_every": evaluate_every,
                     "save_every": save_every,
                     "log_every": log_every,

@@ -16,6 +16,7 @@ Task = Literal["ctc", "classification", "frames", "xvector"]
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Literal["linear", "cosine", "constant"]
 RecomputePolicy = Literal["none", "layer", "attention", "auto"]
+Metric = Literal["auto", "wer", "cer"]
 VocabularyChoice = Literal["auto", "keep", "new"]
 
 TASKS: tuple[str, ...] = get_args(Task)
@@ -80,6 +81,8 @@ class FinetuneConfig:
         lora_alpha: their scale times the rank; None: twice the rank.
         lora_dropout: dropout in front of them.
         lora_targets: names of the layers that get one.
+        metric: which score chooses the best checkpoint of "ctc": "wer", "cer", or "auto", the word
+            error rate where the vocabulary has a word separator and transcripts have spaces.
         evaluate_every: steps between two evaluations.
         save_every: steps between two saved states, from which a killed run resumes; None: as
             `evaluate_every`.
@@ -124,6 +127,7 @@ class FinetuneConfig:
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    metric: Metric = "auto"
     evaluate_every: int = 500
     save_every: int | None = None
     log_every: int = 20
@@ -156,10 +160,13 @@ class FinetuneConfig:
             ("precision", Precision),
             ("decay", Decay),
             ("vocabulary", VocabularyChoice),
+            ("metric", Metric),
         ):
             value, choices = getattr(self, name), get_args(kind)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if self.metric != "auto" and self.task != "ctc":
+            raise ValueError(f"metric {self.metric!r} is for the task 'ctc', got {self.task!r}")
         if self.device not in (None, "cpu"):
             raise ValueError(
                 f"device must be None or 'cpu', got {self.device!r}; which GPU a process takes is "
@@ -242,11 +249,13 @@ class FinetuneConfig:
             For each field that differs its name, the other value and this one.
         """
         mine = self.to_dict()
+        # What that run could not choose yet was as it is by default.
+        theirs = {"metric": "auto", **other}
         names = [entry.name for entry in fields(self) if entry.name not in _FREE_TO_CHANGE]
         return [
-            f"{name}: {other.get(name)!r}, now {mine[name]!r}"
+            f"{name}: {theirs.get(name)!r}, now {mine[name]!r}"
             for name in names
-            if other.get(name) != mine[name]
+            if theirs.get(name) != mine[name]
         ]
 
     def learning_rate_at(self, step: int, steps: int) -> float:

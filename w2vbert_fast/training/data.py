@@ -22,9 +22,12 @@ from w2vbert_fast.ops.fbank import FRAME_SHIFT
 from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
 from w2vbert_fast.training.config import Task
 from w2vbert_fast.training.manifest import Row
-from w2vbert_fast.training.vocabulary import BACKGROUND
+from w2vbert_fast.training.vocabulary import BACKGROUND, Spelling
 
 IGNORED_LABEL = -100
+
+# A manifest's length of a recording may be rounded so much.
+_ROUNDING_SECONDS = 1.0
 
 
 class UtteranceError(ValueError):
@@ -80,14 +83,14 @@ class UtteranceSource(Protocol):
 
 
 class ManifestSource:
-    """The recordings of a manifest.
+    """The recordings of a manifest, or the parts of them that its rows name.
 
     Args:
         rows: its rows.
         digest: digest of the file.
         task: decides what `labels` are.
         feature_extractor: of the model.
-        tokenizer: for "ctc".
+        tokenizer: for "ctc"; transcripts take the spelling of its vocabulary.
         label2id: ids of the classes, for the other tasks.
         speeds: playback speeds to draw from; `(1.0,)` for none.
         seed: where the draws come from.
@@ -110,6 +113,7 @@ class ManifestSource:
         self.task = task
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
+        self.spelling = None if tokenizer is None else Spelling(tokenizer)
         self.label2id = dict(label2id or {})
         self.speeds = tuple(speeds)
         self.seed = seed
@@ -118,7 +122,8 @@ class ManifestSource:
         return len(self.rows)
 
     def fingerprint(self) -> str:
-        return f"{self.digest}:{len(self.rows)}"
+        parts = any(row.offset > 0 or row.duration is not None for row in self.rows)
+        return f"{self.digest}:{len(self.rows)}{':parts' if parts else ''}"
 
     def speed(self, index: int, epoch: int) -> float:
         """The playback speed of an utterance in an epoch."""
@@ -135,10 +140,19 @@ class ManifestSource:
         rate = self.feature_extractor.sampling_rate
         speed = self.speed(index, epoch)
         try:
-            samples = load_audio(row.audio, sampling_rate=rate).samples.numpy()
+            audio = load_audio(
+                row.audio, sampling_rate=rate, offset=row.offset, duration=row.duration
+            )
         except AudioError as error:
             raise UtteranceError(error.reason) from error
-        if not samples.any() and row.text:
+        if row.stated is not None and audio.seconds > row.stated + _ROUNDING_SECONDS:
+            raise UtteranceError(
+                f"its duration is {row.stated:.1f} s by the manifest, and it is "
+                f"{audio.seconds:.1f} s long; a part of a recording needs an offset, 0 at its start"
+            )
+        samples = audio.samples.numpy()
+        text = row.text if self.spelling is None else self.spelling(row.text)
+        if not samples.any() and text:
             raise UtteranceError("the recording is silent and the transcript is not")
         if speed != 1.0:
             soxr = require("soxr", "audio")
@@ -149,16 +163,17 @@ class ManifestSource:
             )["input_features"][0]
         except ValueError as error:
             raise UtteranceError(str(error)) from error
-        return Utterance(row.name, features, self._labels(row, features.shape[0], speed), row.text)
+        labels = self._labels(row, text, features.shape[0], speed)
+        return Utterance(row.name, features, labels, text)
 
     def _frames_per_second(self) -> float:
         extractor = self.feature_extractor
         return extractor.sampling_rate / (FRAME_SHIFT * extractor.stride)
 
-    def _labels(self, row: Row, num_frames: int, speed: float) -> Tensor:
+    def _labels(self, row: Row, text: str, num_frames: int, speed: float) -> Tensor:
         if self.task == "ctc":
             assert self.tokenizer is not None
-            return torch.tensor(self.tokenizer(row.text)["input_ids"], dtype=torch.int64)
+            return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64)
         if self.task == "frames":
             return self._frame_labels(row, num_frames, speed)
         return torch.tensor(self._id(row.label))
@@ -171,7 +186,7 @@ class ManifestSource:
     def _frame_labels(self, row: Row, num_frames: int, speed: float) -> Tensor:
         """The class at the middle of each frame, int64 `[num_frames]`."""
         frames = torch.arange(num_frames, dtype=torch.float64)
-        middles = (frames + 0.5) * speed / self._frames_per_second()
+        middles = row.offset + (frames + 0.5) * speed / self._frames_per_second()
         labels = torch.full((num_frames,), self._id(BACKGROUND))
         for segment in row.segments:
             labels[(middles >= segment.start) & (middles < segment.end)] = self._id(segment.label)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from w2vbert_fast._extras import require
 from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
 from w2vbert_fast.training.batches import frame_budget_batches
-from w2vbert_fast.training.config import Task
+from w2vbert_fast.training.config import Metric, Task
 from w2vbert_fast.training.data import (
     EpochDataset,
     Skipped,
@@ -23,14 +24,6 @@ from w2vbert_fast.training.data import (
     to_batch,
 )
 from w2vbert_fast.training.losses import UtteranceLosses, stand_in, without_unusable
-
-SCORES: dict[Task, str] = {
-    "ctc": "wer",
-    "classification": "accuracy",
-    "frames": "accuracy",
-    "xvector": "accuracy",
-}
-"""The score that chooses the best checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +64,43 @@ class Evaluation:
     skipped: list[Skipped]
 
 
-def is_better(task: Task, score: float, best: float | None) -> bool:
+def choosing_score(
+    task: Task,
+    metric: Metric,
+    tokenizer: Wav2Vec2CTCTokenizer | None,
+    transcripts: Iterable[str] | None,
+) -> str:
+    """Name of the score that chooses the best checkpoint.
+
+    Where nothing separates words, the word error rate counts utterances with an error, and stays at
+    1 while a model learns.
+
+    Args:
+        task: the task.
+        metric: "wer" or "cer"; "auto": "wer" where words are separated.
+        tokenizer: for "ctc".
+        transcripts: of the data; None where they are not known beforehand.
+
+    Returns:
+        "wer", "cer" or, of tasks other than "ctc", "accuracy".
+    """
+    if task != "ctc":
+        return "accuracy"
+    if metric != "auto":
+        return metric
+    assert tokenizer is not None
+    has_separator = tokenizer.word_delimiter_token in tokenizer.encoder
+    is_used = transcripts is None or any(" " in text for text in transcripts)
+    return "wer" if has_separator and is_used else "cer"
+
+
+def is_better(name: str, score: float, best: float | None) -> bool:
     """Whether a score beats the best so far: below it for error rates, above it for accuracy."""
     if best is None:
         return True
-    return score < best if SCORES[task] == "wer" else score > best
+    return score > best if name == "accuracy" else score < best
 
 
-@torch.no_grad()
 def evaluate(
     module: nn.Module,
     core: Any,
@@ -186,6 +208,8 @@ def score(predictions: Sequence[Prediction], task: Task) -> dict[str, float]:
 def error_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Word and character error rate over all utterances together.
 
+    Texts are compared in NFC: a composed character and its parts are the same.
+
     Args:
         pairs: reference and hypothesis of each. An empty reference is allowed, and what is
             recognised there counts as inserted.
@@ -194,6 +218,10 @@ def error_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
         `wer` and `cer`: substitutions, deletions and insertions over the length of the references.
     """
     jiwer = require("jiwer", "train")
+    pairs = [
+        (unicodedata.normalize("NFC", reference), unicodedata.normalize("NFC", hypothesis))
+        for reference, hypothesis in pairs
+    ]
     spoken = [pair for pair in pairs if pair[0]]
     silent = [hypothesis for reference, hypothesis in pairs if not reference]
     rates = {}

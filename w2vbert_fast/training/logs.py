@@ -204,7 +204,8 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], score: str, path: str | os.Pat
                 )
         axes.set_xlabel("step")
     left.set_ylabel("loss")
-    right.set_ylabel("word error rate" if score == "wer" else score)
+    titles = {"wer": "word error rate", "cer": "character error rate"}
+    right.set_ylabel(titles.get(score, score))
     right.set_ylim(bottom=0)
     if left.lines:
         left.legend()

@@ -1,13 +1,10 @@
-"""Manifests: JSON lines that name recordings and what is to be learnt from them."""
+"""Manifests of fine-tuning: rows of `recordings.manifest`, and what is to be learnt from them."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +12,18 @@ from typing import Any, TypeGuard
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.inference.audio import AudioError, load_audio
+from w2vbert_fast.recordings import rows as recordings
+from w2vbert_fast.recordings.manifest import JsonLines, open_manifest, transcript
 from w2vbert_fast.training.config import Task
 
-AUDIO_FIELDS = ("audio", "file", "audio_filepath")
-"""Names of the field with the recording: ours, the demo's, NeMo's."""
-
 _LISTED_ERRORS = 20
+# A part may end so much behind the end of its recording: `load_audio` gives what there is.
+_TOLERANCE_SECONDS = 0.5
+_LONGEST_HEADER_SECONDS = 7 * 24 * 3600.0
 
 
 class ManifestError(ValueError):
-    """Rows of a manifest that cannot be used; each line of the message names a line and a field."""
+    """A manifest that cannot be used, or rows of one; each line of the message names a line."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Segment:
     """A stretch of a recording that belongs to a class.
 
     Attributes:
-        start: where it begins, in seconds.
-        end: where it ends, in seconds.
+        start: where it begins, in seconds from the recording's start.
+        end: where it ends, likewise.
         label: name of the class.
     """
 
@@ -49,7 +48,10 @@ class Row:
     Attributes:
         name: what messages call it: the manifest's name, the line and the recording.
         audio: path of the recording.
-        seconds: its length.
+        seconds: length of what is trained on.
+        offset: where that begins, in seconds.
+        duration: how much it is, in seconds; None: to the end.
+        stated: how long the manifest says that the whole recording is; None where it does not say.
         text: transcript, for "ctc".
         label: name of the class or speaker, for "classification" and "xvector".
         segments: for "frames".
@@ -58,6 +60,9 @@ class Row:
     name: str
     audio: str
     seconds: float
+    offset: float = 0.0
+    duration: float | None = None
+    stated: float | None = None
     text: str = ""
     label: str = ""
     segments: tuple[Segment, ...] = ()
@@ -77,8 +82,8 @@ class Manifest:
 
 
 def normalise_transcript(text: str, lower_case: bool = False) -> str:
-    """NFC, runs of white space as one space, none at the ends; lower case on request."""
-    text = " ".join(unicodedata.normalize("NFC", text).split())
+    """Runs of white space as one space, none at the ends; lower case on request."""
+    text = " ".join(text.split())
     return text.lower() if lower_case else text
 
 
@@ -88,11 +93,13 @@ def read_manifest(
     """Read a manifest and check all of it.
 
     Every recording must be there. Where a row has no `duration` the recording's header is read for
-    it, and only where that does not say, the recording.
+    it, and only where that does not say, the recording. Where it has an `offset` the header tells
+    whether the part is there.
 
     Args:
-        path: the file. Relative names in it start from its folder.
-        task: decides which fields a row needs.
+        path: the file; what does not end as CSV, TSV or Parquet is read as JSON lines. Relative
+            names in it start from its folder.
+        task: decides which columns a row needs.
         lower_case: lower the case of transcripts.
 
     Returns:
@@ -100,134 +107,176 @@ def read_manifest(
 
     Raises:
         OSError: the file cannot be read.
-        ManifestError: it holds no rows, or rows that cannot be used; all of those are named (the
-            first 20, and the number of the rest).
-        ImportError: soundfile is needed for a length and not installed.
+        ManifestError: it is no manifest, holds no rows, or rows that cannot be used; all of those
+            are named (the first 20, and the number of the rest).
+        ImportError: soundfile is needed for a length and not installed, or pyarrow for Parquet.
     """
-    path = Path(path)
-    content = path.read_bytes()
+    reader = open_manifest(path) or JsonLines(os.fspath(path))
     try:
-        lines = content.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        bad = content[: error.start].count(b"\n") + 1
-        raise ManifestError(f"{path}, line {bad}: not UTF-8") from error
+        _, description = reader.survey()
+    except ValueError as error:
+        raise ManifestError(str(error)) from error
+    lengths = _Lengths()
     rows: list[Row] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for row in reader.rows(0, recordings.everything):
         try:
-            rows.append(_parse(line, number, path, task, lower_case))
-        except _BadRow as error:
-            problems.append(f"line {number}, {error}")
+            rows.append(_row(row, Path(path).name, task, lower_case, lengths))
+        except ValueError as error:
+            problems.append(row.problem or f"{row.place}: {error}")
     if problems:
         shown = problems[:_LISTED_ERRORS]
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         raise ManifestError(f"{path} has rows that cannot be used:\n  " + "\n  ".join(shown))
-    if not rows:
-        raise ManifestError(f"{path} holds no rows")
-    return Manifest(tuple(rows), hashlib.sha256(content).hexdigest())
+    return Manifest(tuple(rows), description["sha256"])
 
 
-class _BadRow(Exception):
-    """`field "...": what is wrong`, on its way to the error that names file and line."""
+class _Lengths:
+    """Lengths of recordings in seconds, each found once."""
 
-    def __init__(self, field: str | None, reason: str) -> None:
-        super().__init__(reason if field is None else f"field {json.dumps(field)}: {reason}")
+    def __init__(self) -> None:
+        self._headers: dict[str, tuple[float, bool]] = {}
+        self._decoded: dict[str, float] = {}
+
+    def header(self, audio: str) -> tuple[float, bool]:
+        """What a header says, 0 where it does not; and whether that can be relied on."""
+        if audio not in self._headers:
+            soundfile = require("soundfile", "audio")
+            try:
+                info = soundfile.info(audio)
+            except soundfile.LibsndfileError:
+                self._headers[audio] = 0.0, False
+            else:
+                # 0 and ages are what recorders leave that were cut off. Of an MP3 it is a guess.
+                usable = 0 < info.duration < _LONGEST_HEADER_SECONDS
+                exact = usable and not info.subtype.startswith("MPEG")
+                self._headers[audio] = float(info.duration) if usable else 0.0, exact
+        return self._headers[audio]
+
+    def __call__(self, audio: str) -> float:
+        """The length.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        seconds, _ = self.header(audio)
+        if seconds:
+            return seconds
+        if audio not in self._decoded:
+            try:
+                self._decoded[audio] = load_audio(audio).seconds
+            except AudioError as error:
+                raise ValueError(f"the recording {error}") from None
+        return self._decoded[audio]
 
 
-def _parse(line: str, number: int, path: Path, task: Task, lower_case: bool) -> Row:
+def _row(
+    row: recordings.Row, manifest: str, task: Task, lower_case: bool, lengths: _Lengths
+) -> Row:
+    """What a task needs of a row.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if row.problem is not None:
+        raise ValueError(row.problem)
+    columns = row.columns
+    if not isinstance(row.audio, str):
+        raise ValueError("it holds the recording itself; fine-tuning needs the name of a file")
+    audio = _utf8(row.audio, "the name of the recording")
     try:
-        entries = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _BadRow(None, f"not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(entries, dict):
-        raise _BadRow(None, f"must be a JSON object, got a {type(entries).__name__}")
-    audio = _audio(entries, path.parent)
-    seconds = _seconds(entries, audio)
-    name = f"{path.name}:{number} ({audio})"
-    if task == "ctc":
-        return Row(name, audio, seconds, text=normalise_transcript(_text(entries), lower_case))
-    if task == "frames":
-        return Row(name, audio, seconds, segments=_segments(entries))
-    return Row(name, audio, seconds, label=_label(entries, "label"))
-
-
-def _audio(entries: Mapping[str, Any], folder: Path) -> str:
-    field = next((field for field in AUDIO_FIELDS if field in entries), None)
-    if field is None:
-        raise _BadRow("audio", "missing")
-    value = entries[field]
-    if not isinstance(value, str) or not value:
-        raise _BadRow(field, f"must be the name of a file, got {value!r}")
-    audio = folder / value
-    try:
-        found = audio.is_file()
+        found = os.path.isfile(audio)
     except ValueError:  # a null character
         found = False
     if not found:
-        raise _BadRow(field, f"there is no file {audio}")
-    return str(audio)
+        raise ValueError(f"there is no file {audio}")
+    stated = columns.get("duration")
+    if row.offset > 0 or row.duration is not None:
+        seconds, stated = _part_seconds(row, audio, lengths), None
+    elif stated is not None:
+        seconds = stated = float(stated)
+    else:
+        seconds = lengths(audio)
+    text, label = "", ""
+    segments: tuple[Segment, ...] = ()
+    if task == "ctc":
+        text = normalise_transcript(_utf8(transcript(columns), "the transcript"), lower_case)
+    elif task == "frames":
+        segments = _segments(columns, row.offset, row.offset + seconds)
+    else:
+        label = _label(columns, "")
+    number = row.place.rpartition(" ")[2]
+    name = f"{manifest}:{number} ({audio})"
+    return Row(name, audio, seconds, row.offset, row.duration, stated, text, label, segments)
 
 
-def _seconds(entries: Mapping[str, Any], audio: str) -> float:
-    value = entries.get("duration")
-    if value is not None:
-        if not _is_number(value) or value <= 0:
-            raise _BadRow("duration", f"must be seconds above 0, got {value!r}")
-        return float(value)
-    soundfile = require("soundfile", "audio")
+def _part_seconds(row: recordings.Row, audio: str, lengths: _Lengths) -> float:
+    """Length of a part, which must be there."""
+    if row.duration is not None:
+        length, exact = lengths.header(audio)
+        if not exact:
+            # It is found out when the part is read, without all that lies before and behind it.
+            return row.duration
+        seconds = min(row.duration, length - row.offset)
+        if seconds <= 0 or seconds < row.duration - _TOLERANCE_SECONDS:
+            raise ValueError(
+                f"the part from {row.offset:g} to {row.offset + row.duration:g} s is not there: "
+                f"{audio} ends after {length:.2f} s"
+            )
+        return seconds
+    seconds = lengths(audio) - row.offset
+    if seconds <= 0:
+        raise ValueError(
+            f"offset is {row.offset:g} s, and {audio} ends after {lengths(audio):.2f} s"
+        )
+    return seconds
+
+
+def _utf8(text: str, what: str) -> str:
+    """The text, unless it holds bytes that are none."""
     try:
-        return float(soundfile.info(audio).duration)
-    except soundfile.LibsndfileError:
-        pass
-    try:
-        return load_audio(audio).seconds
-    except AudioError as error:
-        raise _BadRow("audio", str(error)) from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is not UTF-8: {text!r:.200}") from None
+    return text
 
 
-def _text(entries: Mapping[str, Any]) -> str:
-    value = entries.get("text")
+def _label(columns: Mapping[str, Any], where: str) -> str:
+    value = columns.get("label")
     if value is None:
-        raise _BadRow("text", "missing")
-    if not isinstance(value, str):
-        raise _BadRow("text", f"must be a string, got {value!r}")
-    return value
-
-
-def _label(entries: Mapping[str, Any], field: str) -> str:
-    value = entries.get("label")
-    if value is None:
-        raise _BadRow(field, "missing")
+        raise ValueError(f"{where}label is missing")
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise _BadRow(field, f"must be the name of a class, got {value!r}")
-    return str(value)
+        raise ValueError(f"{where}label must be the name of a class, got {value!r:.200}")
+    return _utf8(str(value), f"{where}label")
 
 
-def _segments(entries: Mapping[str, Any]) -> tuple[Segment, ...]:
-    value = entries.get("segments")
+def _segments(columns: Mapping[str, Any], begin: float, end: float) -> tuple[Segment, ...]:
+    """Segments, by their starts; those of a part of a recording must reach into it."""
+    value = columns.get("segments")
     if value is None:
-        raise _BadRow("segments", "missing")
+        raise ValueError("segments is missing")
     if not isinstance(value, list):
-        raise _BadRow("segments", f"must be a list, got a {type(value).__name__}")
+        raise ValueError(f"segments must be a list, got a {type(value).__name__}")
     segments: list[Segment] = []
     for index, entry in enumerate(value):
         field = f"segments[{index}]"
         if not isinstance(entry, dict):
-            raise _BadRow(field, f"must be an object, got a {type(entry).__name__}")
-        start, end = entry.get("start"), entry.get("end")
-        if not (_is_number(start) and _is_number(end) and 0 <= start < end):
-            given = f"start {start!r} and end {end!r}"
-            raise _BadRow(field, f"start and end must be seconds, 0 <= start < end, got {given}")
-        segments.append(Segment(float(start), float(end), _label(entry, field)))
+            raise ValueError(f"{field} must be an object, got a {type(entry).__name__}")
+        first, last = entry.get("start"), entry.get("end")
+        if not (_is_number(first) and _is_number(last) and 0 <= first < last):
+            given = f"start {first!r} and end {last!r}"
+            raise ValueError(f"{field} must have seconds, 0 <= start < end, got {given}")
+        segments.append(Segment(float(first), float(last), _label(entry, f"{field}: ")))
     ordered = sorted(segments, key=lambda segment: segment.start)
-    for first, second in itertools.pairwise(ordered):
-        if second.start < first.end:
-            raise _BadRow(
-                "segments", f"those from {first.start} s and from {second.start} s overlap"
-            )
+    for one, other in itertools.pairwise(ordered):
+        if other.start < one.end:
+            raise ValueError(f"segments from {one.start} s and from {other.start} s overlap")
+    if begin > 0 and ordered and not any(s.start < end and s.end > begin for s in ordered):
+        raise ValueError(
+            f"no segment reaches into the part from {begin:g} to {end:g} s; their times count from "
+            "the recording's start"
+        )
     return tuple(ordered)
 
 

@@ -25,6 +25,7 @@ from w2vbert_fast.training.config import FinetuneConfig, Task
 from w2vbert_fast.training.losses import MODEL_CLASSES
 from w2vbert_fast.training.vocabulary import (
     BACKGROUND,
+    Spelling,
     build_tokenizer,
     class_names,
     unknown_characters,
@@ -135,12 +136,12 @@ def _tokenizer(
         has_one = Repository(config.model).find(VOCABULARY_FILE) is not None
         if has_one or choice == "keep" or transcripts is None:
             tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(config.model)
-            missing = unknown_characters(tokenizer, transcripts or ())
+            missing = unknown_characters(Spelling(tokenizer), transcripts or ())
             if missing:
                 shown = ", ".join(f"{c!r} ({n} times)" for c, n in list(missing.items())[:20])
                 raise ValueError(
                     f"the vocabulary of {config.model} lacks characters of the training "
-                    f"transcripts: {shown}. Normalise the transcripts (lower_case may be what is "
+                    f"transcripts: {shown}. Change the transcripts (lower_case may be what is "
                     "missing), or build a vocabulary and a head anew with vocabulary='new'"
                 )
             return tokenizer, False

@@ -23,12 +23,18 @@ from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.data import (
     Batch,
     EpochDataset,
+    ManifestSource,
     Skipped,
     UtteranceSource,
     pad_batch,
     to_batch,
 )
-from w2vbert_fast.training.evaluation import SCORES, evaluate, is_better, prediction_rows
+from w2vbert_fast.training.evaluation import (
+    choosing_score,
+    evaluate,
+    is_better,
+    prediction_rows,
+)
 from w2vbert_fast.training.logs import (
     PREDICTIONS_FILE,
     SKIPPED_FILE,
@@ -88,7 +94,7 @@ class FinetuneResult:
     Attributes:
         best: folder of the checkpoint with the best evaluation.
         last: folder of the checkpoint of the last step.
-        score: name of the score that chose the best one: `wer` or `accuracy`.
+        score: name of the score that chose the best one: `wer`, `cer` or `accuracy`.
         best_score: its best value, a fraction.
         best_step: when that was.
         steps: optimiser steps.
@@ -196,6 +202,7 @@ class _Run:
         self.average: list[Tensor] | None = None
         if config.average is not None:
             self.average = [parameter.detach().clone() for parameter in self.trained]
+        self.score = self._choosing_score()
         # Dropout and masks differ between processes.
         torch.manual_seed(config.seed + self.accelerator.process_index)
         self.progress = self._restored()
@@ -208,7 +215,15 @@ class _Run:
             "data": [self.train_source.fingerprint(), self.eval_source.fingerprint()],
             "num_processes": self.accelerator.num_processes,
             "steps": self.total,
+            "score": self.score,
         }
+
+    def _choosing_score(self) -> str:
+        sources = (self.train_source, self.eval_source)
+        known = [source for source in sources if isinstance(source, ManifestSource)]
+        transcripts = [row.text for source in known for row in source.rows] if known else None
+        config = self.config
+        return choosing_score(config.task, config.metric, self.parts.tokenizer, transcripts)
 
     def _restored(self) -> Progress:
         folder = find_state(self.out)
@@ -228,6 +243,8 @@ class _Run:
                 "take another folder, or delete its state/. What differs:\n  "
                 + "\n  ".join(differences)
             )
+        # A run goes on with the score that it was begun with.
+        self.score = about.get("score", "wer" if self.config.task == "ctc" else "accuracy")
         load_state(folder, self.accelerator, self.average)
         logger.info("going on after step %d", progress.step)
         return progress
@@ -237,15 +254,16 @@ class _Run:
     def run(self) -> FinetuneResult:
         config, progress = self.config, self.progress
         main = self.accelerator.is_main_process
-        score = SCORES[config.task]
         log = None
         if main:
             write_json(self.out / "finetune.json", config.to_dict())
-            log = RunLog(self.out, progress.step, self.total, score, config.tensorboard)
+            log = RunLog(self.out, progress.step, self.total, self.score, config.tensorboard)
         rank = self.accelerator.process_index
         name = SKIPPED_FILE if rank == 0 else f"process-{rank}-{SKIPPED_FILE}"
         self.skipped_log = JsonLines(self.out / name, progress.step)
         try:
+            if main and self.score == "cer" and config.metric == "auto":
+                logger.info("no words between spaces: the best checkpoint is chosen by CER")
             if main and progress.step == 0:
                 self._report_skipped(self.skipped_at_start, 1)
             self._loop(log)
@@ -257,7 +275,7 @@ class _Run:
         return FinetuneResult(
             self.out / "best",
             self.out / "last",
-            score,
+            self.score,
             progress.best_score,
             progress.best_step,
             progress.step,
@@ -461,8 +479,8 @@ class _Run:
                 self.parts.tokenizer,
                 config.num_workers,
             )
-            score = outcome.scores[SCORES[config.task]]
-            if is_better(config.task, score, progress.best_score):
+            score = outcome.scores[self.score]
+            if is_better(self.score, score, progress.best_score):
                 progress.best_score, progress.best_step = score, progress.step
                 self._save_checkpoint("best")
         if log is None:
