@@ -252,7 +252,8 @@ def test_attention_maps_come_from_the_original_which_is_said_once(
             options = {"output_attentions": True, "attention_mask": mask}
             theirs, mine = reference(x, **options), fast(x, **options)
             assert len(mine.attentions) == TINY["num_hidden_layers"]
-            assert all(map(torch.equal, flat(mine), flat(theirs)))
+            assert all(map(torch.equal, mine.attentions, theirs.attentions))
+            assert torch.equal(mine.logits[mask.bool()], theirs.logits[mask.bool()])
     (record,) = (r for r in caplog.records if r.name == integration.__name__)
     assert "attention maps" in record.getMessage()
     fast.config.output_attentions = reference.config.output_attentions = True
@@ -477,9 +478,9 @@ def test_calls_that_only_the_original_can_do(said: list[str]) -> None:
 
 def test_what_cannot_be_accelerated() -> None:
     with pytest.raises(TypeError, match=r"model is str; it must be a torch.nn.Module"):
-        accelerate("model")  # type: ignore[type-var]
+        accelerate("model")
     with pytest.raises(TypeError, match=r"model is int"):
-        restore(3)  # type: ignore[type-var]
+        restore(3)
     with pytest.raises(ValueError, match=r"Linear, which contains no Wav2Vec2BertEncoder"):
         accelerate(nn.Linear(2, 2))
     model, _ = pair("Wav2Vec2BertForCTC")

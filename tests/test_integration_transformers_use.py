@@ -269,13 +269,8 @@ def test_asr_pipeline_finds_no_letters_in_the_padding_of_batches(
     alone = theirs(sweeps(*lengths), **options)
     batched = mine(sweeps(*lengths), batch_size=2, **options)
     assert [result["text"] for result in batched] == [result["text"] for result in alone]
-    for ours, reference in zip(batched, alone, strict=True):
-        spans = [[c["timestamp"] for c in result.get("chunks", ())] for result in (ours, reference)]
-        if spans[1]:
-            assert spans[0][:-1] == spans[1][:-1]
-            # A letter in the very last frame lasts as long as the padding, which repeats it.
-            (start, end), (expected_start, expected_end) = spans[0][-1], spans[1][-1]
-            assert start == expected_start and end >= expected_end
+    # Words and letters end with their utterance, not with the padding.
+    assert [result.get("chunks") for result in batched] == [r.get("chunks") for r in alone]
     found = theirs(sweeps(*lengths), batch_size=2, **options)
     assert [result["text"] for result in found] != [result["text"] for result in alone]
 

@@ -256,6 +256,16 @@ def run_adapter(module: Any, x: Tensor, layout: PackedBatch) -> tuple[Tensor, Pa
     return x, layout
 
 
+def adapter_layout(module: Any, layout: PackedBatch) -> PackedBatch | None:
+    """The layout of what a reference adapter makes; `None` where it may leave layers out."""
+    if module.training and getattr(module, "layerdrop", 0.0) > 0.0:
+        return None
+    layout = layout.with_lengths(list(layout.lengths), layout.padded_length)
+    for layer in module.layers:
+        layout = _AdapterLayer.shortened(layer, layout)
+    return layout
+
+
 def unpack_held(packed: Tensor, layout: PackedBatch) -> Tensor:
     """`[num_tokens, C]` -> `[batch, T, C]`; padded frames repeat the nearest frame of their row.
 

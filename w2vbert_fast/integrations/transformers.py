@@ -20,6 +20,8 @@ import functools
 import importlib
 import inspect
 import logging
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,9 +29,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._recording import recorder
 from ..layout import PackedBatch
+from ..models.heads import BLANK_LOGIT
+from ..models.pretrained import Wav2Vec2BertPreTrainedModel
 from ._conformer import (
     Run,
+    adapter_layout,
     adapter_obstacle,
     capturing,
     has_global_hooks,
@@ -38,6 +44,7 @@ from ._conformer import (
     run_adapter,
     unpack_held,
 )
+from ._search import is_inside, may_hold_modules, modules_in, places_in
 
 if TYPE_CHECKING:
     FastSeamlessM4TFeatureExtractor: Any
@@ -47,7 +54,7 @@ logger = logging.getLogger(__name__)
 OLDEST, NEWEST = "4.37", "5.23"
 """The oldest and the newest minor version of transformers that `accelerate` knows."""
 
-_Module = TypeVar("_Module", bound=nn.Module)
+_Holder = TypeVar("_Holder")
 
 
 @dataclass(frozen=True)
@@ -74,88 +81,155 @@ _FAMILIES = (
 )
 
 
-def accelerate(model: _Module) -> _Module:
+def accelerate(model: _Holder) -> _Holder:
     """Make the Wav2Vec2-BERT encoders in a model run on our operations, in place.
 
-    Every `Wav2Vec2BertEncoder` and `SeamlessM4Tv2ConformerEncoder` of transformers that the model
-    contains, at any depth, and the adapters behind them. What stands in front of them and behind
-    (feature projection, heads, decoders) stays as it is. The parameters are the same objects; LoRA
-    and other adapters may be put in before or after. A call that asks for what our code cannot do
-    (attention maps, ...) runs transformers' code, which the log says once for each reason.
+    Every `Wav2Vec2BertEncoder` and `SeamlessM4Tv2ConformerEncoder` of transformers that is found,
+    and the adapters behind them. What stands in front of them and behind (feature projection,
+    heads, decoders) stays as it is, but for `Wav2Vec2BertForCTC`, whose logits are the blank in
+    padded frames. The parameters are the same objects; LoRA and other adapters may be put in before
+    or after. A call that asks for what our code cannot do (attention maps, ...) runs transformers'
+    code, which the log says once for each reason; so does one that `torch.jit.trace`,
+    `torch.export` or an ONNX exporter records.
 
     In a padded batch an utterance gets the answer that it gets alone. Padded frames are zero in
-    `hidden_states` and repeat the utterance's last frame in `last_hidden_state`, so that a greedy
-    CTC decoder finds nothing in them (transformers leaves there, and lets the adapter read,
-    whatever the arithmetic gives).
+    `hidden_states` and repeat the utterance's last frame in `last_hidden_state` (transformers
+    leaves there, and lets the adapter read, whatever the arithmetic gives).
+
+    The log says at level INFO which encoders were found, and at WARNING what was left as it is,
+    because it derives from transformers' classes or is a model of this package.
 
     Args:
-        model: any module. Nothing happens to encoders that are accelerated already.
+        model: a module, or what holds modules at any depth: a pipeline of transformers, a dict, a
+            list, an object with models in its attributes. Nothing happens to encoders that are
+            accelerated already.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
+        TypeError: `model` can hold no modules.
         ValueError: there is no such encoder in it, or one has a `forward` of its own.
         ImportError: the version of transformers is not one that this was made for.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__qualname__}; it must be a torch.nn.Module")
+    modules = _modules_of(model)
     _check_version()
-    fast = {kind._w2vbert_reference: kind for kind in _fast_classes().values()}
-    found = [module for module in model.modules() if type(module) in fast]
-    done = any(isinstance(module, _FastEncoder) for module in model.modules())
-    if not done and not any(issubclass(fast[type(module)], _FastEncoder) for module in found):
-        raise ValueError(_nothing_found(model, tuple(fast)))
-    for module in found:
-        if "forward" in module.__dict__:
+    replacements = {kind._w2vbert_reference: kind for kind in _fast_classes().values()}
+    fast = {}
+    for path, module in modules.items():
+        kind = replacements.get(type(module)) or _fast_ctc_subclass(type(module))
+        if kind is not None:
+            fast[path] = kind
+    encoders = [
+        path
+        for path, module in modules.items()
+        if issubclass(fast.get(path, type(module)), _FastEncoder)
+    ]
+    own = {path: m for path, m in modules.items() if isinstance(m, Wav2Vec2BertPreTrainedModel)}
+    slow = [path for path, module in own.items() if not module.use_fast_kernels]
+    if not encoders and (slow or not own):
+        raise ValueError(_nothing_found(model, modules, slow))
+    for path in fast:
+        if "forward" in modules[path].__dict__:
             raise ValueError(
-                f"a {type(module).__name__} in model has a forward of its own (an offloading "
-                "library's, for instance), behind which it cannot be accelerated; call "
-                "accelerate() first"
+                f"a {type(modules[path]).__name__} in model has a forward of its own (an "
+                f"offloading library's, for instance), behind which model{path} cannot be "
+                "accelerated; call accelerate() first"
             )
-    for module in found:
-        module.__class__ = fast[type(module)]
+    for path, kind in fast.items():
+        modules[path].__class__ = kind
+    if encoders:
+        logger.info("accelerated: %s", ", ".join(f"model{path}" for path in encoders))
+    for line in (*_subclasses(modules), *_switches(modules, slow)):
+        logger.warning("%s", line)
     return model
 
 
-def restore(model: _Module) -> _Module:
+def accelerated(model: Any) -> dict[str, nn.Module]:
+    """The encoders in a model that `accelerate` has made run on our operations.
+
+    Args:
+        model: as in `accelerate`.
+
+    Returns:
+        The encoders by where they are in `model`, such as `.wav2vec2_bert.encoder`.
+
+    Raises:
+        TypeError: `model` can hold no modules.
+    """
+    found = _modules_of(model).items()
+    return {path: module for path, module in found if isinstance(module, _FastEncoder)}
+
+
+def restore(model: _Holder) -> _Holder:
     """Undo `accelerate`, in place; the parameters keep their values.
 
     Args:
-        model: any module. Nothing happens where nothing was accelerated.
+        model: as in `accelerate`. Nothing happens where nothing was accelerated.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
+        TypeError: `model` can hold no modules.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__qualname__}; it must be a torch.nn.Module")
-    for module in model.modules():
+    for module in _modules_of(model).values():
         if isinstance(module, _Fast) and module._w2vbert_own:
             module.__class__ = module._w2vbert_reference
     return model
 
 
-def _nothing_found(model: nn.Module, references: tuple[type, ...]) -> str:
-    subclasses = sorted(
-        {
-            type(module).__qualname__
-            for module in model.modules()
-            if isinstance(module, references) and type(module) not in references
-        }
+def _modules_of(model: Any) -> dict[str, nn.Module]:
+    if not may_hold_modules(model):
+        raise TypeError(
+            f"model is {type(model).__qualname__}; it must be a torch.nn.Module, or a pipeline, "
+            "dict, list or other object that holds some"
+        )
+    return modules_in(model)
+
+
+def _subclasses(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """What to say of modules that derive from transformers' classes and were left as they are."""
+    references = tuple(kind._w2vbert_reference for kind in _fast_classes().values())
+    left = {
+        f"model{path}": type(module).__qualname__
+        for path, module in modules.items()
+        if isinstance(module, references) and not isinstance(module, _Fast)
+    }
+    if left:
+        yield (
+            f"{', '.join(sorted(set(left.values())))} derive from transformers' classes with code "
+            f"of their own, which cannot be replaced; these run it: {', '.join(left)}"
+        )
+
+
+def _switches(modules: dict[str, nn.Module], slow: Iterable[str]) -> Iterator[str]:
+    """What to say of this package's own models that run without their fast kernels."""
+    for path in slow:
+        if not any(is_inside(path, other) for other in slow if other != path):
+            yield (
+                f"model{path} is w2vbert_fast's own {type(modules[path]).__name__}, for which "
+                "there is nothing to replace: switch it with use_fast_kernels = True, or load it "
+                "with from_pretrained(..., use_fast_kernels=True)"
+            )
+
+
+def _nothing_found(model: Any, modules: dict[str, nn.Module], slow: list[str]) -> str:
+    places = places_in(model)
+    more = f" and {len(places) - 12} more" if len(places) > 12 else ""
+    looked = (
+        f"looked through {', '.join(places[:12])}{more}, and what these hold: {len(modules)} "
+        "modules in all"
+        if places
+        else "it holds nothing that could be one"
     )
-    hint = (
-        f"; {', '.join(subclasses)} derive from transformers' classes with code of their own, "
-        "which cannot be replaced"
-        if subclasses
-        else ""
-    )
-    return (
-        f"model is {type(model).__qualname__}, which contains no Wav2Vec2BertEncoder and no "
-        f"SeamlessM4Tv2ConformerEncoder of transformers{hint}"
+    return "; ".join(
+        [
+            f"model is {type(model).__qualname__}, which contains no Wav2Vec2BertEncoder and no "
+            f"SeamlessM4Tv2ConformerEncoder of transformers ({looked})",
+            *_subclasses(modules),
+            *_switches(modules, slow),
+        ]
     )
 
 
@@ -196,7 +270,7 @@ class _Fast:
     @property
     def _w2vbert_own(self) -> bool:
         """Whether the class is ours, and not made of it by somebody (FSDP)."""
-        return type(self) in _fast_classes().values()
+        return "_w2vbert_reference" in type(self).__dict__
 
 
 class _FastEncoder(_Fast):
@@ -208,6 +282,10 @@ class _FastEncoder(_Fast):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As transformers' encoder: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T, C]`."""
+        if recorder() is not None:
+            return self._w2vbert_reference.forward(
+                self, hidden_states, attention_mask, *args, **kwargs
+            )
         if attention_mask is not None and torch.compiler.is_compiling():
             # The lengths decide how much is computed: this is no part of a compiled graph.
             return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
@@ -228,9 +306,14 @@ def _encode(
     layout, reason = _encoder_layout(encoder, hidden_states, attention_mask, options)
     if layout is None:
         _say_once(encoder, reason)
-        return encoder._w2vbert_reference.forward(
-            encoder, hidden_states, attention_mask, *args, **kwargs
-        )
+        forward = partial(encoder._w2vbert_reference.forward, encoder)
+        if torch.compiler.is_compiling():
+            return forward(hidden_states, attention_mask, *args, **kwargs)
+        token = _in_original_encoder.set(True)
+        try:
+            return forward(hidden_states, attention_mask, *args, **kwargs)
+        finally:
+            _in_original_encoder.reset(token)
     keep = bool(encoder._w2vbert_legacy and options.get("output_hidden_states"))
     output, kept = _run_layers(encoder, hidden_states, layout, keep)
     if "layer_norm" in encoder._modules:  # SeamlessM4T v2
@@ -332,6 +415,9 @@ def _layer_output(run: Run, index: int, x: Tensor) -> Tensor:
     return run.layer(index, x)[0]
 
 
+_in_original_encoder: ContextVar[bool] = ContextVar("_in_original_encoder", default=False)
+
+
 class _FastLayer(_Fast):
     def forward(
         self,
@@ -342,6 +428,13 @@ class _FastLayer(_Fast):
     ) -> Any:
         """As transformers' layer, or `[batch, T, C]` -> `[batch, T, C]` of an encoder's run."""
         if w2vbert_run is None:
+            if not (
+                torch.compiler.is_compiling()
+                or _in_original_encoder.get()
+                or recorder() is not None
+                or torch._C._current_graph_task_id() != -1  # a checkpoint of that encoder
+            ):
+                _say_once(self, _LAYER_BY_ITSELF)  # type: ignore[arg-type]
             return self._w2vbert_reference.forward(self, hidden_states, *args, **kwargs)
         run, index = w2vbert_run
         output = run.layout.unpack(_layer_output(run, index, run.layout.pack(hidden_states)))
@@ -356,6 +449,10 @@ class _FastAdapter(_Fast):
 
         The convolutions read zeros behind the end of an utterance.
         """
+        if recorder() is not None:
+            return self._w2vbert_reference.forward(
+                self, hidden_states, attention_mask, *args, **kwargs
+            )
         if attention_mask is not None and torch.compiler.is_compiling():
             return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
         return _adapt(self, hidden_states, attention_mask, args, kwargs)
@@ -383,6 +480,93 @@ def _adapt(
     return unpack_held(x, shortened)
 
 
+class _FastCTC(_Fast):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if not self._w2vbert_own or type(self) in _fast_classes().values():
+            return reduced
+        return (_new_ctc, (self._w2vbert_reference,), *reduced[2:])
+
+
+def _new_ctc(reference: Any) -> Any:
+    """What a pickle of a user's CTC model begins with: its class has no name to be found by."""
+    _check_version()
+    kind = _fast_ctc(reference)
+    return kind.__new__(kind)
+
+
+def _fast_ctc_subclass(kind: Any) -> Any | None:
+    """The fast class for a class that derives from transformers' CTC model; `None`: it does not,
+    or its `forward` takes something else."""
+    if issubclass(kind, _Fast) or not issubclass(kind, _FAMILIES[0].reference("ForCTC")):
+        return None
+    arguments = list(inspect.signature(kind.forward).parameters)[1:3]
+    return _fast_ctc(kind) if arguments == ["input_features", "attention_mask"] else None
+
+
+@functools.cache
+def _fast_ctc(reference: Any) -> Any:
+    """The class for transformers' CTC model, or for one that derives from it."""
+    blank_padding = torch.compiler.disable(_blank_padding)  # type: ignore[no-untyped-call]
+
+    # What passes arguments on by their names (Trainer, labels among them) reads the signature.
+    @functools.wraps(reference.forward)
+    def forward(
+        self: Any,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        output = reference.forward(self, input_features, attention_mask, *args, **kwargs)
+        if attention_mask is None or recorder() is not None:
+            return output
+        return blank_padding(self, output, input_features, attention_mask)
+
+    return type(
+        reference.__name__,
+        (_FastCTC, reference),
+        {
+            "__module__": __name__,
+            "__doc__": reference.__doc__,
+            "_w2vbert_reference": reference,
+            "forward": forward,
+        },
+    )
+
+
+def _blank_padding(model: Any, output: Any, features: Tensor, attention_mask: Tensor) -> Any:
+    """A CTC model's output, a mapping or a tuple, with logits of a sure blank in padded frames.
+
+    `BLANK_LOGIT` for the blank and 0 beside it, so that no decoder finds letters there, nor hears
+    the last one for longer than it lasts.
+    """
+    is_tuple = isinstance(output, tuple)
+    names = range(len(output)) if is_tuple else output.keys()
+    # The one tensor of three dimensions, `[batch, T', vocab]`.
+    name: Any = next(n for n in names if isinstance(output[n], Tensor) and output[n].dim() == 3)
+    logits = output[name]
+    layout, _ = _layout(features, attention_mask)
+    adapter = model.wav2vec2_bert.adapter
+    if layout is not None and adapter is not None:
+        layout = adapter_layout(adapter, layout)
+    blank = model.config.pad_token_id
+    if layout is None or blank is None or not 0 <= blank < logits.shape[2]:
+        return output
+    is_frame = layout.unpack(logits.new_ones(layout.num_tokens, 1, dtype=torch.bool))
+    sure = logits.new_zeros(logits.shape[2])
+    sure[blank] = BLANK_LOGIT
+    logits = torch.where(is_frame, logits, sure)
+    if is_tuple:
+        return (*output[:name], logits, *output[name + 1 :])
+    output[name] = logits
+    return output
+
+
+_LAYER_BY_ITSELF = (
+    "it is called by itself (its encoder runs the layers fast, and gives what each of them makes "
+    "with output_hidden_states=True)"
+)
 _said: set[tuple[str, str]] = set()
 
 
@@ -436,7 +620,9 @@ def _fast_classes() -> dict[str, Any]:
                     "__doc__": reference.__doc__,
                 },
             )
-    return made
+    reference_ctc: Any = _FAMILIES[0].reference("ForCTC")
+    ctc = _fast_ctc(reference_ctc)
+    return {**made, ctc.__name__: ctc}
 
 
 def __getattr__(name: str) -> Any:

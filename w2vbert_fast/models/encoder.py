@@ -363,6 +363,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         return PackedEncoding(x, out_layout, layout, extract_features, kept, attentions)
 
     def _layout(self, input_features: Tensor, attention_mask: Tensor | None) -> PackedBatch:
+        self._check_call(input_features, attention_mask)
         width = self.config.feature_projection_input_dim
         if input_features.dim() != 3 or input_features.shape[2] != width:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._config_checks import floating_dtype
 from .._keywords import LOADING, SAVING, take
+from .._recording import recorder
 from .._repository import Repository
 from ..checkpoint import find_checkpoint, write_checkpoint
 from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
@@ -28,6 +30,8 @@ from .loading import load_weights
 from .packed_weights import pack_encoder
 from .quantization import check_int8, dtype_beside_int8, keep_ctc_head, quantize_encoder
 
+logger = logging.getLogger(__name__)
+
 _Model = TypeVar("_Model", bound="Wav2Vec2BertPreTrainedModel")
 
 # What torch's own modules call to draw initial weights, on the way to these two methods.
@@ -38,6 +42,20 @@ _DRAWS = (
     Tensor.uniform_,
     Tensor.normal_,
 )
+
+
+_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GUARDED = (
+    "torch.export",
+    "make_fx",
+)  # of a call without a mask they record what depends on shapes
+_NOT_RECORDED = (
+    "cannot record this model: which frames are computed depends on attention_mask, and the record "
+    "would be right for that of the example alone. `w2vbert-fast export` "
+    "(w2vbert_fast.export.export) writes ONNX, an AOTInductor package or a torch.export program "
+    "that takes any mask"
+)
+_said: list[bool] = []
 
 
 class _WithoutDrawing(TorchFunctionMode):
@@ -84,7 +102,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         config = self.config_class.from_any(config)
         config.validate()
         self.config = config
-        self._use_fast_kernels = False
+        self._use_fast_kernels: bool | None = None  # None: nobody has chosen
         self._require_grads_hooks: list[RemovableHandle] = []
 
     def post_init(self) -> None:
@@ -117,7 +135,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,
         device_map: torch.device | str | int | Mapping[str, Any] | None = None,
-        use_fast_kernels: bool = False,
+        use_fast_kernels: bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
@@ -153,7 +171,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             device: where the weights go; by default the CPU.
             device_map: the same, as transformers has it: a device, a map of all modules to one, or
                 `"auto"`, which is the accelerator where there is one.
-            use_fast_kernels: see the property of that name.
+            use_fast_kernels: see the property of that name; None: off, which the log says at the
+                first call.
             cache_dir: the hub's cache folder, where it is not the usual one.
             force_download: download files though they are in the cache.
             local_files_only: never ask the hub, use its cache alone.
@@ -234,7 +253,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             with keep_ctc_head(model):
                 model.to(dtype_beside_int8(model.dtype))
             model.config.dtype = model.dtype
-        model.use_fast_kernels = use_fast_kernels
+        if use_fast_kernels is not None:
+            model.use_fast_kernels = use_fast_kernels
         model.eval()
         if not output_loading_info:
             return model
@@ -325,6 +345,9 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         config.dtype = self.dtype
         return config
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(f"torch.jit.script {_NOT_RECORDED}")
+
     @property
     def base_model(self) -> nn.Module:
         """The encoder: a part of a model with a head, else the model itself."""
@@ -414,13 +437,35 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
 
         Setting it sets the attribute of that name on every submodule that has it.
         """
-        return self._use_fast_kernels
+        return bool(self._use_fast_kernels)
 
     @use_fast_kernels.setter
     def use_fast_kernels(self, value: bool) -> None:
         self._use_fast_kernels = bool(value)
         for module in self._parts_with("use_fast_kernels"):
             module.use_fast_kernels = bool(value)
+
+    def _check_call(self, input_features: Any, attention_mask: Tensor | None) -> None:
+        """What every call of a model looks at first.
+
+        Raises:
+            RuntimeError: the call is recorded, in a way that makes the utterances' lengths
+                constants of the record.
+        """
+        how = "torch.fx" if isinstance(input_features, torch.fx.Proxy) else recorder()
+        if how is not None and (attention_mask is not None or not how.startswith(_GUARDED)):
+            raise RuntimeError(f"{how} {_NOT_RECORDED}")
+        chosen = self._use_fast_kernels is not None or torch.compiler.is_compiling()
+        if not (chosen or _said) and (
+            input_features.device.type in ("cpu", "cuda") and input_features.dtype in _FAST_DTYPES
+        ):
+            _said.append(True)
+            logger.warning(
+                "%s runs in plain PyTorch: use_fast_kernels is off. from_pretrained(..., "
+                "use_fast_kernels=True), or model.use_fast_kernels = True later, runs the same "
+                "model faster; False says that this is meant. This is said once",
+                type(self).__name__,
+            )
 
     def pack_weights(self: _Model) -> _Model:
         """Store the encoder's matrices as the CPU multiplies them, in place of the parameters.
