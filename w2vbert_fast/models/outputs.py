@@ -7,7 +7,6 @@ that is `None` is no entry of the mapping and no position.
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._pytree import MappingKey, register_pytree_node
+
+from .beside_transformers import join_transformers
 
 HiddenStates = tuple[Tensor | None, ...]
 Output = TypeVar("Output", bound="ModelOutput")
@@ -101,7 +102,7 @@ class ModelOutput(_Entries):
         raise TypeError(f"entries of {type(self).__name__} cannot be taken away; set them to None")
 
     __delitem__ = __delattr__ = pop = popitem = clear = _keep
-    # Named here for the sake of what `join_reference` puts in front of them.
+    # Named here for the sake of what `join_transformers` puts in front of them.
     update = OrderedDict.update
     setdefault = OrderedDict.setdefault
 
@@ -121,19 +122,12 @@ def _unflatten(cls: type[Output], values: Iterable[Any], names: list[str]) -> Ou
     return cls(dict(zip(names, values, strict=True)))
 
 
-def join_reference() -> None:
-    """Make outputs instances of transformers' `ModelOutput`, where transformers is loaded."""
-    theirs = getattr(sys.modules.get("transformers.utils.generic"), "ModelOutput", None)
-    if theirs is not None and not issubclass(ModelOutput, theirs):
-        ModelOutput.__bases__ = (theirs,)
-
-
 def as_requested(
     output: Output, return_dict: bool | None, default: bool | None
 ) -> Output | tuple[Any, ...]:
     """`output` itself, or its tuple when `return_dict` (else the config's `default`) is `False`."""
     if not torch.compiler.is_compiling():
-        join_reference()
+        join_transformers(ModelOutput)
     wanted = default if return_dict is None else return_dict
     return output.to_tuple() if wanted is False else output
 

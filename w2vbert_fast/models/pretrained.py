@@ -22,11 +22,13 @@ from ..checkpoint import find_checkpoint, write_checkpoint
 from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from ..hub import HubMixin, upload_arguments, upload_folder
 from ..ops.dispatch import packed_kernels
+from .beside_transformers import join_transformers
 from .checkpointing import Checkpointing, Policy
 from .graphs import LayerGraphs
 from .initialization import initialize_weights
 from .layers import Wav2Vec2BertFeatureProjection
 from .loading import load_weights
+from .outputs import ModelOutput
 from .packed_weights import pack_encoder
 from .quantization import check_int8, dtype_beside_int8, keep_ctc_head, quantize_encoder
 
@@ -89,6 +91,10 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         TypeError: `config` is neither.
         ValueError: the configuration's values exclude each other, or it is of another model.
     """
+
+    # Transformers' `Trainer` and Accelerate read these.
+    _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
+    _no_split_modules: ClassVar[list[str]] = ["Wav2Vec2BertEncoderLayer"]
 
     config_class: ClassVar[type[Wav2Vec2BertConfig]] = Wav2Vec2BertConfig
     base_model_prefix: ClassVar[str] = "wav2vec2_bert"
@@ -392,6 +398,11 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         """
         elements: int = input_dict[self.main_input_name].numel()
         return 6 * elements * self.num_parameters(exclude_embeddings=exclude_embeddings)
+
+    def to(self: _Model, *args: Any, **kwargs: Any) -> _Model:
+        """As `torch.nn.Module.to`."""
+        join_transformers(ModelOutput)
+        return super().to(*args, **kwargs)
 
     @classmethod
     def can_generate(cls) -> bool:
