@@ -130,8 +130,7 @@ def test_nothing_found_says_where_it_looked() -> None:
     assert str(error.value) == (
         "model is Speech, which contains no Wav2Vec2BertEncoder and no "
         "SeamlessM4Tv2ConformerEncoder of transformers (looked through .semantic_model "
-        "(Sequential), .settings (dict), .itself (Speech), .parts (deque), and what these hold: "
-        "2 modules in all)"
+        "(Sequential), .itself (Speech), and what these hold: 2 modules in all)"
     )
     with pytest.raises(ValueError, match=r"model is dict, .* \(it holds nothing that could be one"):
         accelerate({})
@@ -178,6 +177,8 @@ def test_classes_that_derive_from_transformers_are_named(
     assert "MyEncoder, MyLayer derive from transformers' classes" in line
     assert "model.student.encoder" in line and "model.teacher.encoder.layers[1]" in line
     assert is_fast(teacher) and not is_fast(student)
+    with pytest.raises(ValueError, match=r"; MyEncoder derive .*: model.encoder$"):
+        accelerate(student)
 
 
 @torch.no_grad()

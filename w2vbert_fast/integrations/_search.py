@@ -58,7 +58,7 @@ def places_in(root: Any) -> list[str]:
     return [
         f"{step} ({type(held).__qualname__})"
         for step, held in _held_by(root)
-        if may_hold_modules(held)
+        if may_hold_modules(held) and not (isinstance(held, _CONTAINERS) and len(held) == 0)
     ]
 
 

@@ -194,7 +194,9 @@ def _subclasses(modules: dict[str, nn.Module]) -> Iterator[str]:
     left = {
         f"model{path}": type(module).__qualname__
         for path, module in modules.items()
-        if isinstance(module, references) and not isinstance(module, _Fast)
+        if isinstance(module, references)
+        and not isinstance(module, _Fast)
+        and type(module) not in references
     }
     if left:
         yield (
