@@ -15,6 +15,7 @@ from w2vbert_fast.inference.job import Job, JobOptions, Summary
 from w2vbert_fast.inference.offline import Flow, Runner
 from w2vbert_fast.inference.sources import open_inputs
 from w2vbert_fast.inference.tasks import Classify, Embed, Transcribe
+from w2vbert_fast.inference.which_files import PassedOver
 from w2vbert_fast.inference.workers import Task
 
 TASKS: dict[str, type[Task]] = {"transcribe": Transcribe, "embed": Embed, "classify": Classify}
@@ -95,6 +96,9 @@ def _ending(summary: Summary, out: str) -> str:
             f"; {run['rows']} in {run['seconds']:.1f} s now, "
             f"{run['audio_hours_per_hour']:.0f} h of audio an hour"
         )
+    passed_over = PassedOver.from_json(summary.content["passed_over"])
+    if passed_over.counts:
+        text += f"; passed over: {passed_over}"
     count = sum(summary.errors.values())
     if count:
         kinds = ", ".join(f"{number} {name}" for name, number in summary.errors.items())

@@ -34,6 +34,7 @@ from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.shards import Formats, Shard
 from w2vbert_fast.inference.sources import Inputs
 from w2vbert_fast.inference.tables import Columns, to_disk
+from w2vbert_fast.inference.which_files import PassedOver
 
 JOB_FILE = "job.json"
 SUMMARY_FILE = "summary.json"
@@ -129,6 +130,7 @@ class Job:
         self.columns = Columns({})
         self.progress = Progress(inputs.total, 0, 0, as_json=self.options.log_json, stream=stream)
         self._stream = stream
+        self._passed_over = PassedOver()
 
     def run(self) -> Summary:
         """Do what is not done yet.
@@ -153,6 +155,7 @@ class Job:
                 as_json=self.options.log_json,
                 stream=self._stream,
             )
+            self._passed_over = self._known_passed_over()
             (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
             retried = journal.error_tables() if self.options.retry_errors else []
             complete = len(journal.done) == self.inputs.total
@@ -334,8 +337,17 @@ class Job:
             for group in self.folder.glob(f"{kind}/" + "[0-9]" * 6):
                 shutil.rmtree(group)
 
+    def _known_passed_over(self) -> PassedOver:
+        """What the last run has passed over; one that has nothing to do does not read tar files."""
+        path = self.folder / SUMMARY_FILE
+        known = read_json(path).get("passed_over", {}) if path.is_file() else {}
+        return PassedOver.from_json(known)
+
     def _finish(self, journal: Journal, startup: float) -> Summary:
         progress = self.progress
+        passed_over = self.inputs.passed_over
+        if progress.rows == 0 and not passed_over.counts:
+            passed_over = self._passed_over
         errors = error_counts(journal.errors())
         elapsed, batcher = progress.elapsed, self.runner.batcher
         hours = progress.audio_seconds / 3600
@@ -343,6 +355,7 @@ class Job:
             "rows": len(journal.done),
             "good": journal.good(),
             "errors": errors,
+            "passed_over": passed_over.as_json(),
             "audio_hours": round(journal.audio_seconds() / 3600, 6),
             "this_run": {
                 "rows": progress.rows,

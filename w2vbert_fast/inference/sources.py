@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from w2vbert_fast.inference.tar_shards import AUDIO_SUFFIXES, TarShard
+from w2vbert_fast.inference.folders import Folder
+from w2vbert_fast.inference.tar_shards import TarShard
+from w2vbert_fast.inference.which_files import TAR_SUFFIXES, PassedOver
 from w2vbert_fast.recordings.manifest import open_manifest
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
-
-_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 class Files:
@@ -33,38 +33,6 @@ class Files:
             if wanted(index):
                 yield Row(index, path, path, path)
         return start + len(self.paths)
-
-
-class Folder:
-    """The recordings in a folder and those below it, by the endings of their names, in order."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def survey(self) -> tuple[int | None, dict[str, Any]]:
-        with os.scandir(self.path):
-            pass
-        digest = hashlib.sha256()
-        count = 0
-        for path in self._paths():
-            digest.update(os.fsencode(path) + b"\0")
-            count += 1
-        return count, {"folder": self.path, "names": digest.hexdigest(), "rows": count}
-
-    def rows(self, start: int, wanted: Wanted) -> Rows:
-        index = start
-        for path in self._paths():
-            if wanted(index):
-                yield Row(index, path, path, path)
-            index += 1
-        return index
-
-    def _paths(self) -> Iterator[str]:
-        for folder, below, names in os.walk(self.path):
-            below.sort()
-            for name in sorted(names):
-                if os.path.splitext(name)[1][1:].lower() in AUDIO_SUFFIXES:
-                    yield os.path.join(folder, name)
 
 
 @dataclass(frozen=True)
@@ -87,6 +55,15 @@ class Inputs:
         known = [count for count in self.counts if count is not None]
         return sum(known) if len(known) == len(self.counts) else None
 
+    @property
+    def passed_over(self) -> PassedOver:
+        """What of folders, and of tar files that were read to their ends, is in no row."""
+        found = PassedOver()
+        for part in self.parts:
+            if isinstance(part, Folder | TarShard):
+                found.update(part.passed_over)
+        return found
+
     def rows(self, wanted: Wanted = everything) -> Iterator[Row]:
         """The rows whose index is wanted, in order.
 
@@ -103,33 +80,38 @@ def open_inputs(names: Sequence[str]) -> Inputs:
     """Find out what the names of a command line are, and survey it.
 
     A name is a manifest (.jsonl, .json, .csv, .tsv, .parquet), a tar file, a folder, a recording,
-    or a pattern such as `calls/**/*.wav`. What exists under a name comes before what it means as a
-    pattern.
+    or a pattern such as `calls/**/*.wav` of any of these. What exists under a name comes before
+    what it means as a pattern.
 
     Args:
         names: at least one.
 
     Raises:
         OSError: a manifest or a folder cannot be read.
-        ValueError: there are no names, a pattern finds nothing, or a manifest is damaged.
+        ValueError: there are no names, a pattern finds nothing, a folder, tar file or manifest
+            holds no recordings, or a manifest is damaged.
         ImportError: a Parquet manifest needs pyarrow, which is not installed.
     """
     if not names:
         raise ValueError("the input is empty: name files, folders, patterns or manifests")
     parts: list[Part] = []
-    files: list[str] = []
+    sources: list[str] = []
     for name in names:
-        part = _part(name)
-        if isinstance(part, Files):
-            files += part.paths
-            continue
-        if files:
-            parts.append(Files(files))
-            files = []
-        parts.append(part)
-    if files:
-        parts.append(Files(files))
-    surveys = [part.survey() for part in parts]
+        for part in _parts(name):
+            if isinstance(part, Files) and parts and isinstance(parts[-1], Files):
+                parts[-1].paths += part.paths
+                continue
+            parts.append(part)
+            sources.append(name)
+    surveys = []
+    for part, name in zip(parts, sources, strict=True):
+        surveys.append(part.survey())
+        if surveys[-1][0] == 0:
+            where = getattr(part, "path", name)
+            passed_over = str(getattr(part, "passed_over", ""))
+            raise ValueError(
+                f"{where} holds no recordings" + (f": {passed_over}" if passed_over else "")
+            )
     return Inputs(
         tuple(parts),
         tuple(count for count, _ in surveys),
@@ -137,16 +119,29 @@ def open_inputs(names: Sequence[str]) -> Inputs:
     )
 
 
+def _parts(name: str) -> list[Part]:
+    if os.path.lexists(name) or not glob.has_magic(name):
+        return [_part(name)]
+    parts: list[Part] = []
+    folder: str | None = None
+    for path in sorted(glob.iglob(name, recursive=True)):
+        part = _part(path)
+        if folder is not None and path.startswith(folder):
+            # `calls/**` finds `calls`, and all that is in it once more.
+            if isinstance(part, Folder | Files):
+                continue
+        elif isinstance(part, Folder):
+            folder = os.path.join(path, "")
+        parts.append(part)
+    if not parts:
+        raise ValueError(f"the pattern {name!r} finds no files")
+    return parts
+
+
 def _part(name: str) -> Part:
     if os.path.isdir(name):
         return Folder(name)
-    if not os.path.lexists(name) and glob.has_magic(name):
-        found = sorted(glob.iglob(name, recursive=True))
-        if not found:
-            raise ValueError(f"the pattern {name!r} finds no files")
-        found = [path for path in found if not os.path.isdir(path)]
-        return Files(found)
-    if name.lower().endswith(_TAR_SUFFIXES):
+    if name.lower().endswith(TAR_SUFFIXES):
         return TarShard(name)
     return open_manifest(name) or Files([name])
 
