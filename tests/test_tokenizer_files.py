@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -17,6 +18,7 @@ from w2vbert_fast.tokenization import AddedToken
 from .test_tokenization import LETTERS, ids_of, make_folders, write
 
 Reference = transformers.Wav2Vec2CTCTokenizer
+AddedTokenOfReference = transformers.AddedToken
 TEXTS = ["hello <s> you [PAD]", "sch ch é|", "uh mm uhm <laugh> ~", " A ß  word", ""]
 
 
@@ -240,6 +242,62 @@ def test_adding_tokens(folders: dict[str, Path]) -> None:
     assert ours.tokenize("a <v> <w> b") == reference.tokenize("a <v> <w> b")
     with pytest.raises(TypeError, match="new_tokens must be a string"):
         ours.add_tokens([3])
+
+
+def test_flags_of_added_tokens(tmp_path: Path) -> None:
+    vocab = write(tmp_path, vocab=ids_of(*LETTERS, "A", "B", "<unk>", "<pad>")) / "vocab.json"
+    contents = ("[N]", "aB", "A", "<unk>")
+    flags = [
+        dict(zip(("lstrip", "rstrip", "single_word", "normalized", "special"), bits, strict=True))
+        for bits in itertools.product([False, True], repeat=5)
+    ]
+    texts = ["A {0} B{0}", " {0}  {0}a {0} ", "{0}{0} A", "b{0} <pad> {0}<unk>"]
+
+    def state(tokenizer: Any, content: str) -> Any:
+        tokens = [
+            (index, *(getattr(token, name) for name in ("content", *flags[0])))
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.content.lower() == content.lower()
+        ]
+        filled = [text.format(content) for text in texts]
+        ids = [tokenizer(text).input_ids for text in filled]
+        return (
+            tokens,
+            [tokenizer.tokenize(text) for text in filled],
+            [tokenizer.decode(i, skip_special_tokens=True, group_tokens=False) for i in ids],
+            sorted(tokenizer.all_special_tokens),
+        )
+
+    for number, (content, flag) in enumerate(itertools.product(contents, flags)):
+        found = []
+        for kind, token in ((Wav2Vec2CTCTokenizer, AddedToken), (Reference, AddedTokenOfReference)):
+            tokenizer = kind(vocab, do_lower_case=number % 3 == 0)
+            added = token(content, **flag)
+            call = number % 4
+            if call == 0:
+                tokenizer.add_tokens([added])
+            elif call == 1:
+                tokenizer.add_tokens([added], special_tokens=True)
+            elif call == 2:
+                tokenizer.add_special_tokens({"additional_special_tokens": [added]})
+            else:
+                tokenizer.add_special_tokens({"eos_token": added})
+            found.append(state(tokenizer, content))
+        assert found[0] == found[1], (content, flag)
+    for token in (AddedToken("x"), AddedToken("x", special=True)):
+        assert token.normalized == AddedTokenOfReference("x", special=token.special).normalized
+
+
+def test_flags_of_added_tokens_in_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    ours = Wav2Vec2CTCTokenizer.from_pretrained(folders["fine-tuned"])
+    ours.add_tokens([AddedToken("[N]", lstrip=True), AddedToken("[M]", rstrip=True)])
+    ours.add_special_tokens({"eos_token": AddedToken("[E]", lstrip=True, single_word=True)})
+    ours.save_pretrained(tmp_path)
+    text = "a [N] b [M] a [E] b[E]"
+    wanted = ours.tokenize(text)
+    assert wanted[:3] == ["a", "[N]", "|"] and "[E]" in wanted
+    for kind in (Wav2Vec2CTCTokenizer, Reference):
+        assert kind.from_pretrained(tmp_path).tokenize(text) == wanted
 
 
 def test_setting_special_tokens(folders: dict[str, Path]) -> None:

@@ -22,6 +22,7 @@ _EXPORTS = {
     "AutoModelForAudioXVector": ("models", "Wav2Vec2BertForXVector"),
     "AutoModelForCTC": ("models", "Wav2Vec2BertForCTC"),
     "AutoProcessor": ("processing", "Wav2Vec2BertProcessor"),
+    "AutoTokenizer": ("tokenization", "Wav2Vec2CTCTokenizer"),
     "SeamlessM4TFeatureExtractor": ("features", "SeamlessM4TFeatureExtractor"),
     "Wav2Vec2BertConfig": ("configuration", "Wav2Vec2BertConfig"),
     "Wav2Vec2BertForAudioFrameClassification": (
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     AutoModelForAudioXVector = Wav2Vec2BertForXVector
     AutoModelForCTC = Wav2Vec2BertForCTC
     AutoProcessor = Wav2Vec2BertProcessor
+    AutoTokenizer = Wav2Vec2CTCTokenizer
 
 
 def __getattr__(name: str) -> Any:

@@ -99,6 +99,12 @@ LOADING: dict[str, Rule] = READING | {
 }
 """Models."""
 
+TOKENIZERS: dict[str, Rule] = {
+    "tokenizer_type": _any,  # there is one
+    "use_fast": _any,  # and no other implementation of it
+}
+"""Tokenizers, and what loads one."""
+
 SAVING: dict[str, Rule] = {
     "distributed_checkpoint": _unset("gather the shards and pass them as state_dict="),
     "safe_serialization": _any,  # weights are written as safetensors, whatever it is

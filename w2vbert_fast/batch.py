@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,17 @@ class BatchFeature(dict[str, Any]):
         super().__init__(data or {})
         self.convert_to_tensors(tensor_type)
 
+    @property
+    def data(self) -> BatchFeature:
+        """This object, the dictionary of its entries. Another one can be put in its place."""
+        return self
+
+    @data.setter
+    def data(self, value: Mapping[str, Any]) -> None:
+        entries = dict(value)
+        self.clear()
+        self.update(entries)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
@@ -49,7 +60,10 @@ class BatchFeature(dict[str, Any]):
             ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+        if name == "data":
+            object.__setattr__(self, name, value)
+        else:
+            self[name] = value
 
     def __delattr__(self, name: str) -> None:
         if name not in self:
@@ -67,10 +81,11 @@ class BatchFeature(dict[str, Any]):
             tensor_type: "pt" for torch tensors, "np" for NumPy arrays, None to leave all as it is.
 
         Returns:
-            This object. Entries without numbers (strings, dictionaries, None) stay as they are.
+            This object. Entries without numbers (strings, dictionaries, None) stay as they are. A
+            ragged entry becomes a NumPy array of objects, an array for each row.
 
         Raises:
-            ValueError: An entry is ragged, so that no tensor holds it.
+            ValueError: An entry is ragged, so that no torch tensor holds it.
         """
         kind = _tensor_type(tensor_type)
         if kind is not None:
@@ -130,6 +145,8 @@ def _convert(key: str, value: Any, kind: str) -> Any:
         if isinstance(value, list | tuple) and value and isinstance(value[0], torch.Tensor):
             stacked = torch.stack(list(value))
             return stacked if kind == "pt" else stacked.detach().cpu().numpy()
+        if kind == "np" and isinstance(value, list | tuple) and _is_ragged(value):
+            return ragged_array(value)
         array = np.asarray(value)
         if array.dtype == object:
             raise ValueError("it holds things of several kinds")
@@ -139,6 +156,23 @@ def _convert(key: str, value: Any, kind: str) -> Any:
             "equal length, or return_tensors=None to get lists"
         ) from error
     return array if kind == "np" else torch.from_numpy(array)
+
+
+def ragged_array(rows: Sequence[Any]) -> np.ndarray[Any, np.dtype[Any]]:
+    """Rows of different lengths as a NumPy array of objects, ``[batch]``, an array for each."""
+    array = np.empty(len(rows), dtype=object)
+    for index, row in enumerate(rows):
+        array[index] = (
+            row.detach().cpu().numpy() if isinstance(row, torch.Tensor) else np.array(row)
+        )
+    return array
+
+
+def _is_ragged(rows: Sequence[Any]) -> bool:
+    """Whether rows have different lengths."""
+    if not all(isinstance(row, list | tuple | np.ndarray | torch.Tensor) for row in rows):
+        return False
+    return len({len(row) for row in rows}) > 1
 
 
 def _first_leaf_is_not_a_number(value: Any) -> bool:

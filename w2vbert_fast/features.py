@@ -10,17 +10,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from w2vbert_fast._files import make_folder
 from w2vbert_fast._json import read_json, to_json_string, write_json
 from w2vbert_fast._repository import Repository
-from w2vbert_fast.batch import BatchFeature, tensor_type
+from w2vbert_fast.batch import BatchFeature, ragged_array, tensor_type
+from w2vbert_fast.hub import HubMixin, upload_arguments, upload_folder
 from w2vbert_fast.ops.fbank import (
     FRAME_LENGTH,
     FRAME_SHIFT,
+    SAMPLE_SCALE,
     log_mel_filterbank,
+    mel_filters,
     normalize_and_stack,
+    scaled_window,
 )
 from w2vbert_fast.padding import (
     check_length_arguments,
@@ -39,7 +44,7 @@ FEATURE_EXTRACTOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 
 
-class SeamlessM4TFeatureExtractor:
+class SeamlessM4TFeatureExtractor(HubMixin):
     """Turns waveforms into normalised log-mel features, stacked in pairs.
 
     Frames of 400 samples every 160 become `num_mel_bins` log energies each (`ops.fbank` states the
@@ -121,6 +126,16 @@ class SeamlessM4TFeatureExtractor:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
+
+    @property
+    def mel_filters(self) -> NDArray[np.float64]:
+        """The triangles, float64 ``[257, num_mel_bins]``: the weight of each DFT bin in each."""
+        return mel_filters(self.num_mel_bins, self.sampling_rate).copy()
+
+    @property
+    def window(self) -> NDArray[np.float64]:
+        """The window of a frame, float64 ``[400]``."""
+        return scaled_window() / SAMPLE_SCALE
 
     @torch.no_grad()
     def __call__(
@@ -215,7 +230,7 @@ class SeamlessM4TFeatureExtractor:
         output = {"input_features": [row for row, _ in stacked]}
         if self._wants_mask(return_attention_mask):
             output["attention_mask"] = [mask for _, mask in stacked]
-        return stack_rows(output, kind, allow_ragged=return_tensors is None)
+        return stack_rows(output, kind, ragged=list if return_tensors is None else None)
 
     def pad(
         self,
@@ -243,11 +258,13 @@ class SeamlessM4TFeatureExtractor:
 
         Returns:
             `input_features` ``[batch, num_frames, num_features]``, float32 where the input was
-            float64; `attention_mask`, int32 ``[batch, num_frames]``; other entries.
+            float64; `attention_mask`, int32 ``[batch, num_frames]``; other entries. Rows that stay
+            of different lengths become NumPy arrays of objects, or lists of tensors.
 
         Raises:
             ValueError: `input_features` is missing or not 2-D per utterance, entries have different
-                batch sizes, or an argument is impossible.
+                batch sizes, rows of different lengths are to become a torch tensor, or an argument
+                is impossible.
         """
         strategy = padding_strategy(padding, max_length)
         check_length_arguments(max_length, truncation, pad_to_multiple_of)
@@ -282,8 +299,9 @@ class SeamlessM4TFeatureExtractor:
         output: dict[str, Any] = {"input_features": rows}
         if self._wants_mask(return_attention_mask):
             output["attention_mask"] = masks
-        batch = stack_rows(output, kind, allow_ragged=return_tensors is None)
-        batch.update(BatchFeature(entries).convert_to_tensors(return_tensors))
+        gather = ragged_array if kind != "pt" else list if return_tensors is None else None
+        batch = stack_rows(output, kind, ragged=gather)
+        batch.update(BatchFeature(entries).convert_to_tensors(kind or "np"))
         return batch
 
     @classmethod
@@ -308,26 +326,28 @@ class SeamlessM4TFeatureExtractor:
             local_files_only: Whether to look in the cache only.
             token: Hub access token.
             subfolder: Folder inside the repository.
-            **overrides: Constructor arguments, or entries of the file, to replace.
+            **overrides: Constructor arguments, or entries of the file, to replace. Keywords of
+                transformers that say how files are had are taken too.
 
         Raises:
             OSError: There is no such file or repository.
             TypeError: An override is neither an argument nor an entry.
             ValueError: The file is broken or an entry has an impossible value.
         """
+        repository = Repository(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            subfolder=subfolder,
+        )
+        overrides = repository.take(overrides)
         entries: dict[str, Any] | None
         if Path(pretrained_model_name_or_path).is_file():
             entries = read_json(pretrained_model_name_or_path)
             entries = entries.get("feature_extractor", entries)
         else:
-            repository = Repository(
-                pretrained_model_name_or_path,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-                subfolder=subfolder,
-            )
             processor = repository.read_json(PROCESSOR_FILE) or {}
             entries = processor.get("feature_extractor", processor.get("audio_processor"))
             if entries is None:
@@ -393,18 +413,28 @@ class SeamlessM4TFeatureExtractor:
         """Writes `to_dict` to a JSON file."""
         write_json(json_file_path, self.to_dict())
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Writes `preprocessor_config.json` into a folder, which is made if it is missing.
 
         A `processor_config.json` there that holds a feature extractor, and would win over the file
         when the folder is loaded, is brought up to date.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Also upload the files that were written.
+            **kwargs: For the upload, `repo_id` (by default the folder's name) and the arguments of
+                `push_to_hub`.
 
         Returns:
             The path of the file.
 
         Raises:
             ValueError: `save_directory` is a file.
+            TypeError: A keyword argument is unknown.
         """
+        upload = upload_arguments(save_directory, push_to_hub, kwargs)
         folder = make_folder(save_directory)
         path = folder / FEATURE_EXTRACTOR_FILE
         write_json(path, self.to_dict())
@@ -415,6 +445,8 @@ class SeamlessM4TFeatureExtractor:
             if nested:
                 processor.update({key: self.to_dict() for key in nested})
                 write_json(processor_path, processor)
+        if upload is not None:
+            upload_folder(folder, [FEATURE_EXTRACTOR_FILE, PROCESSOR_FILE], **upload)
         return [str(path)]
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:

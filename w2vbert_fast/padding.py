@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,25 +96,29 @@ def pad_rows(
 
 
 def stack_rows(
-    output: Mapping[str, list[Tensor]], kind: str | None, *, allow_ragged: bool
+    output: Mapping[str, list[Tensor]],
+    kind: str | None,
+    *,
+    ragged: Callable[[list[Any]], Any] | None,
 ) -> BatchFeature:
     """Stacks the rows of each entry.
 
     Args:
         output: Rows of each utterance by name.
         kind: "pt" for tensors, else NumPy arrays.
-        allow_ragged: Whether rows of different lengths become a list.
+        ragged: What rows of different lengths are gathered with; None: they are refused.
 
     Raises:
-        ValueError: The lengths differ and that is not allowed.
+        ValueError: The lengths differ and that is refused.
     """
     entries: dict[str, Any] = {}
     for name, rows in output.items():
         if len({row.shape for row in rows}) == 1:
             stacked = torch.stack(rows)
             entries[name] = stacked if kind == "pt" else stacked.cpu().numpy()
-        elif allow_ragged or not rows:
-            entries[name] = list(rows) if kind == "pt" else [row.cpu().numpy() for row in rows]
+        elif ragged is not None or not rows:
+            arrays = list(rows) if kind == "pt" else [row.cpu().numpy() for row in rows]
+            entries[name] = (ragged or list)(arrays)
         else:
             lengths = sorted({len(row) for row in rows})
             raise ValueError(

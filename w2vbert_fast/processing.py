@@ -8,14 +8,16 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from w2vbert_fast._keywords import TOKENIZERS, take
 from w2vbert_fast._repository import Repository
 from w2vbert_fast.batch import BatchFeature
 from w2vbert_fast.features import SeamlessM4TFeatureExtractor
+from w2vbert_fast.hub import HubMixin, upload_arguments, upload_folder
 from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
 from w2vbert_fast.tokens.files import VOCABULARY_FILE
 
 
-class Wav2Vec2BertProcessor:
+class Wav2Vec2BertProcessor(HubMixin):
     """Audio to features, transcripts to labels, and CTC paths to text.
 
     Names, arguments and file formats are those of `Wav2Vec2BertProcessor` in transformers. An
@@ -32,15 +34,28 @@ class Wav2Vec2BertProcessor:
     def __init__(
         self, feature_extractor: SeamlessM4TFeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer
     ) -> None:
-        if not isinstance(feature_extractor, SeamlessM4TFeatureExtractor):
-            raise TypeError(
-                "feature_extractor must be a SeamlessM4TFeatureExtractor, got "
-                f"{type(feature_extractor).__name__}"
-            )
-        if not isinstance(tokenizer, Wav2Vec2CTCTokenizer):
-            raise TypeError(
-                f"tokenizer must be a Wav2Vec2CTCTokenizer, got {type(tokenizer).__name__}"
-            )
+        for name, part, kind, instead in (
+            (
+                "feature_extractor",
+                feature_extractor,
+                SeamlessM4TFeatureExtractor,
+                "from_dict(feature_extractor.to_dict())",
+            ),
+            (
+                "tokenizer",
+                tokenizer,
+                Wav2Vec2CTCTokenizer,
+                "from_pretrained(folder) behind tokenizer.save_pretrained(folder)",
+            ),
+        ):
+            if isinstance(part, kind):
+                continue
+            came = type(part)
+            message = f"{name} must be a w2vbert_fast.{kind.__name__}, got "
+            message += f"{came.__module__}.{came.__qualname__}"
+            if any(base.__name__ == kind.__name__ for base in came.__mro__):
+                message += f"; w2vbert_fast.{kind.__name__}.{instead} is the same of this package"
+            raise TypeError(message)
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
 
@@ -165,7 +180,8 @@ class Wav2Vec2BertProcessor:
             token: Hub access token.
             subfolder: Folder inside the repository.
             **overrides: Constructor arguments of the feature extractor or else of the tokenizer
-                that replace those of the files; `padding_side` is for both.
+                that replace those of the files; `padding_side` is for both. Keywords of
+                transformers that say how files are had are taken too.
 
         Raises:
             OSError: There is no such repository, or a part is missing.
@@ -180,6 +196,7 @@ class Wav2Vec2BertProcessor:
             token=token,
             subfolder=subfolder,
         )
+        overrides = take(repository.take(overrides), TOKENIZERS)
         if repository.find(VOCABULARY_FILE) is None:
             raise OSError(
                 f"{pretrained_model_name_or_path} holds no tokenizer ({VOCABULARY_FILE}), as a "
@@ -197,7 +214,8 @@ class Wav2Vec2BertProcessor:
             "revision": repository.revision,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
-            "token": token,
+            "force_download": repository.force_download,
+            "token": repository.token,
             "subfolder": subfolder,
         }
         path = pretrained_model_name_or_path
@@ -206,23 +224,35 @@ class Wav2Vec2BertProcessor:
             Wav2Vec2CTCTokenizer.from_pretrained(path, **where, **for_text),
         )
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Writes the files of both parts into a folder, which is made if it is missing.
 
         These are `preprocessor_config.json` and the tokenizer's files, the layout that all versions
         of transformers read.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Also upload the files that were written.
+            **kwargs: For the upload, `repo_id` (by default the folder's name) and the arguments of
+                `push_to_hub`.
 
         Returns:
             The paths of the files.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
+            TypeError: A keyword argument is unknown.
         """
+        upload = upload_arguments(save_directory, push_to_hub, kwargs)
         paths: list[str] = []
         for part in (self.feature_extractor, self.tokenizer):
             named = copy.copy(part)
             named.processor_class = type(self).__name__
             paths += named.save_pretrained(save_directory)
+        if upload is not None:
+            upload_folder(save_directory, [os.path.basename(path) for path in paths], **upload)
         return paths
 
 

@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from w2vbert_fast._keywords import TOKENIZERS, take
 from w2vbert_fast._repository import Repository
 from w2vbert_fast.batch import BatchFeature
+from w2vbert_fast.hub import HubMixin, upload_arguments, upload_folder
 from w2vbert_fast.tokens.added import AddedToken, is_special_token
 from w2vbert_fast.tokens.files import read_arguments, write_files
 from w2vbert_fast.tokens.ids import (
@@ -30,7 +32,7 @@ from w2vbert_fast.tokens.vocabulary import Vocabulary
 __all__ = ["AddedToken", "Wav2Vec2CTCTokenizer", "Wav2Vec2CTCTokenizerOutput"]
 
 
-class Wav2Vec2CTCTokenizer(Vocabulary):
+class Wav2Vec2CTCTokenizer(HubMixin, Vocabulary):
     """Character tokenizer for CTC models.
 
     A token is a character of the vocabulary, or one of the added tokens, which are never split: the
@@ -146,7 +148,8 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
             local_files_only: Whether to look in the cache only.
             token: Hub access token.
             subfolder: Folder inside the repository.
-            **overrides: Constructor arguments that replace those of the files.
+            **overrides: Constructor arguments that replace those of the files. Keywords of
+                transformers that say how files are had are taken too.
 
         Raises:
             OSError: There is no such repository, or it holds no `vocab.json`.
@@ -162,10 +165,19 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
             token=token,
             subfolder=subfolder,
         )
+        overrides = take(repository.take(overrides), TOKENIZERS)
         return cls(**read_arguments(repository, overrides))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Writes the tokenizer's files into a folder, which is made if it is missing.
+
+        Args:
+            save_directory: The folder.
+            push_to_hub: Also upload the files that were written.
+            **kwargs: For the upload, `repo_id` (by default the folder's name) and the arguments of
+                `push_to_hub`.
 
         Returns:
             The paths of `vocab.json`, `tokenizer_config.json`, `special_tokens_map.json` and, if
@@ -173,7 +185,9 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
+            TypeError: A keyword argument is unknown.
         """
+        upload = upload_arguments(save_directory, push_to_hub, kwargs)
         arguments: dict[str, Any] = {
             **self.further_entries,
             **{name: t for name, t in self._special_tokens.items() if name.endswith("_token")},
@@ -201,7 +215,7 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
         if self.extra_special_tokens:
             arguments["additional_special_tokens"] = self.extra_special_tokens
             special_tokens["additional_special_tokens"] = self.extra_special_tokens
-        return write_files(
+        paths = write_files(
             save_directory,
             vocabulary=self.vocab,
             arguments=arguments,
@@ -209,6 +223,9 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
             added_tokens=self.added_tokens_decoder,
             ids_in_vocabulary=self.vocab_size,
         )
+        if upload is not None:
+            upload_folder(save_directory, [os.path.basename(path) for path in paths], **upload)
+        return paths
 
     def __call__(
         self,
@@ -381,6 +398,9 @@ class Wav2Vec2CTCTokenizer(Vocabulary):
             "char_offsets": offsets if output_char_offsets or not tokens else None,
             "word_offsets": words if output_word_offsets or not tokens else None,
         }
+
+    # The name by which transformers' pipelines ask for words.
+    _get_word_offsets = staticmethod(word_offsets)
 
     def decode(
         self,

@@ -24,9 +24,10 @@ class _Fast:
     """transformers' `SeamlessM4TFeatureExtractor`, computed by `w2vbert_fast.features`.
 
     An instance of transformers' class, for processors, pipelines and collators: the same
-    arguments, attributes and files. What it saves bears the name of transformers' class, so that
-    `AutoProcessor` loads it anywhere, as transformers' own; `from_pretrained` of this class, or
-    `from_extractor`, makes it fast again.
+    arguments, attributes and files. It bears the name of transformers' class, by which
+    `Wav2Vec2ProcessorWithLM` knows what it works with, and so do its files: `AutoProcessor` loads
+    them anywhere, as transformers' own, and `from_pretrained` of this class, or `from_extractor`,
+    makes them fast again.
 
     A waveform that the reference makes NaN or nothing of (fewer than 560 samples) is a
     `ValueError`; docs/differences.md has the other differences, under "Features".
@@ -36,20 +37,23 @@ class _Fast:
 
     @classmethod
     def from_extractor(cls, extractor: Any) -> Any:
-        """The fast form of an extractor of transformers, with the same settings.
+        """The fast form of an extractor, with the same settings.
 
         Args:
-            extractor: a `SeamlessM4TFeatureExtractor` of transformers; it is not changed.
+            extractor: a `SeamlessM4TFeatureExtractor` of transformers or of this package, or a
+                processor that has one; it is not changed.
 
         Raises:
             TypeError: it is something else.
         """
-        if not isinstance(extractor, cls._reference):
+        found = getattr(extractor, "feature_extractor", extractor)
+        if not isinstance(found, (cls._reference, SeamlessM4TFeatureExtractor)):
             raise TypeError(
-                f"extractor is {type(extractor).__module__}.{type(extractor).__qualname__}; it "
-                "must be transformers' SeamlessM4TFeatureExtractor"
+                f"extractor is {type(found).__module__}.{type(found).__qualname__}; it must be a "
+                "SeamlessM4TFeatureExtractor of transformers or w2vbert_fast, or a processor that "
+                "has one"
             )
-        settings = extractor.to_dict()
+        settings = found.to_dict()
         settings.pop("feature_extractor_type", None)
         return cls(**settings)
 
@@ -107,19 +111,16 @@ class _Fast:
         )
         return BatchFeature(dict(batch))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings, under the name of transformers' class."""
-        settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        settings["feature_extractor_type"] = self._reference.__name__
-        return settings
-
 
 @functools.cache
 def fast_feature_extractor() -> Any:
     """The class, made when transformers is there to derive it from."""
     from transformers import SeamlessM4TFeatureExtractor as Reference
 
-    name = "FastSeamlessM4TFeatureExtractor"
-    module = f"{__package__}.transformers"
-    attributes = {"__module__": module, "__doc__": _Fast.__doc__, "_reference": Reference}
-    return type(name, (_Fast, Reference), attributes)
+    attributes = {
+        "__module__": f"{__package__}.transformers",
+        "__qualname__": "FastSeamlessM4TFeatureExtractor",  # where pickles find it
+        "__doc__": _Fast.__doc__,
+        "_reference": Reference,
+    }
+    return type(Reference.__name__, (_Fast, Reference), attributes)

@@ -99,6 +99,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     config_class: ClassVar[type[Wav2Vec2BertConfig]] = Wav2Vec2BertConfig
     base_model_prefix: ClassVar[str] = "wav2vec2_bert"
     main_input_name: ClassVar[str] = "input_features"
+    input_modalities: ClassVar[str] = "audio"
     supports_gradient_checkpointing: ClassVar[bool] = True
 
     config: Wav2Vec2BertConfig

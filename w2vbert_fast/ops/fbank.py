@@ -39,7 +39,8 @@ MEL_FLOOR = 2.0**-23
 VARIANCE_FLOOR = 1e-7
 """What normalisation adds to a feature's variance over an utterance."""
 
-_SAMPLE_SCALE = 2.0**15
+SAMPLE_SCALE = 2.0**15
+"""From samples with a full scale of 1.0 to the 16-bit range."""
 _LOWEST_FREQUENCY = 20.0
 
 # A block's frames and their spectra stay in a core's L2 cache on a CPU; elsewhere the block only
@@ -115,7 +116,7 @@ def scaled_window() -> NDArray[np.float64]:
     phase = 2.0 * np.pi * np.arange(FRAME_LENGTH) / (FRAME_LENGTH - 1)
     window = (0.5 - 0.5 * np.cos(phase)).clip(min=0.0) ** 0.85
     window[0] = window[-1] = 0.0
-    scaled: NDArray[np.float64] = window * _SAMPLE_SCALE
+    scaled: NDArray[np.float64] = window * SAMPLE_SCALE
     return scaled
 
 

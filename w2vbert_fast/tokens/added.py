@@ -19,16 +19,21 @@ class AddedToken:
         lstrip: Whether white space on its left belongs to it and is dropped.
         rstrip: Whether white space on its right belongs to it and is dropped.
         single_word: Whether it only counts when nothing but spaces stand beside it.
-        normalized: Kept for the file; text is not normalised.
-        special: Whether it is a special token, as the file says.
+        normalized: Whether a tokenizer with `do_lower_case` lowers it when it is added, unless it
+            is special. None: whether it is not special.
+        special: Whether `skip_special_tokens` leaves it out.
     """
 
     content: str
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
-    normalized: bool = False
+    normalized: bool | None = None
     special: bool = False
+
+    def __post_init__(self) -> None:
+        if self.normalized is None:
+            object.__setattr__(self, "normalized", not self.special)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of `added_tokens_decoder`."""
@@ -59,7 +64,7 @@ def to_added_token(token: Any, name: str) -> AddedToken:
     """
     content = token_content(token, name)
     if isinstance(token, str):
-        return AddedToken(content)
+        return AddedToken(content, normalized=False)
     flags = token if isinstance(token, Mapping) else vars_of(token)
     return AddedToken(content, **{flag: bool(flags.get(flag, False)) for flag in _FLAGS})
 
@@ -111,18 +116,18 @@ class TokenSplitter:
     @staticmethod
     def _apply_flags(token: AddedToken, index: int, pieces: list[str]) -> None:
         """Lets a token take white space from its neighbours, or become part of one."""
-        has_left, has_right = index > 0, index + 1 < len(pieces)
-        if token.rstrip and has_right:
-            pieces[index + 1] = pieces[index + 1].lstrip()
-        if token.lstrip and has_left:
-            pieces[index - 1] = pieces[index - 1].rstrip()
+        left = pieces[index - 1] if index > 0 else ""
+        right = pieces[index + 1] if index + 1 < len(pieces) else ""
+        if token.rstrip and right:
+            pieces[index + 1] = right.lstrip()
+        if token.lstrip and left:
+            pieces[index - 1] = left.rstrip()
         if not token.single_word:
             return
-        left = pieces[index - 1] if has_left else ""
-        right = pieces[index + 1] if has_right else ""
+        # Spaces that the token takes make it a word of its own all the same.
         if left and left[-1] != " ":
-            pieces[index - 1] = left + token.content
+            pieces[index - 1] += token.content
             pieces[index] = ""
         elif right and right[0] != " ":
-            pieces[index + 1] = token.content + right
+            pieces[index + 1] = token.content + pieces[index + 1]
             pieces[index] = ""

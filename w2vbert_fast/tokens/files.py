@@ -129,7 +129,8 @@ def read_arguments(repository: Repository, overrides: Mapping[str, Any]) -> dict
         }
         added = repository.read_json(ADDED_TOKENS_FILE) or {}
         arguments["added_tokens_decoder"] = {
-            index: AddedToken(token, special=token in specials) for token, index in added.items()
+            index: AddedToken(token, normalized=False, special=token in specials)
+            for token, index in added.items()
         }
     return {**arguments, **overrides, "vocab_file": vocab_file}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from w2vbert_fast.batch import BatchFeature, tensor_type
+from w2vbert_fast.batch import BatchFeature, ragged_array, tensor_type
 from w2vbert_fast.padding import check_length_arguments, padding_strategy, round_up
 
 NO_LIMIT = int(1e30)
@@ -194,7 +194,7 @@ def pad_ids(
     if kind is None:
         return BatchFeature(output)
     arrays: dict[str, Any] = {
-        key: _to_array(key, output.pop(key))
+        key: _to_array(key, output.pop(key), kind)
         for key in ("input_ids", "attention_mask")
         if key in output
     }
@@ -206,8 +206,10 @@ def _fill(row: list[int], length: int, value: int, side: str) -> list[int]:
     return row + filling if side == "right" else filling + row
 
 
-def _to_array(name: str, rows: list[Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _to_array(name: str, rows: list[Any], kind: str) -> np.ndarray[Any, np.dtype[Any]]:
     lengths = {len(row) for row in rows if isinstance(row, list)}
+    if len(lengths) > 1 and kind == "np":
+        return ragged_array([np.asarray(row, dtype=np.int64) for row in rows])
     if len(lengths) > 1:
         raise ValueError(
             f"{name} has rows of different lengths ({min(lengths)} to {max(lengths)}), which no "

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +12,10 @@ Offset = dict[str, Any]
 
 
 @dataclass
-class Wav2Vec2CTCTokenizerOutput:
-    """Decoded text with offsets. Indexes by name, by attribute and by position.
+class Wav2Vec2CTCTokenizerOutput(Mapping[str, Any]):
+    """Decoded text with offsets: a mapping with attributes that can also be indexed by position.
+
+    What is None is no entry.
 
     Attributes:
         text: The text; a list of texts for a batch.
@@ -28,36 +29,24 @@ class Wav2Vec2CTCTokenizerOutput:
     char_offsets: Any = None
     word_offsets: Any = None
 
-    def keys(self) -> list[str]:
-        """The names of the entries that are there."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return [name for name in names if getattr(self, name) is not None]
-
-    def values(self) -> list[Any]:
-        """The entries that are there."""
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names and entries that are there."""
-        return [(name, getattr(self, name)) for name in self.keys()]
-
     def to_tuple(self) -> tuple[Any, ...]:
         """The entries that are there."""
         return tuple(self.values())
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            return dict(self.items())[key]
-        return self.to_tuple()[key]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        return self._entries()[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+        return iter(self._entries())
 
     def __len__(self) -> int:
-        return len(self.keys())
+        return len(self._entries())
+
+    def _entries(self) -> dict[str, Any]:
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in every.items() if value is not None}
 
 
 def collapse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 from torch import Tensor
@@ -132,7 +133,9 @@ class Vocabulary:
         specials = [token for token in self.all_special_tokens if token not in known]
         self._add(AddedToken(token, special=True) for token in specials)
         self._add(
-            AddedToken(token, lstrip=True, rstrip=True) for token in self.encoder if len(token) > 1
+            AddedToken(token, lstrip=True, rstrip=True, normalized=False)
+            for token in self.encoder
+            if len(token) > 1
         )
         self._add(self._user_tokens)
 
@@ -185,12 +188,21 @@ class Vocabulary:
         """
         if isinstance(new_tokens, str) or not isinstance(new_tokens, Sequence):
             new_tokens = [new_tokens]
-        tokens = [to_added_token(token, "new_tokens") for token in new_tokens]
-        if special_tokens:
-            known = set(self.all_special_tokens)
-            self.extra_special_tokens += [t.content for t in tokens if t.content not in known]
+        tokens = [self._to_add(token, special_tokens) for token in new_tokens]
+        known = set(self.all_special_tokens)
+        self.extra_special_tokens += [
+            token.content for token in tokens if token.special and token.content not in known
+        ]
         self._user_tokens += tokens
         return self._add(tokens)
+
+    def _to_add(self, token: Any, special: bool) -> AddedToken:
+        """A caller's token, special if it says so itself or `special` does."""
+        added = to_added_token(token, "new_tokens")
+        special = special or added.special
+        lowered = self.do_lower_case and added.normalized and not special
+        content = added.content.lower() if lowered else added.content
+        return replace(added, content=content, special=special)
 
     def add_special_tokens(self, special_tokens_dict: Mapping[str, Any]) -> int:
         """Sets special tokens and adds those that the vocabulary does not hold.
@@ -206,14 +218,14 @@ class Vocabulary:
             TypeError: A token is no string.
             ValueError: There is no such special token.
         """
-        tokens: list[str] = []
+        tokens: list[Any] = []
         for name, value in special_tokens_dict.items():
             if name in ("additional_special_tokens", "extra_special_tokens"):
                 self.extra_special_tokens = [token_content(token, name) for token in value]
-                tokens += self.extra_special_tokens
+                tokens += value
             elif name in self._special_tokens:
                 self._special_tokens[name] = token_content(value, name)
-                tokens.append(token_content(value, name))
+                tokens.append(value)
             else:
                 names = ", ".join([*self._special_tokens, "additional_special_tokens"])
                 raise ValueError(f"special_tokens_dict must name some of {names}, got {name!r}")
