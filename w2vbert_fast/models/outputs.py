@@ -139,9 +139,9 @@ class Wav2Vec2BaseModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: `[batch, T', output_hidden_size]`; T' is T, or fewer with an adapter.
         extract_features: `[batch, T, feature_dim]`, the input features after their LayerNorm.
-        hidden_states: `num_hidden_layers + 1` tensors `[batch, T, hidden_size]`: what enters the
-            first layer, then the output of each layer; `None` in the places that were not asked
-            for.
+        hidden_states: one tensor more than there are layers, `[batch, T, hidden_size]` each: what
+            enters the first layer, then the output of each layer; `None` in the places that were
+            not asked for.
         attentions: one `[batch, heads, T, T]` per encoder layer.
     """
 
