@@ -15,13 +15,13 @@ bench := $(VENV)/.stamp-bench
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest gpu-test aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
+.PHONY: help demo test test-transformers gpu-test aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
         gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types docs format clean
 
 help:
 	@echo "make demo    transcribe the sample clips with the checkpoint that ships in the package"
 	@echo "make test    run the tests (PYTEST_ARGS=... goes to pytest)"
-	@echo "make test-oldest  only what drives transformers, with the oldest version supported"
+	@echo "make test-transformers  only what drives transformers, also with the oldest and the newest one"
 	@echo "make gpu-test  run the GPU tests, with the python on the path; nothing is installed"
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
@@ -48,7 +48,7 @@ gpu-test:
 	    PYTHONPATH=. "$$python" -m tests.gpu $(PYTEST_ARGS)
 
 # Part of `make test` as well.
-test-oldest: $(dev)
+test-transformers: $(dev)
 	$(bin)/python -m pytest tests/test_transformers_range.py $(PYTEST_ARGS)
 
 aot: $(dev)

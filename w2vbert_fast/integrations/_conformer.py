@@ -441,11 +441,6 @@ def _only_capture(module: nn.Module, besides: tuple[str, ...]) -> bool:
     return set(capturing()) <= set(besides)
 
 
-def has_global_hooks() -> bool:
-    """Whether there are hooks that belong to all modules."""
-    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
-
-
 def capturing() -> dict[str, Any]:
     """What transformers collects in this call by hooks: lists by the name of the output."""
     module = sys.modules.get(_OUTPUT_CAPTURE)

@@ -32,13 +32,14 @@ from torch import Tensor, nn
 from .._recording import recorder
 from ..layout import PackedBatch
 from ..models.heads import BLANK_LOGIT
+from ..models.layers import has_global_hooks
 from ..models.pretrained import Wav2Vec2BertPreTrainedModel
+from . import _versions
 from ._conformer import (
     Run,
     adapter_layout,
     adapter_obstacle,
     capturing,
-    has_global_hooks,
     is_watched,
     layer_obstacle,
     run_adapter,
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OLDEST, NEWEST = "4.37", "5.23"
-"""The oldest and the newest minor version of transformers that `accelerate` knows."""
-
 _Holder = TypeVar("_Holder")
 
 
@@ -64,6 +62,7 @@ class _Family:
     module: str
     prefix: str
     layerdrop: str  # the field of the configuration
+    parts: tuple[str, ...]
 
     def reference(self, part: str) -> type[Any]:
         module = importlib.import_module(f"transformers.models.{self.module}")
@@ -71,12 +70,24 @@ class _Family:
         return found
 
 
+_PARTS = (
+    "Encoder",
+    "EncoderLayer",
+    "Adapter",
+    "AdapterLayer",
+    "FeedForward",
+    "SelfAttention",
+    "ConvolutionModule",
+)
 _FAMILIES = (
-    _Family("wav2vec2_bert.modeling_wav2vec2_bert", "Wav2Vec2Bert", "layerdrop"),
+    _Family(
+        "wav2vec2_bert.modeling_wav2vec2_bert", "Wav2Vec2Bert", "layerdrop", (*_PARTS, "ForCTC")
+    ),
     _Family(
         "seamless_m4t_v2.modeling_seamless_m4t_v2",
         "SeamlessM4Tv2Conformer",
         "speech_encoder_layerdrop",
+        _PARTS,
     ),
 )
 
@@ -110,16 +121,12 @@ def accelerate(model: _Holder) -> _Holder:
     Raises:
         TypeError: `model` can hold no modules.
         ValueError: there is no such encoder in it, or one has a `forward` of its own.
-        ImportError: the version of transformers is not one that this was made for.
+        ImportError: transformers is too old, or newer than what was tested and not what this was
+            made for; see docs/transformers.md.
     """
     modules = _modules_of(model)
-    _check_version()
-    replacements = {kind._w2vbert_reference: kind for kind in _fast_classes().values()}
-    fast = {}
-    for path, module in modules.items():
-        kind = replacements.get(type(module)) or _fast_ctc_subclass(type(module))
-        if kind is not None:
-            fast[path] = kind
+    _check_families(modules.values())
+    fast = _replacements(modules)
     encoders = [
         path
         for path, module in modules.items()
@@ -235,18 +242,32 @@ def _nothing_found(model: Any, modules: dict[str, nn.Module], slow: list[str]) -
     )
 
 
-def _check_version() -> None:
-    transformers = importlib.import_module("transformers")
-    version = transformers.__version__
+def _check_families(modules: Iterable[nn.Module]) -> None:
+    """That the models of transformers in a model are those that our classes stand in for."""
+    _versions.installed()
+    origins = {kind.__module__ for module in modules for kind in type(module).__mro__}
+    for family in _FAMILIES:
+        if f"transformers.models.{family.module}" in origins:
+            _check_family(family)
 
-    def number(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split(".")[:2])
 
-    if not number(OLDEST) <= number(version) <= number(NEWEST):
-        raise ImportError(
-            f"transformers {version} is installed; w2vbert_fast.integrations.transformers was made "
-            f"for {OLDEST} to {NEWEST}. w2vbert_fast's own models need no transformers"
-        )
+def _check_family(family: _Family) -> None:
+    def check() -> None:
+        from ._probe import check_models
+
+        check_models(family)
+
+    _versions.require(f"{family.prefix} code", check)
+
+
+def _replacements(modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """The fast classes of the modules that get one."""
+    known = {kind._w2vbert_reference: kind for kind in _fast_classes().values()}
+    found = {
+        path: known.get(type(module)) or _fast_ctc_subclass(type(module))
+        for path, module in modules.items()
+    }
+    return {path: kind for path, kind in found.items() if kind is not None}
 
 
 class _Fast:
@@ -492,7 +513,7 @@ class _FastCTC(_Fast):
 
 def _new_ctc(reference: Any) -> Any:
     """What a pickle of a user's CTC model begins with: its class has no name to be found by."""
-    _check_version()
+    _check_family(_FAMILIES[0])
     kind = _fast_ctc(reference)
     return kind.__new__(kind)
 
@@ -500,7 +521,8 @@ def _new_ctc(reference: Any) -> Any:
 def _fast_ctc_subclass(kind: Any) -> Any | None:
     """The fast class for a class that derives from transformers' CTC model; `None`: it does not,
     or its `forward` takes something else."""
-    if issubclass(kind, _Fast) or not issubclass(kind, _FAMILIES[0].reference("ForCTC")):
+    ctc = _fast_classes().get(f"{_FAMILIES[0].prefix}ForCTC")
+    if ctc is None or issubclass(kind, _Fast) or not issubclass(kind, ctc._w2vbert_reference):
         return None
     arguments = list(inspect.signature(kind.forward).parameters)[1:3]
     return _fast_ctc(kind) if arguments == ["input_features", "attention_mask"] else None
@@ -587,16 +609,19 @@ def _fast_classes() -> dict[str, Any]:
     made: dict[str, Any] = {}
     outputs = importlib.import_module("transformers.modeling_outputs")
     for family in _FAMILIES:
-        encoder = family.reference("Encoder")
+        try:
+            references: dict[str, Any] = {part: family.reference(part) for part in family.parts}
+        except (ImportError, AttributeError):
+            continue  # no such classes; `_check_family` says so where they are looked for
         shared = {
             "_w2vbert_family": family,
             "_w2vbert_legacy": "output_hidden_states"
-            in inspect.signature(encoder.forward).parameters,
+            in inspect.signature(references["Encoder"].forward).parameters,
             "_w2vbert_parts": {
-                "feed_forward": family.reference("FeedForward"),
-                "attention": family.reference("SelfAttention"),
-                "convolution": family.reference("ConvolutionModule"),
-                "adapter_layer": family.reference("AdapterLayer"),
+                "feed_forward": references["FeedForward"],
+                "attention": references["SelfAttention"],
+                "convolution": references["ConvolutionModule"],
+                "adapter_layer": references["AdapterLayer"],
             },
             "_w2vbert_output": outputs.BaseModelOutput,
             "__module__": __name__,
@@ -609,7 +634,7 @@ def _fast_classes() -> dict[str, Any]:
             ("EncoderLayer", _FastLayer, None),
             ("Adapter", _FastAdapter, _adapt),
         ):
-            reference = family.reference(part)
+            reference = references[part]
             # Not at import: it imports the compiler.
             left = None if run is None else torch.compiler.disable(run)  # type: ignore[no-untyped-call]
             made[reference.__name__] = type(
@@ -622,20 +647,28 @@ def _fast_classes() -> dict[str, Any]:
                     "__doc__": reference.__doc__,
                 },
             )
-    reference_ctc: Any = _FAMILIES[0].reference("ForCTC")
-    ctc = _fast_ctc(reference_ctc)
-    return {**made, ctc.__name__: ctc}
+        if "ForCTC" in references:
+            ctc = _fast_ctc(references["ForCTC"])
+            made[ctc.__name__] = ctc
+    return made
+
+
+def _check_feature_extractor() -> None:
+    from ._probe import check_feature_extractor
+
+    check_feature_extractor()
 
 
 def __getattr__(name: str) -> Any:
     """The subclasses, for pickles, and the feature extractor, whose base is transformers'."""
     if name == "FastSeamlessM4TFeatureExtractor":
-        _check_version()
         from ._feature_extractor import fast_feature_extractor
 
+        _versions.require("SeamlessM4TFeatureExtractor", _check_feature_extractor)
         return fast_feature_extractor()
-    if name.startswith(tuple(family.prefix for family in _FAMILIES)):
-        _check_version()
-        if name in _fast_classes():
-            return _fast_classes()[name]
+    for family in _FAMILIES:
+        if name.startswith(family.prefix):
+            _check_family(family)
+            if name in _fast_classes():
+                return _fast_classes()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

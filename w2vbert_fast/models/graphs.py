@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..layout import PackedBatch
@@ -30,6 +29,7 @@ from .layers import (
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertFeedForward,
     Wav2Vec2BertSelfAttention,
+    has_global_hooks,
 )
 from .positions import Wav2Vec2BertRelPositionalEmbedding, Wav2Vec2BertRotaryPositionalEmbedding
 
@@ -292,7 +292,7 @@ class LayerGraphs:
             or torch.is_autocast_enabled(x.device.type)
             or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             or _get_current_dispatch_mode() is not None
-            or _has_any_global_hook()  # type: ignore[no-untyped-call]
+            or has_global_hooks()
         ):
             return None
         with self._lock:

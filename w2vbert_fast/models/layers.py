@@ -62,6 +62,17 @@ def is_untouched(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
     )
 
 
+def has_global_hooks() -> bool:
+    """Whether there are hooks that belong to all modules."""
+    registered = nn.modules.module
+    return bool(
+        registered._global_forward_hooks
+        or registered._global_forward_pre_hooks
+        or registered._global_backward_hooks
+        or registered._global_backward_pre_hooks
+    )
+
+
 class Wav2Vec2BertFeatureProjection(nn.Module):
     """LayerNorm over the stacked mel frames, then a projection to the hidden size."""
 
