@@ -26,8 +26,9 @@ from w2vbert_fast.inference.tasks import Transcribe
 FLOW = Flow(frame_budget=400, workers=2, window_rows=10)
 KILLS = 24
 LONGEST_WAIT = 0.3
-# A fast machine finishes many shards in that time: without a limit the job might end too early.
-MOST_SHARDS = 2
+# Of the job's 500. No attempt gets further, however long this process sleeps, which is to kill it
+# earlier: else the job might end before it was killed often enough.
+MOST_STEPS = 12
 
 
 def attempt(
@@ -51,27 +52,18 @@ def attempt(
     return status == 0
 
 
-def at_random_moments(work: Callable[[], object], out: Path) -> int:
-    """Kill it `KILLS` times, or until it has come to its end."""
+def at_random_moments(work: Callable[[], object]) -> int:
+    """Kill it `KILLS` times, at a random moment or at a random step, whichever comes first."""
     moments = random.Random(0)
-    journal = out / "journal.jsonl"
-
-    def size() -> int:
-        return journal.stat().st_size if journal.exists() else 0
 
     def kill(child: int) -> None:
-        end = time.monotonic() + moments.uniform(0.0, LONGEST_WAIT)
-        before, written = size(), 0
-        while time.monotonic() < end and written < MOST_SHARDS:
-            time.sleep(moments.uniform(0.0, 0.004))
-            if size() != before:
-                before, written = size(), written + 1
+        time.sleep(moments.uniform(0.0, LONGEST_WAIT))
         os.kill(child, signal.SIGKILL)
 
-    killed = 0
-    while killed < KILLS and not attempt(work, meanwhile=kill):
-        killed += 1
-    return killed
+    for _ in range(KILLS):
+        ended = attempt(work, at_step(moments.randint(2, MOST_STEPS)), kill)
+        assert not ended
+    return KILLS
 
 
 def at_step(number: int) -> Callable[[], None]:
@@ -105,7 +97,7 @@ def main() -> None:
 
     killed = 0
     if mode == "random":
-        killed = at_random_moments(into(Path(out)), Path(out))
+        killed = at_random_moments(into(Path(out)))
         assert attempt(into(Path(out)))
     else:
         while not attempt(into(Path(out, str(killed + 1))), at_step(killed + 1)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def job(
     runner: Runner[Any] = Runner(
         task or Stub(), flow or Flow(frame_budget=400, workers=2, window_rows=5)
     )
-    values = {"shard_rows": 5, **options}
+    values = {"shard_rows": 5, "shard_seconds": math.inf, **options}
     return Job(
         runner, open_inputs(names), out, formats, JobOptions(**values), stream or io.StringIO()
     )

@@ -193,7 +193,7 @@ def test_what_disagrees_is_not_timed(
     assert [w.label for w in wrong] == ([] if agrees else [made[0].label])
     assert (timings[0].skipped is None) is agrees
     assert timings[1].skipped is None
-    measure.interleave(timings, {}, CPU, rounds=2, budget=1.0, pause=0.0)
+    measure.interleave(timings, {}, CPU, rounds=2, budget=math.inf, pause=0.0)
     assert len(timings[0].seconds) == (2 if agrees else 0)
 
 
@@ -277,7 +277,9 @@ def test_real_candidates_agree_and_give_rows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     small_context(monkeypatch, tmp_path)
-    settings = runner.Settings(rounds=2, pause=0.0, memory=False, match="sdpa,", threads=1)
+    settings = runner.Settings(
+        rounds=2, budget=math.inf, pause=0.0, memory=False, match="sdpa,", threads=1
+    )
     settings.peers = {"transformers"}
     uncompiled = [
         lambda context, dtype: [("sdpa", "")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_candidates_agree_and_give_rows(
     uncompiled = tuple(c for c in peers_training.CONFIGURATIONS if not c[1])
     assert uncompiled == (("sdpa", ""), ("eager", ""))
     monkeypatch.setattr(peers_training, "CONFIGURATIONS", uncompiled)
-    settings = runner.Settings(rounds=2, pause=0.0, memory=False, threads=1)
+    settings = runner.Settings(rounds=2, budget=math.inf, pause=0.0, memory=False, threads=1)
     printed: list[dict[str, Any]] = []
     rows, wrong = runner.run_workload(SMALL, settings, printed.append)
     assert wrong == [] and printed == rows

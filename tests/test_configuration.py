@@ -113,7 +113,9 @@ FIELDS = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(fields=FIELDS, heads=HEADS, width=st.integers(1, 64))
 def test_files_go_both_ways(tmp_path: Path, fields: dict, heads: int, width: int) -> None:

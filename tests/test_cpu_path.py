@@ -392,4 +392,4 @@ error = (cpu.conv_norm_act(*arguments).double() - exact).norm()
 plain = (conv.conv_norm_act(*arguments).double() - exact).norm()
 assert error <= 1.1 * plain + 1e-5 * exact.norm(), (error, plain)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -36,7 +36,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "w2vbert_fast.cli", "doctor", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 

@@ -34,7 +34,6 @@ def run(script: str, *arguments: str | Path) -> str:
         [sys.executable, ROOT / "examples" / script, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr

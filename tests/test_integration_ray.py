@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from tests.waiting import PATIENCE
 from w2vbert_fast.inference.audio import load_audio
 from w2vbert_fast.inference.job import Job, read_results
 from w2vbert_fast.inference.offline import Embedder, Flow, Runner, Transcriber
@@ -71,7 +72,7 @@ def ray() -> Iterator[Any]:
         yield module
         started += psutil.Process().children(recursive=True)
         module.shutdown()
-        _, alive = psutil.wait_procs(started, timeout=20)
+        _, alive = psutil.wait_procs(started, PATIENCE)
     assert not alive
 
 
@@ -103,8 +104,7 @@ class Fragile(Transcribe):
         if number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if number >= 5 and (folder / "broken").exists():
-            end = time.monotonic() + 30
-            while not committed(folder / "out") and time.monotonic() < end:
+            while not committed(folder / "out"):
                 time.sleep(0.05)
             raise RuntimeError("this device is broken")
         return super().run(pieces)

@@ -17,6 +17,7 @@ import torch
 from tests.offline_helpers import Stub, clips, encoded
 from tests.signals import speech_like
 from tests.training_helpers import make_model
+from tests.waiting import PATIENCE
 from w2vbert_fast import SeamlessM4TFeatureExtractor, models
 from w2vbert_fast.inference import (
     Classifier,
@@ -137,29 +138,27 @@ def test_long_recordings_hold_the_decoding_up(
 def test_without_overlap_nothing_is_decoded_while_the_model_runs(
     files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running: list[bool] = []
-    at_work = False
+    begun = 0
+    meanwhile: list[int] = []
     whole, decode = Stub.run, Decoder.__call__
 
     def run(self: Stub, pieces: Any) -> list[Any]:
-        nonlocal at_work
-        time.sleep(0.05)  # what is being decoded comes to its end
-        at_work = True
-        time.sleep(0.05)
-        at_work = False
+        before = begun
+        time.sleep(0.1)  # in which the whole next window could be decoded
+        meanwhile.append(begun - before)
         return whole(self, pieces)
 
     def watched(self: Decoder, row: Row) -> Loaded:
-        running.append(at_work)
-        time.sleep(0.03)  # five of them take longer than the model does
+        nonlocal begun
+        begun += 1
         return decode(self, row)
 
     monkeypatch.setattr(Stub, "run", run)
     monkeypatch.setattr(Decoder, "__call__", watched)
     flow = Flow(frame_budget=1000, workers=1, window_rows=6, overlap=False)
     assert len(list(Runner(Stub(), flow)(files))) == 11
-    assert len(running) == 11
-    assert not any(running)
+    assert begun == 11 and len(meanwhile) >= 2
+    assert max(meanwhile) <= 1  # the one that its thread had been allowed just before
 
 
 def test_the_next_window_is_read_while_the_model_runs(
@@ -182,7 +181,7 @@ def test_the_next_window_is_read_while_the_model_runs(
     def until_the_next_window_is_there(self: Stub, pieces: Any) -> list[Any]:
         wanted = min(11, sum(self.batches) + 2 * len(pieces))
         with decoded:
-            if not decoded.wait_for(lambda: count >= wanted, timeout=5):
+            if not decoded.wait_for(lambda: count >= wanted, PATIENCE):
                 stalled.append(count)
         return run(self, pieces)
 
@@ -206,7 +205,7 @@ def test_short_recordings_change_threads_in_groups(monkeypatch: pytest.MonkeyPat
         hand_over(self, finished)
 
     def patient(self: Decoder, row: Row) -> Loaded:
-        assert fed.wait(5)
+        assert fed.wait(PATIENCE)
         return decode(self, row)
 
     def rows() -> Iterator[Row]:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -44,7 +45,6 @@ def attempts(manifest: str, model: Path, out: Path, mode: str, shard_rows: int) 
         [sys.executable, "-m", "tests.offline_attempts", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
         env=ENVIRONMENT,
         cwd=Path(__file__).parent.parent,
     )
@@ -67,7 +67,7 @@ def test_a_job_killed_over_and_over_ends_with_the_rows_of_an_undisturbed_one(
     tiny_checkpoint: Path, manifest_500: str, tmp_path: Path
 ) -> None:
     killed = attempts(manifest_500, tiny_checkpoint, tmp_path / "killed", "random", 5)
-    assert killed >= 20
+    assert killed == 24
     flow = Flow(frame_budget=400, workers=2, window_rows=10)
     task = Transcribe(tiny_checkpoint, timestamps="word")
     run([manifest_500], tmp_path / "whole", task, flow=flow, shard_rows=5)
@@ -184,12 +184,14 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     run(paths, tmp_path / "out")
     lock = filelock.FileLock(tmp_path / "out" / ".lock")
     holder = (
-        "import sys, time, filelock\n"
+        "import sys, filelock\n"
         "lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True)\n"
-        "time.sleep(60)\n"
+        "sys.stdin.read()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", holder, lock.lock_file], stdout=subprocess.PIPE
+        [sys.executable, "-c", holder, lock.lock_file],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -326,21 +328,22 @@ def test_a_line_of_the_journal_that_is_not_surely_on_the_disk_does_not_count(
 
 def test_the_command_stops_on_sigterm_and_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     paths = clips(tmp_path / "clips", 40, seconds=0.5)
-    manifest = write_manifest(tmp_path / "rows.jsonl", [{"audio": p} for p in paths * 50])
+    # Far more than is done by the time that the signal arrives, also on a busy machine.
+    manifest = write_manifest(tmp_path / "rows.jsonl", [{"audio": p} for p in paths * 500])
     command = [*COMMAND, "transcribe", manifest, "--model", str(tiny_checkpoint)]
     command += ["--out", str(tmp_path / "out"), "--shard-rows", "10", "--frame-budget", "500"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (tmp_path / "out" / "journal.jsonl").exists():
-            time.sleep(0.05)
+        while not (tmp_path / "out" / "journal.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate()
     assert process.returncode == 2
     assert errors.decode().splitlines()[-1] == (
         "w2vbert-fast: interrupted; the same command goes on"
     )
     done = len(table(tmp_path / "out"))
-    assert 0 < done < 2000
+    assert 0 < done < 20_000
 
 
 @pytest.mark.parametrize("formats", [["jsonl"], ["parquet"], ["safetensors"], ["npy"]])
@@ -379,10 +382,10 @@ def test_progress_that_nobody_reads_ends_the_job_cleanly(
     os.close(read_end)
     command = [*COMMAND, "transcribe", *paths, "--model", str(tiny_checkpoint), "--log-json"]
     command += ["--out", str(tmp_path / "out"), "--shard-rows", "5"]
-    result = subprocess.run(command, stderr=write_end, timeout=120, env=ENVIRONMENT)
+    result = subprocess.run(command, stderr=write_end, env=ENVIRONMENT)
     os.close(write_end)
     assert result.returncode == 2
-    result = subprocess.run(command, capture_output=True, timeout=120, env=ENVIRONMENT)
+    result = subprocess.run(command, capture_output=True, env=ENVIRONMENT)
     assert result.returncode == 0
     assert len(table(tmp_path / "out")) == 12
     events = [json.loads(line) for line in result.stderr.splitlines()]
@@ -396,8 +399,8 @@ def test_the_line_of_progress_and_the_summary(tmp_path: Path) -> None:
     work = job([*paths, "missing.wav"], tmp_path / "out", stream=stream)
     summary = work.run()
     line = work.progress.line()
-    assert line.startswith("11/11  0.00 h of audio  RTF 0.")
-    assert line.endswith("ETA 0:00:00  1 errors")
+    expected = r"11/11  0\.00 h of audio  RTF \d+\.\d{4}  ETA 0:00:00  1 errors"
+    assert re.fullmatch(expected, line), line
     content = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert content == summary.content
     assert content["good"] == 10

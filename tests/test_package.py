@@ -56,7 +56,6 @@ def run_python(code: str, blocked: tuple[str, ...] = ()) -> subprocess.Completed
         [sys.executable, "-c", BLOCK_IMPORTS.format(blocked=set(blocked)) + code],
         capture_output=True,
         text=True,
-        timeout=300,
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:w2vbert_fast"},
     )
@@ -233,7 +232,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     (path,) = folder.glob("*.whl")
@@ -291,3 +289,45 @@ def test_the_wheel_states_its_licence_command_and_requirements(wheel: zipfile.Zi
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     scripts = wheel.read(f"{info}/entry_points.txt").decode()
     assert "w2vbert-fast = w2vbert_fast.cli:main" in scripts
+
+
+CLOCKS = {"perf_counter", "monotonic", "process_time", "thread_time", "time_ns"}
+
+
+def clocks_of(path: Path) -> list[str]:
+    """Where a test file reads a clock, or gives something a number of seconds to be done in."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        limits = [key.value for key in node.keywords if key.arg == "timeout"]
+        limits += node.args if name in ("wait", "wait_for", "acquire") else []
+        numbers = [e for e in limits if isinstance(e, ast.Constant) and type(e.value) is not bool]
+        if name in CLOCKS or ast.unparse(node.func) == "time.time" or numbers:
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_no_test_depends_on_how_fast_the_machine_is() -> None:
+    """`tests/waiting.py` says what to do instead. The GPU lane has a limit, and reads a clock."""
+    files = [p for p in (ROOT / "tests").rglob("*.py") if "gpu" not in p.relative_to(ROOT).parts]
+    assert len(files) > 80
+    assert [line for file in files for line in clocks_of(file)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "assert time.perf_counter() - start < 5",
+        "while monotonic() < deadline: pass",
+        "subprocess.run(command, timeout=60)",
+        "process.wait(5)",
+        "ready.wait_for(lambda: True, 5.0)",
+    ],
+)
+def test_a_clock_in_a_test_is_found(line: str, tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(line)
+    assert len(clocks_of(tmp_path / "test_x.py")) == 1
+    (tmp_path / "test_y.py").write_text("ready.wait(PATIENCE); time.sleep(0.1); process.wait()")
+    assert clocks_of(tmp_path / "test_y.py") == []

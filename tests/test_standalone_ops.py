@@ -77,9 +77,7 @@ wrong = [m for m in loaded if not m.startswith(("w2vbert_fast.ops", "w2vbert_fas
 assert not wrong, wrong
 assert "huggingface_hub" not in sys.modules and "safetensors" not in sys.modules
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

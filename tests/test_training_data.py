@@ -438,7 +438,6 @@ def usage() -> Iterator[Any]:
             [sys.executable, "-m", "w2vbert_fast.cli", "finetune", *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=120,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"},
         )
 

@@ -91,7 +91,6 @@ def test_it_trains_and_leaves_a_model_in_half_precision(data: Path, tmp_path: Pa
         command,
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr

@@ -24,6 +24,8 @@ from csrc_triton.verify_stores import CannotFollow, Store, duplicate_stores, kee
 needs_verifier = pytest.mark.skipif(not verify.available(), reason="needs sentryward")
 
 SM_80 = Target.parse("cuda:80")
+A_DAY = 86_400.0
+"""Seconds for proofs that take a few: the verdict is never that there was no time."""
 
 
 @triton.jit
@@ -101,9 +103,9 @@ def _compiled(monkeypatch: pytest.MonkeyPatch, ptx: str) -> KernelSpec:
 
 @needs_verifier
 def test_a_good_kernel_is_proved_and_a_racy_one_refuted(tmp_path: Path) -> None:
-    row = verify_kernel(_scale(False), SM_80, tmp_path)
+    row = verify_kernel(_scale(False), SM_80, tmp_path, A_DAY)
     assert (row.state, row.reason, row.failed) == ("proved", "", False)
-    row = verify_kernel(_scale(True), SM_80, tmp_path)
+    row = verify_kernel(_scale(True), SM_80, tmp_path, A_DAY)
     assert (row.state, row.allowed, row.failed) == ("refuted", False, True)
     assert row.reason.startswith("conflicting_accesses_unordered")
     assert "test_verify.py:" in row.reason
@@ -123,9 +125,9 @@ def test_a_missing_barrier_is_refuted(tmp_path: Path, monkeypatch: pytest.Monkey
 	st.global.b32 [%rd3], %r13;
 """
     right = HEAD + exchange.replace("{barrier}", "bar.sync 0;") + TAIL
-    assert verify_kernel(_compiled(monkeypatch, right), SM_80, tmp_path).state == "proved"
+    assert verify_kernel(_compiled(monkeypatch, right), SM_80, tmp_path, A_DAY).state == "proved"
     wrong = HEAD + exchange.replace("{barrier}", "") + TAIL
-    row = verify_kernel(_compiled(monkeypatch, wrong), SM_80, tmp_path)
+    row = verify_kernel(_compiled(monkeypatch, wrong), SM_80, tmp_path, A_DAY)
     assert row.state == "refuted" and row.failed
 
 
@@ -139,20 +141,20 @@ def test_a_duplicate_store_must_be_of_one_value_and_listed(
     store = "\tst.shared.b32 [%r6], {value};\n"
 
     same = HEAD + REDUCED + store.replace("{value}", "%r8") + TAIL
-    row = verify_kernel(_compiled(monkeypatch, same), SM_80, tmp_path)
+    row = verify_kernel(_compiled(monkeypatch, same), SM_80, tmp_path, A_DAY)
     assert (row.state, row.allowed, row.failed) == ("refuted", listed, not listed)
     assert len(row.duplicates) == 1
 
     # Each lane's own value, under the same name and so no less listed.
     other = HEAD + REDUCED + store.replace("{value}", "%r2") + TAIL
-    row = verify_kernel(_compiled(monkeypatch, other), SM_80, tmp_path)
+    row = verify_kernel(_compiled(monkeypatch, other), SM_80, tmp_path, A_DAY)
     assert row.state == "refuted" and row.failed
     assert row.duplicates == () and "the values were not shown to be equal" in row.reason
 
     # A duplicate store does not hide a race beside it.
     both = HEAD + REDUCED + store.replace("{value}", "%r8")
     both += "\tst.global.b32 [%rd1], %r1;\n" + TAIL
-    row = verify_kernel(_compiled(monkeypatch, both), SM_80, tmp_path)
+    row = verify_kernel(_compiled(monkeypatch, both), SM_80, tmp_path, A_DAY)
     assert row.state == "refuted" and row.failed
 
 
@@ -161,7 +163,7 @@ def test_control_flow_that_depends_on_data_is_not_decided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ptx = HEAD + "\tsetp.eq.s32 %p1, %r2, 0;\n\t@%p1 bra $L_end;\n\tbar.sync 0;\n$L_end:\n" + TAIL
-    row = verify_kernel(_compiled(monkeypatch, ptx), SM_80, tmp_path)
+    row = verify_kernel(_compiled(monkeypatch, ptx), SM_80, tmp_path, A_DAY)
     assert (row.state, row.failed) == ("not decided", False)
     assert row.reason.startswith("control_predicate_not_static")
 
@@ -245,16 +247,16 @@ $L_skip:
 @needs_verifier
 def test_proofs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = _scale(False)
-    first = verify_kernel(spec, SM_80, tmp_path)
+    first = verify_kernel(spec, SM_80, tmp_path, A_DAY)
 
     def ask_again(*_: object) -> Any:
         raise RuntimeError("asked again")
 
     monkeypatch.setattr(verify, "_ask", ask_again)
-    assert verify_kernel(spec, SM_80, tmp_path) == first
+    assert verify_kernel(spec, SM_80, tmp_path, A_DAY) == first
     assert spec.proof is not None
     with pytest.raises(RuntimeError, match="asked again"):
-        verify_kernel(replace(spec, proof=replace(spec.proof, blocks=3)), SM_80, tmp_path)
+        verify_kernel(replace(spec, proof=replace(spec.proof, blocks=3)), SM_80, tmp_path, A_DAY)
 
 
 @needs_verifier
@@ -339,7 +341,7 @@ def test_every_shipped_kernel_has_a_launch_for_the_verifier() -> None:
 )
 def test_shipped_kernels(name: str, state: str, allowed: bool) -> None:
     (spec,) = [spec for spec in shipped_kernels("sm_80", "bfloat16") if spec.name == name]
-    row = verify_kernel(spec, SM_80, aot.default_cache(), 120.0)
+    row = verify_kernel(spec, SM_80, aot.default_cache(), A_DAY)
     assert (row.state, row.allowed) == (state, allowed), row.reason
 
 
@@ -347,10 +349,10 @@ def test_shipped_kernels(name: str, state: str, allowed: bool) -> None:
 def test_residual_layer_norm_equals_pytorch(tmp_path: Path) -> None:
     """In real arithmetic, at a width that takes seconds; `make verify` has a larger one."""
     (case,) = [c for c in verify_equality.equalities("sm_80", 16) if "residual" in c.spec.name]
-    row = verify_kernel(case.spec, SM_80, aot.default_cache(), 120.0, case)
+    row = verify_kernel(case.spec, SM_80, aot.default_cache(), A_DAY, case)
     assert (row.state, row.claim) == ("proved", "equality"), row.reason
     wrong = replace(case, scalars={**case.scalars, "scale": 0.25})
-    row = verify_kernel(case.spec, SM_80, tmp_path, 120.0, wrong)
+    row = verify_kernel(case.spec, SM_80, tmp_path, A_DAY, wrong)
     assert row.state == "not decided" and not row.failed
 
 

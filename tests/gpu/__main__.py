@@ -54,7 +54,8 @@ def main() -> int:
     versions = _versions() | {"device": device}
     print(", ".join(f"{name} {value}" for name, value in versions.items() if value), flush=True)
 
-    limit: float = math.inf if options.interpret else LIMIT
+    # Only a GPU is taken away after a while.
+    limit, grace = (math.inf, math.inf) if options.interpret else (LIMIT, GRACE)
     if options.limit is not None:
         limit = options.limit
     os.environ["W2VBERT_GPU_DEADLINE"] = str(time.time() + limit - (time.perf_counter() - started))
@@ -64,7 +65,7 @@ def main() -> int:
             _start(Path(folder), number, max(count, 1), pytest_arguments)
             for number in range(max(count, 1))
         ]
-        statuses = _statuses([process for process, _, _ in shares], started + limit + GRACE)
+        statuses = _statuses([process for process, _, _ in shares], started + limit + grace)
         results = _merged(shares)
     results |= {"versions": versions, "seconds_in_all": time.perf_counter() - started}
     # 5: no test was selected, as in a share of few.
