@@ -378,5 +378,48 @@ def test_pushing_uploads_what_is_saved(hub: type[_Hub], tmp_path: Path) -> None:
     assert second["repo_id"] == "me/mine"
     assert second["create_pr"]
     assert second["files"] == ["config.json", "model.safetensors"]
+    model.config.push_to_hub("org/model", commit_message="Configuration")
+    assert hub.uploads[2]["files"] == ["config.json"]
+    assert hub.uploads[2]["commit_message"] == "Configuration"
     with pytest.raises(TypeError, match="repo: no argument of save_pretrained or push_to_hub"):
         model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo="a")
+
+
+# Auto classes.
+
+AUTO = [
+    "AutoModel",
+    "AutoModelForCTC",
+    "AutoModelForAudioClassification",
+    "AutoModelForAudioFrameClassification",
+    "AutoModelForAudioXVector",
+]
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_classes_make_the_class_that_the_reference_makes(folder: Path, name: str) -> None:
+    theirs = getattr(transformers, name)
+    own = getattr(w2vbert_fast, name)
+    expected = theirs.from_config(transformers.AutoConfig.from_pretrained(folder))
+    for model in (
+        own.from_pretrained(folder, trust_remote_code=True),
+        own.from_config(w2vbert_fast.AutoConfig.from_pretrained(folder), dtype="bfloat16"),
+    ):
+        assert type(model).__name__ == type(expected).__name__
+        assert isinstance(model, w2vbert_fast.Wav2Vec2BertPreTrainedModel)
+        assert {k: t.shape for k, t in model.state_dict().items()} == {
+            k: t.shape for k, t in expected.state_dict().items()
+        }
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="vocab: no argument of from_config"):
+        own.from_config(model.config, vocab=3)
+
+
+@pytest.mark.parametrize("name", ["AutoConfig", *AUTO])
+def test_auto_classes_name_the_other_model_that_they_found(tmp_path: Path, name: str) -> None:
+    transformers.Wav2Vec2Config(architectures=["Wav2Vec2ForCTC"]).save_pretrained(tmp_path)
+    message = r"config\.json: model_type is 'wav2vec2'.*\(Wav2Vec2ForCTC\); it must be 'wav2vec2-b"
+    with pytest.raises(ValueError, match=message):
+        getattr(w2vbert_fast, name).from_pretrained(tmp_path)
+    config = w2vbert_fast.AutoConfig.for_model("wav2vec2-bert", layerdrop=0.5)
+    assert config.layerdrop == 0.5

@@ -21,6 +21,7 @@ from . import _config_checks as checks
 from ._files import make_folder, write_text
 from ._keywords import LOADING, take
 from ._repository import Repository
+from .hub import HubMixin, upload_arguments, upload_folder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ _FURTHER_FIELDS = (
 )
 
 
-class Wav2Vec2BertConfig:
+class Wav2Vec2BertConfig(HubMixin):
     """All that determines a Wav2Vec2-BERT model besides its weights.
 
     Values are checked when they are set, here and later (`config.layerdrop = 2` raises), and the
@@ -558,16 +559,28 @@ class Wav2Vec2BertConfig:
             }
         return json.dumps(entries, indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Write `config.json` into a folder, which is made when it is not there.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: also upload the file.
+            **kwargs: for the upload, `repo_id` (by default the folder's name) and the arguments of
+                `push_to_hub`.
 
         Raises:
             ValueError: the values exclude each other, or an activation is a callable.
             NotADirectoryError: the path is a file.
+            TypeError: an unknown argument.
         """
+        upload = upload_arguments(save_directory, push_to_hub, kwargs)
         self.validate()
         text = self.to_json_string()
         write_text(make_folder(save_directory) / CONFIG_NAME, text)
+        if upload is not None:
+            upload_folder(save_directory, [CONFIG_NAME], **upload)
 
     def update(self, entries: Mapping[str, Any]) -> None:
         """Set several fields, then check them together."""
