@@ -204,6 +204,23 @@ def test_asking_for_hidden_states_changes_no_gradient(fast: bool) -> None:
         torch.testing.assert_close(twin.grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("frames", [1, 12])
+def test_a_hook_replaces_what_a_layer_gives(frames: int) -> None:
+    reference, ours = pair("Wav2Vec2BertModel")
+    features = batch()[0][:, :frames]
+    reference.encoder.layers[1].register_forward_hook(lambda module, given, output: output * 0.5)
+    for change in (
+        lambda module, given, output: output[0] * 0.5,
+        lambda module, given, output: (output[0] * 0.5, *output[1:]),
+    ):
+        handle = ours.encoder.layers[1].register_forward_hook(change)
+        with torch.no_grad():
+            found = ours(features).last_hidden_state
+            wanted = reference(features).last_hidden_state
+        handle.remove()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing_of_an_older_configuration(tmp_path) -> None:
     fields = {**SIZES, "gradient_checkpointing": True}
     reference = transformers.Wav2Vec2BertForCTC(transformers.Wav2Vec2BertConfig(**fields))

@@ -198,7 +198,10 @@ class Wav2Vec2BertEncoder(nn.Module):
                         run_attention=plan.run_attention(index),
                     )
                 else:
-                    hidden_states, probabilities = plan.run(index, layer, *arguments)
+                    result = plan.run(index, layer, *arguments)
+                    # A hook or a caller's own layer may give the hidden states alone.
+                    alone = isinstance(result, Tensor)
+                    hidden_states, probabilities = (result, None) if alone else result
                 if output_attentions and probabilities is not None:
                     attentions.append(probabilities)
             if index in wanted:
