@@ -78,6 +78,16 @@ def test_a_part_to_the_end_and_one_that_ends_a_little_behind_it(folder: Path) ->
     assert [row.seconds for row in rows] == [0.75, 0.5, 0.5, 3.0]
 
 
+def test_the_length_of_a_recording_whose_recorder_died(folder: Path) -> None:
+    content = bytearray((folder / "long.wav").read_bytes())
+    place = content.index(b"data") + 4
+    content[place : place + 4] = bytes(4)
+    (folder / "died.wav").write_bytes(content)
+    part = {"audio": "died.wav", "offset": 2, "duration": 0.5}
+    path = manifest_of(folder, {"audio": "died.wav", "text": "a"}, {**part, "text": "b"})
+    assert [row.seconds for row in read_manifest(path, "ctc").rows] == [3.0, 0.5]
+
+
 def test_frame_classes_of_a_part_are_those_of_the_recording_there(folder: Path) -> None:
     spans = [{"start": 0.3, "end": 1.0, "label": "a"}, {"start": 1.5, "end": 2.2, "label": "b"}]
     common = {"audio": "long.wav", "segments": spans}

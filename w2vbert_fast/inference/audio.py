@@ -223,6 +223,30 @@ def load_audio(
     return Audio(torch.from_numpy(samples), seconds, channel)
 
 
+def stated_seconds(path: str | os.PathLike[str]) -> float | None:
+    """The length of a recording by its header, in seconds; None where that takes decoding.
+
+    Raises:
+        OSError: it cannot be read.
+        ImportError: soundfile is not installed.
+    """
+    lengths: list[float] = []
+
+    def start(rate: int, frames: int) -> int:
+        lengths.append(frames / rate)
+        return 0
+
+    try:
+        with open_file(os.fspath(path)) as file:
+            streams = _streams(file)
+            source = open_sndfile(streams[0], start) if len(streams) == 1 else None
+            if source is not None:
+                source.blocks.close()
+    except Unreadable:
+        return None
+    return lengths[0] if lengths else None
+
+
 def holds_audio(path: str | os.PathLike[str] | bytes) -> bool:
     """Whether a file, or content, is a recording by what is in it: the first samples are decoded.
 

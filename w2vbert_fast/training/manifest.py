@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.inference.audio import AudioError, load_audio
+from w2vbert_fast.inference.audio import AudioError, load_audio, stated_seconds
 from w2vbert_fast.recordings import rows as recordings
 from w2vbert_fast.recordings.manifest import JsonLines, open_manifest, transcript
 from w2vbert_fast.training.config import Task
@@ -19,7 +19,7 @@ from w2vbert_fast.training.config import Task
 _LISTED_ERRORS = 20
 # A part may end so much behind the end of its recording: `load_audio` gives what there is.
 _TOLERANCE_SECONDS = 0.5
-_LONGEST_HEADER_SECONDS = 7 * 24 * 3600.0
+_LONGEST_GUESS_SECONDS = 7 * 24 * 3600.0
 
 
 class ManifestError(ValueError):
@@ -136,39 +136,52 @@ class _Lengths:
     """Lengths of recordings in seconds, each found once."""
 
     def __init__(self) -> None:
-        self._headers: dict[str, tuple[float, bool]] = {}
-        self._decoded: dict[str, float] = {}
+        self._stated: dict[str, float | None] = {}
+        self._found: dict[str, float] = {}
 
-    def header(self, audio: str) -> tuple[float, bool]:
-        """What a header says, 0 where it does not; and whether that can be relied on."""
-        if audio not in self._headers:
-            soundfile = require("soundfile", "audio")
+    def stated(self, audio: str) -> float | None:
+        """What a header says; None where it does not say, or only guesses.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        if audio not in self._stated:
             try:
-                info = soundfile.info(audio)
-            except soundfile.LibsndfileError:
-                self._headers[audio] = 0.0, False
-            else:
-                # 0 and ages are what recorders leave that were cut off. Of an MP3 it is a guess.
-                usable = 0 < info.duration < _LONGEST_HEADER_SECONDS
-                exact = usable and not info.subtype.startswith("MPEG")
-                self._headers[audio] = float(info.duration) if usable else 0.0, exact
-        return self._headers[audio]
+                self._stated[audio] = stated_seconds(audio)
+            except OSError as error:
+                raise ValueError(f"{audio}: {error.strerror or error}") from None
+        return self._stated[audio]
 
     def __call__(self, audio: str) -> float:
-        """The length.
+        """The length, of some formats about.
 
         Raises:
             ValueError: it cannot be read.
         """
-        seconds, _ = self.header(audio)
-        if seconds:
-            return seconds
-        if audio not in self._decoded:
-            try:
-                self._decoded[audio] = load_audio(audio).seconds
-            except AudioError as error:
-                raise ValueError(f"the recording {error}") from None
-        return self._decoded[audio]
+        stated = self.stated(audio)
+        if stated is not None:
+            return stated
+        if audio not in self._found:
+            self._found[audio] = _guessed_seconds(audio) or _decoded_seconds(audio)
+        return self._found[audio]
+
+
+def _guessed_seconds(audio: str) -> float:
+    """What the first frames of an MP3 promise, which is near enough for batches; 0 of others."""
+    soundfile = require("soundfile", "audio")
+    try:
+        info = soundfile.info(audio)
+    except soundfile.LibsndfileError:
+        return 0.0
+    is_guess = info.subtype.startswith("MPEG") and info.duration < _LONGEST_GUESS_SECONDS
+    return float(info.duration) if is_guess else 0.0
+
+
+def _decoded_seconds(audio: str) -> float:
+    try:
+        return load_audio(audio).seconds
+    except AudioError as error:
+        raise ValueError(f"the recording {error}") from None
 
 
 def _row(
@@ -214,8 +227,8 @@ def _row(
 def _part_seconds(row: recordings.Row, audio: str, lengths: _Lengths) -> float:
     """Length of a part, which must be there."""
     if row.duration is not None:
-        length, exact = lengths.header(audio)
-        if not exact:
+        length = lengths.stated(audio)
+        if length is None:
             # It is found out when the part is read, without all that lies before and behind it.
             return row.duration
         seconds = min(row.duration, length - row.offset)
