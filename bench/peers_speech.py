@@ -116,7 +116,7 @@ def _transformers_text(context: Context, batching: str) -> Prepared:
         raise Unavailable("transformers is not installed")
     import transformers
 
-    from w2vbert_fast.inference.transcribe import DEMO_FOLDER
+    from w2vbert_fast.inference.pipeline import DEMO_FOLDER
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.Wav2Vec2BertForCTC.from_pretrained(DEMO_FOLDER, dtype=torch.float32)

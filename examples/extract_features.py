@@ -16,7 +16,7 @@ import torch
 
 from w2vbert_fast import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
 from w2vbert_fast.inference import load_audio
-from w2vbert_fast.inference.transcribe import DEMO_FOLDER
+from w2vbert_fast.inference.pipeline import DEMO_FOLDER
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from w2vbert_fast.inference import load_pipeline, transcribe
-from w2vbert_fast.inference.transcribe import DEMO_FOLDER
+from w2vbert_fast.inference.pipeline import DEMO_FOLDER
 
 
 def main() -> None:

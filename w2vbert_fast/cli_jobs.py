@@ -25,7 +25,11 @@ CLASSIFY_HELP = (
 )
 
 _BOOKS = ("shard_rows", "max_errors", "retry_errors", "overwrite", "log_json")
-_OF_ALL_TASKS = ("max_seconds", "overlap_seconds", "vad")
+_OF_ENGINES = ("engine", "actors", "gpus_per_actor", "cpus_per_actor")
+OF_JOBS = ("shard_rows", "max_errors", "retry_errors", "log_json", *_OF_ENGINES)
+"""Options that mean nothing without a job's folder."""
+
+OF_ALL_TASKS = ("max_seconds", "overlap_seconds", "vad")
 
 
 def _option(kind: Any, default: Any, help_text: str, *names: str, **more: Any) -> tuple[Any, Any]:
@@ -41,15 +45,17 @@ def _shared() -> dict[str, tuple[Any, Any]]:
         "formats": _option(
             list[str] | None,
             None,
-            "jsonl or parquet; srt, vtt and txt of transcripts; npy or safetensors of embeddings. "
-            "Can be repeated.",
+            "jsonl or parquet; srt, vtt and txt of transcripts (json too, beside the recordings); "
+            "npy or safetensors of embeddings. Can be repeated.",
             "--format",
             metavar="NAME",
         ),
         "max_seconds": _option(
             float, 300.0, "Recordings up to this length are computed whole, longer ones in chunks."
         ),
-        "overlap_seconds": _option(float, 4.0, "What neighbouring chunks have in common."),
+        "overlap_seconds": _option(
+            float | None, None, "What neighbouring chunks have in common. Default: 4."
+        ),
         "vad": _option(bool, False, "Cut long recordings at silences.", "--vad"),
         "frame_budget": _option(
             str, "auto", "20 ms frames in a batch; auto: found by a probe.", metavar="N|auto"
@@ -67,7 +73,7 @@ def _shared() -> dict[str, tuple[Any, Any]]:
             bool, False, "Do the rows again that have failed.", "--retry-errors"
         ),
         "overwrite": _option(
-            bool, False, "Forget another job's results in the folder.", "--overwrite"
+            bool, False, "Replace files, or another job's results in the folder.", "--overwrite"
         ),
         "log_json": _option(
             bool, False, "Report progress as JSON lines on standard error.", "--log-json"
@@ -213,7 +219,7 @@ def start(
             task,
             inputs,
             out,
-            task_options={**task_options, **{name: shared[name] for name in _OF_ALL_TASKS}},
+            task_options={**task_options, **{name: shared[name] for name in OF_ALL_TASKS}},
             formats=shared["formats"] or (),
             frame_budget=shared["frame_budget"],
             workers=shared["workers"],
@@ -229,7 +235,7 @@ def start(
 
 def _engine(shared: dict[str, Any], device: str | None) -> dict[str, Any]:
     """What makes `run_job` run a job on another engine than its own."""
-    own = {name: shared[name] for name in ("actors", "gpus_per_actor", "cpus_per_actor")}
+    own = {name: shared[name] for name in _OF_ENGINES[1:]}
     engine = shared["engine"]
     if engine == "local":
         for option in given_options({}, own):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -70,6 +71,46 @@ def resolve_file(
         subfolder=subfolder,
         force_download=force_download,
     )
+
+
+def resolve_folder(
+    path_or_id: str | os.PathLike[str],
+    name: str,
+    *,
+    revision: str | None = None,
+    beside: Sequence[str] = (),
+) -> Path | None:
+    """Find a folder of a checkpoint, with the files in it.
+
+    Args:
+        path_or_id: a folder, or a hub id.
+        name: the folder's name within the folder or repository.
+        revision: branch, tag or commit of the repository; ignored for a folder.
+        beside: files next to the folder that are wanted too, where there are any.
+
+    Returns:
+        The folder's path, or None when the checkpoint has no such folder. With the hub out of
+        reach, what the cache has of it counts.
+
+    Raises:
+        OSError: as `resolve_file`.
+    """
+    config = resolve_file(path_or_id, "config.json", revision=revision)
+    if config is None:
+        folder = Path(path_or_id)
+        return folder / name if (folder / name).is_dir() else None
+    commit = pinned_revision(config)
+    if commit is not None and not Path(path_or_id).is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        # Out of reach: what the cache has.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            snapshot_download(
+                os.fspath(path_or_id), revision=commit, allow_patterns=[f"{name}/*", *beside]
+            )
+    folder = config.parent / name
+    return folder if folder.is_dir() else None
 
 
 def pinned_revision(path: Path) -> str | None:

@@ -4,8 +4,9 @@ from w2vbert_fast.recordings.rows import Row
 
 from .audio import Audio, AudioError, load_audio, to_mono_16khz
 from .offline import Classifier, Embedder, Flow, Transcriber
+from .pipeline import Pipeline, load_pipeline
 from .rows import Classification, Embedding, Result, Transcription
-from .transcribe import Pipeline, Transcript, load_pipeline, transcribe
+from .transcribe import Transcript, transcribe
 
 __all__ = [
     "Audio",

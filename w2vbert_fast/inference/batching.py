@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 
 from w2vbert_fast.inference.decoding import Loaded
 from w2vbert_fast.inference.long_recordings import Chunk
+from w2vbert_fast.inference.pipeline import is_out_of_memory
 from w2vbert_fast.inference.rows import Result
-from w2vbert_fast.inference.transcribe import is_out_of_memory
 from w2vbert_fast.inference.workers import Piece, Task
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class Batcher:
             memory.
         seconds: time spent in the model, in seconds.
         batches: how many batches were run.
+        watch: called after each batch with the seconds of audio of the window that have gone
+            through the model, and those of the whole window; None: nobody is.
 
     Raises:
         ValueError: the budget is not positive.
@@ -75,6 +77,7 @@ class Batcher:
         self.frame_budget = frame_budget if isinstance(frame_budget, int) else None
         self.seconds = 0.0
         self.batches = 0
+        self.watch: Callable[[float, float], None] | None = None
 
     def prepare(self) -> int:
         """Load the model and find the budget, where that has not been done; the budget."""
@@ -107,6 +110,9 @@ class Batcher:
         # The longest first: what does not fit into memory shows at once.
         units.sort(key=lambda unit: unit.piece.samples.numel(), reverse=True)
         batches = self._batches(units, budget)
+        rate = self.task.extractor.sampling_rate if self.watch is not None else 1
+        total = sum(unit.piece.samples.numel() for unit in units)
+        finished = 0
         while batches:
             batch = batches.pop()
             outcome = self._attempt(batch)
@@ -119,6 +125,9 @@ class Batcher:
                     batches += [[unit] for unit in reversed(batch)]
                 continue
             outputs = [None] if isinstance(outcome, Exception) else outcome
+            finished += sum(unit.piece.samples.numel() for unit in batch)
+            if self.watch is not None:
+                self.watch(finished / rate, total / rate)
             for unit, output in zip(batch, outputs, strict=True):
                 recording = recordings[unit.recording]
                 assert recording is not None

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from w2vbert_fast.inference.job import Job, JobOptions, Summary
+from w2vbert_fast.inference.language_model import read_words
 from w2vbert_fast.inference.offline import Flow, Runner
 from w2vbert_fast.inference.sources import open_inputs
 from w2vbert_fast.inference.tasks import Classify, Embed, Transcribe
@@ -62,9 +63,9 @@ def run_job(
     """
     options = JobOptions(**(job_options or {}))
     given = dict(task_options)
-    if task == "transcribe" and given.get("timestamps") is None:
-        given["timestamps"] = "word" if {"srt", "vtt"} & set(formats) else "none"
-    flow: dict[str, Any] = {"workers": workers, "frame_budget": _budget(frame_budget)}
+    if task == "transcribe":
+        given = transcribe_options(given, formats)
+    flow: dict[str, Any] = {"workers": workers, "frame_budget": checked_budget(frame_budget)}
     if longest is not None:
         flow["longest"] = longest
     if task == "embed":
@@ -72,14 +73,37 @@ def run_job(
     flow["window_rows"] = min(Flow.window_rows, options.shard_rows)
     runner = make_runner(TASKS[task](**given), Flow(**flow))
     inputs = open_inputs(names)
-    with _stoppable(), _warnings(report):
+    with _stoppable(), messages(report):
         summary = Job(runner, inputs, out, formats, options).run()
     if not options.log_json:
         report(_ending(summary, out))
     return 1 if summary.errors else 0
 
 
-def _budget(text: str) -> int | str:
+def transcribe_options(given: Mapping[str, Any], formats: Sequence[str]) -> dict[str, Any]:
+    """The options of `Transcribe` as the command line gives them: times as the formats need them.
+
+    Hotwords are phrases separated by commas, or files with one a line.
+
+    Raises:
+        OSError: a file of hotwords cannot be read.
+        ValueError: it is not UTF-8, or empty.
+    """
+    options = dict(given)
+    if options.get("timestamps") is None:
+        options["timestamps"] = "word" if {"srt", "vtt", "json"} & set(formats) else "none"
+    hotwords: list[str] = []
+    for text in options.get("hotwords") or ():
+        if os.path.isfile(text) or os.sep in text or text.endswith(".txt"):
+            hotwords += read_words(text)
+        else:
+            hotwords += [phrase for part in text.split(",") if (phrase := part.strip())]
+    options["hotwords"] = hotwords
+    return options
+
+
+def checked_budget(text: str) -> int | str:
+    """A frame budget as the command line gives it."""
     if text == _AUTO:
         return _AUTO
     try:
@@ -124,21 +148,33 @@ def _stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def _warnings(report: Callable[[str], None]) -> Iterator[None]:
-    """Show the package's warnings, such as that of a batch that did not fit into memory."""
+def messages(report: Callable[[str], None], *, below_progress: bool = True) -> Iterator[None]:
+    """Show what the package logs for users, such as that a batch did not fit into memory.
+
+    Warnings of all of it, and of what runs models also what they run with.
+
+    Args:
+        report: prints a message.
+        below_progress: begin a new line on a terminal, below the one that shows progress.
+    """
 
     class Reporter(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if sys.stderr.isatty():
-                print(file=sys.stderr)  # below the line that shows progress
+            if below_progress and sys.stderr.isatty():
+                print(file=sys.stderr)
             report(record.getMessage())
 
-    log = logging.getLogger("w2vbert_fast")
-    handler = Reporter(logging.WARNING)
-    propagate, log.propagate = log.propagate, False
+    log, talkative = (
+        logging.getLogger(name) for name in ("w2vbert_fast", "w2vbert_fast.inference")
+    )
+    handler = Reporter(logging.INFO)
+    before = log.propagate, talkative.level
+    log.propagate = False
     log.addHandler(handler)
+    talkative.setLevel(logging.INFO)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        log.propagate = propagate
+        log.propagate = before[0]
+        talkative.setLevel(before[1])

@@ -192,6 +192,7 @@ class Job:
         rows = self.inputs.rows(wanted)
         try:
             windows = cast(Generator[Any, None, None], self.runner.windows(rows))
+            self.runner.batcher.watch = lambda seconds, _: self.progress.begin(seconds)
             with contextlib.closing(windows):
                 for window in windows:
                     results = self.runner.in_order(window, self.runner.batcher.run(window))

@@ -22,6 +22,7 @@ from w2vbert_fast.inference.rows import (
     Embedding,
     Result,
     Transcription,
+    as_items,
     as_row,
 )
 from w2vbert_fast.inference.tasks import Classify, Embed, Transcribe
@@ -91,12 +92,13 @@ class Runner(Generic[R]):
         """What reads the audio of a row; the model must be loaded, or is."""
         return Decoder(self.task.extractor.sampling_rate, self.flow.longest)
 
-    def __call__(self, items: Iterable[Any], *, ordered: bool = True) -> Iterator[R]:
+    def __call__(self, items: Any, *, ordered: bool = True) -> Iterator[R]:
         """Process recordings, lazily; what is wrong with one becomes an error in its result.
 
         Args:
-            items: paths, file contents as bytes, samples at 16 kHz, pairs of samples and sampling
-                rate, or `Row`s. Taken up to two windows ahead, in another thread.
+            items: paths, open binary files, file contents as bytes, samples at 16 kHz, pairs of
+                samples and sampling rate, or `Row`s; or one of them. Taken up to two windows ahead,
+                in another thread.
             ordered: results come in the order of the items; else as they finish, an item's place
                 being its `index`.
 
@@ -107,7 +109,7 @@ class Runner(Generic[R]):
             TypeError: an item is none of these.
             ImportError: a package of the ``audio`` extra is needed and not installed.
         """
-        rows = (as_row(index, item) for index, item in enumerate(items))
+        rows = (as_row(index, item) for index, item in enumerate(as_items(items)))
         for window in self.windows(rows):
             results = cast(Iterator[R], self.batcher.run(window))
             if ordered:

@@ -51,6 +51,7 @@ class Progress:
         self._on_terminal = not as_json and self._stream.isatty()
         self._shown = self.start if not self._on_terminal else 0.0
         self._width = 0
+        self._begun = 0.0  # seconds of audio of rows that are not done
 
     @property
     def elapsed(self) -> float:
@@ -62,11 +63,12 @@ class Progress:
         elapsed = self.elapsed
         left = None if self.total is None else max(0, self.total - self.done)
         eta = None if left is None or self.rows == 0 else left * elapsed / self.rows
-        factor = elapsed / self.audio_seconds if self.audio_seconds > 0 else None
+        seconds = self.audio_seconds + self._begun
+        factor = elapsed / seconds if seconds > 0 else None
         return {
             "done": self.done,
             "total": self.total,
-            "audio_hours": round(self.audio_seconds / 3600, 4),
+            "audio_hours": round(seconds / 3600, 4),
             "real_time_factor": None if factor is None else round(factor, 6),
             "eta_seconds": None if eta is None else round(eta, 1),
             "errors": self.errors,
@@ -83,6 +85,20 @@ class Progress:
         self.rows += rows
         self.errors += errors
         self.audio_seconds += audio_seconds
+        self._begun = 0.0
+        self._show_in_time()
+
+    def begin(self, audio_seconds: float) -> None:
+        """Say how much audio of rows that are not done yet is; shown on a terminal.
+
+        Raises:
+            OSError: nobody reads the stream any more.
+        """
+        if self._on_terminal:
+            self._begun = audio_seconds
+            self._show_in_time()
+
+    def _show_in_time(self) -> None:
         now = time.perf_counter()
         wait = _JSON_SECONDS if self._as_json else _FILE_SECONDS
         if now - self._shown >= (_TERMINAL_SECONDS if self._on_terminal else wait):

@@ -80,7 +80,7 @@ def _joined(last: str, character: str) -> bool:
         or character in _JOINERS
         or character in _TRAILING_VOWELS
         or _is_trailing_jamo(character)
-        or last in _LEADING_VOWELS
+        or (last in _LEADING_VOWELS and character not in _LEADING_VOWELS)
         or last in _STACKERS
         or last == "\u200d"
     )

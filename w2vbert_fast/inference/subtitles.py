@@ -90,13 +90,15 @@ def cues(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> list[Cue]:
             that is negative or not finite.
     """
     groups = _groups(words, layout)
-    made = []
-    for i, group in enumerate(groups):
-        start, end = group[0].start, min(group[-1].end, group[0].start + layout.max_seconds)
-        following = groups[i + 1][0].start if i + 1 < len(groups) else math.inf
-        end = min(max(end, start + layout.min_seconds), max(following, start))
-        made.append(Cue(start, end, _lines(group, layout)))
-    return made
+    made: list[Cue] = []
+    following = math.inf
+    for group in reversed(groups):
+        # A word that lasts into the next one, and is cut, may have a part that begins behind that.
+        start = min(group[0].start, following)
+        end = max(min(group[-1].end, start + layout.max_seconds), start + layout.min_seconds)
+        made.append(Cue(start, max(start, min(end, following)), _lines(group, layout)))
+        following = start
+    return made[::-1]
 
 
 def srt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
@@ -225,8 +227,8 @@ def _characters(word: Word) -> list[_Piece]:
     found: list[_Piece] = []
     place = 0
     for grapheme in graphemes(word.text):
-        start, place = place, place + len(grapheme)
-        found.append(_Piece(grapheme, spans[start][0], spans[place - 1][1], start > 0))
+        first, place = place, place + len(grapheme)
+        found.append(_Piece(grapheme, spans[first][0], spans[place - 1][1], first > 0))
     return found
 
 

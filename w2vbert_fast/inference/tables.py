@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import safetensors
@@ -23,6 +23,9 @@ from torch import Tensor
 from w2vbert_fast._extras import require
 from w2vbert_fast.inference.rows import Embedding, Result, Transcription
 from w2vbert_fast.recordings.rows import Row
+
+if TYPE_CHECKING:
+    from w2vbert_fast.inference.timestamps import Word
 
 TABLE_FORMATS = ("jsonl", "parquet")
 SUBTITLE_FORMATS = ("srt", "vtt", "txt")
@@ -370,7 +373,8 @@ class FilePerRecording:
                     np.save(file, result.embedding.numpy())
             else:
                 assert isinstance(result, Transcription)
-                path.write_text(_subtitles(result, self.kind), encoding="utf-8")
+                text = subtitles_of(result.text or "", result.words, self.kind)
+                path.write_text(text, encoding="utf-8")
 
     def close(self) -> list[Path]:
         for path in self._written:
@@ -382,10 +386,10 @@ class FilePerRecording:
             path.unlink(missing_ok=True)
 
 
-def _subtitles(result: Transcription, kind: str) -> str:
+def subtitles_of(text: str, words: Sequence[Word] | None, kind: str) -> str:
+    """The content of a file of subtitles; of a text without words, for "txt", the text."""
     from w2vbert_fast.inference import subtitles
 
-    if result.words is None:
-        return f"{result.text}\n"
-    text: str = getattr(subtitles, kind)(list(result.words))
+    if words is not None:
+        text = getattr(subtitles, kind)(words)
     return text if text.endswith("\n") else text + "\n"

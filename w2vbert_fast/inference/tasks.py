@@ -6,7 +6,7 @@ import abc
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ from torch import Tensor
 from w2vbert_fast import models
 from w2vbert_fast.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.inference.decoding import Loaded
+from w2vbert_fast.inference.language_model import FOLDER as LANGUAGE_MODEL_FOLDER
+from w2vbert_fast.inference.language_model import LanguageModel, find_language_model
 from w2vbert_fast.inference.long_recordings import Chunk, merge
 from w2vbert_fast.inference.pauses import split_at_pauses
+from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, find_device, load_pipeline
 from w2vbert_fast.inference.rows import Classification, Embedding, Segment, Transcription
 from w2vbert_fast.inference.scripts import is_unspaced
-from w2vbert_fast.inference.transcribe import Pipeline, find_device, load_pipeline
 from w2vbert_fast.inference.workers import (
     Piece,
     Task,
@@ -35,6 +37,7 @@ from w2vbert_fast.ops import greedy_decode
 from w2vbert_fast.ops.dispatch import packed_kernels
 
 if TYPE_CHECKING:
+    from w2vbert_fast.inference.beam import BeamDecoder
     from w2vbert_fast.inference.timestamps import Delay
 
 _log = logging.getLogger(__name__)
@@ -42,6 +45,9 @@ _log = logging.getLogger(__name__)
 # Of a recording that is not computed whole. Nearer to what models are trained on than
 # `max_seconds`, and what is cut out of it changes no more than a minute of its text.
 _CHUNK_SECONDS = 60.0
+
+NO_LANGUAGE_MODEL = "none"
+_OF_LANGUAGE_MODELS = ("lm_weight", "word_bonus", "unigrams")
 
 TIMESTAMPS = ("none", "word", "character")
 CLASSIFIERS = (
@@ -59,9 +65,15 @@ class Transcribe(Task):
         timestamps: "none", "word" or "character". Times are corrected by the model's emission
             delay, which is measured on the samples that ship with the package (`measure_delay`).
         beam: hypotheses kept by the beam search; 0 decodes greedily.
-        lm: n-gram language model of the beam search, ARPA or KenLM.
-        lm_weight: weight of its score; None: the decoder's own.
-        word_bonus: added to the score for every word; None: the decoder's own.
+        lm: n-gram language model of the beam search, ARPA or KenLM; None: that in the checkpoint's
+            folder `language_model`, if it has one, with the weights there; "none": no language
+            model.
+        lm_weight: weight of its score; None: the checkpoint's, or the decoder's own.
+        word_bonus: added to the score for every word; None: as `lm_weight`.
+        unigrams: file of the words that the language model knows, one a line; None: as its file or
+            the checkpoint says.
+        hotwords: words and phrases that are more probable than usual.
+        hotword_weight: how much; None: the decoder's own.
     """
 
     timestamps: str = "none"
@@ -69,6 +81,9 @@ class Transcribe(Task):
     lm: str | os.PathLike[str] | None = None
     lm_weight: float | None = None
     word_bonus: float | None = None
+    unigrams: str | os.PathLike[str] | None = None
+    hotwords: Sequence[str] = ()
+    hotword_weight: float | None = None
 
     name = "transcribe"
 
@@ -78,15 +93,58 @@ class Transcribe(Task):
             raise ValueError(f"timestamps must be {', '.join(TIMESTAMPS)}, got {self.timestamps!r}")
         if self.beam < 0:
             raise ValueError(f"beam must be at least 0, got {self.beam}")
-        for name in ("lm", "lm_weight", "word_bonus"):
-            if self.beam == 0 and getattr(self, name) is not None:
+        if isinstance(self.hotwords, str):
+            raise TypeError("hotwords must be several words, got a single string")
+        self.hotwords = tuple(self.hotwords)
+        for name in (*_OF_LANGUAGE_MODELS, "lm", "hotwords", "hotword_weight"):
+            given = getattr(self, name) not in (None, ())
+            if given and self.beam == 0:
                 raise ValueError(f"{name} needs a beam search; set beam, for example to 100")
+            if given and self.lm == NO_LANGUAGE_MODEL and name in _OF_LANGUAGE_MODELS:
+                raise ValueError(f"{name} needs a language model, and lm is {self.lm!r}")
+        if self.hotword_weight is not None and not self.hotwords:
+            raise ValueError("hotword_weight needs hotwords")
+        self._forget()
+
+    def _forget(self) -> None:
         self._pipeline: Pipeline | None = None
-        self._decoder: Any = None
+        self._decoder: BeamDecoder | None = None
         self._delay: Delay | None = None
+        self._language_model: LanguageModel | None = None
+        self._searched = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _pipeline=None, _decoder=None, _delay=None)
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def language_model(self) -> LanguageModel | None:
+        """The language model of the beam search: `lm`, or that of the checkpoint.
+
+        Raises:
+            OSError: the checkpoint is not to be had.
+            ValueError: its folder of a language model is damaged; or there is none and an option
+                is for one.
+        """
+        if self._searched or self.beam == 0 or self.lm == NO_LANGUAGE_MODEL:
+            return self._language_model
+        if self.lm is not None:
+            found: LanguageModel | None = LanguageModel(Path(self.lm))
+        else:
+            found = find_language_model(source_of(self.model), revision=self.revision)
+        if found is None:
+            for name in _OF_LANGUAGE_MODELS:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} needs a language model; set lm, since "
+                        f"{os.fspath(self.model)!r} has no folder {LANGUAGE_MODEL_FOLDER}"
+                    )
+        else:
+            given = {name: getattr(self, name) for name in ("lm_weight", "word_bonus")}
+            given["unigrams"] = None if self.unigrams is None else Path(self.unigrams)
+            found = replace(found, **{k: v for k, v in given.items() if v is not None})
+        self._language_model, self._searched = found, True
+        return found
 
     @property
     def delay(self) -> Delay:
@@ -101,24 +159,72 @@ class Transcribe(Task):
                 self._delay = Delay()
         return self._delay
 
+    @classmethod
+    def of_pipeline(cls, pipeline: Pipeline, **options: Any) -> Transcribe:
+        """The task for a model that is loaded, which stays as it is: its weights are not packed.
+
+        It is for this process: a pickle of the task loads the model by the pipeline's source.
+
+        Args:
+            pipeline: the model.
+            **options: as the class takes them.
+        """
+        if pipeline.source is None:
+            options.setdefault("lm", NO_LANGUAGE_MODEL if options.get("beam") else None)
+        task = cls(pipeline.source or DEMO_MODEL, pipeline.revision, **options)
+        task._use(pipeline)
+        return task
+
     def load(self) -> None:
         if self._pipeline is not None:
             return
         pipeline = load_pipeline(
             self.model, revision=self.revision, device=self.device, dtype=self.dtype
         )
-        if self.beam > 0:
-            from w2vbert_fast.inference.beam import BeamDecoder
-
-            given: dict[str, Any] = {"lm_weight": self.lm_weight, "word_bonus": self.word_bonus}
-            self._decoder = BeamDecoder(
-                pipeline.processor.tokenizer,
-                None if self.lm is None else os.fspath(self.lm),
-                beam_width=self.beam,
-                **{name: value for name, value in given.items() if value is not None},
-            )
         _pack(pipeline.model)
+        self._use(pipeline)
+
+    def _use(self, pipeline: Pipeline) -> None:
+        if self.beam > 0:
+            self._decoder = self._decoder_of(pipeline)
+        elif (Path(source_of(self.model)) / LANGUAGE_MODEL_FOLDER).is_dir():
+            _log.info(
+                "%s has a language model that greedy decoding does not use; a beam search does "
+                "(beam=100)",
+                os.fspath(self.model),
+            )
         self._pipeline = pipeline
+
+    def _decoder_of(self, pipeline: Pipeline) -> BeamDecoder:
+        from w2vbert_fast.inference.beam import BeamDecoder
+        from w2vbert_fast.inference.timestamps import frame_seconds
+
+        model = self.language_model
+        decoder = BeamDecoder(
+            pipeline.processor.tokenizer,
+            None if model is None else model.path,
+            beam_width=self.beam,
+            hotwords=self.hotwords,
+            hotword_weight=self.hotword_weight,
+            frame_seconds=frame_seconds(pipeline.model.config),
+            **({} if model is None else model.arguments()),
+        )
+        if model is not None:
+            _log.info(
+                "language model %s: %s words, weight %g, word bonus %g",
+                model.path,
+                "unknown" if decoder.unigrams is None else len(decoder.unigrams),
+                decoder.lm_weight,
+                decoder.word_bonus,
+            )
+        return decoder
+
+    @property
+    def decoder(self) -> BeamDecoder:
+        """The beam search; `beam` must be above 0."""
+        self.load()
+        assert self._decoder is not None
+        return self._decoder
 
     @property
     def pipeline(self) -> Pipeline:
@@ -140,19 +246,16 @@ class Transcribe(Task):
         rate = self.extractor.sampling_rate
         if self.vad or samples.numel() <= self.max_seconds * rate:
             return super().chunks(samples)
-        longest = min(self.max_seconds, max(_CHUNK_SECONDS, 2 * self.overlap_seconds))
-        return split_at_pauses(samples, longest, self.overlap_seconds, rate)
+        longest = min(self.max_seconds, max(_CHUNK_SECONDS, 2 * self.overlap))
+        return split_at_pauses(samples, longest, self.overlap, rate)
 
     def run(self, pieces: Sequence[Piece]) -> list[Any]:
         """Token ids of pieces that need no more, else log-probabilities `[frames, vocab]`."""
-        features, mask = self.features(pieces)
-        blank = self.pipeline.blank
+        logits, lengths = self.pipeline.logits([piece.samples for piece in pieces])
         frames_wanted = self.beam > 0 or self.timestamps != "none"
+        if not frames_wanted and all(piece.whole for piece in pieces):
+            return greedy_decode(logits, lengths, blank=self.pipeline.blank)
         with torch.inference_mode():
-            logits = self.network(features, attention_mask=mask).logits
-            lengths = self.network.valid_lengths(mask)
-            if not frames_wanted and all(piece.whole for piece in pieces):
-                return greedy_decode(logits, lengths, blank=blank)
             log_probs = logits.log_softmax(-1, dtype=torch.float32)
         counts = lengths.tolist()
         # Copies, because a view would keep the batch's padding in memory.
@@ -183,21 +286,16 @@ class Transcribe(Task):
                 ],
             )
         text: str | None = None
-        if self.beam > 0:
-            text = self._decoder.decode(log_probs).text
         words = None
+        offset = loaded.row.offset
+        if self.beam > 0:
+            text, _ = self.decoder.search(log_probs)
         if self.timestamps != "none":
-            # Of a beam search's text, the best way to say it.
-            words = tuple(
-                word_timestamps(
-                    log_probs,
-                    tokenizer,
-                    seconds,
-                    loaded.row.offset,
-                    text=text or None,
-                    delay=self.delay,
-                )
-            )
+            if text is None:
+                found = word_timestamps(log_probs, tokenizer, seconds, offset, delay=self.delay)
+            else:
+                found = self.decoder.align(log_probs, text, offset=offset, delay=self.delay)
+            words = tuple(found)
         if text is None:
             text = str(tokenizer.decode(log_probs.argmax(-1).tolist()))
         if len(outputs) > 1:
@@ -210,13 +308,25 @@ class Transcribe(Task):
         return Transcription(**identity(loaded), error_type=error_type, error=error)
 
     def options(self) -> dict[str, Any]:
+        model = self.language_model
+        # Only where they are given, so that folders of before know themselves.
+        more: dict[str, Any] = {
+            "hotwords": list(self.hotwords),
+            "hotword_weight": self.hotword_weight,
+        }
+        if model is not None:
+            more["unigrams"] = None if model.unigrams is None else file_digest(model.unigrams)
+            more["unknown_word_penalty"] = model.unknown_word_penalty
+            more["labels"] = None if model.labels is None else list(model.labels)
+            more["no_score_boundary"] = not model.score_boundary
         return {
             **self.common_options(),
             "timestamps": self.timestamps,
             "beam": self.beam,
-            "lm": None if self.lm is None else file_digest(Path(self.lm)),
-            "lm_weight": self.lm_weight,
-            "word_bonus": self.word_bonus,
+            "lm": None if model is None else file_digest(model.path),
+            "lm_weight": None if model is None else model.lm_weight,
+            "word_bonus": None if model is None else model.word_bonus,
+            **{name: value for name, value in more.items() if value},
         }
 
 

@@ -23,9 +23,10 @@ from w2vbert_fast.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.hub import resolve_file
 from w2vbert_fast.inference.decoding import Loaded
 from w2vbert_fast.inference.long_recordings import Chunk, split
+from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL
 from w2vbert_fast.inference.rows import Result
-from w2vbert_fast.inference.transcribe import DEMO_FOLDER, DEMO_MODEL
 
+_OVERLAP_SECONDS = 4.0
 _SAMPLED_BLOCK = 1 << 16
 _SAMPLED_BLOCKS = 64
 
@@ -53,7 +54,8 @@ class Task(abc.ABC):
         device: where to run; None: the first CUDA device if there is one, else the CPU.
         dtype: of the weights, as `load_pipeline` takes it.
         max_seconds: recordings up to this length are computed whole, longer ones in chunks.
-        overlap_seconds: what neighbouring chunks have in common.
+        overlap_seconds: what neighbouring chunks have in common; None: 4, or half of `max_seconds`
+            if that is less.
         vad: cut long recordings at silences instead, without an overlap.
     """
 
@@ -62,7 +64,7 @@ class Task(abc.ABC):
     device: str | None = None
     dtype: str | None = None
     max_seconds: float = 300.0
-    overlap_seconds: float = 4.0
+    overlap_seconds: float | None = None
     vad: bool = False
 
     name = "task"
@@ -70,7 +72,9 @@ class Task(abc.ABC):
     def __post_init__(self) -> None:
         if not self.max_seconds >= 1:
             raise ValueError(f"max_seconds must be at least 1, got {self.max_seconds}")
-        if not 0 <= self.overlap_seconds <= self.max_seconds / 2:
+        if self.overlap_seconds is not None and self.vad:
+            raise ValueError("overlap_seconds has no effect with vad, whose chunks do not overlap")
+        if not 0 <= self.overlap <= self.max_seconds / 2:
             raise ValueError(
                 "overlap_seconds must be from 0 to half of max_seconds, "
                 f"{self.max_seconds / 2:g}, got {self.overlap_seconds}"
@@ -119,6 +123,13 @@ class Task(abc.ABC):
         """The model; it must be loaded."""
 
     @property
+    def overlap(self) -> float:
+        """What neighbouring chunks have in common, in seconds."""
+        if self.overlap_seconds is None:
+            return min(_OVERLAP_SECONDS, self.max_seconds / 2)
+        return self.overlap_seconds
+
+    @property
     def samples_per_frame(self) -> int:
         """Samples from one encoder frame to the next, in front of an adapter."""
         return self.extractor.stride * self.extractor.sampling_rate // 100
@@ -133,7 +144,7 @@ class Task(abc.ABC):
             from w2vbert_fast.inference.vad import split_at_silence
 
             return split_at_silence(samples, self.max_seconds)
-        return split(count, self.max_seconds, self.overlap_seconds, rate)
+        return split(count, self.max_seconds, self.overlap, rate)
 
     def features(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
         """`input_features` `[batch, T, 160]` in the model's dtype and `attention_mask`."""
@@ -165,7 +176,7 @@ class Task(abc.ABC):
             "task": self.name,
             "dtype": self.dtype,
             "max_seconds": self.max_seconds,
-            "overlap_seconds": self.overlap_seconds,
+            "overlap_seconds": self.overlap,
             "vad": self.vad,
         }
 
