@@ -17,6 +17,8 @@ import w2vbert_fast
 from tests.checkpoint_helpers import SMALL, assert_equal, load_base, load_ctc, ours, rewrite, theirs
 from w2vbert_fast import _keywords
 from w2vbert_fast.checkpoint import CheckpointError
+from w2vbert_fast.training.config import FinetuneConfig
+from w2vbert_fast.training.model import make_parts
 
 # What the caller's configuration adds and takes away.
 
@@ -423,3 +425,18 @@ def test_auto_classes_name_the_other_model_that_they_found(tmp_path: Path, name:
         getattr(w2vbert_fast, name).from_pretrained(tmp_path)
     config = w2vbert_fast.AutoConfig.for_model("wav2vec2-bert", layerdrop=0.5)
     assert config.layerdrop == 0.5
+
+
+def test_fine_tuning_adds_an_adapter_to_a_checkpoint_of_the_encoder(tmp_path: Path) -> None:
+    ours(ENCODER, vocab_size=None).save_pretrained(tmp_path)
+    w2vbert_fast.SeamlessM4TFeatureExtractor().save_pretrained(tmp_path)
+    config = FinetuneConfig(
+        model=str(tmp_path),
+        out=str(tmp_path / "out"),
+        train="train.jsonl",
+        eval="eval.jsonl",
+        task="ctc",
+        model_overrides={"add_adapter": True, "num_hidden_layers": 1},
+    )
+    model: Any = make_parts(config, ["hello", "world"]).core
+    assert len(model.wav2vec2_bert.adapter.layers) == len(model.wav2vec2_bert.encoder.layers) == 1

@@ -678,7 +678,8 @@ def _one_device(
             )
         mapped = torch.device(devices.pop())
     elif isinstance(device_map, str) and device_map in _ANYWHERE:
-        mapped = torch.accelerator.current_accelerator() or torch.device("cpu")
+        has_mps = torch.backends.mps.is_available()
+        mapped = torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     else:
         mapped = _as_device("device_map", device_map)
     if device is not None and _as_device("device", device) != mapped:
