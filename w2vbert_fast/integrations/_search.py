@@ -6,6 +6,7 @@ Nothing but stored values is looked at: no property is read, nothing is called o
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -23,7 +24,11 @@ _ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
 
 def may_hold_modules(value: Any) -> bool:
     """Whether a value is a module, a container, or an object with attributes of its own."""
-    kind = type(value)
+    return _may_hold(type(value))
+
+
+@functools.cache
+def _may_hold(kind: Any) -> bool:
     if issubclass(kind, (nn.Module, *_CONTAINERS, SimpleNamespace, MethodType)):
         return True
     return not issubclass(kind, type) and kind.__module__.partition(".")[0] not in _CLOSED
@@ -47,7 +52,7 @@ def modules_in(root: Any) -> dict[str, nn.Module]:
         if isinstance(value, nn.Module):
             found[path] = value
         for step, held in _held_by(value):
-            if id(held) not in seen and may_hold_modules(held):
+            if id(held) not in seen:
                 seen.add(id(held))
                 waiting.append((path + step, held))
     return found
@@ -58,7 +63,7 @@ def places_in(root: Any) -> list[str]:
     return [
         f"{step} ({type(held).__qualname__})"
         for step, held in _held_by(root)
-        if may_hold_modules(held) and not (isinstance(held, _CONTAINERS) and len(held) == 0)
+        if not (isinstance(held, _CONTAINERS) and len(held) == 0)
     ]
 
 
@@ -68,20 +73,24 @@ def is_inside(path: str, other: str) -> bool:
 
 
 def _held_by(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a value holds itself, and how one writes the way there."""
+    """What a value holds itself that may hold modules, and how one writes the way there."""
+    is_module = isinstance(value, nn.Module)
     if isinstance(value, dict):
         for key, held in list(dict.items(value)):
-            yield f"[{key!r}]", held
+            if may_hold_modules(held):
+                yield f"[{key!r}]", held
     elif isinstance(value, _SEQUENCES):
         for index, held in enumerate(list(value)):
-            yield f"[{index}]", held
+            if may_hold_modules(held):
+                yield f"[{index}]", held
     elif isinstance(value, MethodType):
         yield ".__self__", value.__self__
-    if isinstance(value, nn.Module):
+    elif is_module:
         for name, module in value._modules.items():
-            yield (f"[{name}]" if name.isdecimal() else f".{name}"), module
+            if module is not None:
+                yield (f"[{name}]" if name.isdecimal() else f".{name}"), module
     for name, held in _attributes(value):
-        if not (isinstance(value, nn.Module) and name in _ATTRIBUTES_OF_MODULES):
+        if may_hold_modules(held) and not (is_module and name in _ATTRIBUTES_OF_MODULES):
             yield f".{name}", held
 
 

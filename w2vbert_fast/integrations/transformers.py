@@ -234,10 +234,10 @@ def _nothing_found(model: Any, modules: dict[str, nn.Module], slow: list[str]) -
     )
     return "; ".join(
         [
+            *_switches(modules, slow),
             f"model is {type(model).__qualname__}, which contains no Wav2Vec2BertEncoder and no "
             f"SeamlessM4Tv2ConformerEncoder of transformers ({looked})",
             *_subclasses(modules),
-            *_switches(modules, slow),
         ]
     )
 
