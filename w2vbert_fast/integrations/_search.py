@@ -31,7 +31,7 @@ def may_hold_modules(value: Any) -> bool:
 def _may_hold(kind: Any) -> bool:
     if issubclass(kind, (nn.Module, *_CONTAINERS, SimpleNamespace, MethodType)):
         return True
-    return not issubclass(kind, type) and kind.__module__.partition(".")[0] not in _CLOSED
+    return not issubclass(kind, type) and str(kind.__module__).partition(".")[0] not in _CLOSED
 
 
 def modules_in(root: Any) -> dict[str, nn.Module]:
