@@ -39,6 +39,7 @@ from .reference import pair
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = (
     "test_integration_transformers.py",
+    "test_integration_transformers_ctc.py",
     "test_integration_transformers_use.py",
     "test_transformers_range.py",
 )
