@@ -24,7 +24,8 @@ _ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
 
 def may_hold_modules(value: Any) -> bool:
     """Whether a value is a module, a container, or an object with attributes of its own."""
-    return _may_hold(type(value))
+    kind: Any = type(value)
+    return _may_hold(kind)
 
 
 @functools.cache
