@@ -20,6 +20,7 @@ from .configs.attention import (
     with_dropout,
 )
 from .dropout import check_dropout
+from .packed import check_offsets
 from .runtime import architecture, check_device, check_tensor
 from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
@@ -82,9 +83,11 @@ def _constants(
     same_row_stride: bool,
     precision: str,
     has_dropout: bool = False,
+    has_seqused: bool = False,
 ) -> dict[str, bool | int | str]:
     return {
         "HAS_DROPOUT": has_dropout,
+        "HAS_SEQUSED": has_seqused,
         "HAS_POSITIONS": has_positions,
         "LEFT": left,
         "RIGHT": right,
@@ -123,6 +126,7 @@ def check_attention(
     dropout_p: float,
     dropout_seed: Tensor | None,
     tile_map: Tensor | None,
+    seqused_k: Tensor | None,
     precision: str,
 ) -> str:
     """The checks that `shaw_attention` and its gradient share.
@@ -139,6 +143,7 @@ def check_attention(
         dropout_p: probability with which a weight is dropped.
         dropout_seed: of its random numbers, or `None`.
         tile_map: checked by `checked_tile_map`; here only where it lies.
+        seqused_k: number of keys of each utterance, or `None`.
         precision: of float32 products.
 
     Returns:
@@ -154,7 +159,7 @@ def check_attention(
     if log_sum_exp is not None:
         shape = (query.shape[1], query.shape[0])
         check_tensor("log_sum_exp", log_sum_exp, shape, (torch.float32,))
-    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    check_offsets(cu_seqlens, seqused_k)
     if left < 0 or right < 0:
         raise ValueError(
             f"left_max_position is {left} and right_max_position is {right}; both must be 0 or more"
@@ -171,9 +176,8 @@ def check_attention(
         distance_embedding=distance_embedding,
         dropout_seed=dropout_seed,
         tile_map=tile_map,
+        seqused_k=seqused_k,
     )
-    if cu_seqlens.numel() == 0:
-        raise ValueError("cu_seqlens has no elements; it must have batch + 1")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen is {max_seqlen}; it must be 0 or more")
     if precision not in ("ieee", "tf32x3"):
@@ -216,6 +220,7 @@ def shaw_attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     tile_map: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     out: Tensor | None = None,
     precision: str = "ieee",
     config: AttentionConfig | None = None,
@@ -235,6 +240,8 @@ def shaw_attention(
         dropout_seed: int64 `[2]`, seed and offset of its random numbers; needed where `dropout_p`
             is not 0.
         tile_map: of `build_tile_map` with the configuration's `block_m`; computed when `None`.
+        seqused_k: int32 `[batch]`, the first so many tokens of each utterance are its keys, at
+            least one where there are tokens; `None`: all are.
         out: where the output goes; allocated when `None`.
         precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
         config: launch configuration; that of `attention_config` when `None`.
@@ -261,6 +268,7 @@ def shaw_attention(
         dropout_p,
         dropout_seed,
         tile_map,
+        seqused_k,
         precision,
     )
     num_tokens, num_heads, head_dim = query.shape
@@ -292,6 +300,7 @@ def shaw_attention(
         key.stride(0) == value.stride(0),
         precision,
         dropout_p > 0.0,
+        seqused_k is not None,
     )
     dropout = (dropout_seed, dropout_p) if dropout_p > 0.0 else (None, None)
     # Triton launches on the current device, which need not be the tensors'.
@@ -306,6 +315,7 @@ def shaw_attention(
                 out,
                 log_sum_exp,
                 cu_seqlens,
+                seqused_k,
                 tile_map,
                 first_work,
                 num_heads,
@@ -339,26 +349,40 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
         ("q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr", "lse_ptr"), element
     )
     pointers |= {"scratch_ptr": "*fp32", "lse_ptr": "*fp32"}
-    pointers |= {"cu_seqlens_ptr": "*i32", "tile_map_ptr": "*i32", "seed_ptr": "*i64"}
+    pointers |= {"cu_seqlens_ptr": "*i32", "seqused_k_ptr": "*i32"}
+    pointers |= {"tile_map_ptr": "*i32", "seed_ptr": "*i64"}
     aligned = {"q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr"}
     specs = []
     # AMD's tensor cores multiply float32 as it is; NVIDIA's need three passes.
     nvidia = not arch.startswith("gfx")
     for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
         suffix = f"/{precision}" if dtype == "float32" else ""
-        for variant in ("relative_key", "no_positions", "relative_key_dropout"):
+        variants = ("relative_key", "no_positions", "relative_key_dropout", "relative_key_seqused")
+        for variant in variants:
             has_positions, has_dropout = variant != "no_positions", variant.endswith("dropout")
+            has_seqused = variant.endswith("seqused")
             config = attention_config(64, getattr(torch, dtype), arch)
             config = with_dropout(config) if has_dropout else config
             left, right = (64, 8) if has_positions else (0, 0)
             layout = scratch_layout(config.block_m, config.block_n, left, right)
             constants: dict[str, Any] = dict(
                 _constants(
-                    config, layout, 64, has_positions, left, right, True, precision, has_dropout
+                    config,
+                    layout,
+                    64,
+                    has_positions,
+                    left,
+                    right,
+                    True,
+                    precision,
+                    has_dropout,
+                    has_seqused,
                 )
             )
             if not has_dropout:
                 constants |= {"seed_ptr": None, "dropout_p": None}
+            if not has_seqused:
+                constants |= {"seqused_k_ptr": None}
             signature = {}
             for name in shaw_attention_fwd_kernel.arg_names:
                 if name not in constants:
@@ -383,7 +407,7 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                     ),
                     plain_twin=(
                         f"shaw_attention_fwd/no_positions{suffix}"
-                        if variant == "relative_key"
+                        if variant in ("relative_key", "relative_key_seqused")
                         else None
                     ),
                     max_registers=config.max_registers,
@@ -394,7 +418,10 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
 
 
 def _proof_launch(signature: dict[str, str], block_m: int) -> ProofLaunch:
-    """The last head of an utterance's first tile and the first head of its second, a ragged one."""
+    """The last head of an utterance's first tile and the first head of its second, a ragged one.
+
+    Where `seqused_k` is read, the utterance's last token is no key.
+    """
     length = block_m + 22
     scalars = {
         **{name: 64 if name.endswith("_head") else 1024 for name in signature},
@@ -408,5 +435,9 @@ def _proof_launch(signature: dict[str, str], block_m: int) -> ProofLaunch:
     return ProofLaunch(
         2,
         {n: v for n, v in scalars.items() if n in signature and signature[n][0] != "*"},
-        {"cu_seqlens_ptr": (0, length), "tile_map_ptr": (0, 0, 0, 1)},
+        {
+            "cu_seqlens_ptr": (0, length),
+            "tile_map_ptr": (0, 0, 0, 1),
+            **({"seqused_k_ptr": (length - 1,)} if "seqused_k_ptr" in signature else {}),
+        },
     )

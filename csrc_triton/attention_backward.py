@@ -43,6 +43,7 @@ def shaw_attention_backward(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     tile_map: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
     precision: str = "ieee",
     config: AttentionBackwardConfig | None = None,
@@ -68,6 +69,7 @@ def shaw_attention_backward(
         dropout_seed: int64 `[2]`, seed and offset of its random numbers (`dropout`).
         tile_map: of `build_tile_map` with the configuration's `tile`, which may be that of the
             forward pass; computed when `None`.
+        seqused_k: int32 `[batch]` or `None`, of the forward pass.
         out: where the gradients of query, key and value go, such as views of one buffer; allocated
             when `None`.
         precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
@@ -99,6 +101,7 @@ def shaw_attention_backward(
         dropout_p,
         dropout_seed,
         tile_map,
+        seqused_k,
         precision,
     )
     num_tokens, num_heads, head_dim = query.shape
@@ -135,9 +138,10 @@ def shaw_attention_backward(
     delta = log_sum_exp.new_empty(heads, num_tokens)
     shares = log_sum_exp.new_empty(num_tiles * heads if has_positions else 0, *vectors.shape)
     scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E)
-    has_dropout = dropout_p > 0.0
+    has_dropout, has_seqused = dropout_p > 0.0, seqused_k is not None
     dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
-    kernels = _kernels(config, layout, head_dim, has_positions, has_dropout, left, right, precision)
+    special = (has_positions, has_dropout, has_seqused)
+    kernels = _kernels(config, layout, head_dim, *special, left, right, precision)
     prepare, keys, queries = kernels
     grad_query, grad_key, grad_value = out
     with torch.cuda.device_of(query):
@@ -180,6 +184,7 @@ def shaw_attention_backward(
                 grad_key,
                 grad_value,
                 cu_seqlens,
+                seqused_k,
                 tile_map,
                 *dropout,
                 first_head,
@@ -208,6 +213,7 @@ def shaw_attention_backward(
                 grad_query,
                 shares,
                 cu_seqlens,
+                seqused_k,
                 tile_map,
                 *dropout,
                 first_head,
@@ -248,6 +254,7 @@ def _kernels(
     head_dim: int,
     has_positions: bool,
     has_dropout: bool,
+    has_seqused: bool,
     left: int,
     right: int,
     precision: str,
@@ -271,6 +278,7 @@ def _kernels(
             {
                 **common,
                 "HAS_DROPOUT": has_dropout,
+                "HAS_SEQUSED": has_seqused,
                 "BLOCK_M": config.query_step,
                 "BLOCK_N": config.tile,
                 "FAR_STAGES": config.key_stages,
@@ -283,6 +291,7 @@ def _kernels(
                 **common,
                 **tile,
                 "HAS_DROPOUT": has_dropout,
+                "HAS_SEQUSED": has_seqused,
                 "BLOCK_N": config.key_step,
                 "FAR_STAGES": config.query_stages,
             },
@@ -302,18 +311,20 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
     specs = []
     for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
         suffix = f"/{precision}" if dtype == "float32" else ""
-        for variant in ("relative_key", "relative_key_dropout", "no_positions"):
+        variants = ("relative_key", "relative_key_dropout", "no_positions", "relative_key_seqused")
+        for variant in variants:
             positions = variant != "no_positions"
             left, right = (64, 8) if positions else (0, 0)
-            dropout = variant.endswith("dropout")
+            dropout, seqused = variant.endswith("dropout"), variant.endswith("seqused")
             config = attention_backward_config(
                 64, getattr(torch, dtype), arch, precision=precision, has_dropout=dropout
             )
             layout = scores_layout(config, 1, 16, left, right)
-            launches = _kernels(config, layout, 64, positions, dropout, left, right, precision)
+            special = (positions, dropout, seqused)
+            launches = _kernels(config, layout, 64, *special, left, right, precision)
             for step, launch in zip(("prepare", "keys", "queries"), launches, strict=True):
-                if step == "prepare" and variant == "relative_key_dropout":
-                    continue  # has none
+                if step == "prepare" and (dropout or seqused):
+                    continue  # has neither
                 # The preparation without positions has no product; NVIDIA's tensor cores have none
                 # of float32 in full precision.
                 product = (step != "prepare" or positions) and not (suffix == "/ieee" and nvidia)
@@ -340,13 +351,15 @@ def _kernel_spec(
     names = launch.kernel.arg_names
     if not constants.get("HAS_DROPOUT") and "seed_ptr" in names:
         constants |= {"seed_ptr": None, "dropout_p": None}
+    if not constants.get("HAS_SEQUSED") and "seqused_k_ptr" in names:
+        constants |= {"seqused_k_ptr": None}
     signature = {}
     for argument in names:
         if argument in constants:
             continue
         if argument in ("scratch_ptr", "shift_ptr", "delta_ptr", "lse_ptr", "share_ptr"):
             signature[argument] = "*fp32"
-        elif argument in ("cu_seqlens_ptr", "tile_map_ptr"):
+        elif argument in ("cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr"):
             signature[argument] = "*i32"
         elif argument == "seed_ptr":
             signature[argument] = "*i64"
@@ -356,7 +369,15 @@ def _kernel_spec(
             signature[argument] = (
                 "fp32" if argument in ("scale", "scale_log2", "dropout_p") else "i32"
             )
-    unaligned = {"cu_seqlens_ptr", "tile_map_ptr", "lse_ptr", "seed_ptr", "first_head", "num_heads"}
+    unaligned = {
+        "cu_seqlens_ptr",
+        "seqused_k_ptr",
+        "tile_map_ptr",
+        "lse_ptr",
+        "seed_ptr",
+        "first_head",
+        "num_heads",
+    }
     unaligned |= {"stride_lse_head", "stride_row_head", "head_blocks"}
     aligned = {name for name in signature if signature[name] != "fp32"} - unaligned
     return KernelSpec(
@@ -376,7 +397,10 @@ def _kernel_spec(
 def _proof_launch(
     signature: dict[str, str], constants: dict[str, Any], config: AttentionBackwardConfig
 ) -> ProofLaunch:
-    """One head of an utterance of two tiles, the second a ragged one."""
+    """One head of an utterance of two tiles, the second a ragged one.
+
+    Where `seqused_k` is read, the utterance's last token is no key.
+    """
     length = config.tile + 22
     layout = scores_layout(config, 1, length, constants["LEFT"], constants["RIGHT"])
     scalars = {
@@ -394,5 +418,9 @@ def _proof_launch(
     return ProofLaunch(
         2,
         {name: value for name, value in scalars.items() if signature.get(name, "*")[0] != "*"},
-        {"cu_seqlens_ptr": (0, length), "tile_map_ptr": (0, 0, 0, 1)},
+        {
+            "cu_seqlens_ptr": (0, length),
+            "tile_map_ptr": (0, 0, 0, 1),
+            **({"seqused_k_ptr": (length - 1,)} if "seqused_k_ptr" in signature else {}),
+        },
     )

@@ -86,6 +86,14 @@ def locate_tile(tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED: tl.constexpr):
+    """Number of keys of an utterance of `length` tokens."""
+    if HAS_SEQUSED:
+        length = tl.load(seqused_k_ptr + tl.maximum(sequence, 0))
+    return length
+
+
+@triton.jit
 def utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE: tl.constexpr):
     """Where P of an utterance's row 0 and key 0 lies."""
     block = head.to(tl.int64) * head_blocks + start // 16 + sequence
@@ -247,7 +255,7 @@ def _key_step(
 
 @triton.jit(
     do_not_specialize=["first_head", "num_heads", "stride_row_head", "head_blocks"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "seed_ptr"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr", "seed_ptr"],
 )
 def shaw_attention_bwd_keys_kernel(
     q_ptr,  # [num_tokens, all heads, HEAD_DIM]
@@ -260,6 +268,7 @@ def shaw_attention_bwd_keys_kernel(
     dk_ptr,  # [num_tokens, all heads, HEAD_DIM]
     dv_ptr,
     cu_seqlens_ptr,  # [batch + 1] int32
+    seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
     tile_map_ptr,  # [num_tiles, 2] int32, of tiles of keys
     seed_ptr,  # int64 [2], HAS_DROPOUT
     dropout_p,
@@ -283,6 +292,7 @@ def shaw_attention_bwd_keys_kernel(
     head_blocks,  # of 16 rows, in the scratch memory of a head
     HAS_POSITIONS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
@@ -300,7 +310,7 @@ def shaw_attention_bwd_keys_kernel(
         return
     wide_head = (first_head + head).to(tl.int64)
     keys = first_key + tl.arange(0, BLOCK_N)
-    key_mask = keys < length
+    key_mask = keys < keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED)
     offs_m = tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     k_base = head_rows(k_ptr, start, wide_head, stride_k_row, stride_k_head)
@@ -381,6 +391,10 @@ def shaw_attention_bwd_keys_kernel(
             HAS_DROPOUT, INPUT_PRECISION,
         )  # fmt: skip
 
+    if HAS_SEQUSED:  # tokens that are no keys have no gradients as such
+        dk = tl.where(key_mask[:, None], dk, 0.0)
+        dv = tl.where(key_mask[:, None], dv, 0.0)
+        key_mask = keys < length
     tile_mask = key_mask[:, None] & (channels < HEAD_DIM)[None, :]
     wide_keys = (start + keys)[:, None]
     dk_ptrs = dk_ptr + wide_head * stride_dk_head + wide_keys * stride_dk_row + channels[None, :]

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .attention_backward_kernel import (
     head_rows,
+    keys_of,
     load_rows,
     load_whole_rows,
     locate_tile,
@@ -57,6 +58,7 @@ def _position_gradients(
     score_rows,  # [BLOCK_M], where each row's dP begins
     rows,  # [BLOCK_M]
     length,
+    num_keys,
     left_sum,  # [BLOCK_M]
     right_sum,  # [BLOCK_M]
     channels,  # [BLOCK_D]
@@ -74,7 +76,7 @@ def _position_gradients(
         is_distance = offs_p <= LEFT + RIGHT
         keys = rows[:, None] + (offs_p - LEFT)[None, :]
         # Where the one key of a distance does not exist, P is still there.
-        stored = (keys >= 0) & (keys < length) & (rows < length)[:, None]
+        stored = (keys >= 0) & (keys < num_keys) & (rows < length)[:, None]
         stored &= ((offs_p > 0) & (offs_p < LEFT + RIGHT))[None, :]
         dp = tl.load(score_rows[:, None] + offs_p[None, :], mask=stored, other=0.0)
         dp += tl.where((offs_p == 0)[None, :], left_sum[:, None], 0.0)
@@ -93,7 +95,7 @@ def _position_gradients(
 
 @triton.jit(
     do_not_specialize=["first_head", "num_heads", "stride_row_head", "head_blocks"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "seed_ptr"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr", "seed_ptr"],
 )
 def shaw_attention_bwd_queries_kernel(
     q_ptr,  # [num_tokens, all heads, HEAD_DIM]
@@ -107,6 +109,7 @@ def shaw_attention_bwd_queries_kernel(
     dq_ptr,  # [num_tokens, all heads, HEAD_DIM]
     share_ptr,  # [programs, LEFT + RIGHT + 1, HEAD_DIM] fp32
     cu_seqlens_ptr,  # [batch + 1] int32
+    seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
     tile_map_ptr,  # [num_tiles, 2] int32
     seed_ptr,  # int64 [2], HAS_DROPOUT
     dropout_p,
@@ -129,6 +132,7 @@ def shaw_attention_bwd_queries_kernel(
     head_blocks,  # of 16 rows, in the scratch memory of a head
     HAS_POSITIONS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
@@ -175,7 +179,8 @@ def shaw_attention_bwd_queries_kernel(
     left_sum = tl.zeros([BLOCK_M], tl.float32)
     right_sum = tl.zeros([BLOCK_M], tl.float32)
     scores_base = scratch_ptr
-    whole = length // BLOCK_N * BLOCK_N  # keys in whole blocks
+    num_keys = keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED)
+    whole = num_keys // BLOCK_N * BLOCK_N  # keys in whole blocks
     band_first = whole
     band_end = whole
     if HAS_POSITIONS:
@@ -209,13 +214,13 @@ def shaw_attention_bwd_queries_kernel(
             right_sum += tl.where(far_start < band_first, 0.0, row_sum)
 
     # The keys after the last whole block, wherever the band is, are the last step.
-    last_start = tl.where(whole < length, whole, band_end - BLOCK_N)
-    band_end = tl.where(whole < length, band_end + BLOCK_N, band_end)
+    last_start = tl.where(whole < num_keys, whole, band_end - BLOCK_N)
+    band_end = tl.where(whole < num_keys, band_end + BLOCK_N, band_end)
     for band_start in tl.range(band_first, band_end, BLOCK_N, num_stages=1):
         first_key = tl.where(band_start == band_end - BLOCK_N, last_start, band_start)
         first_key = tl.multiple_of(first_key, BLOCK_N)
         keys = first_key + offs_n
-        key_mask = keys < length
+        key_mask = keys < num_keys
         key = load_rows(k_base, keys, stride_k_row, channels, key_mask, HEAD_DIM)
         value = load_rows(v_base, keys, stride_v_row, channels, key_mask, HEAD_DIM)
         if HAS_POSITIONS:
@@ -251,7 +256,7 @@ def shaw_attention_bwd_queries_kernel(
         tl.debug_barrier()  # dP was written by other threads than those that will read it
         dq = _position_gradients(
             dq, query, distance_ptr, share_base, scores_base + rows * (ROW_STRIDE + 1) - LEFT,
-            rows, length, left_sum, right_sum, channels, stride_e_row, scale,
+            rows, length, num_keys, left_sum, right_sum, channels, stride_e_row, scale,
             LEFT, RIGHT, HEAD_DIM, BLOCK_P, INPUT_PRECISION,
         )  # fmt: skip
     dq_ptrs = dq_ptr + wide_head * stride_dq_head + (start + rows)[:, None] * stride_dq_row

@@ -22,6 +22,9 @@ block's scores are an aligned strided tile, not a gather. What it holds left or 
 band is other rows' data, and is replaced. Keys that do not fill a block are the last step of the
 band loop, wherever the band is.
 
+Where `seqused_k` says how many tokens of an utterance are keys, the loops over keys end there, and
+the queries behind them find their keys on the left.
+
 With dropout the sums of a row run over all keys, and the values are added up over the kept ones
 (`dropout`), divided by 1 - p.
 
@@ -80,17 +83,17 @@ def _near_scores(
     rows,  # [BLOCK_M], positions relative to the tile's first
     columns,  # [BLOCK_N], the same for keys
     read_columns,  # [BLOCK_N], columns, or others inside the scratch where no score is used
-    length,  # end of the utterance, relative to the tile's first row
+    num_keys,  # end of the utterance's keys, relative to the tile's first row
     left_term,  # [BLOCK_M]
     right_term,  # [BLOCK_M]
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
 ):
-    """Position scores of a block that touches the band, minus infinity after the utterance."""
+    """Position scores of a block that touches the band, minus infinity after the keys."""
     near = tl.load(row_ptrs[:, None] + read_columns[None, :])  # [BLOCK_M, BLOCK_N]
     near = tl.where(columns[None, :] <= (rows - LEFT)[:, None], left_term[:, None], near)
     near = tl.where(columns[None, :] >= (rows + RIGHT)[:, None], right_term[:, None], near)
-    return tl.where((columns < length)[None, :], near, -float("inf"))
+    return tl.where((columns < num_keys)[None, :], near, -float("inf"))
 
 
 @triton.jit
@@ -134,7 +137,13 @@ def _attend(
 
 @triton.jit(
     do_not_specialize=["first_work", "stride_lse_head"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "lse_ptr", "seed_ptr"],
+    do_not_specialize_on_alignment=[
+        "cu_seqlens_ptr",
+        "seqused_k_ptr",
+        "tile_map_ptr",
+        "lse_ptr",
+        "seed_ptr",
+    ],
 )
 def shaw_attention_fwd_kernel(
     q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
@@ -145,6 +154,7 @@ def shaw_attention_fwd_kernel(
     out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
     lse_ptr,  # [num_heads, num_tokens] fp32
     cu_seqlens_ptr,  # [batch + 1] int32
+    seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
     tile_map_ptr,  # [num_tiles, 2] int32
     first_work,  # this launch's first (tile, head)
     num_heads,
@@ -163,6 +173,7 @@ def shaw_attention_fwd_kernel(
     dropout_p,
     HAS_POSITIONS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -189,6 +200,9 @@ def shaw_attention_fwd_kernel(
     start = tl.load(cu_seqlens_ptr + sequence)
     length = tl.load(cu_seqlens_ptr + sequence + 1) - start
     start = start.to(tl.int64)
+    num_keys = length
+    if HAS_SEQUSED:
+        num_keys = tl.load(seqused_k_ptr + sequence)
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -214,7 +228,7 @@ def shaw_attention_fwd_kernel(
     left_term = row_sum
     right_term = row_sum
     scratch_base = scratch_ptr
-    whole = length // BLOCK_N * BLOCK_N  # keys in whole blocks
+    whole = num_keys // BLOCK_N * BLOCK_N  # keys in whole blocks
     band_first = whole
     band_end = whole
     if HAS_POSITIONS:
@@ -277,22 +291,25 @@ def shaw_attention_fwd_kernel(
         )
 
     # The keys after the last whole block, wherever the band is, are the last step.
-    last_start = tl.where(whole < length, whole, band_end - BLOCK_N)
-    band_end = tl.where(whole < length, band_end + BLOCK_N, band_end)
+    last_start = tl.where(whole < num_keys, whole, band_end - BLOCK_N)
+    band_end = tl.where(whole < num_keys, band_end + BLOCK_N, band_end)
     for band_start in tl.range(band_first, band_end, BLOCK_N, num_stages=BAND_STAGES):
         key_start = tl.where(band_start == band_end - BLOCK_N, last_start, band_start)
         key_start = tl.multiple_of(key_start, BLOCK_N)
-        key_mask = (offs_n < length - key_start)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        key_mask = (offs_n < num_keys - key_start)[:, None] & (offs_d < HEAD_DIM)[None, :]
         key_offset = key_start.to(tl.int64)
         key = tl.load(k_base + key_offset * stride_k_row + offs_k, mask=key_mask, other=0.0)
         value = tl.load(v_base + key_offset * stride_v_row + offs_v, mask=key_mask, other=0.0)
         if HAS_POSITIONS:
+            read_start = tl.minimum(key_start - first_row, READ_LIMIT)
+            if HAS_SEQUSED:  # the last keys may be far left of a tile behind them
+                read_start = tl.maximum(read_start, -SCRATCH_START)
             near = _near_scores(
                 scratch_base + offs_m * SCRATCH_STRIDE,
                 offs_m,
                 key_start - first_row + offs_n,
-                tl.minimum(key_start - first_row, READ_LIMIT) + offs_n,
-                length - first_row,
+                read_start + offs_n,
+                num_keys - first_row,
                 left_term,
                 right_term,
                 LEFT,
@@ -301,7 +318,7 @@ def shaw_attention_fwd_kernel(
             scores = tl.dot(query, tl.trans(key), near, input_precision=INPUT_PRECISION)
         else:
             scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
-            scores = tl.where((offs_n < length - key_start)[None, :], scores, -float("inf"))
+            scores = tl.where((offs_n < num_keys - key_start)[None, :], scores, -float("inf"))
         acc, row_sum, row_max = _attend(
             acc,
             row_sum,

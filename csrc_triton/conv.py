@@ -17,6 +17,8 @@ bf16) and 2 K C FLOPs (63 thousand), plus about 12 C for the norm and the activa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from .configs.conv import ConvConfig, conv_config
 from .device import activate, activation_constant
-from .packed import locate_block, num_blocks
+from .packed import check_offsets, locate_block, num_blocks, used_end
 from .runtime import FLOAT_DTYPES, architecture, check_device, check_tensor
 from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
@@ -90,7 +92,7 @@ def slide_window(
     x_ptr,  # [num_rows, channels]
     weight_ptr,  # of the first tap
     row,  # under the first tap, for the first sum
-    start,  # of the utterance
+    start,  # of the utterance's rows that are read
     end,
     stride_x_row,
     stride_weight_tap,
@@ -144,6 +146,7 @@ def _conv_norm_act_fwd_kernel(
     norm_bias_ptr,  # [CHANNELS]
     out_ptr,  # [num_rows, CHANNELS]
     cu_seqlens_ptr,  # int32 [num_sequences + 1]
+    seqused_k_ptr,  # int32 [num_sequences], HAS_SEQUSED
     num_rows,
     num_sequences,
     eps,
@@ -157,18 +160,20 @@ def _conv_norm_act_fwd_kernel(
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
     SEARCH: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
 ):
     ROWS: tl.constexpr = 1 << LOG_ROWS
-    _, start, end, first = locate_block(
+    sequence, start, end, first = locate_block(
         tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS, SEARCH
     )
     if first >= end:
         return
+    x_end = used_end(sequence, start, end, seqused_k_ptr, HAS_SEQUSED)
 
     channels = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     is_channel = channels < CHANNELS
     sums = slide_window(
-        x_ptr, weight_ptr, first - (K - 1), start, end, stride_x_row, stride_weight_tap,
+        x_ptr, weight_ptr, first - (K - 1), start, x_end, stride_x_row, stride_weight_tap,
         channels, is_channel, K, ROWS, UNROLL,
     )  # fmt: skip
 
@@ -198,6 +203,7 @@ def conv_norm_act(
     activation: str | None,
     cu_seqlens: Tensor,
     *,
+    seqused_k: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`activation(LN(causal_depthwise_conv(x)))` over packed utterances.
@@ -213,6 +219,8 @@ def conv_norm_act(
         eps: added to the variance.
         activation: a name of `device.ACTIVATIONS`, or `None`.
         cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
+        seqused_k: int32 `[batch]`, the first so many rows of each utterance are read, the others
+            count as zero; `None`: all are.
         out: where to write, like `x`.
 
     Returns:
@@ -226,12 +234,12 @@ def conv_norm_act(
     check_weight(conv_weight, channels)
     check_tensor("norm_weight", norm_weight, (channels,))
     check_tensor("norm_bias", norm_bias, (channels,))
-    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    check_offsets(cu_seqlens, seqused_k)
     if out is not None:
         check_tensor("out", out, x.shape, (x.dtype,))
     check_device(
         x=x, conv_weight=conv_weight, norm_weight=norm_weight, norm_bias=norm_bias,
-        cu_seqlens=cu_seqlens, out=out,
+        cu_seqlens=cu_seqlens, seqused_k=seqused_k, out=out,
     )  # fmt: skip
     config = conv_config(channels, conv_weight.shape[1], x.dtype, architecture(x.device))
     constant = activation_constant(activation)
@@ -250,13 +258,14 @@ def conv_norm_act(
             norm_bias,
             out,
             cu_seqlens,
+            seqused_k,
             num_tokens,
             batch,
             float(eps),
             x.stride(0),
             taps.stride(0),
             out.stride(0),
-            **_constants(channels, conv_weight.shape[1], constant, config),
+            **_constants(channels, conv_weight.shape[1], constant, config, seqused_k is not None),
             num_warps=config.num_warps,
         )
     return out
@@ -277,7 +286,7 @@ def check_weight(weight: Tensor, channels: int) -> None:
 
 
 def _constants(
-    channels: int, kernel_size: int, activation: str, config: ConvConfig
+    channels: int, kernel_size: int, activation: str, config: ConvConfig, has_seqused: bool
 ) -> dict[str, int | str]:
     return {
         "CHANNELS": channels,
@@ -287,6 +296,7 @@ def _constants(
         "BLOCK_C": config.block_channels,
         "UNROLL": config.unroll,
         "SEARCH": config.search,
+        "HAS_SEQUSED": has_seqused,
     }
 
 
@@ -295,37 +305,51 @@ def kernel_specs(
 ) -> list[KernelSpec]:
     """The kernel as it ships for `channels` channels and `kernel_size` taps."""
     config = conv_config(channels, kernel_size, getattr(torch, dtype), arch)
-    names = _conv_norm_act_fwd_kernel.arg_names
-    pointers = [name for name in names if name.endswith("_ptr")]
-    strides = [name for name in names if name.startswith("stride_")]
-    return [
-        KernelSpec(
-            name="conv_norm_act_fwd",
-            kernel=_conv_norm_act_fwd_kernel,
-            signature={
-                **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
-                **dict.fromkeys(strides, "i32"),
-                "cu_seqlens_ptr": "*i32",
-                "num_rows": "i32",
-                "num_sequences": "i32",
-                "eps": "fp32",
-            },
-            constants=_constants(channels, kernel_size, "silu", config),
-            kind="pointwise",
-            dtype=dtype,
-            num_warps=config.num_warps,
-            num_stages=1,
-            divisible_by_16=frozenset(pointers + strides),
-            outputs_per_program=config.rows * channels,
-            proof=ProofLaunch(
-                num_blocks(2 * config.rows + 5, 2, config.rows),
-                {
-                    **dict.fromkeys(strides, channels),
-                    "num_rows": 2 * config.rows + 5,
-                    "num_sequences": 2,
-                    "eps": 2.0**-17,
-                },
-                {"cu_seqlens_ptr": (0, 3, 2 * config.rows + 5)},
-            ),
+    specs = []
+    for has_seqused in (False, True):
+        constants: dict[str, Any] = dict(
+            _constants(channels, kernel_size, "silu", config, has_seqused)
         )
-    ]
+        if not has_seqused:
+            constants["seqused_k_ptr"] = None
+        names = [name for name in _conv_norm_act_fwd_kernel.arg_names if name not in constants]
+        pointers = [name for name in names if name.endswith("_ptr")]
+        strides = [name for name in names if name.startswith("stride_")]
+        types = {
+            **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
+            **dict.fromkeys(strides, "i32"),
+            "cu_seqlens_ptr": "*i32",
+            "seqused_k_ptr": "*i32",
+            "num_rows": "i32",
+            "num_sequences": "i32",
+            "eps": "fp32",
+        }
+        num_rows = 2 * config.rows + 5
+        arrays = {"cu_seqlens_ptr": (0, 3, num_rows)}
+        if has_seqused:
+            arrays["seqused_k_ptr"] = (2, num_rows - 4)
+        specs.append(
+            KernelSpec(
+                name="conv_norm_act_fwd/seqused" if has_seqused else "conv_norm_act_fwd",
+                kernel=_conv_norm_act_fwd_kernel,
+                signature={name: types[name] for name in names},
+                constants=constants,
+                kind="pointwise",
+                dtype=dtype,
+                num_warps=config.num_warps,
+                num_stages=1,
+                divisible_by_16=frozenset(pointers + strides),
+                outputs_per_program=config.rows * channels,
+                proof=ProofLaunch(
+                    num_blocks(num_rows, 2, config.rows),
+                    {
+                        **dict.fromkeys(strides, channels),
+                        "num_rows": num_rows,
+                        "num_sequences": 2,
+                        "eps": 2.0**-17,
+                    },
+                    arrays,
+                ),
+            )
+        )
+    return specs

@@ -26,6 +26,8 @@ element: 9 C e bytes through memory, 4 K C / CHUNK of shares, and 6 K C FLOPs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -36,7 +38,7 @@ from .conv import check_weight, slide_window
 from .device import activation_constant
 from .device_backward import activation_derivative
 from .norm_backward import norm_gradient, standardize
-from .packed import locate_block, num_blocks
+from .packed import check_offsets, locate_block, num_blocks, used_end
 from .runtime import architecture, check_device, check_tensor
 from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
@@ -47,6 +49,7 @@ def _slide_kernel(
     weight_ptr,  # [K, CHANNELS]: tap by tap
     out_ptr,  # [num_rows, CHANNELS]
     cu_seqlens_ptr,  # int32 [num_sequences + 1]
+    seqused_k_ptr,  # int32 [num_sequences], HAS_SEQUSED
     num_rows,
     num_sequences,
     stride_x_row,
@@ -59,30 +62,37 @@ def _slide_kernel(
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
     SEARCH: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
 ):
-    _, start, end, first = locate_block(
+    sequence, start, end, first = locate_block(
         tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS, SEARCH
     )
     if first >= end:
         return
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     is_channel = channels < CHANNELS
+    x_end = used_end(sequence, start, end, seqused_k_ptr, HAS_SEQUSED)
     row = first
+    read_end = x_end
     if BACKWARDS:
+        read_end = end
         # The row itself was under the last tap, the next one under the last but one.
         weight_ptr += tl.cast(stride_weight_tap, tl.int64) * (K - 1)
         stride_weight_tap = -stride_weight_tap
     else:
         row -= K - 1
     sums = slide_window(
-        x_ptr, weight_ptr, row, start, end, stride_x_row, stride_weight_tap,
+        x_ptr, weight_ptr, row, start, read_end, stride_x_row, stride_weight_tap,
         channels, is_channel, K, ROWS, UNROLL,
     )  # fmt: skip
     for i in tl.static_range(ROWS):
         row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
+        total = sums[i]
+        if BACKWARDS and HAS_SEQUSED:  # rows that were not read have no gradient
+            total = tl.where(first + i < x_end, total, 0.0)
         tl.store(
             row_ptr + channels,
-            sums[i].to(out_ptr.dtype.element_ty),
+            total.to(out_ptr.dtype.element_ty),
             mask=is_channel & (first + i < end),
         )
 
@@ -136,6 +146,7 @@ def _conv_bwd_weight_kernel(
     x_ptr,  # [num_rows, CHANNELS]
     share_ptr,  # [chunks, K, CHANNELS] fp32
     cu_seqlens_ptr,  # int32 [num_sequences + 1]
+    seqused_k_ptr,  # int32 [num_sequences], HAS_SEQUSED
     num_rows,
     num_sequences,
     stride_dy_row,
@@ -146,12 +157,14 @@ def _conv_bwd_weight_kernel(
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SEARCH: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     first_tap = tl.program_id(2) * TAPS
-    _, start, end, first = locate_block(
+    sequence, start, end, first = locate_block(
         chunk, cu_seqlens_ptr, num_sequences, num_rows, CHUNK, SEARCH
     )
+    x_end = used_end(sequence, start, end, seqused_k_ptr, HAS_SEQUSED)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     is_channel = channels < CHANNELS
     x_row = first - (K - 1) + first_tap
@@ -162,7 +175,7 @@ def _conv_bwd_weight_kernel(
     for i in tl.static_range(TAPS):
         sums += (tl.zeros([BLOCK_C], dtype=tl.float32),)  # type: ignore[assignment]
         if i < TAPS - 1:
-            is_row = (x_row >= start) & (x_row < end)
+            is_row = (x_row >= start) & (x_row < x_end)
             loaded = tl.load(x_row_ptr + channels, mask=is_channel & is_row, other=0.0)
             window += (loaded.to(tl.float32),)  # type: ignore[assignment]
             x_row += 1
@@ -172,7 +185,7 @@ def _conv_bwd_weight_kernel(
         for i in tl.static_range(TAPS):
             is_row = is_channel & (row + i < end)
             grad = tl.load(dy_row_ptr + channels, mask=is_row, other=0.0).to(tl.float32)
-            is_row = (x_row >= start) & (x_row < end)
+            is_row = (x_row >= start) & (x_row < x_end)
             loaded = tl.load(x_row_ptr + channels, mask=is_channel & is_row, other=0.0)
             window += (loaded.to(tl.float32),)  # type: ignore[assignment]
             new_sums = sums[:0]
@@ -198,6 +211,7 @@ def conv_norm_act_backward(
     activation: str | None,
     cu_seqlens: Tensor,
     *,
+    seqused_k: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `conv.conv_norm_act`.
@@ -212,6 +226,7 @@ def conv_norm_act_backward(
         eps: added to the variance.
         activation: a name of `device.ACTIVATIONS`, or `None`.
         cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
+        seqused_k: int32 `[batch]` or `None`, of the forward pass.
         out: where to write the gradient of `x`, like `x`.
 
     Returns:
@@ -227,12 +242,12 @@ def conv_norm_act_backward(
     check_weight(conv_weight, channels)
     check_tensor("norm_weight", norm_weight, (channels,))
     check_tensor("norm_bias", norm_bias, (channels,))
-    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    check_offsets(cu_seqlens, seqused_k)
     if out is not None:
         check_tensor("out", out, x.shape, (x.dtype,))
     check_device(
         x=x, grad_output=grad_output, conv_weight=conv_weight, norm_weight=norm_weight,
-        norm_bias=norm_bias, cu_seqlens=cu_seqlens, out=out,
+        norm_bias=norm_bias, cu_seqlens=cu_seqlens, seqused_k=seqused_k, out=out,
     )  # fmt: skip
     kernel_size = conv_weight.shape[1]
     config = conv_backward_config(channels, kernel_size, x.dtype, architecture(x.device))
@@ -246,7 +261,8 @@ def conv_norm_act_backward(
     if taps.stride(1) != 1:
         taps = taps.contiguous()
     dy = torch.empty_like(x, memory_format=torch.contiguous_format)
-    slide, norm, weights = _constants(channels, kernel_size, constant, config)
+    has_seqused = seqused_k is not None
+    slide, norm, weights = _constants(channels, kernel_size, constant, config, has_seqused)
     blocks = num_blocks(num_tokens, batch, config.rows)
     chunks = num_blocks(num_tokens, batch, config.chunk)
     channel_blocks = triton.cdiv(channels, config.block_channels)
@@ -259,6 +275,7 @@ def conv_norm_act_backward(
             taps,
             dy,
             cu_seqlens,
+            seqused_k,
             num_tokens,
             batch,
             x.stride(0),
@@ -286,6 +303,7 @@ def conv_norm_act_backward(
             taps,
             out,
             cu_seqlens,
+            seqused_k,
             num_tokens,
             batch,
             dy.stride(0),
@@ -300,6 +318,7 @@ def conv_norm_act_backward(
             x,
             shares,
             cu_seqlens,
+            seqused_k,
             num_tokens,
             batch,
             dy.stride(0),
@@ -312,7 +331,7 @@ def conv_norm_act_backward(
 
 
 def _constants(
-    channels: int, kernel_size: int, activation: str, config: ConvBackwardConfig
+    channels: int, kernel_size: int, activation: str, config: ConvBackwardConfig, has_seqused: bool
 ) -> tuple[dict[str, int | str], dict[str, int | str], dict[str, int | str]]:
     """Of the kernel that slides a window, of the one for the norm, of the one for the weight."""
     block = {"CHANNELS": channels, "BLOCK_C": config.block_channels}
@@ -324,7 +343,7 @@ def _constants(
         "ROWS": config.norm.rows,
         "BLOCK_C": config.norm.block_width,
     }
-    search = {"SEARCH": config.search}
+    search = {"SEARCH": config.search, "HAS_SEQUSED": has_seqused}
     return {**block, **slide, **search}, norm, {**block, **weight, **search}
 
 
@@ -333,46 +352,53 @@ def kernel_specs(
 ) -> list[KernelSpec]:
     """The kernels as they ship for `channels` channels and `kernel_size` taps."""
     config = conv_backward_config(channels, kernel_size, getattr(torch, dtype), arch)
-    slide, norm, weight = _constants(channels, kernel_size, "silu", config)
-    steps = (
-        ("conv_again", _slide_kernel, {**slide, "BACKWARDS": False}, config.num_warps),
-        ("norm", _norm_act_bwd_kernel, norm, config.norm.num_warps),
-        ("input", _slide_kernel, {**slide, "BACKWARDS": True}, config.num_warps),
-        ("weight", _conv_bwd_weight_kernel, weight, config.num_warps),
-    )
-    proofs = _proof_launches(channels, config)
     specs = []
-    for step, kernel, constants, num_warps in steps:
-        run_time = [name for name in kernel.arg_names if name not in constants]
-        pointers = [name for name in run_time if name.endswith("_ptr")]
-        strides = [name for name in run_time if name.startswith("stride_")]
-        types = {
-            **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
-            **dict.fromkeys(strides, "i32"),
-            "share_ptr": "*fp32",
-            "cu_seqlens_ptr": "*i32",
-            "num_rows": "i32",
-            "num_sequences": "i32",
-            "eps": "fp32",
-        }
-        specs.append(
-            KernelSpec(
-                name=f"conv_norm_act_bwd_{step}",
-                kernel=kernel,
-                signature={name: types[name] for name in run_time},
-                constants=dict(constants),
-                kind="pointwise",
-                dtype=dtype,
-                num_warps=num_warps,
-                num_stages=1,
-                divisible_by_16=frozenset(pointers + strides),
-                proof=proofs[step],
+    for has_seqused in (False, True):
+        slide, norm, weight = _constants(channels, kernel_size, "silu", config, has_seqused)
+        steps: list[tuple[str, Any, dict[str, Any], int]] = [
+            ("conv_again", _slide_kernel, {**slide, "BACKWARDS": False}, config.num_warps),
+            ("input", _slide_kernel, {**slide, "BACKWARDS": True}, config.num_warps),
+            ("weight", _conv_bwd_weight_kernel, dict(weight), config.num_warps),
+        ]
+        if not has_seqused:  # the norm's is the same
+            steps.insert(1, ("norm", _norm_act_bwd_kernel, dict(norm), config.norm.num_warps))
+        proofs = _proof_launches(channels, config, has_seqused)
+        for step, kernel, constants, num_warps in steps:
+            if "seqused_k_ptr" in kernel.arg_names and not has_seqused:
+                constants["seqused_k_ptr"] = None
+            run_time = [name for name in kernel.arg_names if name not in constants]
+            pointers = [name for name in run_time if name.endswith("_ptr")]
+            strides = [name for name in run_time if name.startswith("stride_")]
+            types = {
+                **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
+                **dict.fromkeys(strides, "i32"),
+                "share_ptr": "*fp32",
+                "cu_seqlens_ptr": "*i32",
+                "seqused_k_ptr": "*i32",
+                "num_rows": "i32",
+                "num_sequences": "i32",
+                "eps": "fp32",
+            }
+            specs.append(
+                KernelSpec(
+                    name=f"conv_norm_act_bwd_{step}{'/seqused' if has_seqused else ''}",
+                    kernel=kernel,
+                    signature={name: types[name] for name in run_time},
+                    constants=constants,
+                    kind="pointwise",
+                    dtype=dtype,
+                    num_warps=num_warps,
+                    num_stages=1,
+                    divisible_by_16=frozenset(pointers + strides),
+                    proof=proofs[step],
+                )
             )
-        )
     return specs
 
 
-def _proof_launches(channels: int, config: ConvBackwardConfig) -> dict[str, ProofLaunch]:
+def _proof_launches(
+    channels: int, config: ConvBackwardConfig, has_seqused: bool
+) -> dict[str, ProofLaunch]:
     """By step. An utterance of 3 frames and one that ends 5 frames into a block of its own."""
     channel_blocks = triton.cdiv(channels, config.block_channels)
 
@@ -381,7 +407,10 @@ def _proof_launches(channels: int, config: ConvBackwardConfig) -> dict[str, Proo
         return ProofLaunch(
             (num_blocks(num_rows, 2, rows), channel_blocks, *grid),
             {**dict.fromkeys(strides, channels), "num_rows": num_rows, "num_sequences": 2},
-            {"cu_seqlens_ptr": (0, 3, num_rows)},
+            {
+                "cu_seqlens_ptr": (0, 3, num_rows),
+                **({"seqused_k_ptr": (2, num_rows - 4)} if has_seqused else {}),
+            },
         )
 
     slide = launch(config.rows, ("stride_x_row", "stride_weight_tap", "stride_out_row"))

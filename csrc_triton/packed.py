@@ -8,8 +8,25 @@ host knows without reading a length. At most one block an utterance is empty.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .runtime import check_tensor
+
+
+def check_offsets(cu_seqlens: Tensor, seqused_k: Tensor | None) -> None:
+    """`cu_seqlens` is int32 `[batch + 1]`, and `seqused_k`, where it is given, int32 `[batch]`.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens has no elements; it must have batch + 1")
+    if seqused_k is not None:
+        check_tensor("seqused_k", seqused_k, (cu_seqlens.numel() - 1,), (torch.int32,))
 
 
 def num_blocks(num_rows: int, batch: int, block: int) -> int:
@@ -37,3 +54,11 @@ def locate_block(
     end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_rows)
     row = start + (block - (start // BLOCK + sequence)) * BLOCK
     return sequence, start, end, row
+
+
+@triton.jit
+def used_end(sequence, start, end, seqused_k_ptr, HAS_SEQUSED: tl.constexpr):
+    """Where the rows of an utterance end that others may read: `start + seqused_k[sequence]`."""
+    if HAS_SEQUSED:
+        end = tl.minimum(start + tl.load(seqused_k_ptr + sequence), end)
+    return end

@@ -49,7 +49,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gpu_calls(num_layers: int) -> Counter[str]:
+def gpu_calls(num_layers: int, *, has_half_frames: bool = False) -> Counter[str]:
     """What the encoder's layers call on a GPU, counted on tensors without memory."""
     values = {**TINY, "num_hidden_layers": num_layers}
     model = w2vbert_fast.Wav2Vec2BertModel(w2vbert_fast.Wav2Vec2BertConfig(**values)).eval()
@@ -60,7 +60,9 @@ def gpu_calls(num_layers: int) -> Counter[str]:
                 fake = torch.empty(parameter.shape, dtype=torch.bfloat16)
                 setattr(module, name, nn.Parameter(fake))
         x = torch.empty(14, values["hidden_size"], dtype=torch.bfloat16)
-        layout = PackedBatch(torch.empty(3, dtype=torch.int32), (7, 7), 7, None)
+        seqused_k = torch.empty(2, dtype=torch.int32) if has_half_frames else None
+        cu_seqlens = torch.empty(3, dtype=torch.int32)
+        layout = PackedBatch(cu_seqlens, (7, 7), 7, None, seqused_k=seqused_k)
         with Calls() as calls:
             model.encoder(x, layout, set(), False)
     return calls.counts
@@ -73,6 +75,7 @@ def test_a_layer_is_fourteen_launches_and_nothing_else() -> None:
         assert +Counter(one_layer) == +Counter(PER_LAYER)
         assert sum(one_layer.values()) == 14
         assert sum(one_layer[name] for name in PRODUCTS if name in one_layer) == 8
+    assert gpu_calls(2, has_half_frames=True) == by_depth[0]
 
 
 def test_around_the_layers_there_is_one_norm_one_work_list_and_one_copy_of_the_taps() -> None:

@@ -38,7 +38,7 @@ def test_pack_and_unpack_are_inverse(lengths: list[int], extra: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), min_size=1, max_size=4))
 def test_attention_mask_with_padding_on_either_side(rows: list[tuple[int, int]]) -> None:
-    frames = max(left + length for left, length in rows) + 1
+    frames = max(left + length for left, length in rows) + 2
     mask = torch.zeros(len(rows), frames, dtype=torch.long)
     for row, (left, length) in enumerate(rows):
         mask[row, left : left + length] = 1

@@ -47,6 +47,7 @@ def twin(
     left: int,
     right: int,
     dtype: torch.dtype = torch.float64,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     query, key, value = (tensor.to(dtype) for tensor in tensors)
     output, _ = ops.shaw_attention(
@@ -58,17 +59,24 @@ def twin(
         distance_embedding=None if positions is None else positions.to(dtype),
         left_max_position=left,
         right_max_position=right,
+        seqused_k=seqused_k,
     )
     return output
 
 
 def log_sum_exp(
-    query: Tensor, key: Tensor, lengths: list[int], positions: Tensor | None, left: int, right: int
+    query: Tensor,
+    key: Tensor,
+    lengths: list[int],
+    positions: Tensor | None,
+    left: int,
+    right: int,
+    used: list[int] | None = None,
 ) -> Tensor:
     """`[heads, num_tokens]` in float64, one pair of frames and one position vector at a time."""
     rows = []
     start = 0
-    for length in lengths:
+    for length, keys in zip(lengths, used or lengths, strict=True):
         q = query[start : start + length].double().transpose(0, 1)  # [heads, T, D]
         k = key[start : start + length].double().transpose(0, 1)
         scores = q @ k.transpose(-1, -2)
@@ -77,6 +85,7 @@ def log_sum_exp(
             clipped = (frames[None, :] - frames[:, None]).clamp(-left, right)
             vectors = positions.double()[clipped + left]  # [T, T, D]
             scores += torch.einsum("htd,tsd->hts", q, vectors)
+        scores = scores[..., :keys]
         rows.append(torch.logsumexp(scores / math.sqrt(query.shape[-1]), dim=-1))
         start += length
     return torch.cat(rows, dim=-1)
@@ -95,12 +104,24 @@ def run(
     positions: bool = True,
     left: int = 64,
     right: int = 8,
+    used: list[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel on random input and compares with the twin; returns what came out."""
+    """Launches the kernel on random input and compares with the twin; returns what came out.
+
+    What is no key, and its value, is NaN for the kernel.
+    """
     cu_seqlens, num_tokens, longest = cumulative(lengths), sum(lengths), max(lengths, default=0)
     tensors = fused(num_tokens, heads, head_dim, dtype)
     vectors = embedding(left, right, head_dim, dtype) if positions else None
+    place = (cu_seqlens, longest, vectors, left, right)
+    seqused_k = None if used is None else torch.tensor(used, dtype=torch.int32)
+    exact = twin(tensors, *place, seqused_k=seqused_k)
+    exact_lse = log_sum_exp(tensors[0], tensors[1], lengths, vectors, left, right, used)
+    plain = twin(tensors, *place, dtype=dtype, seqused_k=seqused_k)
+    for start, keys, end in zip(cu_seqlens[:-1], used or lengths, cu_seqlens[1:], strict=True):
+        for tensor in tensors[1:]:
+            tensor[start + keys : end] = math.nan
     output, lse = shaw_attention(
         *tensors,
         cu_seqlens,
@@ -108,16 +129,14 @@ def run(
         distance_embedding=vectors,
         left_max_position=left,
         right_max_position=right,
+        seqused_k=seqused_k,
         **options,
     )
     assert output.dtype == dtype and output.shape == tensors[0].shape
     assert lse.dtype == torch.float32 and lse.shape == (heads, num_tokens)
-    exact = twin(tensors, cu_seqlens, longest, vectors, left, right)
-    exact_lse = log_sum_exp(tensors[0], tensors[1], lengths, vectors, left, right)
     if dtype == torch.float32:
         assert relative_error(output, exact) <= 1e-5
     else:
-        plain = twin(tensors, cu_seqlens, longest, vectors, left, right, dtype)
         assert relative_error(output, exact) <= 1.1 * relative_error(plain, exact)
         rms, plain_rms = ((x.double() - exact).norm() for x in (output, plain))
         assert rms <= 1.1 * plain_rms
@@ -146,6 +165,17 @@ def test_equals_the_twin(dtype: torch.dtype, positions: bool) -> None:
 def test_band_wherever_it_lies(left: int, right: int, block_m: int, block_n: int) -> None:
     config = AttentionConfig(block_m, block_n, 16, 1, 1)
     run([50, 130, 17], left=left, right=right, config=config)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_tokens_that_are_no_keys(positions: bool) -> None:
+    lengths = [0, 2, 32, 33, 65, 130]
+    run(lengths, heads=2, positions=positions, used=[0, 1, 31, 32, 64, 129])
+    run(lengths, dtype=torch.float16, positions=positions, used=[0, 2, 31, 33, 64, 129])
+    # Tiles of queries behind all keys, and beyond the band of the last one.
+    run([40, 130], left=5, right=3, positions=positions, used=[1, 20])
+    config = AttentionConfig(16, 32, 16, 1, 1)
+    run([40, 150], left=20, right=30, positions=positions, used=[33, 45], config=config)
 
 
 def test_work_over_the_scratch_limit_is_split_into_launches() -> None:

@@ -51,6 +51,7 @@ def twin_gradients(
     left: int,
     right: int,
     dtype: torch.dtype = torch.float64,
+    seqused_k: Tensor | None = None,
 ) -> list[Tensor]:
     """Autograd's gradients of query, key, value and position vectors."""
     query, key, value, grad = (tensor.to(dtype) for tensor in tensors)
@@ -63,6 +64,7 @@ def twin_gradients(
         distance_embedding=leaves[3] if positions is not None else None,
         left_max_position=left,
         right_max_position=right,
+        seqused_k=seqused_k,
     )
     return list(torch.autograd.grad(output, leaves, grad))
 
@@ -95,9 +97,13 @@ def run(
     positions: bool = True,
     left: int = 64,
     right: int = 8,
+    used: list[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """The launcher's gradients of random input, compared with the twin's."""
+    """The launcher's gradients of random input, compared with the twin's.
+
+    What is no key, and its value, is NaN for the kernels.
+    """
     cu_seqlens, longest = cumulative(lengths), max(lengths)
     tensors = strided(sum(lengths), heads, head_dim, dtype)
     vectors = embedding(left, right, head_dim, dtype) if positions else None
@@ -105,16 +111,26 @@ def run(
         "distance_embedding": vectors,
         "left_max_position": left,
         "right_max_position": right,
+        "seqused_k": None if used is None else torch.tensor(used, dtype=torch.int32),
     }
+    twins = {
+        kind: twin_gradients(
+            tensors, cu_seqlens, vectors, left, right, kind, seqused_k=place["seqused_k"]
+        )
+        for kind in {torch.float64, dtype}
+    }
+    for start, keys, end in zip(cu_seqlens[:-1], used or lengths, cu_seqlens[1:], strict=True):
+        for tensor in tensors[1:3]:
+            tensor[start + keys : end] = math.nan
     output, lse = shaw_attention(*tensors[:3], cu_seqlens, longest, **place)
     gradients = shaw_attention_backward(
         tensors[3], *tensors[:3], output, lse, cu_seqlens, longest, **place, **options
     )
     assert all(gradient.dtype == dtype for gradient in gradients[:3] if gradient is not None)
-    exact = twin_gradients(tensors, cu_seqlens, vectors, left, right)
+    exact = twins[torch.float64]
     plain: list[Tensor | None] = [None] * 4
     if dtype != torch.float32:
-        plain = [*twin_gradients(tensors, cu_seqlens, vectors, left, right, dtype)]
+        plain = [*twins[dtype]]
     assert (gradients[3] is None) == (vectors is None)
     if gradients[3] is not None:
         assert gradients[3].dtype == torch.float32
@@ -152,6 +168,17 @@ def test_band_wherever_it_lies(
 ) -> None:
     config = AttentionBackwardConfig(tile, key_step, query_step, 16, 1, 1, 1, 1)
     run([20, 70, 17], left=left, right=right, config=config)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_tokens_that_are_no_keys(positions: bool) -> None:
+    gradients = run([0, 2, 32, 65], heads=2, positions=positions, used=[0, 1, 31, 64])
+    for gradient in gradients[1:3]:
+        assert gradient is not None and not gradient[[1, 33, 98]].any()
+    run([17, 64], dtype=torch.float16, left=20, positions=positions, used=[17, 63])
+    # Tiles of queries behind all keys, and beyond the band of the last one.
+    config = AttentionBackwardConfig(16, 32, 16, 16, 1, 1, 1, 1)
+    run([40, 90], left=5, right=9, positions=positions, used=[1, 33], config=config)
 
 
 @pytest.mark.parametrize("head_dim", [1, 20, 64, 80, 128])

@@ -71,6 +71,18 @@ def test_shapes(lengths: Sequence[int], channels: int, taps: int) -> None:
     assert_close(ours, exactly(tensors, "swish", cu_seqlens))
 
 
+def test_rows_that_are_not_read() -> None:
+    tensors, cu_seqlens = make((0, 2, 17, 40), 24, 5)
+    seqused_k = torch.tensor([0, 1, 16, 20], dtype=torch.int32)
+    unread = [1, 18, *range(39, 59)]
+    exact = exactly(
+        [tensors[0].index_fill(0, torch.tensor(unread), 0.0), *tensors[1:]], "silu", cu_seqlens
+    )
+    tensors[0][unread] = float("nan")
+    ours = conv_norm_act(*tensors, EPS, "silu", cu_seqlens, seqused_k=seqused_k)
+    assert_close(ours, exact)
+
+
 def test_more_utterances_than_one_step_of_the_search() -> None:
     lengths = [1 + i % 3 for i in range(19)]
     tensors, cu_seqlens = make(lengths, 16, 5)
@@ -166,6 +178,8 @@ def test_arguments_that_do_not_fit() -> None:
         conv_norm_act(x, weight, norm_weight, norm_bias[:3], EPS, "silu", cu_seqlens)
     with pytest.raises(ValueError, match=r"cu_seqlens is torch\.int64; it must be int32"):
         conv_norm_act(x, weight, *norm, EPS, "silu", cu_seqlens.long())
+    with pytest.raises(ValueError, match=r"seqused_k has shape \(2,\)"):
+        conv_norm_act(x, weight, *norm, EPS, "silu", cu_seqlens, seqused_k=cu_seqlens)
     with pytest.raises(ValueError, match="activation is 'mish'"):
         conv_norm_act(x, weight, *norm, EPS, "mish", cu_seqlens)
     with pytest.raises(ValueError, match="kernel_size is 64"):

@@ -66,6 +66,20 @@ def test_one_long_utterance() -> None:
     run([130], 16, 4)
 
 
+def test_rows_that_are_not_read() -> None:
+    cu_seqlens = cumulative([0, 2, 17, 40])
+    given = tensors(59, 16, 5)
+    unread = [1, 18, *range(39, 59)]
+    read = torch.ones(59, 1).index_fill(0, torch.tensor(unread), 0.0)
+    exact = twin((given[0] * read, *given[1:]), "silu", cu_seqlens)
+    given[0][unread] = float("nan")
+    seqused_k = torch.tensor([0, 1, 16, 20], dtype=torch.int32)
+    ours = conv_norm_act_backward(
+        given[4], *given[:4], EPS, "silu", cu_seqlens, seqused_k=seqused_k
+    )
+    assert_close(ours, (exact[0] * read, *exact[1:]))
+
+
 @pytest.mark.parametrize("kernel_size", [3, 8, 9, 31, 63])
 def test_kernel_sizes(kernel_size: int) -> None:
     run([2, 17], 16, kernel_size)

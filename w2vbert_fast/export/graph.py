@@ -153,16 +153,17 @@ class ExportGraph(nn.Module):
             features, mask = self.features(first, second)
         else:
             features, mask = first, second != 0
+        tokens = padded.tokens_of(features, mask)
         if self.layer is not None:
             assert isinstance(self.part, Wav2Vec2BertModel)
             x = padded.encode(self.part, features, mask, self.layer)[-1]
             if self.mean is not None and self.variance is not None:
                 x = normalize_with_statistics(x, self.mean, self.variance)
-            return _without_padding(x, mask), mask.sum(1)
+            return _without_padding(x, tokens), mask.sum(1)
         num_layers = self.encoder.encoder.num_layers
-        return self._head(padded.encode(self.encoder, features, mask, num_layers), mask)
+        return self._head(padded.encode(self.encoder, features, mask, num_layers), mask, tokens)
 
-    def _head(self, states: list[Tensor], mask: Tensor) -> tuple[Tensor, ...]:
+    def _head(self, states: list[Tensor], mask: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         model = self.model
         mix = getattr(model, "layer_weights", None)
         if mix is not None:
@@ -170,32 +171,34 @@ class ExportGraph(nn.Module):
             weights = torch.softmax(mix, dim=-1)
             x = torch.einsum("l,lbtc->btc", weights, torch.stack(states))
         else:
-            x, mask = padded.finish(self.encoder, states[-1], mask)
+            x, mask, tokens = padded.finish(self.encoder, states[-1], mask, tokens)
         if isinstance(model, Wav2Vec2BertForCTC):
-            logits = _without_padding(model.lm_head(x), mask)
+            logits = _without_padding(model.lm_head(x), tokens)
             blank, size = model.config.pad_token_id, logits.shape[-1]
             if blank is not None and 0 <= blank < size:
                 column = torch.arange(size, device=x.device) == blank
-                logits = logits.masked_fill(~mask[..., None] & column, BLANK_LOGIT)
+                logits = logits.masked_fill(~tokens[..., None] & column, BLANK_LOGIT)
             return logits, mask.sum(1)
         if isinstance(model, Wav2Vec2BertForAudioFrameClassification):
-            return _without_padding(model.classifier(x), mask), mask.sum(1)
+            return _without_padding(model.classifier(x), tokens), mask.sum(1)
         if isinstance(model, Wav2Vec2BertForSequenceClassification):
             projected = _without_padding(model.projector(x), mask)
             mean = projected.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
             return (model.classifier(mean),)
         if isinstance(model, Wav2Vec2BertForXVector):
-            return self._x_vector(model, x, mask)
-        return _without_padding(x, mask), mask.sum(1)
+            return self._x_vector(model, x, mask, tokens)
+        return _without_padding(x, tokens), mask.sum(1)
 
     def _x_vector(
-        self, model: Wav2Vec2BertForXVector, x: Tensor, mask: Tensor
+        self, model: Wav2Vec2BertForXVector, x: Tensor, mask: Tensor, tokens: Tensor
     ) -> tuple[Tensor, ...]:
         """A row of fewer frames than the TDNN needs becomes NaN: a graph cannot raise."""
-        x, lengths = padded.left_aligned(model.projector(x), mask)
+        x, lengths = padded.left_aligned(model.projector(x), tokens)
         for layer in model.tdnn:
             x = layer(x)
-        lengths = lengths - _context(model)
+        # As `Wav2Vec2BertForXVector.pooled_frames`.
+        valid = mask.sum(1) - model.undilated_context
+        lengths = torch.minimum(lengths - model.context, valid)
         frames = torch.arange(x.shape[1], device=x.device)
         padding = (frames >= lengths[:, None])[..., None]
         count = lengths[:, None].to(x.dtype)
@@ -227,7 +230,7 @@ class ExportGraph(nn.Module):
         """Frames or samples that every row of an input must have at least."""
         frames = 1
         if isinstance(self.model, Wav2Vec2BertForXVector) and self.layer is None:
-            frames = 2 + _context(self.model)
+            frames = 2 + self.model.context
         elif self.encoder.adapter is not None and self.layer is None:
             kernel, stride = self.model.config.adapter_kernel_size, self.model.config.adapter_stride
             # Two frames at the end: for one alone the graph would have to be another.
@@ -259,12 +262,6 @@ class ExportGraph(nn.Module):
 
 def _without_padding(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask[..., None], 0.0)
-
-
-def _context(model: Wav2Vec2BertForXVector) -> int:
-    """Frames by which the TDNN shortens an utterance."""
-    context: int = sum(layer.context for layer in model.tdnn)  # type: ignore[misc]
-    return context
 
 
 def _front(model: Wav2Vec2BertModel, num_layers: int) -> Wav2Vec2BertModel:

@@ -2,13 +2,14 @@
 
 The models run packed: how many tokens there are depends on the mask's values, which the graph of an
 ONNX or AOTInductor file would have to carry along as data-dependent shapes. Here every activation
-is `[batch, T, ...]` and a mask keeps padding out. What works on single frames (norms, projections,
+is `[batch, T, ...]` and masks keep padding out. What works on single frames (norms, projections,
 feed-forward blocks) is done by the model's own modules; attention, the depthwise convolution, the
 adapter's convolutions and pooling, which look at several frames, are restated. Answers are those
 of the packed model, to rounding; in padded frames too.
 
 Shapes: C hidden, H heads of D channels, T frames. `mask` is bool `[batch, T]`, valid frames of a
-row contiguous, which a graph cannot check.
+row contiguous, which a graph cannot check; `tokens` is `mask` with the half frames (`layout`),
+which are computed like any other frame, but are no keys and zero into the convolution.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..layout import half_frames
 from ..models.adapter import Wav2Vec2BertAdapter, Wav2Vec2BertAdapterLayer
 from ..models.encoder import Wav2Vec2BertEncoder, Wav2Vec2BertModel
 from ..models.layers import (
@@ -41,8 +43,9 @@ def encode(
         mask: bool `[batch, T]`.
         num_layers: how many layers run.
     """
-    x = input_features.masked_fill(~mask[..., None], 0.0)
-    x, _ = model.feature_projection(x)
+    padding = ~mask[..., None]
+    x, _ = model.feature_projection(input_features.masked_fill(padding, 0.0))
+    x = x.masked_fill(padding, 0.0)
     tables = _position_tables(model.encoder, x, mask)
     states = [x]
     for index in range(num_layers):
@@ -53,30 +56,46 @@ def encode(
     return states
 
 
-def finish(model: Wav2Vec2BertModel, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def tokens_of(input_features: Tensor, mask: Tensor) -> Tensor:
+    """Valid and half frames, bool `[batch, T]`.
+
+    Args:
+        input_features: `[batch, T, feature_projection_input_dim]`.
+        mask: bool `[batch, T]`.
+    """
+    frames = torch.arange(mask.shape[1], device=mask.device)
+    behind = mask.to(torch.int64).argmax(1) + mask.sum(1)
+    is_half = half_frames(input_features, mask)
+    return mask | ((frames == behind[:, None]) & is_half[:, None])
+
+
+def finish(
+    model: Wav2Vec2BertModel, x: Tensor, mask: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the model does behind its layers: feed-forward block and adapter, where it has them.
 
     Args:
         model: the model.
         x: `[batch, T, C]`, the last hidden state.
         mask: bool `[batch, T]`.
+        tokens: bool `[batch, T]`.
 
     Returns:
-        `[batch, T', C']` and its mask `[batch, T']`, right-padded behind an adapter.
+        `[batch, T', C']`, its mask and its tokens `[batch, T']`, right-padded behind an adapter.
     """
     if model.intermediate_ffn is not None:
         x = x + 0.5 * model.intermediate_ffn(x)
     if model.adapter is not None:
-        x, mask = _adapter(model.adapter, x, mask)
-    return x, mask
+        x, mask, tokens = _adapter(model.adapter, x, mask, tokens)
+    return x, mask, tokens
 
 
-def left_aligned(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows shifted so that their first valid frame comes first: `[batch, T, C]` and int64 lengths
-    `[batch]`. What lies behind an utterance's end is zero."""
+def left_aligned(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows shifted so that their first token comes first: `[batch, T, C]` and int64 numbers of
+    tokens `[batch]`. What lies behind an utterance's end is zero."""
     frames = torch.arange(x.shape[1], device=x.device)
-    start = mask.to(torch.int64).argmax(dim=1)
-    lengths = mask.sum(dim=1)
+    start = tokens.to(torch.int64).argmax(dim=1)
+    lengths = tokens.sum(dim=1)
     rows = (frames + start[:, None]).clamp(max=x.shape[1] - 1)
     x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
     return x.masked_fill((frames >= lengths[:, None])[..., None], 0.0), lengths
@@ -104,7 +123,8 @@ def _position_tables(encoder: Wav2Vec2BertEncoder, x: Tensor, mask: Tensor) -> t
     if config.position_embeddings_type == "rotary":
         dim = config.hidden_size // config.num_attention_heads
         exponents = torch.arange(0, dim, 2, device=device).float() / dim
-        time = (mask.to(torch.int64).cumsum(1) - 1).clamp(min=0).float()
+        start = mask.to(torch.int64).argmax(1, keepdim=True)
+        time = (torch.arange(x.shape[1], device=device) - start).clamp(min=0).float()
         angles = time[..., None] * (1.0 / config.rotary_embedding_base**exponents)
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -180,36 +200,44 @@ def _convolution(module: Wav2Vec2BertConvolutionModule, x: Tensor, mask: Tensor)
     return ops.linear(x, module.pointwise_conv2.weight.squeeze(-1))
 
 
-def _adapter(adapter: Wav2Vec2BertAdapter, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _adapter(
+    adapter: Wav2Vec2BertAdapter, x: Tensor, mask: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     if adapter.proj is not None and adapter.proj_layer_norm is not None:
         x = adapter.proj_layer_norm(apply_linear(adapter.proj, x))
-    x, lengths = left_aligned(x, mask)
+    x, lengths = left_aligned(x, tokens)
+    valid_lengths = mask.sum(1)
     for layer in adapter.layers:
         assert isinstance(layer, Wav2Vec2BertAdapterLayer)
-        x, lengths = _adapter_layer(layer, x, lengths)
-    return x, _valid(x, lengths)
+        x, lengths, valid_lengths = _adapter_layer(layer, x, lengths, valid_lengths)
+    return x, _first_frames(x, valid_lengths), _first_frames(x, lengths)
 
 
-def _valid(x: Tensor, lengths: Tensor) -> Tensor:
+def _first_frames(x: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
 
 
 def _adapter_layer(
-    layer: Wav2Vec2BertAdapterLayer, x: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`[batch, T, C']`, right-padded, and int64 lengths `[batch]` -> the same, shortened."""
-    valid = _valid(x, lengths)[..., None]
+    layer: Wav2Vec2BertAdapterLayer, x: Tensor, lengths: Tensor, valid_lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`[batch, T, C']`, right-padded, int64 numbers of tokens and of valid frames `[batch]` -> the
+    same, shortened."""
+    tokens = _first_frames(x, lengths)[..., None]
 
     def conv_glu(padded: Tensor, conv: torch.nn.Conv1d) -> Tensor:
-        convolved = conv(padded.masked_fill(~valid, 0.0).transpose(1, 2))
+        convolved = conv(padded.masked_fill(~tokens, 0.0).transpose(1, 2))
         # Contiguous, or torch.export cannot prove that the projections may flatten it.
         return F.glu(convolved, dim=1).transpose(1, 2).contiguous()
 
+    def shortened(counts: Tensor) -> Tensor:
+        shorter = counts + 2 * (layer.stride // 2) - layer.kernel_size
+        shorter = torch.div(shorter, layer.stride, rounding_mode="floor") + 1
+        return shorter.clamp(min=0)
+
     residual = conv_glu(layer.residual_layer_norm(x), layer.residual_conv)
     x = conv_glu(layer.self_attn_layer_norm(x), layer.self_attn_conv)
-    shorter = lengths + 2 * (layer.stride // 2) - layer.kernel_size
-    shorter = torch.div(shorter, layer.stride, rounding_mode="floor") + 1
-    lengths = torch.where(lengths > 0, shorter.clamp(min=0), 0)
-    residual = residual + _attention(layer.self_attn, x, _valid(x, lengths), ())
+    valid_lengths = torch.where(valid_lengths > 0, shortened(valid_lengths), 0)
+    lengths = torch.where(valid_lengths > 0, shortened(lengths), 0)
+    residual = residual + _attention(layer.self_attn, x, _first_frames(x, valid_lengths), ())
     y: Tensor = residual + layer.ffn(layer.ffn_layer_norm(residual))
-    return y, lengths
+    return y, lengths, valid_lengths

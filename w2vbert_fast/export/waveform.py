@@ -37,6 +37,7 @@ class WaveformFeatures(nn.Module):
                 "need 1 or 2"
             )
         self.stride = extractor.stride
+        self.padding_value = extractor.padding_value
         filters = fbank.mel_filters(extractor.num_mel_bins, extractor.sampling_rate)
         self.register_buffer("spectrum", torch.from_numpy(_frame_to_spectrum()))
         self.register_buffer("filters", torch.tensor(filters))
@@ -49,8 +50,9 @@ class WaveformFeatures(nn.Module):
             num_samples: int64 `[batch]`, the samples of each row that are no padding.
 
         Returns:
-            float32 `[batch, T, stride * num_mel_bins]`, zero in padding, and the mask, bool
-            `[batch, T]`; a last frame that fills no stack makes a masked one, as in the extractor.
+            float32 `[batch, T, stride * num_mel_bins]`, the extractor's `padding_value` in padding,
+            and the mask, bool `[batch, T]`; a last frame that fills no stack makes a masked one, as
+            in the extractor.
         """
         shift, length = fbank.FRAME_SHIFT, fbank.FRAME_LENGTH
         samples = torch.arange(waveform.shape[1], device=waveform.device)
@@ -76,10 +78,17 @@ class WaveformFeatures(nn.Module):
         # Rounded up to pairs of frames, as the extractor pads.
         rows = torch.arange((total + 1) // 2 * (2 // self.stride), device=waveform.device)
         parts = [rows * self.stride + part for part in range(self.stride)]
-        features = torch.cat([features[:, part.clamp(max=total - 1)] for part in parts], dim=2)
+        features = torch.cat(
+            [
+                features[:, part.clamp(max=total - 1)].masked_fill(
+                    (part >= counts[:, None])[..., None], self.padding_value
+                )
+                for part in parts
+            ],
+            dim=2,
+        )
         stacks = torch.div(counts, self.stride, rounding_mode="floor")
-        mask = rows < stacks[:, None]
-        return features.masked_fill(~mask[..., None], 0.0), mask
+        return features, rows < stacks[:, None]
 
 
 def _frame_to_spectrum() -> NDArray[np.float64]:

@@ -9,7 +9,10 @@ out of date, and there is nothing to move, copy or save.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,6 +180,28 @@ class _AdapterLayer:
         return self.forward(*args)
 
 
+_features: ContextVar[tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None] = ContextVar(
+    "features", default=None
+)
+
+
+def remember_features(tensor: Tensor, features: Tensor) -> None:
+    """Note the mel features of the batch that a tensor belongs to, until the next call.
+
+    transformers hands neither encoder nor adapter the features, by which half frames are known
+    (`layout.half_frames`), but hands on the feature projection's output, and then the mask.
+    """
+    _features.set((weakref.ref(tensor), weakref.ref(features)))
+
+
+def features_of(*tensors: Tensor | None) -> Tensor | None:
+    """The features remembered for any of these very tensors, or `None`."""
+    latest = _features.get()
+    if latest is None or not any(tensor is latest[0]() for tensor in tensors if tensor is not None):
+        return None
+    return latest[1]()
+
+
 class Run:
     """One pass of packed tokens through a reference encoder's layers.
 
@@ -202,13 +227,7 @@ class Run:
         tile_map = ops.attention_tile_map(
             x, head_size, layout.cu_seqlens, layout.max_seqlen, fast=True
         )
-        self.layout = PackedBatch(
-            layout.cu_seqlens,
-            layout.lengths,
-            layout.padded_length,
-            layout.token_positions,
-            tile_map,
-        )
+        self.layout = replace(layout, tile_map=tile_map)
         weights = [view.conv_module.depthwise_weight() for view in self.views]
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
         if not trained and all(weight.shape == weights[0].shape for weight in weights):
@@ -247,7 +266,7 @@ def run_adapter(module: Any, x: Tensor, layout: PackedBatch) -> tuple[Tensor, Pa
     if proj is not None and norm is not None:
         x = layers.apply_linear(_linear(proj), x, fast=True)
         x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps, fast=True)
-    layout = layout.with_lengths(list(layout.lengths), layout.padded_length)
+    layout = layout.with_lengths(layout.lengths, layout.padded_length, layout.valid_lengths)
     layerdrop = getattr(module, "layerdrop", 0.0)
     for layer in module.layers:
         if module.training and layerdrop > 0.0 and torch.rand(()).item() <= layerdrop:
@@ -260,7 +279,7 @@ def adapter_layout(module: Any, layout: PackedBatch) -> PackedBatch | None:
     """The layout of what a reference adapter makes; `None` where it may leave layers out."""
     if module.training and getattr(module, "layerdrop", 0.0) > 0.0:
         return None
-    layout = layout.with_lengths(list(layout.lengths), layout.padded_length)
+    layout = layout.with_lengths(layout.lengths, layout.padded_length, layout.valid_lengths)
     for layer in module.layers:
         layout = _AdapterLayer.shortened(layer, layout)
     return layout

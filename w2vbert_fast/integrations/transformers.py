@@ -40,8 +40,10 @@ from ._conformer import (
     adapter_layout,
     adapter_obstacle,
     capturing,
+    features_of,
     is_watched,
     layer_obstacle,
+    remember_features,
     run_adapter,
     unpack_held,
 )
@@ -97,10 +99,10 @@ def accelerate(model: _Holder) -> _Holder:
 
     Every `Wav2Vec2BertEncoder` and `SeamlessM4Tv2ConformerEncoder` of transformers that is found,
     and the adapters behind them. What stands in front of them and behind (feature projection,
-    heads, decoders) stays as it is, but for `Wav2Vec2BertForCTC`, whose logits are the blank in
-    padded frames. The parameters are the same objects; LoRA and other adapters may be put in before
-    or after. A call that asks for what our code cannot do (attention maps, ...) runs transformers'
-    code, which the log says once for each reason; so does one that `torch.jit.trace`,
+    heads, decoders) computes what it did, but for `Wav2Vec2BertForCTC`, whose logits are the blank
+    in padded frames. The parameters are the same objects; LoRA and other adapters may be put in
+    before or after. A call that asks for what our code cannot do (attention maps, ...) runs
+    transformers' code, which the log says once for each reason; so does one that `torch.jit.trace`,
     `torch.export` or an ONNX exporter records.
 
     In a padded batch an utterance gets the answer that it gets alone. Padded frames are zero in
@@ -332,6 +334,7 @@ def _encode(
         forward = partial(encoder._w2vbert_reference.forward, encoder)
         if torch.compiler.is_compiling():
             return forward(hidden_states, attention_mask, *args, **kwargs)
+        _hand_on_features(hidden_states, attention_mask)
         token = _in_original_encoder.set(True)
         try:
             return forward(hidden_states, attention_mask, *args, **kwargs)
@@ -376,12 +379,28 @@ def _encoder_layout(
     return _layout(x, attention_mask)
 
 
-def _layout(x: Tensor, attention_mask: Tensor | None) -> tuple[PackedBatch | None, str]:
+def _hand_on_features(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The features that `x` or the mask belong to, if they are known, also for the next module that
+    gets the mask."""
+    if attention_mask is None:
+        return None
+    features = features_of(x, attention_mask)
+    if features is None or features.shape[:2] != x.shape[:2]:
+        return None
+    remember_features(attention_mask, features)
+    return features
+
+
+def _layout(
+    x: Tensor, attention_mask: Tensor | None, features: Tensor | None = None
+) -> tuple[PackedBatch | None, str]:
     if x.dim() != 3 or (attention_mask is not None and attention_mask.dim() != 2):
         return None, "the shapes of the input or of the mask are not the usual ones"
     batch, frames, _ = x.shape
+    if features is None:
+        features = _hand_on_features(x, attention_mask)
     try:
-        layout = PackedBatch.from_attention_mask(attention_mask, batch, frames, x.device)
+        layout = PackedBatch.from_attention_mask(attention_mask, batch, frames, x.device, features)
     except ValueError as error:
         return None, str(error)
     return layout, ""
@@ -396,7 +415,7 @@ def _run_layers(
     """
     layerdrop = getattr(encoder.config, encoder._w2vbert_family.layerdrop)
     drops = encoder.training and layerdrop > 0.0
-    x = encoder.dropout(layout.pack(hidden_states))
+    x = encoder.dropout(layout.zero_half_frames(layout.pack(hidden_states)))
     run = Run(encoder, x, layout)
     layers: list[Any] = list(run.layers)
     checkpointed = [encoder.training and _checkpoints(encoder, layer) for layer in layers]
@@ -441,6 +460,16 @@ def _layer_output(run: Run, index: int, x: Tensor) -> Tensor:
 _in_original_encoder: ContextVar[bool] = ContextVar("_in_original_encoder", default=False)
 
 
+class _FastFeatureProjection(_Fast):
+    def forward(self, hidden_states: Tensor) -> Any:
+        """As transformers' projection; the encoder behind it can look at the features."""
+        output = self._w2vbert_reference.forward(self, hidden_states)
+        if not torch.compiler.is_compiling() and recorder() is None:
+            projected = output[0] if isinstance(output, tuple) else output
+            remember_features(projected, hidden_states)
+        return output
+
+
 class _FastLayer(_Fast):
     def forward(
         self,
@@ -470,7 +499,7 @@ class _FastAdapter(_Fast):
     ) -> Any:
         """As transformers' adapter: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T', C']`.
 
-        The convolutions read zeros behind the end of an utterance.
+        The convolutions read zeros behind the end of an utterance, or behind its half frame.
         """
         if recorder() is not None:
             return self._w2vbert_reference.forward(
@@ -570,7 +599,7 @@ def _blank_padding(model: Any, output: Any, features: Tensor, attention_mask: Te
     # The one tensor of three dimensions, `[batch, T', vocab]`.
     name: Any = next(n for n in names if isinstance(output[n], Tensor) and output[n].dim() == 3)
     logits = output[name]
-    layout, _ = _layout(features, attention_mask)
+    layout, _ = _layout(features, attention_mask, features)
     adapter = model.wav2vec2_bert.adapter
     if layout is not None and adapter is not None:
         layout = adapter_layout(adapter, layout)
@@ -630,6 +659,7 @@ def _fast_classes() -> dict[str, Any]:
         mixin: type[_Fast]
         run: Any
         for part, mixin, run in (
+            ("FeatureProjection", _FastFeatureProjection, None),
             ("Encoder", _FastEncoder, _encode),
             ("EncoderLayer", _FastLayer, None),
             ("Adapter", _FastAdapter, _adapt),

@@ -1,7 +1,8 @@
 """The convolutional adapter that shortens the encoder's output in time.
 
 Reference: `Wav2Vec2BertAdapter` in transformers. There the strided convolutions read whatever lies
-behind the end of a padded utterance; here that is always zero, as it is for the utterance alone.
+behind the end of a padded utterance; here they read what they do for the utterance alone: its half
+frame, if it ends in one (`layout`), and zeros.
 """
 
 from __future__ import annotations
@@ -53,9 +54,15 @@ class Wav2Vec2BertAdapterLayer(nn.Module):
 
     def shortened(self, layout: PackedBatch) -> PackedBatch:
         """The layout of this layer's output."""
-        lengths = [conv_output_length(n, self.kernel_size, self.stride) for n in layout.lengths]
+
+        def shortened(lengths: tuple[int, ...]) -> list[int]:
+            return [conv_output_length(n, self.kernel_size, self.stride) for n in lengths]
+
+        valid = shortened(layout.valid_lengths)
+        # The frames behind the valid ones read a half frame. They attend to the valid ones.
+        lengths = [n if v > 0 else 0 for n, v in zip(shortened(layout.lengths), valid, strict=True)]
         padded = conv_output_length(layout.padded_length, self.kernel_size, self.stride)
-        return layout.with_lengths(lengths, max(padded, *lengths, 0))
+        return layout.with_lengths(lengths, max(padded, *lengths, 0), valid)
 
     def _conv_glu(
         self, x: Tensor, conv: nn.Conv1d, layout: PackedBatch, out: PackedBatch
@@ -117,7 +124,7 @@ class Wav2Vec2BertAdapter(nn.Module):
                 hidden_states, norm.weight, norm.bias, norm.eps, fast=fast
             )
         # A stride counts from an utterance's first frame, whichever side the batch was padded on.
-        layout = layout.with_lengths(list(layout.lengths), layout.padded_length)
+        layout = layout.with_lengths(layout.lengths, layout.padded_length, layout.valid_lengths)
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand(()).item() <= self.layerdrop:
                 continue

@@ -351,7 +351,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         config = self.config
         layout = self._layout(input_features, attention_mask)
         x, extract_features = self.feature_projection(layout.pack(input_features))
-        x = self._spec_augment(x, layout, mask_time_indices)
+        x = layout.zero_half_frames(self._spec_augment(x, layout, mask_time_indices))
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         wanted = requested_hidden_states(output_hidden_states, self.encoder.num_layers)
@@ -375,7 +375,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             )
         batch_size, frames, _ = input_features.shape
         return PackedBatch.from_attention_mask(
-            attention_mask, batch_size, frames, input_features.device
+            attention_mask, batch_size, frames, input_features.device, input_features
         )
 
     @torch.no_grad()
@@ -424,6 +424,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             )
         layout = self._layout(input_features, attention_mask)
         x, _ = self.feature_projection(layout.pack(input_features))
+        x = layout.zero_half_frames(x)
         x, _, _ = self.encoder(x, layout, set(), False, num_layers)
         if stats is not None:
             x = normalize_with_statistics(x, *stats)
@@ -475,7 +476,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             return x
         if mask_time_indices is None and self.training and config.mask_time_prob > 0:
             by_length = sample_mask_spans(
-                layout.lengths,
+                layout.valid_lengths,
                 layout.max_seqlen,
                 mask_prob=config.mask_time_prob,
                 mask_length=config.mask_time_length,

@@ -177,6 +177,7 @@ class _Graph:
     Attributes:
         x: `[bucket, C]`, what enters the first layer.
         cu_seqlens: int32 `[utterances + 1]`.
+        seqused_k: int32 `[utterances]`, or `None` in a graph for batches without half frames.
         outputs: `[bucket, C]` each: the last layer's output, then the kept hidden states.
         kept: index of the hidden state for each of `outputs` but the first.
         replay: computes `outputs` from the rest.
@@ -184,6 +185,7 @@ class _Graph:
 
     x: Tensor
     cu_seqlens: Tensor
+    seqused_k: Tensor | None
     outputs: list[Tensor]
     kept: list[int]
     replay: Callable[[], object]
@@ -192,11 +194,12 @@ class _Graph:
 class LayerGraphs:
     """The graphs of one encoder: captured when a size first comes, kept until one of them is stale.
 
-    A graph serves one bucket of token counts and of numbers of utterances, dtype, device, choice of
-    hidden states, number of layers and precision setting. All are dropped when a parameter moves
-    or is replaced, a module is replaced or changes its mode, or `use_fast_kernels` is switched;
-    values that change in place are read at the next replay. Attributes that are no parameters, such
-    as a norm's `eps`, are not watched. The methods are thread-safe.
+    A graph serves one bucket of token counts and of numbers of utterances, batches with half frames
+    or without, dtype, device, choice of hidden states, number of layers and precision setting. All
+    are dropped when a parameter moves or is replaced, a module is replaced or changes its mode, or
+    `use_fast_kernels` is switched; values that change in place are read at the next replay.
+    Attributes that are no parameters, such as a norm's `eps`, are not watched. The methods are
+    thread-safe.
 
     Args:
         max_tokens: largest number of tokens of a batch that is replayed; `None`: that of the
@@ -306,15 +309,21 @@ class LayerGraphs:
                 return None
             size = self.buckets[bisect_left(self.buckets, num_tokens)]
             lengths = filled(layout.lengths, size)
+            used = None
+            if layout.used_lengths is not None:
+                used = [*layout.used_lengths, *lengths[layout.batch_size :]]
             kept = sorted(index for index in wanted if 0 < index < stop)
-            key = (size, len(lengths), x.dtype, x.device, (*kept,), stop, _precision())
+            kind = (x.dtype, x.device, (*kept,), stop, used is not None, _precision())
+            key = (size, len(lengths), *kind)
             if key in self._failed:
                 return None
-            graph = self._graphs.get(key) or self._captured(key, encoder, x, kept, stop)
+            graph = self._graphs.get(key) or self._captured(
+                key, encoder, x, kept, stop, has_half_frames=used is not None
+            )
             if graph is None:
                 return None
             self._graphs.move_to_end(key)
-            states = self._replayed(graph, x, lengths)
+            states = self._replayed(graph, x, lengths, used)
         output = states[0]
         found = dict(zip(graph.kept, states[1:], strict=True))
         found |= {index: value for index, value in ((0, x), (stop, output)) if index in wanted}
@@ -327,6 +336,8 @@ class LayerGraphs:
         x: Tensor,
         kept: list[int],
         stop: int,
+        *,
+        has_half_frames: bool,
     ) -> _Graph | None:
         size, num_utterances = key[:2]
         # The device is waited for so that nothing that is still running loses its memory.
@@ -339,9 +350,11 @@ class LayerGraphs:
             buffer = torch.zeros(size, x.shape[1], dtype=x.dtype, device=x.device)
             cu_seqlens = torch.full((num_utterances + 1,), size, dtype=torch.int32, device=x.device)
             cu_seqlens[0] = 0
+            seqused_k = cu_seqlens.diff() if has_half_frames else None
         # The host's numbers are bounds: one utterance could be as long as the bucket. The true
         # lengths are on the device only.
-        layout = PackedBatch(cu_seqlens, (size, *[0] * (num_utterances - 1)), size, None)
+        lengths = (size, *[0] * (num_utterances - 1))
+        layout = PackedBatch(cu_seqlens, lengths, size, None, seqused_k=seqused_k)
 
         def run() -> list[Tensor]:
             with torch.inference_mode(False), torch.no_grad():
@@ -366,16 +379,21 @@ class LayerGraphs:
                 self.device.wait()
                 self._graphs.clear()
                 self._state = state
-        graph = _Graph(buffer, cu_seqlens, outputs, kept, replay)
+        graph = _Graph(buffer, cu_seqlens, seqused_k, outputs, kept, replay)
         self._graphs[key] = graph
         return graph
 
-    def _replayed(self, graph: _Graph, x: Tensor, lengths: list[int]) -> list[Tensor]:
+    def _replayed(
+        self, graph: _Graph, x: Tensor, lengths: list[int], used: list[int] | None
+    ) -> list[Tensor]:
         num_tokens = x.shape[0]
         starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cpu")
         with torch.no_grad(), self.device.turn(x.device):
             # Not blocking: the driver has read pageable memory when the call returns.
             graph.cu_seqlens.copy_(starts, non_blocking=True)
+            if graph.seqused_k is not None:
+                counts = torch.tensor(used, dtype=torch.int32, device="cpu")
+                graph.seqused_k.copy_(counts, non_blocking=True)
             graph.x[:num_tokens].copy_(x)
             graph.x[num_tokens:].zero_()
             graph.replay()

@@ -194,7 +194,7 @@ class Wav2Vec2BertForCTC(_WithEncoder):
             )
             loss = ops.ctc_loss(
                 from_first,
-                torch.tensor(layout.lengths, device=logits.device),
+                torch.tensor(layout.valid_lengths, device=logits.device),
                 labels,
                 blank=_checked_blank(blank, vocab_size),
                 reduction=self.config.ctc_loss_reduction,
@@ -315,7 +315,7 @@ class Wav2Vec2BertForAudioFrameClassification(_Classifier):
                 f"labels has shape {tuple(labels.shape)}; it must be {frames} class ids or "
                 f"{(*frames, self.num_labels)} one-hot"
             )
-        packed = layout.pack(labels)
+        packed, logits = (layout.valid_part(x)[0] for x in (layout.pack(labels), logits))
         if self.num_labels == 1:
             return F.mse_loss(logits.flatten(), packed.flatten().to(logits.dtype))
         targets = packed if labels.dim() == 2 else packed.argmax(-1)
@@ -422,20 +422,40 @@ class Wav2Vec2BertForXVector(_Classifier):
         output = XVectorOutput(loss=loss, logits=logits, embeddings=embeddings)
         return self._finish(output, encoding, output_attentions, output_hidden_states, return_dict)
 
+    @property
+    def context(self) -> int:
+        """Frames by which the TDNN shortens an utterance."""
+        return sum(layer.context for layer in self.tdnn)  # type: ignore[misc]
+
+    @property
+    def undilated_context(self) -> int:
+        """`context` as the reference counts it for its pooling: without the dilations."""
+        return sum(layer.kernel_size - 1 for layer in self.tdnn)  # type: ignore[misc]
+
+    def pooled_frames(self, tokens: int, valid: int) -> int:
+        """Frames behind the TDNN that the reference pools over, for an utterance by itself.
+
+        Those that read a half frame are among them as far as the dilations reach.
+        """
+        return min(tokens - self.context, valid - self.undilated_context)
+
     def _statistics(self, hidden_state: Tensor, layout: PackedBatch) -> Tensor:
         """Mean and deviation over the TDNN's frames: `[N, C]` -> `[batch, 2 * channels]`."""
-        context: int = sum(layer.context for layer in self.tdnn)  # type: ignore[misc]
-        short = [i for i, n in enumerate(layout.lengths) if n < context + 2]
+        lengths = [
+            self.pooled_frames(tokens, valid)
+            for tokens, valid in zip(layout.lengths, layout.valid_lengths, strict=True)
+        ]
+        short = [i for i, n in enumerate(lengths) if n < 2]
         if short:
             raise ValueError(
-                f"input_features has {layout.lengths[short[0]]} valid frames in row {short[0]}; "
-                f"statistics pooling behind this TDNN needs at least {context + 2}"
+                f"input_features has {layout.valid_lengths[short[0]]} valid frames in row "
+                f"{short[0]}; statistics pooling behind this TDNN needs at least "
+                f"{self.context + 2}"
             )
         right_padded = layout.right_padded()
         x = right_padded.unpack(hidden_state)
         for layer in self.tdnn:
             x = layer(x)
-        lengths = [n - context for n in layout.lengths]
         frames = torch.split(layout.with_lengths(lengths, x.shape[1]).pack(x), lengths)
         mean = torch.stack([utterance.mean(0) for utterance in frames])
         std = torch.stack([utterance.std(0) for utterance in frames])

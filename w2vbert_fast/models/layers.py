@@ -179,6 +179,7 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
             norm.eps,
             self.activation,
             layout.cu_seqlens,
+            layout.seqused_k,
             fast=fast,
         )
         if isinstance(last, PackedLinear):
@@ -240,7 +241,7 @@ class Wav2Vec2BertSelfAttention(nn.Module):
             output_attentions: also return the attention maps.
 
         Returns:
-            `[N, C]`, and the maps `[batch, H, T, T]` over `layout.max_seqlen` frames or `None`.
+            `[N, C]`, and the maps `[batch, H, T, T]` over `layout.max_seqlen` tokens or `None`.
         """
         by_head = (x.shape[0], self.num_heads, self.head_size)
         query_key_input = x
@@ -270,6 +271,7 @@ class Wav2Vec2BertSelfAttention(nn.Module):
                 position_bias=self.pos_bias_v,
                 dropout_p=dropout_p,
                 return_probabilities=output_attentions,
+                seqused_k=layout.seqused_k,
             )
         else:
             shaw = self.position_embeddings_type == "relative_key"
@@ -285,6 +287,7 @@ class Wav2Vec2BertSelfAttention(nn.Module):
                 dropout_p=dropout_p,
                 return_probabilities=output_attentions,
                 tile_map=layout.tile_map,
+                seqused_k=layout.seqused_k,
                 fast=fast,
             )
         return apply_linear(self.linear_out, output.flatten(1), fast=fast), probabilities

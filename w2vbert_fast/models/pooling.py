@@ -13,10 +13,11 @@ Statistics = Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def mean_over_frames(x: Tensor, layout: PackedBatch) -> Tensor:
-    """Mean over each utterance's frames: `[N, C]` -> `[batch, C]`.
+    """Mean over each utterance's valid frames: `[N, C]` -> `[batch, C]`.
 
     Summed in fp32 (float64 stays). An utterance without frames gives zeros.
     """
+    x, layout = layout.valid_part(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     ids = sequence_ids(layout.cu_seqlens, x.shape[0])
     total = x.new_zeros(layout.batch_size, x.shape[1], dtype=wide).index_add(0, ids, x.to(wide))

@@ -21,16 +21,22 @@ MAX_TRITON_HEAD_SIZE = 128
 class _PaddedHeads:
     """Maps `[N, H, D]` to `[batch, H, T, D]` and back for one layout."""
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
+    def __init__(
+        self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int, seqused_k: Tensor | None
+    ) -> None:
         self.batch_size = cu_seqlens.numel() - 1
         self.max_seqlen = max_seqlen
         self.full = self.batch_size * max_seqlen == num_tokens
+        self.invalid_query: Tensor | None = None  # [batch, T], and so is the next
+        self.invalid_key: Tensor | None = None
+        frames = torch.arange(max_seqlen, device=cu_seqlens.device)
         if not self.full:
             ids = sequence_ids(cu_seqlens, num_tokens)
             self.rows = ids * max_seqlen + positions_in_sequence(cu_seqlens, num_tokens)
-            lengths = cu_seqlens.diff()
-            frames = torch.arange(max_seqlen, device=cu_seqlens.device)
-            self.invalid_key = frames[None, :] >= lengths[:, None]  # [batch, T]
+            self.invalid_query = frames[None, :] >= cu_seqlens.diff()[:, None]
+            self.invalid_key = self.invalid_query
+        if seqused_k is not None:
+            self.invalid_key = frames[None, :] >= seqused_k[:, None]
 
     def pad(self, x: Tensor) -> Tensor:
         shape = (self.batch_size, self.max_seqlen, *x.shape[1:])
@@ -44,7 +50,7 @@ class _PaddedHeads:
         return rows if self.full else rows.index_select(0, self.rows)
 
     def masked(self, scores: Tensor) -> Tensor:
-        if self.full:
+        if self.invalid_key is None:
             return scores
         # The lowest finite number, not -inf: an utterance without frames must not give NaN.
         lowest = torch.finfo(scores.dtype).min
@@ -52,10 +58,11 @@ class _PaddedHeads:
 
     def without_padding(self, probabilities: Tensor) -> Tensor:
         """Attention maps with zeros in the rows and columns of padding."""
-        if self.full:
-            return probabilities
-        invalid = self.invalid_key[:, None, :, None] | self.invalid_key[:, None, None, :]
-        return probabilities.masked_fill(invalid, 0.0)
+        if self.invalid_query is not None:
+            probabilities = probabilities.masked_fill(self.invalid_query[:, None, :, None], 0.0)
+        if self.invalid_key is not None:
+            probabilities = probabilities.masked_fill(self.invalid_key[:, None, None, :], 0.0)
+        return probabilities
 
 
 def _attend(
@@ -86,6 +93,7 @@ def shaw_attention(
     dropout_p: float = 0.0,
     return_probabilities: bool = False,
     tile_map: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     fast: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with relative keys (Shaw et al. 2018), within each utterance.
@@ -106,6 +114,8 @@ def shaw_attention(
         dropout_p: probability with which an attention weight is dropped.
         return_probabilities: also return the attention maps.
         tile_map: of `attention_tile_map` for these utterances; made anew when `None`.
+        seqused_k: int32 `[batch]`, the first so many tokens of an utterance are its keys, at least
+            one where there are tokens; the others only ask. `None`: all are keys.
         fast: use the device's fast implementation, `torch.ops.w2vbert.shaw_attention`, which has
             no attention maps; a call that asks for them runs the plain form. Which weights
             dropout drops differs between the forms.
@@ -132,9 +142,10 @@ def shaw_attention(
             return_log_sum_exp=recorded and on_triton_device(query),
             dropout_p=dropout_p,
             dropout_seed=_dropout_seed(query) if dropout_p > 0.0 else None,
+            seqused_k=seqused_k,
         )[0]
         return fast_output, None
-    heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
+    heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0], seqused_k)
     q, k, v = heads.pad(query), heads.pad(key), heads.pad(value)
     scores = _shaw_scores(q, k, distance_embedding, left_max_position, right_max_position)
     return _attend(scores, v, heads, dropout_p, return_probabilities)
@@ -181,6 +192,7 @@ def relative_attention(
     position_bias: Tensor,
     dropout_p: float = 0.0,
     return_probabilities: bool = False,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with Transformer-XL relative positions (Dai et al. 2019), within each utterance.
 
@@ -197,11 +209,12 @@ def relative_attention(
         position_bias: v, `[H, D]`.
         dropout_p: probability with which an attention weight is dropped.
         return_probabilities: also return the attention maps.
+        seqused_k: as of `shaw_attention`.
 
     Returns:
         The output `[N, H, D]`, and the maps `[batch, H, T, T]` (zero in padding) or `None`.
     """
-    heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
+    heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0], seqused_k)
     q, k, v = heads.pad(query), heads.pad(key), heads.pad(value)
     scores = (q + content_bias[:, None]) @ k.transpose(-1, -2)
     by_distance = (q + position_bias[:, None]) @ position_keys.permute(1, 2, 0)
@@ -303,6 +316,7 @@ def _shaw_attention_fake(
     return_log_sum_exp: bool = True,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, _ = query.shape
     rows = (num_heads, num_tokens) if return_log_sum_exp else (0,)
@@ -313,7 +327,7 @@ def _shaw_attention_fake(
     "shaw_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt max_seqlen, "
     "Tensor? distance_embedding, int left_max_position, int right_max_position, "
     "Tensor? tile_map=None, bool return_log_sum_exp=True, float dropout_p=0.0, "
-    "Tensor? dropout_seed=None) -> (Tensor, Tensor)",
+    "Tensor? dropout_seed=None, Tensor? seqused_k=None) -> (Tensor, Tensor)",
     _shaw_attention_fake,
     autocast="lower",
 )
@@ -330,6 +344,7 @@ def shaw_attention_op(
     return_log_sum_exp: bool = True,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output `[N, H, D]` and the log-sum-exp of every row of scores, fp32 `[H, N]`.
 
@@ -354,6 +369,7 @@ def shaw_attention_op(
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
             tile_map=tile_map,
+            seqused_k=seqused_k,
         )
         return output, log_sum_exp if return_log_sum_exp else log_sum_exp.new_empty(0)
     if cpu_kernels_for(query) is not None or dropout_p > 0.0:
@@ -366,12 +382,12 @@ def shaw_attention_op(
         from .cpu import shaw_attention as attend
 
         tensors = (query, key, value, cu_seqlens, max_seqlen, distance_embedding)
-        random = (dropout_p, dropout_seed)
+        further = (dropout_p, dropout_seed, seqused_k)
         if return_log_sum_exp:
-            return attend(*tensors, left, right, True, *random)
-        attended = attend(*tensors, left, right, False, *random)
+            return attend(*tensors, left, right, True, *further)
+        attended = attend(*tensors, left, right, False, *further)
         return attended, attended.new_empty(0, dtype=torch.float32)
-    heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0])
+    heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0], seqused_k)
     scores = _shaw_scores(heads.pad(query), heads.pad(key), distance_embedding, left, right)
     output, _ = _attend(scores, heads.pad(value), heads, 0.0)
     output = output.contiguous()

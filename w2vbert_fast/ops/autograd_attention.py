@@ -45,7 +45,7 @@ def _fake(
     "shaw_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, "
     "Tensor log_sum_exp, Tensor cu_seqlens, SymInt max_seqlen, Tensor? distance_embedding, "
     "int left_max_position, int right_max_position, Tensor? tile_map, float dropout_p, "
-    "Tensor? dropout_seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? dropout_seed, Tensor? seqused_k=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 def shaw_attention_backward_op(
@@ -63,6 +63,7 @@ def shaw_attention_backward_op(
     tile_map: Tensor | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value `[N, H, D]` and, float32 at least, of the distance
     embedding, which has no elements where there is none."""
@@ -74,7 +75,16 @@ def shaw_attention_backward_op(
 
         if log_sum_exp.numel() == 0 and query.numel() > 0:
             _, log_sum_exp = shaw_attention_op(
-                query, key, value, cu_seqlens, max_seqlen, distance_embedding, left, right, tile_map
+                query,
+                key,
+                value,
+                cu_seqlens,
+                max_seqlen,
+                distance_embedding,
+                left,
+                right,
+                tile_map,
+                seqused_k=seqused_k,
             )
         *inputs, grad_embedding = kernel(
             dense_rows(grad),
@@ -92,6 +102,7 @@ def shaw_attention_backward_op(
             dropout_seed=dropout_seed,
             tile_map=tile_map if _same_tiles(query, dropout_p) else None,
             out=_empty_like_inputs(query),
+            seqused_k=seqused_k,
         )
     else:
         from .cpu.attention_backward import shaw_attention_backward
@@ -108,6 +119,7 @@ def shaw_attention_backward_op(
             right,
             dropout_p,
             dropout_seed,
+            seqused_k,
         )
     if grad_embedding is None:
         grad_embedding = _empty_like_embedding(query, None)
@@ -127,25 +139,25 @@ def _same_tiles(query: Tensor, dropout_p: float) -> bool:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, cu_seqlens, ctx.max_seqlen, embedding, ctx.left, ctx.right = inputs[:8]
-    tile_map, _, ctx.dropout_p, seed = inputs[8:]
+    tile_map, _, ctx.dropout_p, seed, seqused_k = inputs[8:]
     attended, log_sum_exp = output
     ctx.mark_non_differentiable(log_sum_exp)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
-        query, key, value, attended, log_sum_exp, cu_seqlens, embedding, tile_map, seed
+        query, key, value, attended, log_sum_exp, cu_seqlens, embedding, tile_map, seed, seqused_k
     )
 
 
 def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 12
-    *tensors, embedding, tile_map, seed = ctx.saved_tensors
+        return (None,) * 13
+    *tensors, embedding, tile_map, seed, seqused_k = ctx.saved_tensors
     layout = (embedding, ctx.left, ctx.right, tile_map)
     *grads, grad_embedding = shaw_attention_backward_op(
-        grad, *tensors, ctx.max_seqlen, *layout, ctx.dropout_p, seed
+        grad, *tensors, ctx.max_seqlen, *layout, ctx.dropout_p, seed, seqused_k
     )
     grad_embedding = None if embedding is None else grad_embedding.to(embedding.dtype)
-    return *grads, None, None, grad_embedding, *(None,) * 6
+    return *grads, None, None, grad_embedding, *(None,) * 7
 
 
 differentiable("shaw_attention", _setup, _gradient)

@@ -23,6 +23,7 @@ def _fake(
     eps: float,
     activation: str,
     cu_seqlens: Tensor,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     parameters = (conv_weight, norm_weight, norm_bias)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -31,7 +32,7 @@ def _fake(
 
 @backward_operation(
     "conv_norm_act_backward(Tensor grad, Tensor x, Tensor conv_weight, Tensor norm_weight, "
-    "Tensor norm_bias, float eps, str activation, Tensor cu_seqlens) "
+    "Tensor norm_bias, float eps, str activation, Tensor cu_seqlens, Tensor? seqused_k=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
@@ -44,6 +45,7 @@ def conv_norm_act_backward_op(
     eps: float,
     activation: str,
     cu_seqlens: Tensor,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of x and, float32 at least, of the three parameters."""
     arguments = (conv_weight, norm_weight, norm_bias, eps)
@@ -51,23 +53,25 @@ def conv_norm_act_backward_op(
         from csrc_triton.conv_backward import conv_norm_act_backward as kernel
 
         name = None if activation == "linear" else activation
-        grads = kernel(dense_rows(grad), x, *arguments, name, cu_seqlens)
+        grads = kernel(dense_rows(grad), x, *arguments, name, cu_seqlens, seqused_k=seqused_k)
         return grads[0], grads[1].contiguous(), *grads[2:]
     from .cpu.conv_backward import conv_norm_act_backward
 
-    return conv_norm_act_backward(grad, x, *arguments, activation, cu_seqlens)
+    return conv_norm_act_backward(grad, x, *arguments, activation, cu_seqlens, seqused_k)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, conv_weight, norm_weight, norm_bias, ctx.eps, ctx.activation, cu_seqlens = inputs
-    ctx.save_for_backward(x, conv_weight, norm_weight, norm_bias, cu_seqlens)
+    x, conv_weight, norm_weight, norm_bias, ctx.eps, ctx.activation, *layout = inputs
+    ctx.save_for_backward(x, conv_weight, norm_weight, norm_bias, *layout)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, *parameters, cu_seqlens = ctx.saved_tensors
-    grads = conv_norm_act_backward_op(grad, x, *parameters, ctx.eps, ctx.activation, cu_seqlens)
+    x, *parameters, cu_seqlens, seqused_k = ctx.saved_tensors
+    grads = conv_norm_act_backward_op(
+        grad, x, *parameters, ctx.eps, ctx.activation, cu_seqlens, seqused_k
+    )
     rounded = (g.to(p.dtype) for g, p in zip(grads[1:], parameters, strict=True))
-    return grads[0], *rounded, None, None, None
+    return grads[0], *rounded, None, None, None, None
 
 
 differentiable("conv_norm_act", _setup, _gradient)

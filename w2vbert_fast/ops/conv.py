@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import sequence_ids
+from ..layout import positions_in_sequence, sequence_ids
 from .activations import get_activation
 from .dispatch import cpu_kernels_for, runs_triton
 from .linear import FUSED_ACTIVATIONS
@@ -20,13 +20,17 @@ TRITON_KERNEL_SIZES = range(3, 64)
 """What the Triton kernel covers; other sizes run in plain PyTorch."""
 
 
-def causal_depthwise_conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tensor:
+def causal_depthwise_conv(
+    x: Tensor, weight: Tensor, cu_seqlens: Tensor, seqused_k: Tensor | None = None
+) -> Tensor:
     """`y[t, c] = sum_k weight[c, k] * x[t - (K - 1) + k, c]`, zero before an utterance's start.
 
     Args:
         x: `[num_tokens, channels]`, packed.
         weight: `[channels, K]`.
         cu_seqlens: int32 `[batch + 1]`.
+        seqused_k: int32 `[batch]`, rows of an utterance that are read; the others count as zero.
+            `None`: all are.
 
     Returns:
         `[num_tokens, channels]`.
@@ -35,6 +39,9 @@ def causal_depthwise_conv(x: Tensor, weight: Tensor, cu_seqlens: Tensor) -> Tens
     pad = weight.shape[1] - 1
     # K - 1 zero rows before every utterance turn the ragged batch into one valid convolution.
     ids = sequence_ids(cu_seqlens, num_tokens)
+    if seqused_k is not None:
+        is_read = positions_in_sequence(cu_seqlens, num_tokens) < seqused_k[ids]
+        x = x.masked_fill(~is_read[:, None], 0.0)
     rows = torch.arange(num_tokens, device=x.device) + ids * pad
     spaced = x.new_zeros(num_tokens + (cu_seqlens.numel() - 1) * pad, channels)
     spaced = spaced.index_copy(0, rows + pad, x)
@@ -52,6 +59,7 @@ def conv_norm_act(
     eps: float,
     activation: str | Callable[[Tensor], Tensor],
     cu_seqlens: Tensor,
+    seqused_k: Tensor | None = None,
     *,
     fast: bool = False,
 ) -> Tensor:
@@ -66,6 +74,8 @@ def conv_norm_act(
         eps: added to the variance.
         activation: a name of `ops.activations.ACTIVATIONS` or a function.
         cu_seqlens: int32 `[batch + 1]`.
+        seqused_k: int32 `[batch]`, rows of an utterance that are read; the others count as zero.
+            `None`: all are.
         fast: use the device's fast implementation, `torch.ops.w2vbert.conv_norm_act`.
 
     Returns:
@@ -74,9 +84,10 @@ def conv_norm_act(
     if fast:
         inside = isinstance(activation, str) and activation in FUSED_ACTIVATIONS
         name = activation if isinstance(activation, str) and inside else "linear"
-        y: Tensor = conv_norm_act_op(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
+        parameters = (conv_weight, norm_weight, norm_bias, eps)
+        y: Tensor = conv_norm_act_op(x, *parameters, name, cu_seqlens, seqused_k)
         return y if inside else get_activation(activation)(y)
-    y = causal_depthwise_conv(x, conv_weight, cu_seqlens)
+    y = causal_depthwise_conv(x, conv_weight, cu_seqlens, seqused_k)
     return get_activation(activation)(layer_norm(y, norm_weight, norm_bias, eps))
 
 
@@ -111,13 +122,14 @@ def _conv_norm_act_fake(
     eps: float,
     activation: str,
     cu_seqlens: Tensor,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @operation(
     "conv_norm_act(Tensor x, Tensor conv_weight, Tensor norm_weight, Tensor norm_bias, float eps, "
-    "str activation, Tensor cu_seqlens) -> Tensor",
+    "str activation, Tensor cu_seqlens, Tensor? seqused_k=None) -> Tensor",
     _conv_norm_act_fake,
     autocast="lower",
 )
@@ -129,16 +141,17 @@ def conv_norm_act_op(
     eps: float,
     activation: str,
     cu_seqlens: Tensor,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     if has_kernel(x, conv_weight):
         from csrc_triton.conv import conv_norm_act as kernel
 
         name = None if activation == "linear" else activation
-        return kernel(x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens)
-    if (fast := cpu_kernels_for(x)) is not None:
-        result: Tensor = fast.conv_norm_act(
-            x, conv_weight, norm_weight, norm_bias, eps, activation, cu_seqlens
+        return kernel(
+            x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens, seqused_k=seqused_k
         )
+    parameters = (conv_weight, norm_weight, norm_bias, eps)
+    if (fast := cpu_kernels_for(x)) is not None:
+        result: Tensor = fast.conv_norm_act(x, *parameters, activation, cu_seqlens, seqused_k)
         return result
-    y = conv_norm_act(x, conv_weight, norm_weight, norm_bias, eps, activation, cu_seqlens)
-    return y.contiguous()
+    return conv_norm_act(x, *parameters, activation, cu_seqlens, seqused_k).contiguous()

@@ -67,8 +67,16 @@ class Positions(NamedTuple):
     right: int
 
 
+class Utterance(NamedTuple):
+    """Where an utterance lies in the batch: its first row, its queries and its keys."""
+
+    offset: int
+    num_queries: int
+    num_keys: int  # the first so many rows
+
+
 class Block(NamedTuple):
-    """Queries `start` to `end` of an utterance of `length` frames at row `offset` of the batch."""
+    """Queries `start` to `end` of an utterance of `length` keys at row `offset` of the batch."""
 
     offset: int
     length: int
@@ -80,7 +88,7 @@ class Block(NamedTuple):
         return slice(self.offset + self.start, self.offset + self.end)
 
     def columns(self) -> slice:
-        """The utterance's keys, in the batch."""
+        """All of the utterance's keys, in the batch."""
         return slice(self.offset, self.offset + self.length)
 
 
@@ -97,6 +105,7 @@ def shaw_attention(
     return_log_sum_exp: Literal[False] = False,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -113,6 +122,7 @@ def shaw_attention(
     return_log_sum_exp: Literal[True],
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -128,6 +138,7 @@ def shaw_attention(
     return_log_sum_exp: bool = False,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention with relative keys (Shaw et al. 2018), within each utterance.
 
@@ -143,6 +154,7 @@ def shaw_attention(
         return_log_sum_exp: also return the log-sum-exp of every row of scores.
         dropout_p: probability with which an attention weight is dropped.
         dropout_seed: int64 `[2]`, which decides what is dropped (`Dropout`).
+        seqused_k: int32 `[batch]`, tokens of each utterance that are keys; `None`: all.
 
     Returns:
         The output `[N, H, D]` in the dtype of `query`, contiguous; with `return_log_sum_exp` also
@@ -156,33 +168,41 @@ def shaw_attention(
     dropout = Dropout(dropout_p, dropout_seed)
     # Without positions that matter to the softmax the embedding counts for the log-sum-exp only.
     embedding = distance_embedding if return_log_sum_exp or left + right > 0 else None
-    for rows, starts in groups_of_utterances(cu_seqlens.tolist()):
+    for rows, utterances in groups_of_utterances(cu_seqlens, seqused_k):
         tensors = (query[rows], key[rows], value[rows])
-        attend = Attend(*tensors, longest_of(starts), embedding, left, right)
-        for offset, stop in itertools.pairwise(starts):
-            for block, heads, by_head in attend.blocks(offset, stop - offset):
+        attend = Attend(*tensors, longest_of(utterances), embedding, left, right)
+        for utterance in utterances:
+            for block, heads, by_head in attend.blocks(utterance):
                 attend.forward(block, heads, by_head, dropout, output[rows], log_sum_exp[:, rows])
     return (output, log_sum_exp) if return_log_sum_exp else output
 
 
-def groups_of_utterances(starts: list[int]) -> Iterator[tuple[slice, list[int]]]:
-    """Groups of few utterances, or one long one: their rows, and where each starts within these.
+def groups_of_utterances(
+    cu_seqlens: Tensor, seqused_k: Tensor | None
+) -> Iterator[tuple[slice, list[Utterance]]]:
+    """Groups of few utterances, or one long one: their rows, and where each lies within these.
 
     What a group needs besides the results stays in cache, and in memory that the allocator keeps.
     """
+    starts = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in itertools.pairwise(starts)]
+    used = lengths if seqused_k is None else seqused_k.tolist()
     first = 0
     for last in range(1, len(starts)):
         following = starts[min(last + 1, len(starts) - 1)]
         if last == len(starts) - 1 or following - starts[first] > _GROUP_FRAMES:
             if starts[last] > starts[first]:
-                inside = [start - starts[first] for start in starts[first : last + 1]]
+                inside = [
+                    Utterance(starts[index] - starts[first], lengths[index], used[index])
+                    for index in range(first, last)
+                ]
                 yield slice(starts[first], starts[last]), inside
             first = last
 
 
-def longest_of(starts: list[int]) -> int:
+def longest_of(utterances: list[Utterance]) -> int:
     """Frames of the longest utterance."""
-    return max(stop - start for start, stop in itertools.pairwise(starts))
+    return max(utterance.num_queries for utterance in utterances)
 
 
 def _positions(
@@ -259,25 +279,26 @@ class Attend:
         self.in_range = _heads_in_range(self.query, self.key, self.positions)
         self.scratch = query.new_empty(0)
 
-    def blocks(self, offset: int, length: int) -> Iterator[tuple[Block, slice, bool]]:
+    def blocks(self, utterance: Utterance) -> Iterator[tuple[Block, slice, bool]]:
         """Blocks of queries of an utterance, each for several heads, or for one by itself."""
-        if length == 0:
+        offset, num_queries, length = utterance
+        if num_queries == 0:
             return
         by_head = _uses_linear(self.query.dtype, length)
         row_bytes = self.query.element_size() * length
         if by_head:
             queries = max(_MIN_QUERIES, _BLOCK_BYTES // row_bytes)
-            num_blocks = -(-length // queries)
+            num_blocks = -(-num_queries // queries)
         else:
-            num_blocks = max(1, round(length / _MIN_QUERIES))
-        queries = -(-length // num_blocks)
+            num_blocks = max(1, round(num_queries / _MIN_QUERIES))
+        queries = -(-num_queries // num_blocks)
         head_bytes = row_bytes * queries
         group = max(
             1, _GROUP_BYTES // head_bytes, min(_GROUP_HEADS, 2 * _GROUP_BYTES // head_bytes)
         )
         group = 1 if by_head else group
-        for start in range(0, length, queries):
-            block = Block(offset, length, start, min(start + queries, length))
+        for start in range(0, num_queries, queries):
+            block = Block(offset, length, start, min(start + queries, num_queries))
             for heads in self._groups(group):
                 yield block, heads, by_head
 
@@ -421,6 +442,12 @@ class _Bias(NamedTuple):
             scores[..., self.side].copy_(self.beyond)
 
 
+def band_keys(block: Block, left: int, right: int) -> tuple[int, int]:
+    """First and end of the keys that are in the band of any of a block's queries."""
+    start = min(max(block.start - left, 0), block.length)
+    return start, max(start, min(block.end + right, block.length))
+
+
 def _bias(positions: Positions, heads: slice, block: Block, dtype: torch.dtype) -> _Bias:
     """Position scores of a block of queries for the heads of a group, in `dtype`."""
     left, right = positions.left, positions.right
@@ -430,7 +457,7 @@ def _bias(positions: Positions, heads: slice, block: Block, dtype: torch.dtype) 
     products = positions.products[
         heads, block.offset + block.start : block.offset + block.end
     ]  # [G, b, L + R + 1]
-    start, stop = max(origin, 0), min(origin + width, block.length)
+    start, stop = band_keys(block, left, right)
     before, after = slice(0, start), slice(stop, block.length)
     left_is_zero = start >= block.length - stop
     side, zero = (after, before) if left_is_zero else (before, after)

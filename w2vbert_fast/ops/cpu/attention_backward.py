@@ -16,7 +16,6 @@ keys beyond the band. Numerators are computed again as in the forward pass.
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -27,6 +26,7 @@ from .attention import (
     Attend,
     Block,
     Dropout,
+    band_keys,
     base_two,
     groups_of_utterances,
     longest_of,
@@ -48,6 +48,7 @@ def shaw_attention_backward(
     right: int,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `attention.shaw_attention`.
 
@@ -63,6 +64,7 @@ def shaw_attention_backward(
         right: R.
         dropout_p: of the forward pass.
         dropout_seed: of the forward pass.
+        seqused_k: of the forward pass.
 
     Returns:
         The gradients of query, key and value, `[N, H, D]` in the dtype of `query`, and of the
@@ -78,9 +80,9 @@ def shaw_attention_backward(
     dropout = Dropout(dropout_p, dropout_seed)
     # A softmax does not see what is equal for all keys: one position vector has no gradient.
     embedding = distance_embedding if left + right > 0 else None
-    for rows, starts in groups_of_utterances(cu_seqlens.tolist()):
+    for rows, utterances in groups_of_utterances(cu_seqlens, seqused_k):
         tensors = (query[rows], key[rows], value[rows])
-        longest = longest_of(starts)
+        longest = longest_of(utterances)
         attend = _AttendBackward(
             Attend(*tensors, longest, embedding, left, right), grad[rows], output[rows]
         )
@@ -88,8 +90,8 @@ def shaw_attention_backward(
             attend.embedding = reached(embedding, left, right, longest).to(statistics)
             assert grad_embedding is not None
             attend.grad_embedding = reached(grad_embedding, left, right, longest)
-        for offset, stop in itertools.pairwise(starts):
-            for block, heads, by_head in attend.shared.blocks(offset, stop - offset):
+        for utterance in utterances:
+            for block, heads, by_head in attend.shared.blocks(utterance):
                 attend.block(block, heads, by_head, dropout)
         for target, part in zip(grads, attend.results(), strict=True):
             target[rows] = part.transpose(0, 1)
@@ -182,7 +184,7 @@ def _sums_by_distance(ds: Tensor, block: Block, left: int, right: int) -> Tensor
     span = left + right
     width = num_queries + span
     origin = block.start - left  # key of the buffer's first column
-    start, stop = max(origin, 0), min(origin + width, block.length)
+    start, stop = band_keys(block, left, right)
     dtype = torch.promote_types(ds.dtype, torch.float32)
     band = ds.new_zeros(group, num_queries, width, dtype=dtype)
     band[..., start - origin : stop - origin] = ds[..., start:stop]

@@ -7,8 +7,6 @@ each, and one convolution runs over all of them.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +28,7 @@ def conv_norm_act(
     eps: float,
     activation: str,
     cu_seqlens: Tensor,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     """`act(LN(y))` with `y[t, c] = sum_k conv_weight[c, k] * x[t - (K - 1) + k, c]`.
 
@@ -41,6 +40,8 @@ def conv_norm_act(
         eps: added to the variance.
         activation: a name of `ops.activations.ACTIVATIONS`.
         cu_seqlens: int32 `[batch + 1]`.
+        seqused_k: int32 `[batch]`, rows of an utterance that are read; the others count as zero.
+            `None`: all are.
 
     Returns:
         `[num_tokens, channels]` in the dtype of `x`, contiguous.
@@ -51,14 +52,13 @@ def conv_norm_act(
     function = get_activation(activation)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    starts = cu_seqlens.tolist()
-    utterances = [(a, b) for a, b in itertools.pairwise(starts) if b > a]
+    utterances = utterances_of(cu_seqlens, seqused_k)
     y = convolve(x, conv_weight, utterances)
     pad = conv_weight.shape[1] - 1
     if len(utterances) == 1:
         return _norm_act(y, norm_weight, norm_bias, eps, activation)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for index, (start, end) in enumerate(utterances):
+    for index, (start, _, end) in enumerate(utterances):
         rows = y[start + index * pad : end + index * pad]
         if x.dtype == norm_weight.dtype == norm_bias.dtype == torch.float32:
             layer_norm_into(out[start:end], rows, norm_weight, norm_bias, eps)
@@ -68,8 +68,19 @@ def conv_norm_act(
     return function(out) if in_place is None else in_place(out, inplace=True)
 
 
-def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int]]) -> Tensor:
-    """The convolution of all utterances, each K - 1 rows after the end of the one before it.
+def utterances_of(cu_seqlens: Tensor, seqused_k: Tensor | None) -> list[tuple[int, int, int]]:
+    """First row, end of the rows that are read, and end of each utterance that has rows."""
+    starts = cu_seqlens.tolist()
+    ends = starts[1:]
+    if seqused_k is not None:
+        used = seqused_k.tolist()
+        ends = [start + count for start, count in zip(starts[:-1], used, strict=True)]
+    bounds = zip(starts[:-1], ends, starts[1:], strict=True)
+    return [(start, used_end, end) for start, used_end, end in bounds if end > start]
+
+
+def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int, int]]) -> Tensor:
+    """The convolution of `utterances_of`, each K - 1 rows after the end of the one before it.
 
     Returns `[num_tokens + (len(utterances) - 1) * (K - 1), channels]`; the rows in between are of
     no use.
@@ -81,9 +92,12 @@ def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int]]) -> Te
     if channels < _LOW_PRECISION_CHANNELS:
         x, weight = x.to(wide), weight.to(wide)
     spaced = x.new_empty(num_rows, channels)
-    for index, (start, end) in enumerate(utterances):
-        spaced[start + index * pad : start + (index + 1) * pad].zero_()
-        spaced[start + (index + 1) * pad : end + (index + 1) * pad] = x[start:end]
+    for index, (start, used_end, end) in enumerate(utterances):
+        shift = (index + 1) * pad
+        spaced[start + shift - pad : start + shift].zero_()
+        spaced[start + shift : used_end + shift] = x[start:used_end]
+        if used_end < end:
+            spaced[used_end + shift : end + shift].zero_()
     strides = (num_rows * channels, 1, num_rows * channels, channels)
     picture = spaced.as_strided((1, channels, 1, num_rows), strides)
     y = F.conv2d(picture, weight.reshape(channels, 1, 1, taps), groups=channels)
