@@ -325,7 +325,7 @@ def kernel_specs(
             "eps": "fp32",
         }
         num_rows = 2 * config.rows + 5
-        arrays = {"cu_seqlens_ptr": (0, 3, num_rows)}
+        arrays: dict[str, tuple[int, ...]] = {"cu_seqlens_ptr": (0, 3, num_rows)}
         if has_seqused:
             arrays["seqused_k_ptr"] = (2, num_rows - 4)
         specs.append(

@@ -430,7 +430,7 @@ class Wav2Vec2BertForXVector(_Classifier):
     @property
     def undilated_context(self) -> int:
         """`context` as the reference counts it for its pooling: without the dilations."""
-        return sum(layer.kernel_size - 1 for layer in self.tdnn)  # type: ignore[misc]
+        return sum(layer.kernel_size - 1 for layer in self.tdnn)  # type: ignore[misc, operator]
 
     def pooled_frames(self, tokens: int, valid: int) -> int:
         """Frames behind the TDNN that the reference pools over, for an utterance by itself.
