@@ -125,7 +125,8 @@ def test_encoders_inside_other_models(always_fast: None) -> None:
     before = mine(x)
     assert_equal(accelerate(mine)(x), before)
     fast = [m for m in mine.modules() if type(m).__module__ == integration.__name__]
-    assert len(fast) == 1 + TINY["num_hidden_layers"] + 1 + SEAMLESS["speech_encoder_layers"] + 1
+    ours, theirs = TINY["num_hidden_layers"], SEAMLESS["speech_encoder_layers"]
+    assert len(fast) == 2 + ours + 2 + theirs + 1  # projection, encoder, layers; an adapter
 
 
 @torch.no_grad()
