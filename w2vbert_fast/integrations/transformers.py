@@ -73,6 +73,7 @@ class _Family:
 
 
 _PARTS = (
+    "FeatureProjection",
     "Encoder",
     "EncoderLayer",
     "Adapter",
