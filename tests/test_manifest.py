@@ -61,6 +61,18 @@ def test_a_quotation_mark_that_nobody_closes_swallows_no_row_of_a_csv(tmp_path: 
     assert [row.place for row in rows] == [f"line {n}" for n in range(2, 6)]
 
 
+def test_a_cell_over_two_lines_that_makes_no_row_is_two_bad_rows(tmp_path: Path) -> None:
+    lines = ["file,text,speaker", 'a.wav,"two', 'lines",x', 'b.wav,"two', 'lines"', "c.wav,y,z"]
+    rows = read(tmp_path / "rows.csv", "\n".join(lines))
+    assert [row.problem for row in rows] == [
+        None,
+        "line 4: 2 cells in 3 columns",
+        "line 5: 1 cells in 3 columns",
+        None,
+    ]
+    assert texts(rows[:1]) == ["two\nlines"]
+
+
 def test_every_line_that_could_be_a_row_is_one_wherever_marks_stand(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(200):
