@@ -19,6 +19,7 @@ from w2vbert_fast.inference.audio_files import Block, Samples, Unreadable
 # Samples that are converted at once.
 _STRETCH = 1 << 20
 _PIECE_SECONDS = 0.25
+_RATE = 8_000
 # Of N channels without anything in common the sum has the energy of all of them. Below this share
 # of it they cancel.
 _CANCELLED = 0.1
@@ -39,12 +40,13 @@ class Channels:
 
     def add(self, block: Block) -> None:
         """Take in samples, ``[channels, n]``."""
-        samples = block.samples
-        channels, count = samples.shape
-        if channels < 2 or count == 0:
+        channels = block.samples.shape[0]
+        if channels < 2 or block.samples.shape[1] == 0:
             return
+        # Moments are the same of every n-th sample.
+        samples = np.ascontiguousarray(block.samples[:, :: max(1, block.sampling_rate // _RATE)])
         found = self._moments.setdefault(channels, [])
-        pieces = max(1, round(count / (_PIECE_SECONDS * block.sampling_rate)))
+        pieces = max(1, round(block.seconds / _PIECE_SECONDS))
         with np.errstate(invalid="ignore", over="ignore"):
             for piece in np.array_split(samples, pieces, axis=1):
                 mean = piece.mean(axis=1)
@@ -136,7 +138,7 @@ def _mono(samples: Samples, channel: int | None) -> Samples:
         if count == 1 or (channel is not None and channel < count):
             mono = samples[channel or 0] if count > 1 else samples[0]
         else:
-            mono = samples.mean(axis=0, dtype=np.float32)
+            mono = np.full(count, 1 / count, np.float32) @ samples
     if not np.isfinite(mono).all():
         raise Unreadable("holds NaN or infinite samples")
     return np.ascontiguousarray(mono)
