@@ -54,7 +54,7 @@ class Wav2Vec2BertProcessor(HubMixin):
             message = f"{name} must be a w2vbert_fast.{kind.__name__}, got "
             message += f"{came.__module__}.{came.__qualname__}"
             if any(base.__name__ == kind.__name__ for base in came.__mro__):
-                message += f"; w2vbert_fast.{kind.__name__}.{instead} is the same of this package"
+                message += f"; w2vbert_fast.{kind.__name__}.{instead} makes one of it"
             raise TypeError(message)
         self.feature_extractor = feature_extractor
         self.tokenizer = tokenizer
