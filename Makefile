@@ -15,13 +15,14 @@ bench := $(VENV)/.stamp-bench
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers gpu-test aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
+.PHONY: help demo test test-transformers test-torch gpu-test aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
         gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types docs format clean
 
 help:
 	@echo "make demo    transcribe the sample clips with the checkpoint that ships in the package"
 	@echo "make test    run the tests (PYTEST_ARGS=... goes to pytest)"
 	@echo "make test-transformers  only what drives transformers, also with the oldest and the newest one"
+	@echo "make test-torch  what needs no Triton, with the oldest and the newest PyTorch (installs both)"
 	@echo "make gpu-test  run the GPU tests, with the python on the path; nothing is installed"
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
@@ -50,6 +51,18 @@ gpu-test:
 # Part of `make test` as well.
 test-transformers: $(dev)
 	$(bin)/python -m pytest tests/test_transformers_range.py $(PYTEST_ARGS)
+
+# Each in an environment of its own, of several GB. -oldest and -newest may be made alone.
+test-torch: test-torch-oldest test-torch-newest
+
+torch_tests := $(addprefix tests/test_,$(addsuffix .py,models ops cpu_path features encode autograd \
+    fast_path packed_weights int8_model checkpoint training offline doctor integration_transformers))
+
+test-torch-%: tests/torch_%.txt tests/torch_range.txt
+	$(PYTHON) -m venv --clear build/torch-$*
+	build/torch-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
+	    -r $< -r tests/torch_range.txt
+	PYTHONPATH=. build/torch-$*/bin/python -m pytest -p no:cacheprovider $(torch_tests) $(PYTEST_ARGS)
 
 aot: $(dev)
 	$(bin)/python -m csrc_triton.aot

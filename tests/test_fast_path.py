@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,7 +258,7 @@ def test_the_implementation_follows_the_tensor(caplog: pytest.LogCaptureFixture)
 
 def test_without_triton_a_gpu_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch._triton_problem.cache_clear()
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "_TRITON_OBSTACLE", "Triton is not installed")
     try:
         assert dispatch.explain("cuda") == "plain PyTorch: Triton is not installed"
         with FakeTensorMode():
@@ -265,6 +267,27 @@ def test_without_triton_a_gpu_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch
             assert not dispatch.on_triton_device(x)
     finally:
         dispatch._triton_problem.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "obstacle"),
+    [
+        ("3.5.1", "Triton 3.5.1 is installed; the kernels need 3.6, which comes with PyTorch 2.10"),
+        ("3.1.0+rocm", "Triton 3.1.0+rocm is installed; the kernels need 3.6"),
+        ("3.6.0", None),
+        ("3.10.0.dev1", None),
+        ("4.0.0", None),
+    ],
+)
+def test_an_old_triton_is_none(
+    version: str, obstacle: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = tmp_path / "__init__.py"
+    origin.write_text(f"from . import knobs\n__version__ = '{version}'\n")
+    spec = SimpleNamespace(origin=str(origin))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: spec)
+    found = dispatch._triton_obstacle()
+    assert found is obstacle or (obstacle is not None and str(found).startswith(obstacle))
 
 
 def test_layers_of_one_input_side_by_side() -> None:

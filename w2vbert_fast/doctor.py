@@ -34,6 +34,8 @@ PACKAGES = (
     "rich",
     "transformers",
 )
+TESTED_TORCH = ("2.5", "2.13")
+"""The oldest and the newest PyTorch that the tests were run with."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 # Of the plain form's own error in the same dtype, both against float64; see `_limit`.
 ERROR_RATIO = 2.0
@@ -292,6 +294,7 @@ def _machine() -> list[tuple[str, str]]:
         ("CPU instructions", ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "unknown"),
         ("CPU cores", str(os.cpu_count())),
         ("threads of PyTorch", str(torch.get_num_threads())),
+        ("PyTorch tested", " to ".join(TESTED_TORCH)),
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -36,6 +36,11 @@ OLDEST_OPSET = 18
 _LARGEST_SINGLE_FILE = 1_900_000_000
 
 
+_OLDEST_TORCH = (2, 10)
+"""The oldest PyTorch that exports were tested with. 2.5 cannot: its shapes are narrower, and it has
+no `aoti_compile_and_package`."""
+
+
 class ExportError(RuntimeError):
     """A model could not be exported, or the file written answers otherwise than the model."""
 
@@ -123,7 +128,9 @@ def export(
                 _WRITERS[format](graph, written, opset)
             except Exception as error:
                 reason = (str(error).strip() or repr(error)).splitlines()[0]
-                raise ExportError(f"the model could not be exported: {reason[:300]}") from error
+                raise ExportError(
+                    f"the model could not be exported: {reason[:300]}{_version_hint()}"
+                ) from error
             deviation = _checked(graph, written, format) if check else None
         files = tuple(sorted(staging.iterdir(), key=lambda file: file.name != target.name))
         for file in reversed(files):  # the main file last: with it the export is complete
@@ -223,6 +230,14 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def _version_hint() -> str:
+    version = str(torch.__version__)
+    if tuple(int(part) for part in version.split(".")[:2]) >= _OLDEST_TORCH:
+        return ""
+    oldest = ".".join(map(str, _OLDEST_TORCH))
+    return f" (PyTorch {version} is installed; exports were tested with {oldest} and later)"
 
 
 @contextlib.contextmanager

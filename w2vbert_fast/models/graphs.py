@@ -416,7 +416,8 @@ def _precision() -> tuple[Any, ...]:
     """What a matrix product's algorithm is chosen by, besides its operands."""
     matmul = torch.backends.cuda.matmul
     return (
-        matmul.fp32_precision,
+        # Who uses the later name must not use the earlier, which older PyTorch has alone.
+        matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32,
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),

@@ -11,7 +11,9 @@ import functools
 import importlib
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,16 +27,39 @@ _OLDEST_CAPABILITY = (7, 5)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
-# Nothing is imported. A constant, because compiled code asks, and guards on it.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_OLDEST_TRITON = "3.6"
+"""The first whose compiler carries tuples through loops, as the convolution's kernels do."""
+
+
+def _triton_obstacle() -> str | None:
+    """Why there are no Triton kernels at all; `None` where there are. Nothing is imported."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        return "Triton is not installed"
+    if spec.origin is None:
+        return None
+    # The builds for other systems and devices are distributions of other names.
+    text = Path(spec.origin).read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text)
+    oldest = tuple(map(int, _OLDEST_TRITON.split(".")))
+    if found is None or (int(found[2]), int(found[3])) >= oldest:
+        return None
+    return (
+        f"Triton {found[1]} is installed; the kernels need {_OLDEST_TRITON}, which comes with "
+        "PyTorch 2.10, or later"
+    )
+
+
+# A constant, because compiled code asks, and guards on it.
+_TRITON_OBSTACLE = _triton_obstacle()
 
 _forced: Implementation | None = None
 _logged: set[str] = set()
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed. Nothing is imported."""
-    return _HAS_TRITON
+    """Whether a Triton is installed that compiles the kernels. Nothing is imported."""
+    return _TRITON_OBSTACLE is None
 
 
 def implementation(tensor: Tensor) -> Implementation:
@@ -91,8 +116,8 @@ def explain(device: torch.device | str) -> str:
 @functools.cache
 def _triton_problem(device_index: int) -> str | None:
     """Why Triton kernels cannot run on a CUDA or ROCm device; `None` when they can."""
-    if not _HAS_TRITON:
-        return "Triton is not installed"
+    if _TRITON_OBSTACLE is not None:
+        return _TRITON_OBSTACLE
     try:
         importlib.import_module("csrc_triton")
     except ImportError as error:
@@ -153,7 +178,7 @@ def on_triton_device(tensor: Tensor) -> bool:
     """
     if _forced is not None:
         return _forced == "triton"
-    return tensor.device.type == "cuda" and _HAS_TRITON
+    return tensor.device.type == "cuda" and _TRITON_OBSTACLE is None
 
 
 def takes_fast_path(fast: bool, *tensors: Tensor | None) -> bool:
@@ -193,8 +218,8 @@ def force(wanted: Implementation) -> Iterator[None]:
     if wanted not in ("triton", "cpu", "plain"):
         raise ValueError(f"implementation is {wanted!r}; it must be 'triton', 'cpu' or 'plain'")
     if wanted == "triton":
-        if not has_triton():
-            raise RuntimeError("triton is not installed, so its kernels cannot be forced on a CPU")
+        if _TRITON_OBSTACLE is not None:
+            raise RuntimeError(f"Triton kernels cannot be forced: {_TRITON_OBSTACLE}")
         from csrc_triton.runtime import interpreting
 
         if not interpreting():

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 _LIBRARY: Any = torch.library.Library("w2vbert", "FRAGMENT")  # type: ignore[no-untyped-call]
-# Compilers hand over tensors with the strides that they would have without compilation.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+# Compilers hand over tensors with the strides that they would have without compilation; in the
+# older PyTorch that has no such tag, with strides in the same order.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 Autocast = Literal["lower", "float32", "as_is"]
