@@ -266,7 +266,8 @@ def test_asr_pipeline_finds_no_letters_in_the_padding_of_batches(
     theirs, mine = pipelines(tiny_checkpoint)
     if not supported(theirs, options):
         pytest.skip(f"the pipeline of transformers {transformers.__version__} cannot do that")
-    lengths = (70_000, 31_000, 50_240)
+    # 436, 193, 313 and 124 mel frames: two of the recordings end in half a frame.
+    lengths = (70_000, 31_160, 50_400, 20_080)
     alone = theirs(sweeps(*lengths), **options)
     batched = mine(sweeps(*lengths), batch_size=2, **options)
     assert [result["text"] for result in batched] == [result["text"] for result in alone]
