@@ -137,7 +137,7 @@ def test_impossible_calls(folder: Path) -> None:
         TypeError, match=r"tokenizer must be a w2vbert_fast.Wav2Vec2CTCTokenizer, got .*str"
     ):
         Wav2Vec2BertProcessor(SeamlessM4TFeatureExtractor(), "x")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"feature_extractor must be a SeamlessM4T.* got int"):
+    with pytest.raises(TypeError, match=r"feature_extractor must be a .*SeamlessM4T.* got .*int"):
         Wav2Vec2BertProcessor(1, processor.tokenizer)  # type: ignore[arg-type]
 
 
