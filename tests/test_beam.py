@@ -182,6 +182,17 @@ def test_delimiters_at_the_ends_cost_nothing(
     assert result.score == pytest.approx(lm_score("a ab"), abs=1e-3)
 
 
+def test_ends_of_a_sentence_count_or_not(tokenizer: Wav2Vec2CTCTokenizer, arpa: Path) -> None:
+    log_probs = torch.full((4, 5), -30.0)
+    log_probs[range(4), [1, 0, 1, 3]] = 0
+    for boundary, expected in ((True, lm_score("a ab")), (False, LN10 * (-0.5 - 0.2))):
+        decoder = BeamDecoder(
+            tokenizer, arpa, lm_weight=1.0, word_bonus=0.0, score_boundary=boundary
+        )
+        result = decoder.decode(log_probs.log_softmax(-1))
+        assert (result.text, result.score) == ("a ab", pytest.approx(expected, abs=1e-3))
+
+
 def test_the_language_model_changes_the_text(tokenizer: Wav2Vec2CTCTokenizer, arpa: Path) -> None:
     # "b" is a little more probable than "a" in both words; the model has seen "a ab" only.
     rows = [[0.01, 0.4, 0.001, 0.5, 0.089], [0.96, 0.01, 0.001, 0.009, 0.02]]
