@@ -16,9 +16,15 @@ from w2vbert_fast import ops
 from w2vbert_fast.ops import cpu
 
 # The functions of the package have the names of their files.
-attention, capability, linear, linear_backward = (
+attention, capability, conv, linear, linear_backward, norm = (
     importlib.import_module(f"w2vbert_fast.ops.cpu.{name}")
-    for name in ("attention", "capability", "linear", "linear_backward")
+    for name in ("attention", "capability", "conv", "linear", "linear_backward", "norm")
+)
+FOR_SMALL_INPUTS = (
+    (attention, "_SHORT_FRAMES"),
+    (conv, "_FEW_ELEMENTS"),
+    (linear, "_FEW_PRODUCTS"),
+    (norm, "_FEW_ELEMENTS"),
 )
 
 RAGGED = (1, 2, 31, 0, 63, 64, 65, 217, 300)
@@ -31,6 +37,21 @@ def _no_gradients() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _as_for_large_inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs for large inputs runs for the small ones of these tests."""
+    if "_as_for_small_inputs" not in request.fixturenames:
+        for module, threshold in FOR_SMALL_INPUTS:
+            monkeypatch.setattr(module, threshold, 0)
+
+
+@pytest.fixture
+def _as_for_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs for small inputs runs for all."""
+    for module, threshold in FOR_SMALL_INPUTS:
+        monkeypatch.setattr(module, threshold, 1 << 40)
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "without"])
@@ -176,6 +197,40 @@ def test_conv_norm_act(dtype: torch.dtype, taps: int, lengths: tuple[int, ...]) 
         check(
             cpu.conv_norm_act(strided(x), strided(conv), weight, bias, *arguments), expected, plain
         )
+
+
+@pytest.mark.usefixtures("_as_for_small_inputs")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_inputs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("what is made for large inputs was called")
+
+    monkeypatch.setattr(attention, "Attend", refuse)
+    monkeypatch.setattr(conv, "layer_norm_into", refuse)
+    monkeypatch.setattr(norm, "layer_norm_into", refuse)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
+    test_norms(dtype, 160, monkeypatch)
+    test_conv_norm_act(dtype, 31, RAGGED)
+    test_conv_norm_act(dtype, 1, (0,))
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", refuse)
+    test_linear(dtype, "silu")
+    for lengths in (RAGGED, (1,), (0, 3, 0)):
+        for reach in ((64, 8), (5, 3), (0, 8), (0, 0), (1000, 900)):
+            tensors = tuple(random(dtype, sum(lengths), 3, 64) for _ in range(3))
+            embedding = random(dtype, sum(reach) + 1, 64)
+            for positions, clip in ((embedding, reach), (None, (0, 0))):
+                expected, plain = (
+                    attend_plainly(
+                        tuple(t.to(wide) for t in tensors),
+                        lengths,
+                        None if positions is None else positions.to(wide),
+                        *clip,
+                    )
+                    for wide in (torch.float64, dtype)
+                )
+                arguments = (cumulative(lengths), max(lengths), positions, *clip)
+                check(cpu.shaw_attention(*tensors, *arguments), expected, plain.contiguous())
 
 
 def attend_plainly(
@@ -379,8 +434,10 @@ def test_products_of_gradients_that_onednn_computes(monkeypatch: pytest.MonkeyPa
 def test_few_channels(dtype: torch.dtype, channels: int) -> None:
     # In a process of its own: where oneDNN cannot make a kernel, it does not come back.
     code = f"""
+import importlib
 import torch
 from w2vbert_fast.ops import conv, cpu
+importlib.import_module("w2vbert_fast.ops.cpu.conv")._FEW_ELEMENTS = 0
 torch.manual_seed(0)
 x, weight = torch.randn(86, {channels}).to({dtype}), torch.randn({channels}, 31).to({dtype})
 gain, offset = torch.ones({channels}).to({dtype}), torch.zeros({channels}).to({dtype})

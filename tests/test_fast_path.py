@@ -245,6 +245,7 @@ def test_the_implementation_follows_the_tensor(caplog: pytest.LogCaptureFixture)
     with dispatch.force("plain"):
         assert dispatch.implementation(torch.empty(0)) == "plain"
     dispatch._logged.clear()
+    dispatch._implementation.cache_clear()
     with caplog.at_level("INFO", logger=dispatch.__name__):
         for _ in range(2):
             assert dispatch.implementation(torch.empty(0, device="meta")) == "plain"
@@ -257,7 +258,8 @@ def test_the_implementation_follows_the_tensor(caplog: pytest.LogCaptureFixture)
 
 
 def test_without_triton_a_gpu_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    dispatch._triton_problem.cache_clear()
+    for function in (dispatch._triton_problem, dispatch._implementation):
+        function.cache_clear()
     monkeypatch.setattr(dispatch, "_TRITON_OBSTACLE", "Triton is not installed")
     try:
         assert dispatch.explain("cuda") == "plain PyTorch: Triton is not installed"
@@ -266,7 +268,8 @@ def test_without_triton_a_gpu_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch
             assert dispatch.implementation(x) == "plain"
             assert not dispatch.on_triton_device(x)
     finally:
-        dispatch._triton_problem.cache_clear()
+        for function in (dispatch._triton_problem, dispatch._implementation):
+            function.cache_clear()
 
 
 @pytest.mark.parametrize(

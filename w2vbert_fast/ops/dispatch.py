@@ -67,9 +67,15 @@ def implementation(tensor: Tensor) -> Implementation:
 
     Where none is faster the plain one runs, which the log says once for each type of device.
     """
-    device, dtype = tensor.device, tensor.dtype
-    if _forced is not None:
-        return _if_possible(_forced, device.type, dtype)
+    return _implementation(tensor.device, tensor.dtype, _forced)
+
+
+@functools.cache
+def _implementation(
+    device: torch.device, dtype: torch.dtype, forced: Implementation | None
+) -> Implementation:
+    if forced is not None:
+        return _if_possible(forced, device.type, dtype)
     if device.type == "cuda":
         chosen: Implementation = "triton"
         problem = _triton_problem(device.index or 0)

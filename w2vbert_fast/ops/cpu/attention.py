@@ -18,6 +18,9 @@ are taken of the scores as they are. Heads beyond it subtract each row's maximum
 The row sums divide the output, not the probabilities. Those of long bf16 rows are sums of stretches
 of keys, each rounded once, added up in fp32: PyTorch would copy all powers to fp32 first.
 
+Short utterances. To prepare the above takes longer than the work on a short utterance, which is
+scored at once, all heads and keys, each position score picked by its index; in fp32, also for bf16.
+
 Products. bf16 goes through oneDNN's batched product, several heads a call. fp32 goes to MKL, which
 on AMD processors is less than half as fast as oneDNN's linear layer, so long utterances go through
 that, head by head.
@@ -35,6 +38,7 @@ import torch
 from torch import Tensor
 
 from .capability import onednn_linear
+from .conv import utterances_of
 from .linear import linear, matmul_transposed
 
 _BLOCK_BYTES = 2 << 20
@@ -51,6 +55,8 @@ _STRETCHES_FROM = 512
 """Keys from which row sums are added up from stretches; the rounding of fewer would not average."""
 _LINEAR_FROM = 160
 """Frames from which fp32 calls the linear layer a head: below, its call takes longer than MKL."""
+_SHORT_FRAMES = 128
+"""Utterances up to here are scored at once: 1 MB a score matrix of 16 heads."""
 _GROUP_FRAMES = 1024
 """Frames of utterances that are prepared together."""
 _SAFE_EXPONENT = 64.0
@@ -165,6 +171,12 @@ def shaw_attention(
     log_sum_exp = torch.empty(num_heads if return_log_sum_exp else 0, num_tokens)
     if output.numel() == 0:
         return (output, log_sum_exp) if return_log_sum_exp else output
+    if max_seqlen <= _SHORT_FRAMES and dropout_p == 0.0 and not return_log_sum_exp:
+        for start, used_end, end in utterances_of(cu_seqlens, seqused_k):
+            rows, used = slice(start, end), slice(start, used_end)
+            tensors = (query[rows], key[used], value[used])
+            output[rows] = _attend_short(*tensors, distance_embedding, left, right)
+        return output
     dropout = Dropout(dropout_p, dropout_seed)
     # Without positions that matter to the softmax the embedding counts for the log-sum-exp only.
     embedding = distance_embedding if return_log_sum_exp or left + right > 0 else None
@@ -175,6 +187,43 @@ def shaw_attention(
             for block, heads, by_head in attend.blocks(utterance):
                 attend.forward(block, heads, by_head, dropout, output[rows], log_sum_exp[:, rows])
     return (output, log_sum_exp) if return_log_sum_exp else output
+
+
+def _attend_short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+) -> Tensor:
+    """Attention of one utterance of few frames: `[T, H, D]` -> `[T, H, D]`, in fp32 at least."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    num_queries, num_heads, head_size = query.shape
+    num_keys = key.shape[0]
+    # [H, T, D]
+    q, k, v = (x.transpose(0, 1).to(dtype) for x in (query, key, value))
+    factor = 1.0 / math.sqrt(head_size)
+    if distance_embedding is None or left + right == 0:
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(factor)
+    else:
+        reach = max(num_queries, num_keys)
+        embedding = reached(distance_embedding, left, right, reach).to(dtype)
+        by_distance = torch.matmul(q, embedding.t())  # [H, T, L + R + 1]
+        columns = _columns(num_queries, num_keys, left, right)
+        positions = by_distance.gather(-1, columns.expand(num_heads, -1, -1))
+        scores = torch.baddbmm(positions, q, k.transpose(1, 2), beta=factor, alpha=factor)
+    return torch.bmm(torch.softmax(scores, -1), v).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=32)
+def _columns(num_queries: int, num_keys: int, left: int, right: int) -> Tensor:
+    """Where `reached`'s embedding holds the distance of a query and a key: int64 `[T, T]`."""
+    reach = max(num_queries, num_keys) - 1
+    left, right = min(left, reach), min(right, reach)
+    with torch.inference_mode(False):
+        distance = torch.arange(num_keys)[None, :] - torch.arange(num_queries)[:, None]
+        return distance.clamp(-left, right) + left
 
 
 def groups_of_utterances(

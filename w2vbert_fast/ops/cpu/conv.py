@@ -2,7 +2,8 @@
 
 Packed `[num_tokens, channels]` is what a convolution over a picture one row high calls
 channels-last, so nothing is transposed: the utterances are copied once, K - 1 zero rows before
-each, and one convolution runs over all of them.
+each, and one convolution runs over all of them. So few elements that its call takes longer than
+its work are multiplied tap by tap instead.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import get_activation
-from .norm import layer_norm, layer_norm_into
+from .norm import layer_norm, layer_norm_into, takes_passes
 
 _LOW_PRECISION_CHANNELS = 256
 """Fewer channels than this are convolved in float32: for 32 or fewer oneDNN 3.12 does not come to
 an end at some lengths, when it makes its bfloat16 kernel."""
+_FEW_ELEMENTS = 4096
+"""Up to so many elements the products of all taps, summed up, take less time than a convolution."""
 _IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
 
 
@@ -60,7 +63,7 @@ def conv_norm_act(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for index, (start, _, end) in enumerate(utterances):
         rows = y[start + index * pad : end + index * pad]
-        if x.dtype == norm_weight.dtype == norm_bias.dtype == torch.float32:
+        if takes_passes(rows, norm_weight, norm_bias):
             layer_norm_into(out[start:end], rows, norm_weight, norm_bias, eps)
         else:
             out[start:end] = F.layer_norm(rows, (x.shape[1],), norm_weight, norm_bias, eps)
@@ -98,6 +101,9 @@ def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int, int]]) 
         spaced[start + shift : used_end + shift] = x[start:used_end]
         if used_end < end:
             spaced[used_end + shift : end + shift].zero_()
+    if num_rows * channels <= _FEW_ELEMENTS + pad * channels:
+        windows = spaced.as_strided((num_rows - pad, taps, channels), (channels, channels, 1))
+        return (windows * weight.t()).sum(1).to(dtype)
     strides = (num_rows * channels, 1, num_rows * channels, channels)
     picture = spaced.as_strided((1, channels, 1, num_rows), strides)
     y = F.conv2d(picture, weight.reshape(channels, 1, 1, taps), groups=channels)

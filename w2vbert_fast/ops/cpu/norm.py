@@ -2,7 +2,8 @@
 
 In bf16 PyTorch's own LayerNorm is as fast as memory allows. In fp32 it is not: its running moments
 take 2 ns an element on one core. There, five vectorised passes over rows that stay in cache take a
-fifth of that, with the variance of the centred values, as a two-pass algorithm has it.
+fifth of that, with the variance of the centred values, as a two-pass algorithm has it. For a few
+rows the five calls themselves are what takes time, and PyTorch's one call is faster.
 
 The sum of a residual connection is normalised as it is stored, as the plain form does.
 """
@@ -15,6 +16,8 @@ from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 21
 """Elements normalised at a time: 8 MB, which five passes find in the last-level cache."""
+_FEW_ELEMENTS = 1 << 14
+"""So few elements are normalised faster by one call, however slow its loop is."""
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -29,12 +32,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     Returns:
         `[num_tokens, hidden]` in the dtype of `x`, contiguous.
     """
-    if x.dtype != torch.float32 or weight.dtype != x.dtype or bias.dtype != x.dtype:
+    if not takes_passes(x, weight, bias):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for rows in row_blocks(x):
         layer_norm_into(out[rows], x[rows], weight, bias, eps)
     return out
+
+
+def takes_passes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether `layer_norm_into` is the faster way for these tensors, and takes them."""
+    return x.dtype == weight.dtype == bias.dtype == torch.float32 and x.numel() > _FEW_ELEMENTS
 
 
 def layer_norm_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -99,7 +107,7 @@ def residual_double_layer_norm(
         `(z1, z2)`, both `[num_tokens, hidden]` in the dtype of `x`, contiguous.
     """
     z = _add(residual, x, scale)
-    if z.dtype == weight1.dtype == bias1.dtype == torch.float32:
+    if takes_passes(z, weight1, bias1):
         for rows in row_blocks(z):
             layer_norm_into(z[rows], z[rows], weight1, bias1, eps1)
     else:
@@ -108,5 +116,4 @@ def residual_double_layer_norm(
 
 
 def _add(residual: Tensor, x: Tensor, scale: float) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.add(residual, x, alpha=scale, out=out)
+    return torch.add(residual, x, alpha=scale).to(x.dtype).contiguous()
