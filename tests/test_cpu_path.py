@@ -21,7 +21,7 @@ attention, capability, conv, linear, linear_backward, norm = (
     for name in ("attention", "capability", "conv", "linear", "linear_backward", "norm")
 )
 FOR_SMALL_INPUTS = (
-    (attention, "_SHORT_FRAMES"),
+    (attention, "_FEW_SCORES"),
     (conv, "_FEW_ELEMENTS"),
     (linear, "_FEW_PRODUCTS"),
     (norm, "_FEW_ELEMENTS"),

@@ -61,6 +61,10 @@ class PackedBatch:
             device: where the index tensors live.
             valid_lengths: valid frames of each utterance; `None`: all its tokens.
         """
+        if valid_lengths is None and all(length == padded_length for length in lengths):
+            starts = [row * padded_length for row in range(len(lengths) + 1)]
+            cu_seqlens = torch.tensor(starts, dtype=torch.int32, device="cpu").to(device)
+            return cls(cu_seqlens, tuple(lengths), padded_length, None, is_right_padded=True)
         frames = torch.arange(padded_length, device="cpu")
         limits = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         is_token = frames[None, :] < limits[:, None]
@@ -99,6 +103,8 @@ class PackedBatch:
                 f"({batch_size}, {padded_length})"
             )
         valid, has_half = _on_the_host(attention_mask.detach(), features)
+        if has_half is None and bool(valid.all()):
+            return cls.from_lengths([padded_length] * batch_size, padded_length, device)
         lengths = valid.sum(1).tolist()
         starts = valid.to(torch.int8).diff(
             dim=1, prepend=valid.new_zeros(batch_size, 1).to(torch.int8)

@@ -73,6 +73,14 @@ def has_global_hooks() -> bool:
     )
 
 
+def apply_dropout(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`; outside training a call that does nothing costs a layer 20 microseconds."""
+    if is_untouched(module, nn.Dropout) and not module.training:
+        return x
+    y: Tensor = module(x)
+    return y
+
+
 class Wav2Vec2BertFeatureProjection(nn.Module):
     """LayerNorm over the stacked mel frames, then a projection to the hidden size."""
 
@@ -92,7 +100,7 @@ class Wav2Vec2BertFeatureProjection(nn.Module):
         fast = self.use_fast_kernels
         extract_features = ops.layer_norm(features, norm.weight, norm.bias, norm.eps, fast=fast)
         x = apply_linear(self.projection, extract_features, fast=fast)
-        return self.dropout(x), extract_features
+        return apply_dropout(self.dropout, x), extract_features
 
 
 class Wav2Vec2BertFeedForward(nn.Module):
@@ -121,16 +129,14 @@ class Wav2Vec2BertFeedForward(nn.Module):
         if isinstance(activation, str) and not drops:
             if is_untouched(first, nn.Linear) and is_untouched(second, nn.Linear):
                 weights = (first.weight, first.bias, activation, second.weight, second.bias)
-                out: Tensor = self.output_dropout(ops.feed_forward(x, *weights, fast=fast))
-                return out
+                return apply_dropout(self.output_dropout, ops.feed_forward(x, *weights, fast=fast))
             if is_untouched(first, Int8Linear) and is_untouched(second, Int8Linear):
                 return int8_feed_forward(x, first, second, activation)
             if is_untouched(first, PackedLinear) and is_untouched(second, PackedLinear):
                 return packed_feed_forward(x, first, second, activation)
         x = apply_linear(self.intermediate_dense, x, self.activation, fast=fast)
-        x = self.intermediate_dropout(x)
-        y: Tensor = self.output_dropout(apply_linear(self.output_dense, x, fast=fast))
-        return y
+        x = apply_linear(self.output_dense, apply_dropout(self.intermediate_dropout, x), fast=fast)
+        return apply_dropout(self.output_dropout, x)
 
 
 class Wav2Vec2BertConvolutionModule(nn.Module):
@@ -186,8 +192,7 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
             x = last(x)
         else:
             x = ops.linear(x, last.weight.squeeze(-1), fast=fast)
-        y: Tensor = self.dropout(x)
-        return y
+        return apply_dropout(self.dropout, x)
 
 
 class Wav2Vec2BertSelfAttention(nn.Module):
@@ -416,7 +421,7 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
             x, probabilities = run_attention(
                 self.self_attn, x, layout, positions, output_attentions
             )
-        x = self.self_attn_dropout(x)
+        x = apply_dropout(self.self_attn_dropout, x)
         residual, x = self._close_block(residual, x, 1.0, self.conv_module.layer_norm)
         x = self.conv_module(x, layout, taps)
         residual, x = self._close_block(residual, x, 1.0, self.ffn2_layer_norm)

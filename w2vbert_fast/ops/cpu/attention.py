@@ -55,8 +55,8 @@ _STRETCHES_FROM = 512
 """Keys from which row sums are added up from stretches; the rounding of fewer would not average."""
 _LINEAR_FROM = 160
 """Frames from which fp32 calls the linear layer a head: below, its call takes longer than MKL."""
-_SHORT_FRAMES = 128
-"""Utterances up to here are scored at once: 1 MB a score matrix of 16 heads."""
+_FEW_SCORES = 1 << 18
+"""So many scores, of all heads of the longest utterance, are computed at once."""
 _GROUP_FRAMES = 1024
 """Frames of utterances that are prepared together."""
 _SAFE_EXPONENT = 64.0
@@ -171,7 +171,8 @@ def shaw_attention(
     log_sum_exp = torch.empty(num_heads if return_log_sum_exp else 0, num_tokens)
     if output.numel() == 0:
         return (output, log_sum_exp) if return_log_sum_exp else output
-    if max_seqlen <= _SHORT_FRAMES and dropout_p == 0.0 and not return_log_sum_exp:
+    few = num_heads * max_seqlen**2 <= _FEW_SCORES
+    if few and dropout_p == 0.0 and not return_log_sum_exp:
         for start, used_end, end in utterances_of(cu_seqlens, seqused_k):
             rows, used = slice(start, end), slice(start, used_end)
             tensors = (query[rows], key[used], value[used])
