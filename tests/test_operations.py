@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import w2vbert_fast
 from tests.reference import TINY, padded_batch, pair, relative_error
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.ops import registry
 from w2vbert_fast.ops.dispatch import force_triton
 from w2vbert_fast.ops.linear import FUSED_ACTIVATIONS
 
@@ -230,3 +233,25 @@ def test_plain_path_is_the_default() -> None:
     model = w2vbert_fast.Wav2Vec2BertModel(w2vbert_fast.Wav2Vec2BertConfig(**TINY))
     assert model.use_fast_kernels is False
     assert ops.layer_norm(torch.ones(1, 2), torch.ones(2), torch.zeros(2), 1e-5).abs().sum() == 0
+
+
+def test_a_call_that_nobody_watches_runs_at_once() -> None:
+    x = torch.ones(2, 3)
+    assert not registry._runs_at_once(x)  # autograd may record it
+    for quiet in (torch.no_grad(), torch.inference_mode()):
+        with quiet:
+            assert registry._runs_at_once(x)
+            for watcher in (
+                torch.autocast("cpu", torch.bfloat16),
+                FlopCounterMode(display=False),
+                torch.profiler.profile(),
+                torch.enable_grad(),
+            ):
+                with watcher:
+                    assert not registry._runs_at_once(x)
+            assert not registry._runs_at_once(nn.Parameter(x, requires_grad=False))
+            with FakeTensorMode():
+                assert not registry._runs_at_once(torch.empty(2, 3))
+            rows = torch.vmap(lambda row: row + float(registry._runs_at_once(row)))(x)
+            assert torch.equal(rows, x)
+            assert registry._runs_at_once(x)

@@ -74,6 +74,7 @@ def _runs_at_once(x: Tensor) -> bool:
         or torch.is_grad_enabled()
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.maybe_current_level() is not None
         or torch.is_autocast_enabled(x.device.type)
     )
