@@ -1,0 +1,116 @@
+"""The driver without a GPU, and what it says that a launch was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.driver import driver as triton_drivers
+
+from tests.tools.virtual_gpu.scripts import vector_addition
+from tools.virtual_gpu.driver import activated
+from tools.virtual_gpu.record import Launch, Recorder
+
+TARGETS = ("sm_80", "sm_90")
+
+
+@triton.jit
+def scale_kernel(out_ptr, x_ptr, stride, factor, bias, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets * stride) * factor
+    if bias is not None:
+        x += bias
+    tl.store(out_ptr + offsets, x)
+
+
+def recorded(target: str, call) -> list[Launch]:
+    launches: list[Launch] = []
+    with activated(target, launches.append):
+        call()
+    return launches
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_launch_is_compiled_for_the_target_and_handed_over(target: str) -> None:
+    x = torch.zeros(1000)
+    (launch,) = recorded(target, lambda: vector_addition.add(x, x))
+    assert f".target {target}" in launch.ptx
+    assert launch.kernel.endswith("vector_addition:add_kernel") and launch.name == "add_kernel"
+    assert launch.grid == (4, 1, 1)
+    assert launch.constants == {"BLOCK": 256}
+    assert launch.signature == {
+        "x_ptr": "*fp32",
+        "y_ptr": "*fp32",
+        "out_ptr": "*fp32",
+        "n": "i32",
+        "BLOCK": "constexpr",
+    }
+    assert launch.options["num_warps"] == 4 and launch.options["num_stages"] == 3
+    assert [a.name for a in launch.arguments] == ["x_ptr", "y_ptr", "out_ptr", "n"]
+    assert launch.arguments[0].value is x and launch.arguments[3].value == 1000
+
+
+def test_specialisation_is_that_of_the_arguments() -> None:
+    """1,000 is no multiple of 16 and 1,008 is; a view that starts at element 1 is not aligned to
+    16 bytes; 1 and None are compiled in."""
+    x, out = torch.zeros(2001), torch.zeros(64)
+
+    def calls() -> None:
+        vector_addition.add(x[:1008], x[1:1009])
+        scale_kernel[(1,)](out, x, 1, 0.5, None, BLOCK=64, num_warps=2, num_stages=5)
+        scale_kernel[(1,)](out, x, 2, 0.5, 3.0, BLOCK=64)
+
+    added, scaled, strided = recorded("sm_80", calls)
+    multiple = {"tt.divisibility": 16}
+    assert added.hints == {"x_ptr": multiple, "out_ptr": multiple, "n": multiple}
+    assert scaled.constants == {"stride": 1, "bias": None, "BLOCK": 64}
+    assert scaled.options["num_warps"] == 2 and scaled.options["num_stages"] == 5
+    assert [(a.name, a.value) for a in scaled.arguments[2:]] == [("factor", 0.5)]
+    assert strided.constants == {"BLOCK": 64}
+    assert strided.hints == {"out_ptr": multiple, "x_ptr": multiple}
+
+
+def test_both_targets_in_one_process_and_the_driver_before_is_the_driver_after() -> None:
+    before = triton_drivers._active
+    x = torch.zeros(64)
+    seen = [recorded(target, lambda: vector_addition.add(x, x))[0] for target in TARGETS * 2]
+    assert [f".target {launch.target}" in launch.ptx for launch in seen] == [True] * 4
+    assert triton_drivers._active is before
+    with pytest.raises(RuntimeError, match="in the script"), activated("sm_80", lambda _: None):
+        raise RuntimeError("in the script")
+    assert triton_drivers._active is before
+
+
+def test_a_recording_is_a_line_of_json_a_launch(tmp_path: Path) -> None:
+    x = torch.zeros(4, 32)
+    with (tmp_path / "launches").open("w") as file, activated("sm_90", Recorder(file)):
+        vector_addition.add(x[0], x[1])
+        vector_addition.add(x[:, 0], x[:, 1])
+    first, second = map(json.loads, (tmp_path / "launches").read_text().splitlines())
+    assert first["arguments"]["y_ptr"] == {
+        "dtype": "float32",
+        "shape": [32],
+        "strides": [1],
+        "storage_offset": 32,
+        "storage_bytes": 512,
+    }
+    assert second["arguments"]["x_ptr"]["strides"] == [32]
+    assert second["arguments"]["n"] == 4
+    assert first["target"] == "sm_90" and first["hints"]["n"] == {"tt.divisibility": 16}
+    assert first["options"]["num_warps"] == 4
+
+
+def test_what_there_is_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'sm_70'; there are sm_80, sm_90"):
+        recorded("sm_70", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        recorded("sm_80", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    meta = torch.empty(64, device="meta")
+    with pytest.raises(ValueError, match=r"add_kernel: x_ptr is on meta"):
+        recorded("sm_80", lambda: vector_addition.add(meta, meta))

@@ -1,0 +1,221 @@
+"""A Triton driver without a GPU.
+
+Triton specialises, compiles and launches as it always does, for the target that the driver names,
+and with tensors that lie on the CPU. Where the launch would go to CUDA it becomes a `Launch` and is
+handed to a function. The interfaces are those of Triton 3.6 and later (`triton.runtime.driver`,
+`triton.knobs.runtime.kernel_load_end_hook`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.driver import driver as triton_drivers
+
+from .record import Argument, Launch
+
+# Shared memory that one block can have, in bytes: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability". Its keys are the targets there are.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+
+THREADS_PER_WARP = 32
+MOST_THREADS = 1024
+
+# Decided by the place of the installation and not by the kernel or its launch.
+_NOT_RECORDED = frozenset({"extern_libs"})
+
+Run = Callable[[Launch], None]
+
+
+class _Utils:
+    """What Triton asks a driver about its device, and has it do to load a kernel."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.loaded = 0
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return {
+            "max_shared_mem": SHARED_BYTES[self.target],
+            "max_num_regs": 65536,
+            # Persistent kernels start this many programs or a multiple: few are quick to execute.
+            "multiprocessor_count": 4,
+            "warpSize": THREADS_PER_WARP,
+        }
+
+    def load_binary(
+        self, name: str, binary: bytes, shared: int, device: object
+    ) -> tuple[None, int, int, int, int]:
+        """(module, function, registers, spills, most threads). The function is only a number: what
+        it stands for is noted by the hook that Triton calls next."""
+        self.loaded += 1
+        return None, self.loaded, 0, 0, MOST_THREADS
+
+
+def _leaves(name: str, types: Any, value: Any) -> Iterator[Argument]:
+    """Arguments by name, elements of tuples as `name.0`, without those that were compiled in."""
+    if isinstance(types, tuple):
+        for i, (part_type, part) in enumerate(zip(types, value, strict=True)):
+            yield from _leaves(f"{name}.{i}", part_type, part)
+    elif types != "constexpr":
+        yield Argument(name, types, value)
+
+
+class Driver:
+    """The active driver of Triton while `activated` lasts.
+
+    Args:
+        target: `sm_80` or `sm_90`.
+        run: called with every launch, in the order of the launches.
+    """
+
+    def __init__(self, target: str, run: Run) -> None:
+        if target not in SHARED_BYTES:
+            raise ValueError(f"target is {target!r}; there are {', '.join(SHARED_BYTES)}")
+        self.target = target
+        self.utils = _Utils(target)
+        self.ptx: dict[int, str] = {}
+
+        class Launcher:
+            """What Triton makes for every compiled kernel, and calls to launch it."""
+
+            def __init__(self, source: Any, metadata: Any) -> None:
+                self.source = source
+                self.metadata = metadata
+
+            def __call__(
+                launcher,
+                grid_x: int,
+                grid_y: int,
+                grid_z: int,
+                stream: int,
+                function: int,
+                packed_metadata: object,
+                launch_metadata: object,
+                enter: Callable[[object], None] | None,
+                leave: Callable[[object], None] | None,
+                *values: Any,
+            ) -> None:
+                if enter is not None:
+                    enter(launch_metadata)
+                grid = (int(grid_x), int(grid_y), int(grid_z))
+                run(self.launch(launcher.source, launcher.metadata, function, grid, values))
+                if leave is not None:
+                    leave(launch_metadata)
+
+        self.launcher_cls = Launcher
+
+    def launch(
+        self,
+        source: Any,
+        metadata: Any,
+        function: int,
+        grid: tuple[int, int, int],
+        values: Sequence[Any],
+    ) -> Launch:
+        names = source.fn.arg_names
+
+        def named(path: Any) -> str:
+            if isinstance(path, str):
+                return path
+            first, *rest = path
+            return ".".join([names[first], *map(str, rest)])
+
+        arguments = [
+            argument
+            for (name, types), value in zip(source.signature.items(), values, strict=True)
+            for argument in _leaves(name, types, value)
+        ]
+        for argument in arguments:
+            if argument.type.startswith(("tensordesc", "nvTmaDesc")):
+                raise NotImplementedError(
+                    f"{metadata.name}: {argument.name} is a tensor descriptor; there is no TMA here"
+                )
+            if isinstance(argument.value, torch.Tensor) and argument.value.device.type != "cpu":
+                raise ValueError(
+                    f"{metadata.name}: {argument.name} is on {argument.value.device}; "
+                    "a virtual GPU's tensors are on the CPU"
+                )
+        if metadata.global_scratch_size or metadata.profile_scratch_size:
+            raise NotImplementedError(f"{metadata.name} needs scratch memory; there is none here")
+        if metadata.num_ctas != 1:
+            raise NotImplementedError(
+                f"{metadata.name} has num_ctas={metadata.num_ctas}; there are no clusters here"
+            )
+        options = dataclasses.fields(make_backend(metadata.target).parse_options({}))
+        return Launch(
+            kernel=f"{source.fn.fn.__module__}:{source.fn.fn.__qualname__}",
+            name=metadata.name,
+            target=self.target,
+            signature=source.signature,
+            constants={named(path): value for path, value in source.constants.items()},
+            hints={named(path): dict(hints) for path, hints in source.attrs.items() if hints},
+            options={
+                field.name: getattr(metadata, field.name)
+                for field in options
+                if field.name not in _NOT_RECORDED and hasattr(metadata, field.name)
+            },
+            grid=grid,
+            arguments=arguments,
+            ptx=self.ptx[function],
+            shared_bytes=metadata.shared,
+        )
+
+    def loaded(
+        self, module: object, function: int, name: str, files: dict[str, str], key: str
+    ) -> None:
+        """Triton's `kernel_load_end_hook`: where the files of the kernel just loaded lie."""
+        (path,) = (path for file, path in files.items() if file.endswith(".ptx"))
+        self.ptx[function] = Path(path).read_text()
+
+    # What Triton asks of a driver.
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.target.removeprefix("sm_")), THREADS_PER_WARP)
+
+    def get_current_device(self) -> tuple[str, int]:
+        # Triton keeps compiled kernels and properties by device: those of two drivers stay apart.
+        return self.target, id(self)
+
+    def set_current_device(self, device: object) -> None:
+        pass
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        """An autotuner's. There is nothing to time, so its first configuration wins."""
+        return lambda call, quantiles, **options: [0.0] * len(quantiles)
+
+
+@contextlib.contextmanager
+def activated(target: str, run: Run) -> Iterator[Driver]:
+    """Triton launches go to `run` inside the block; the driver before is the driver after."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
+    mine = Driver(target, run)
+    before = triton_drivers._active
+    triton_drivers.set_active(mine)
+    knobs.runtime.kernel_load_end_hook.add(mine.loaded)
+    try:
+        yield mine
+    finally:
+        knobs.runtime.kernel_load_end_hook.remove(mine.loaded)
+        triton_drivers.set_active(before)
