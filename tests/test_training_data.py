@@ -81,7 +81,6 @@ BAD_ROWS: tuple[tuple[str, Any, str], ...] = (
     ("ctc", {"audio": "0.wav", "file": "1.wav", "text": "a"}, "audio and file are two recordings"),
     ("ctc", {"file": "no.wav", "text": "a"}, "there is no file "),
     ("ctc", {"audio": "a\0b", "text": "a"}, "there is no file "),
-    ("ctc", {"audio": "text.wav", "text": "a"}, "the recording "),
     ("ctc", {"audio": "0.wav"}, "no column text, sentence, "),
     ("ctc", {"audio": "0.wav", "text": 5}, "text must be a text, got 5"),
     ("ctc", {"audio": "0.wav", "text": "a", "sentence": "b"}, "text and sentence are two transcr"),
@@ -140,6 +139,20 @@ def test_a_bad_row_is_named_with_its_line_and_column(
     first, second = str(caught.value).splitlines()
     assert first == f"{path} has rows that cannot be used:"
     assert second.startswith(f"  line 2: {message}")
+
+
+def test_a_broken_recording_stays_until_it_is_loaded(clips: Path) -> None:
+    parts = ({}, {"duration": 1}, {"offset": 1}, {"offset": 1, "duration": 1})
+    segments = [{"start": 1.2, "end": 1.5, "label": "a"}]
+    rows = [{"audio": "text.wav", "segments": segments, **part} for part in parts]
+    good = {"audio": "0.wav", "segments": []}
+    source = source_of(manifest_of(clips, *rows, good), "frames", label2id={"none": 0})
+    assert len(source) == 5
+    assert set(source.load(4, 0).labels.tolist()) == {0}
+    for index in range(4):
+        assert source.num_frames(index, 0) >= 1
+        with pytest.raises(UtteranceError, match="not audio"):
+            source.load(index, 0)
 
 
 def test_all_bad_rows_are_listed_up_to_a_limit(clips: Path) -> None:

@@ -48,7 +48,7 @@ class Row:
     Attributes:
         name: what messages call it: the manifest's name, the line and the recording.
         audio: path of the recording.
-        seconds: length of what is trained on.
+        seconds: length of what is trained on; 0 where the recording is broken.
         offset: where that begins, in seconds.
         duration: how much it is, in seconds; None: to the end.
         stated: how long the manifest says that the whole recording is; None where it does not say.
@@ -94,7 +94,8 @@ def read_manifest(
 
     Every recording must be there. Where a row has no `duration` the recording's header is read for
     it, and only where that does not say, the recording. Where it has an `offset` the header tells
-    whether the part is there.
+    whether the part is there. One that is broken stays, with a length of 0: it is named and left
+    out when it is loaded, as one is whose row states the length.
 
     Args:
         path: the file; what does not end as CSV, TSV or Parquet is read as JSON lines. Relative
@@ -137,7 +138,7 @@ class _Lengths:
 
     def __init__(self) -> None:
         self._stated: dict[str, float | None] = {}
-        self._found: dict[str, float] = {}
+        self._found: dict[str, float | None] = {}
 
     def stated(self, audio: str) -> float | None:
         """What a header says; None where it does not say, or only guesses.
@@ -152,11 +153,11 @@ class _Lengths:
                 raise ValueError(f"{audio}: {error.strerror or error}") from None
         return self._stated[audio]
 
-    def __call__(self, audio: str) -> float:
-        """The length, of some formats about.
+    def __call__(self, audio: str) -> float | None:
+        """The length, of some formats about; None of a broken recording.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: the file cannot be read.
         """
         stated = self.stated(audio)
         if stated is not None:
@@ -177,11 +178,11 @@ def _guessed_seconds(audio: str) -> float:
     return float(info.duration) if is_guess else 0.0
 
 
-def _decoded_seconds(audio: str) -> float:
+def _decoded_seconds(audio: str) -> float | None:
     try:
         return load_audio(audio).seconds
-    except AudioError as error:
-        raise ValueError(f"the recording {error}") from None
+    except AudioError:
+        return None
 
 
 def _row(
@@ -210,7 +211,7 @@ def _row(
     elif stated is not None:
         seconds = stated = float(stated)
     else:
-        seconds = lengths(audio)
+        seconds = lengths(audio) or 0.0
     text, label = "", ""
     segments: tuple[Segment, ...] = ()
     if task == "ctc":
@@ -238,12 +239,12 @@ def _part_seconds(row: recordings.Row, audio: str, lengths: _Lengths) -> float:
                 f"{audio} ends after {length:.2f} s"
             )
         return seconds
-    seconds = lengths(audio) - row.offset
-    if seconds <= 0:
-        raise ValueError(
-            f"offset is {row.offset:g} s, and {audio} ends after {lengths(audio):.2f} s"
-        )
-    return seconds
+    length = lengths(audio)
+    if length is None:
+        return 0.0
+    if length <= row.offset:
+        raise ValueError(f"offset is {row.offset:g} s, and {audio} ends after {length:.2f} s")
+    return length - row.offset
 
 
 def _utf8(text: str, what: str) -> str:
@@ -285,7 +286,7 @@ def _segments(columns: Mapping[str, Any], begin: float, end: float) -> tuple[Seg
     for one, other in itertools.pairwise(ordered):
         if other.start < one.end:
             raise ValueError(f"segments from {one.start} s and from {other.start} s overlap")
-    if begin > 0 and ordered and not any(s.start < end and s.end > begin for s in ordered):
+    if 0 < begin < end and ordered and not any(s.start < end and s.end > begin for s in ordered):
         raise ValueError(
             f"no segment reaches into the part from {begin:g} to {end:g} s; their times count from "
             "the recording's start"
