@@ -24,7 +24,7 @@ import torch
 from tests.offline_helpers import Stub, run, table
 from tests.signals import speech_like
 from w2vbert_fast import _extras
-from w2vbert_fast.inference import AudioError, load_audio, to_mono_16khz
+from w2vbert_fast.inference import AudioError, flac, load_audio, to_mono_16khz
 from w2vbert_fast.inference.audio import holds_audio
 from w2vbert_fast.inference.audio_files import Block
 from w2vbert_fast.inference.ffmpeg_reader import open_ffmpeg
@@ -344,6 +344,10 @@ def test_a_hole_in_bare_aac_takes_its_time() -> None:
     third = len(content) // 3
     holed = content[:third] + bytes(third) + content[2 * third :]
     assert load_audio(holed).seconds == pytest.approx(whole, abs=0.5)
+    # Behind a hole packets may be bad, too.
+    for first in range(third, third + 400, 50):
+        holed = content[:first] + bytes(third) + content[first + third :]
+        assert load_audio(holed).seconds == pytest.approx(whole, abs=0.5)
 
 
 def test_tags_between_joined_mp3s_take_no_time() -> None:
@@ -403,6 +407,48 @@ def test_joined_files_are_read_to_the_end(container: str, subtype: str) -> None:
         assert abs(lag(audio.samples, start)) < 0.05
 
 
+@pytest.mark.parametrize("rates", [(16_000, 44_100), (48_000, 16_000), (16_000, 16_000)])
+@pytest.mark.parametrize("offset", [0.5, 2.5, 3.5])
+def test_parts_of_joined_flac_files(tmp_path: Path, rates: tuple[int, int], offset: float) -> None:
+    signals = [speech_like(3, rate, seed=i) for i, rate in enumerate(rates)]
+    path = tmp_path / "a.flac"
+    contents = [content_of("FLAC", x, rate) for x, rate in zip(signals, rates, strict=True)]
+    path.write_bytes(b"".join(contents))
+    whole = load_audio(path)
+    assert whole.seconds == pytest.approx(6, abs=1e-3)
+    assert torch.equal(load_audio(path.read_bytes()).samples, whole.samples)
+    part = load_audio(path, offset=offset, duration=1.0).samples
+    first = round(offset * RATE)
+    wanted = whole.samples[first : first + RATE]
+    assert (part - wanted)[400:15_600].norm() < 0.05 * wanted.norm()
+    # Where the first one does not say how long it is.
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    assert load_audio(bytes(content)).seconds == pytest.approx(6, abs=1e-3)
+
+
+def test_a_flac_file_is_not_searched_for_others_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.flac"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 20 * RATE)
+    soundfile.write(path, noise, RATE, subtype="PCM_24")
+    read: list[int] = []
+    read_at = flac.read_at
+    monkeypatch.setattr(flac, "_LONGEST_BUFFER", 1 << 14)
+    monkeypatch.setattr(flac, "read_at", lambda *args: (read.append(args[2]), read_at(*args))[1])
+    monkeypatch.setattr(flac, "_SEARCHED", 1 << 12)
+    load_audio(path)
+    assert sum(read) < 1 << 16 < path.stat().st_size
+    # A part is not found without, but of one recording only once.
+    load_audio(path, offset=1, duration=1)
+    assert sum(read) > path.stat().st_size
+    read.clear()
+    load_audio(path, offset=2, duration=1)
+    assert sum(read) < 1 << 10
+
+
 def test_joined_transport_streams() -> None:
     one = timed("mpegts", "aac", lambda t: t, rate=48_000, signal=speech_like(3, 48_000))
     later = timed("mpegts", "aac", lambda t: t + 20_000, rate=48_000, signal=speech_like(3, 48_000))
@@ -415,6 +461,7 @@ def test_joined_transport_streams() -> None:
 # --- channels -----------------------------------------------------------------------------------
 
 OTHER = speech_like(3, RATE, seed=1)[::-1].copy()
+HUM = np.sin(np.arange(3 * RATE) * 2 * np.pi * 50 / RATE).astype(np.float32) * SIGNAL.std()
 
 
 def multi(*channels: np.ndarray, rate: int = RATE) -> bytes:
@@ -430,6 +477,9 @@ def multi(*channels: np.ndarray, rate: int = RATE) -> bytes:
         ((SIGNAL, -SIGNAL + 0.001 * OTHER), 0),
         # An offset in common does not hide it.
         ((SIGNAL + np.float32(0.1), -SIGNAL + np.float32(0.1)), 0),
+        # Nor does a cable's hum, nor what else both have.
+        ((SIGNAL + HUM, -SIGNAL + HUM), 0),
+        ((SIGNAL + 0.3 * OTHER, -SIGNAL + 0.3 * OTHER), 0),
         ((0 * SIGNAL, SIGNAL, -0.9 * SIGNAL, 0 * SIGNAL), 1),
         # The first half is in phase.
         ((SIGNAL, np.concatenate([SIGNAL[:24_000], -SIGNAL[24_000:]])), 0),

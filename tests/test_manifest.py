@@ -229,6 +229,16 @@ def test_a_recording_that_is_named_twice_or_in_another_column_is_one(tmp_path: P
         (row,) = reader.rows(0, everything)
         assert row.audio == (b"fLaC" if good else None)
         assert (row.problem is None) == good and row.place == "row 1"
+    # And the content alone.
+    pyarrow.parquet.write_table(
+        pyarrow.table({"audio": [b"fLaC", b"RIFF"]}), tmp_path / "rows.parquet"
+    )
+    reader = open_manifest(tmp_path / "rows.parquet")
+    assert reader is not None
+    assert [(row.audio, row.name) for row in reader.rows(5, everything)] == [
+        (b"fLaC", "rows.parquet:5"),
+        (b"RIFF", "rows.parquet:6"),
+    ]
 
 
 def test_transcripts() -> None:

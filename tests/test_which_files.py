@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -116,7 +117,7 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
         assert summary["passed_over"] == found
 
 
-def test_folders_that_cannot_be_opened_are_counted(
+def test_folders_that_cannot_be_opened_are_rows_that_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "secret").mkdir()
@@ -129,13 +130,12 @@ def test_folders_that_cannot_be_opened_are_counted(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert names_in(tmp_path) == ["a.wav"]
-    assert passed_over(tmp_path) == {
-        "are folders that cannot be opened: Permission denied": {
-            "files": 1,
-            "examples": [str(tmp_path / "secret")],
-        }
+    found = {os.path.basename(row.name): (row.audio is None, row.problem) for row in rows(tmp_path)}
+    assert found == {
+        "a.wav": (False, None),
+        "secret": (True, "the folder cannot be opened: Permission denied"),
     }
+    assert passed_over(tmp_path) == {}
 
 
 def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
@@ -195,6 +195,12 @@ def test_a_pattern_finds_folders_tar_files_and_manifests(tmp_path: Path) -> None
         assert sorted(again) == sorted(found)
     assert [row.name for row in rows(f"{tmp_path}/**/*1")] == [f"{tmp_path}/x1/a.wav"]
     assert [row.name for row in rows(f"{tmp_path}/**/a.*")] == [f"{tmp_path}/x1/a.wav"]
+    # What is none of the user's only if the pattern asks for it.
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX/a.wav").write_bytes(WAV)
+    assert [row.name for row in rows(f"{tmp_path}/**/a.*")] == [f"{tmp_path}/x1/a.wav"]
+    asked = f"{tmp_path}/__MACOSX/a.wav"
+    assert [row.name for row in rows(f"{tmp_path}/__MACOSX/*.wav")] == [asked]
 
 
 def test_an_empty_input_is_an_error(tmp_path: Path) -> None:
@@ -321,6 +327,45 @@ def test_members_that_are_no_recordings_are_counted(tmp_path: Path) -> None:
         }
     }
     assert run([str(tmp_path / "s.tar")], tmp_path / "out").content["passed_over"] == found
+
+
+def test_names_of_tar_members_may_begin_with_their_folder(tmp_path: Path) -> None:
+    members = {
+        "./a.wav": WAV,
+        "./a.txt": b"one",
+        "../b.wav": WAV,
+        "./.c.wav": WAV,
+        "./._a.wav": WAV,
+    }
+    found = rows(tar_of(tmp_path / "s.tar", members))
+    assert [(row.id, row.columns) for row in found] == [("./a", {"txt": "one"}), ("../b", {})]
+
+
+def test_a_name_that_is_there_twice_has_the_texts_beside_it(tmp_path: Path) -> None:
+    members = [("a.wav", WAV), ("a.txt", b"one"), ("a.wav", WAV), ("a.txt", b"two")]
+    found = rows(tar_of(tmp_path / "s.tar", members))
+    assert [(row.id, row.columns) for row in found] == [
+        ("a", {"txt": "one"}),
+        ("a", {"txt": "two"}),
+    ]
+
+
+@pytest.mark.parametrize("module", ["", "gzip", "bz2", "lzma"])
+def test_joined_tar_files_are_read_to_the_end_of_the_last(tmp_path: Path, module: str) -> None:
+    compress = importlib.import_module(module).compress if module else bytes
+    contents = [
+        Path(tar_of(tmp_path / "one.tar", {f"{name}.wav": WAV})).read_bytes() for name in "ab"
+    ]
+    path = tmp_path / "all.tar"
+    path.write_bytes(b"".join(map(compress, contents)))
+    assert [row.id for row in rows(path)] == ["a", "b"]
+    # A compressed stream may end anywhere.
+    half = len(contents[0]) // 2
+    path.write_bytes(compress(contents[0][:half]) + compress(contents[0][half:]))
+    assert [(row.id, row.problem) for row in rows(path)] == [("a", None)]
+    if module:
+        path.write_bytes(compress(contents[0])[:-20])
+        assert "damaged tar file" in str(rows(path)[-1].problem)
 
 
 def test_a_large_sample_is_handed_out_in_parts(

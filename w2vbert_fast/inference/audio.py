@@ -32,6 +32,7 @@ from w2vbert_fast.inference.audio_files import (
     size_of,
 )
 from w2vbert_fast.inference.ffmpeg_reader import DURATION_TOLERANCE_SECONDS, open_ffmpeg
+from w2vbert_fast.inference.flac import flac_streams
 from w2vbert_fast.inference.headers import corrected
 from w2vbert_fast.inference.mixdown import Channels, to_mono
 from w2vbert_fast.inference.ogg import read_pages
@@ -238,8 +239,10 @@ def stated_seconds(path: str | os.PathLike[str]) -> float | None:
 
     try:
         with open_file(os.fspath(path)) as file:
-            streams = _streams(file)
-            source = open_sndfile(streams[0], start) if len(streams) == 1 else None
+            streams = _streams(file, exact=False)
+            # Of FLAC that of the first stream: to look for others the file would have to be read.
+            one = not isinstance(streams, list) or len(streams) == 1
+            source = open_sndfile(next(iter(streams)), start) if one else None
             if source is not None:
                 source.blocks.close()
     except Unreadable:
@@ -265,19 +268,21 @@ def holds_audio(path: str | os.PathLike[str] | bytes) -> bool:
 
 def _blocks(file: File, part: _Part) -> Generator[Block, None, None]:
     """The samples of a part of a file, from its beginning on."""
-    streams = _streams(file)
-    source = _open(streams[0], part.first_sample if len(streams) == 1 else lambda *_: 0)
-    if len(streams) > 1:
-        source = source._replace(blocks=_one_after_another(source, streams[1:]))
+    streams = iter(_streams(file, exact=part.offset > 0))
+    source = _open(next(streams), part.first_sample)
+    source = source._replace(blocks=_one_after_another(source, streams))
     with contextlib.closing(source.blocks):
         _check_rate(source.sampling_rate)
         yield from part.cut(source)
 
 
-def _streams(file: File) -> list[File]:
+def _streams(file: File, *, exact: bool) -> Iterable[File]:
     """The streams that follow each other in a file, of formats that are joined end to end."""
     file.seek(0)
-    if read_at(file, 0, 4) != b"OggS":
+    magic = read_at(file, 0, 4)
+    if magic == b"fLaC":
+        return flac_streams(file, exact=exact)
+    if magic != b"OggS":
         return [corrected(file)]
     pages = read_pages(file)
     if not pages.ended:

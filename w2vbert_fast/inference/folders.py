@@ -38,22 +38,23 @@ class Folder:
         digest = hashlib.sha256()
         count = 0
         self.passed_over, self._looked_at = PassedOver(), {}
-        for path in self._recordings(self.passed_over):
+        for path, _ in self._recordings(self.passed_over):
             digest.update(os.fsencode(path) + b"\0")
             count += 1
         return count, {"folder": self.path, "names": digest.hexdigest(), "rows": count}
 
     def rows(self, start: int, wanted: Wanted) -> Rows:
         index = start
-        for path in self._recordings(PassedOver()):
+        for path, problem in self._recordings(PassedOver()):
             if wanted(index):
-                yield Row(index, path, path, path)
+                yield Row(index, None if problem else path, path, path, problem=problem)
             index += 1
         return index
 
-    def _recordings(self, passed_over: PassedOver) -> Iterator[str]:
-        for path in _files(self.path, passed_over):
-            reason = why_not_by_name(os.path.basename(path))
+    def _recordings(self, passed_over: PassedOver) -> Iterator[tuple[str, str | None]]:
+        """Recordings, and folders with the reason why nobody knows what is in them."""
+        for path, problem in _files(self.path, passed_over):
+            reason = "" if problem else why_not_by_name(os.path.basename(path))
             if reason is None:
                 # What was seen first counts, as long as the folder is being read.
                 reason = self._looked_at.get(path)
@@ -62,11 +63,12 @@ class Folder:
             if reason:
                 passed_over.add(reason, path)
             else:
-                yield path
+                yield path, problem
 
 
-def _files(root: str, passed_over: PassedOver) -> Iterator[str]:
-    """Files in a folder and below it: of each folder its files in order, then its folders."""
+def _files(root: str, passed_over: PassedOver) -> Iterator[tuple[str, str | None]]:
+    """Files in a folder and below it: of each folder its files in order, then its folders. One that
+    cannot be opened comes as a file with the reason."""
     top = os.path.realpath(root)
     linked: set[str] = set()  # what was reached through links, without any
     pending = [(root, False)]
@@ -76,7 +78,7 @@ def _files(root: str, passed_over: PassedOver) -> Iterator[str]:
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            passed_over.add(f"are folders that cannot be opened: {error.strerror}", folder)
+            yield folder, f"the folder cannot be opened: {error.strerror}"
             continue
         below: list[tuple[str, bool]] = []
         for entry in entries:
@@ -92,7 +94,7 @@ def _files(root: str, passed_over: PassedOver) -> Iterator[str]:
             if _is_folder(entry):
                 below.append((entry.path, is_link))
             else:
-                yield entry.path
+                yield entry.path, None
         pending += reversed(below)
 
 

@@ -14,14 +14,11 @@ from w2vbert_fast.inference.audio_files import (
     Source,
     Unreadable,
     read_at,
-    size_of,
 )
 from w2vbert_fast.inference.ogg import read_pages
 
 _BLOCK_FRAMES = 1 << 20
 _SF_ERR_SYSTEM, _SF_ERR_MALFORMED_FILE = 2, 3
-_SEARCHED = 1 << 24
-_FLAC = b"fLaC\0\0\0\x22"  # the first bytes of a stream, its first block being STREAMINFO
 
 
 def open_sndfile(file: File, start: Callable[[int, int], int]) -> Source | None:
@@ -43,8 +40,6 @@ def open_sndfile(file: File, start: Callable[[int, int], int]) -> Source | None:
     if magic[:3] == b"ID3" or (magic[:1] == b"\xff" and magic[1:2] >= b"\xe0"):
         return None
     if magic == b"OggS" and not read_pages(file).plain:
-        return None
-    if magic == b"fLaC" and _holds_another_flac(file):
         return None
     # A descriptor rather than the object: it spares a Python call for each read.
     handle: Any = file.fileno() if isinstance(file, io.FileIO) else file
@@ -68,15 +63,6 @@ def open_sndfile(file: File, start: Callable[[int, int], int]) -> Source | None:
         with contextlib.suppress(soundfile.LibsndfileError):
             skipped = sound.seek(first)
     return Source(sound.samplerate, _blocks(sound, skipped, soundfile.LibsndfileError), skipped)
-
-
-def _holds_another_flac(file: File) -> bool:
-    """Whether a second FLAC stream follows the first, which is all that libsndfile reads."""
-    overlap = len(_FLAC) - 1
-    return any(
-        _FLAC in read_at(file, place, _SEARCHED + overlap)
-        for place in range(len(_FLAC), size_of(file), _SEARCHED)
-    )
 
 
 def _blocks(

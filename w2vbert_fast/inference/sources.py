@@ -14,7 +14,7 @@ from typing import Any
 
 from w2vbert_fast.inference.folders import Folder
 from w2vbert_fast.inference.tar_shards import TarShard
-from w2vbert_fast.inference.which_files import TAR_SUFFIXES, PassedOver
+from w2vbert_fast.inference.which_files import TAR_SUFFIXES, PassedOver, is_hidden
 from w2vbert_fast.recordings.manifest import open_manifest
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
 
@@ -125,6 +125,8 @@ def _parts(name: str) -> list[Part]:
     parts: list[Part] = []
     folder: str | None = None
     for path in sorted(glob.iglob(name, recursive=True)):
+        if _is_hidden_in(path, name):
+            continue
         part = _part(path)
         if folder is not None and path.startswith(folder):
             # `calls/**` finds `calls`, and all that is in it once more.
@@ -136,6 +138,12 @@ def _parts(name: str) -> list[Part]:
     if not parts:
         raise ValueError(f"the pattern {name!r} finds no files")
     return parts
+
+
+def _is_hidden_in(path: str, pattern: str) -> bool:
+    """Whether a pattern finds what is none of the user's, and does not ask for it."""
+    asked = pattern.split(os.sep)
+    return any(is_hidden(one) and one not in asked for one in path.split(os.sep)[:-1])
 
 
 def _part(name: str) -> Part:

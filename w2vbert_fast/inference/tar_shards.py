@@ -10,6 +10,8 @@ to the disk.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import lzma
 import os
@@ -17,7 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, cast
 
 from w2vbert_fast.inference.which_files import (
     NO_AUDIO,
@@ -96,8 +98,14 @@ class TarShard:
         it is there as a whole.
         """
         before: _Member | None = None
-        # As a stream: a member that nobody reads takes no memory.
-        with tarfile.open(self.path, "r|*", tarinfo=_StrictHeader) as shard:
+        # As a stream: a member that nobody reads takes no memory. Past the mark of the end, since
+        # tar files may have been joined.
+        with (
+            _uncompressed(self.path) as content,
+            tarfile.open(
+                fileobj=content, mode="r|", tarinfo=_StrictHeader, ignore_zeros=True
+            ) as shard,
+        ):
             try:
                 for info in shard:
                     # Kept for random access, which nobody needs; a shard may have millions.
@@ -160,6 +168,16 @@ class TarShard:
             )
 
 
+def _uncompressed(path: str) -> IO[bytes]:
+    """A file, unpacked by what it begins with, however many compressed streams it is joined of."""
+    with open(path, "rb") as file:
+        head = file.read(6)
+    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
+        if head.startswith(magic):
+            return cast(IO[bytes], opener(path, "rb"))
+    return open(path, "rb")
+
+
 def _read(shard: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     file = shard.extractfile(info)
     assert file is not None
@@ -194,20 +212,25 @@ class _Sample:
     key: str
     recordings: list[_Member] = field(default_factory=list)
     written: list[_Member] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     size: int = 0
 
     def takes(self, member: _Member) -> bool:
-        """Whether a member is of this sample, as it is handed out."""
-        return member.key == self.key and not (member.is_audio and self.size > _LARGEST_SAMPLE)
+        """Whether a member is of this sample, as it is handed out. Where a name is there once more,
+        another sample begins, which a shard joined from others may have."""
+        if member.key != self.key or member.name in self.names:
+            return False
+        return not (member.is_audio and self.size > _LARGEST_SAMPLE)
 
     def add(self, member: _Member) -> None:
         """Take a member in."""
         (self.recordings if member.is_audio else self.written).append(member)
+        self.names.add(member.name)
         self.size += member.size
 
     def following(self, member: _Member | None) -> _Sample:
         """The sample of the member that was not taken: perhaps the next part of this one."""
-        if member is None or member.key != self.key:
+        if member is None or member.key != self.key or member.name in self.names:
             return _Sample("" if member is None else member.key)
         return _Sample(self.key, written=[one for one in self.written if one.stem == self.key])
 

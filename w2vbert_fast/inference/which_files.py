@@ -103,7 +103,7 @@ class PassedOver:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's: `.name`, `._name`, `__MACOSX`."""
-    return name.startswith(".") or name == "__MACOSX"
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 
 def ending(name: str) -> str:

@@ -310,6 +310,8 @@ def manifest_row(
         return _bad(index, manifest, place, str(error), columns=entries)
     others = {name: value for name, value in entries.items() if name not in (column, "id")}
     audio, name = entries[column], None
+    if isinstance(audio, bytes):
+        audio = {"bytes": audio}
     if isinstance(audio, Mapping):
         # An audio column of the datasets library: the content, or a path.
         name = audio.get("path") or f"{os.path.basename(manifest)}:{index}"
