@@ -1,8 +1,10 @@
 """How fast transformers' encoder is once `accelerate` has had it, on a CPU.
 
-python -m bench.drop_in [--layers 4] [--rounds 7] [--dtype bf16] [--out FILE]
+python -m bench.drop_in [--width 192] [--seconds 0.5] [--layers 4] [--rounds 7] [--dtype bf16]
+                        [--out FILE]
 
-The same random weights, width and features of the published encoder in four forms: transformers
+The same random weights and features of an encoder, as wide as the published one unless told
+otherwise, in four forms: transformers
 with eager and with SDPA attention, transformers accelerated, and this package's own model with its
 fast kernels. The forms take turns. docs/transformers.md has the numbers.
 """
@@ -25,18 +27,30 @@ import w2vbert_fast
 from bench.machine import describe, versions
 from w2vbert_fast.integrations.transformers import accelerate
 
-SECONDS = (10, 30)
+SECONDS = (10.0, 30.0)
+WIDTH = 1024
 FRAMES_PER_SECOND = 50
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1e-5, "bf16": 3e-2}
 """Largest relative error against transformers (eager) in the same dtype."""
 
 
-def forms(layers: int, dtype: torch.dtype) -> dict[str, Any]:
+def shape(layers: int, width: int) -> dict[str, int]:
+    """Settings of a configuration with heads of 64 channels, as the published one has."""
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "output_hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": max(1, width // 64),
+    }
+
+
+def forms(layers: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     """The models by name, all with the same weights, in evaluation mode."""
     import transformers
 
-    config = transformers.Wav2Vec2BertConfig(num_hidden_layers=layers)
+    config = transformers.Wav2Vec2BertConfig(**shape(layers, width))
     torch.manual_seed(0)
     eager = transformers.Wav2Vec2BertModel._from_config(config, attn_implementation="eager")
     eager = eager.to(dtype).eval()
@@ -50,7 +64,8 @@ def forms(layers: int, dtype: torch.dtype) -> dict[str, Any]:
     except ValueError as error:  # what transformers says where a model has no such attention
         print(f"transformers, sdpa: {str(error).splitlines()[0]}")
     made["transformers, accelerated"] = accelerate(copy.deepcopy(eager))
-    ours = w2vbert_fast.Wav2Vec2BertModel(w2vbert_fast.Wav2Vec2BertConfig(num_hidden_layers=layers))
+    own_config = w2vbert_fast.Wav2Vec2BertConfig.from_dict(shape(layers, width))
+    ours = w2vbert_fast.Wav2Vec2BertModel(own_config)
     ours.load_state_dict(eager.state_dict())
     ours = ours.to(dtype).eval()
     ours.use_fast_kernels = True
@@ -81,6 +96,8 @@ def measure(models: dict[str, Any], x: Tensor, rounds: int, limit: float) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=WIDTH, help="a multiple of 64, or below it")
+    parser.add_argument("--seconds", type=float, action="append", help=f"default: {SECONDS}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: each")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
@@ -88,9 +105,9 @@ def main() -> None:
     rows = []
     for dtype_name in arguments.dtype or DTYPES:
         dtype = DTYPES[dtype_name]
-        models = forms(arguments.layers, dtype)
-        for seconds in SECONDS:
-            x = torch.randn(1, seconds * FRAMES_PER_SECOND, 160).to(dtype)
+        models = forms(arguments.layers, arguments.width, dtype)
+        for seconds in arguments.seconds or SECONDS:
+            x = torch.randn(1, max(1, round(seconds * FRAMES_PER_SECOND)), 160).to(dtype)
             times = measure(models, x, arguments.rounds, LIMITS[dtype_name])
             medians = {name: statistics.median(found) for name, found in times.items()}
             best = min(
@@ -98,7 +115,7 @@ def main() -> None:
             )
             for name, median in medians.items():
                 print(
-                    f"{dtype_name} 1 x {seconds} s  {name:26} {1e3 * median:8.1f} ms"
+                    f"{dtype_name} 1 x {seconds:g} s  {name:26} {1e3 * median:8.1f} ms"
                     f"  {best / median:5.2f} x transformers"
                 )
                 rows.append(
@@ -115,6 +132,7 @@ def main() -> None:
             "machine": describe(),
             "versions": versions(),
             "layers": arguments.layers,
+            "width": arguments.width,
             "rows": rows,
         }
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
