@@ -348,7 +348,7 @@ def test_outputs_index_by_name_attribute_and_position() -> None:
     _, ours = pair("Wav2Vec2BertForCTC")
     features, _ = padded_batch((9,), TINY["feature_projection_input_dim"])
     output = ours(features, output_hidden_states=True)
-    assert output.keys() == ["logits", "hidden_states"]
+    assert list(output.keys()) == ["logits", "hidden_states"]
     assert output["logits"] is output.logits is output[0] is output.to_tuple()[0]
     assert output[1] is output.hidden_states and output[:1] == (output.logits,)
     assert output.loss is None and "loss" not in output
