@@ -58,8 +58,11 @@ test-torch: test-torch-oldest test-torch-newest
 torch_tests := $(addprefix tests/test_,$(addsuffix .py,models ops cpu_path features encode autograd \
     fast_path packed_weights int8_model checkpoint training offline doctor integration_transformers))
 
-# What that transformers computes otherwise, and a score of 50 % after 24 steps that must be more.
+# What that transformers computes otherwise, what its Triton is too old for, and a score of 50 % after 24
+# steps that must be more.
 test-torch-oldest: deselected := --deselect tests/test_models.py::test_ctc_loss_semantics \
+    --deselect tests/test_fast_path.py::test_a_layer_is_fourteen_launches_and_nothing_else \
+    --deselect tests/test_fast_path.py::test_around_the_layers_there_is_one_norm_one_work_list_and_one_copy_of_the_taps \
     --deselect 'tests/test_training.py::test_every_task_trains_and_saves_what_the_reference_loads[xvector]'
 
 test-torch-%: tests/torch_%.txt tests/torch_range.txt
