@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -484,9 +485,11 @@ class Wav2Vec2BertConfig(HubMixin):
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
 
-    @staticmethod
-    def _can_override(name: str, entries: Mapping[str, Any]) -> bool:
-        return name in checks.FIELD_CHECKS or name in _FURTHER_FIELDS or name in entries
+    @classmethod
+    def _can_override(cls, name: str, entries: Mapping[str, Any]) -> bool:
+        # A class that derives from this may have further fields.
+        own = name in inspect.signature(cls).parameters
+        return own or name in checks.FIELD_CHECKS or name in _FURTHER_FIELDS or name in entries
 
     @classmethod
     def from_dict(cls: type[_Config], config_dict: Mapping[str, Any], **overrides: Any) -> _Config:
@@ -558,6 +561,15 @@ class Wav2Vec2BertConfig(HubMixin):
                 or value != checks.UNWRITTEN_DEFAULTS[name]
             }
         return json.dumps(entries, indent=2, sort_keys=True) + "\n"
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The entries of `to_json_string`: without common fields that hold their defaults."""
+        entries: dict[str, Any] = json.loads(self.to_json_string())
+        return entries
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write `to_json_string` to a file."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any

@@ -19,7 +19,7 @@ from .. import ops
 from ..configuration import Wav2Vec2BertConfig
 from ..layout import PackedBatch, sequence_ids
 from ..ops.dispatch import on_triton_device, records_gradient
-from .adapter import Wav2Vec2BertAdapter, conv_output_length
+from .adapter import Wav2Vec2BertAdapter
 from .checkpointing import Checkpointing, LayerPlan
 from .graphs import LayerGraphs
 from .layers import (
@@ -458,15 +458,8 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         Returns:
             int64 `[batch]` on the mask's device.
         """
-        lengths = (attention_mask != 0).sum(-1).tolist()
-        if self.adapter is not None:
-            config = self.config
-            for _ in range(config.num_adapter_layers):
-                lengths = [
-                    conv_output_length(n, config.adapter_kernel_size, config.adapter_stride)
-                    for n in lengths
-                ]
-        return torch.tensor(lengths, dtype=torch.int64, device=attention_mask.device)
+        lengths = (attention_mask != 0).sum(-1)
+        return self._get_feat_extract_output_lengths(lengths, self.adapter is not None)
 
     def _spec_augment(
         self, x: Tensor, layout: PackedBatch, mask_time_indices: Tensor | None

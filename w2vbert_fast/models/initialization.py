@@ -12,15 +12,22 @@ from .layers import Wav2Vec2BertFeatureProjection, Wav2Vec2BertSelfAttention
 
 
 @torch.no_grad()
-def initialize_weights(model: nn.Module, names: Collection[str] | None = None) -> None:
+def initialize_weights(
+    model: nn.Module, names: Collection[str] | None = None, std: float | None = None
+) -> None:
     """Initialise parameters in place.
 
+    What neither the reference nor this package has (a caller's own parameters, a GRU) stays as its
+    constructor made it.
+
     Args:
-        model: a model of this package with a `config` (`initializer_range` is read).
+        model: a model of this package, or one of its modules.
         names: full state-dict names of the parameters to set; `None` for all. Naming a few is what
             loading a checkpoint without a head does.
+        std: standard deviation of the linear layers; `None`: `initializer_range` of `model.config`.
     """
-    std = float(getattr(getattr(model, "config", None), "initializer_range", 0.02))
+    if std is None:
+        std = float(getattr(getattr(model, "config", None), "initializer_range", 0.02))
     wanted = None if names is None else set(names)
     uniform_projections = {
         id(module.projection)
@@ -58,7 +65,7 @@ def _initialize(
         parameter.uniform_()
     elif name == "layer_weights":
         parameter.fill_(1.0 / parameter.numel())
-    else:  # the AM-softmax prototypes
+    elif type(module).__module__.startswith(f"{__package__}."):  # the AM-softmax prototypes
         parameter.normal_()
 
 

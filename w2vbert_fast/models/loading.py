@@ -152,7 +152,7 @@ def load_weights(
     for entry in info.empty:
         meta = wanted[entry]
         kept_dtype = dtype if meta.is_floating_point() else meta.dtype
-        _place(model, entry, torch.empty(meta.shape, dtype=kept_dtype, device=device))
+        place(model, entry, torch.empty(meta.shape, dtype=kept_dtype, device=device))
     return info
 
 
@@ -332,12 +332,12 @@ def _fill(
     """Read every source and give it to the model, one tensor at a time."""
     singles = {source[0]: name for name, source in sources.items() if len(source) == 1}
     for stored_name, tensor in checkpoint.read(singles, dtype=dtype, device=device):
-        _place(model, singles[stored_name], tensor)
+        place(model, singles[stored_name], tensor)
     for name, source in sources.items():
         if len(source) == 2:
             halves = dict(checkpoint.read(source))
             weight = _weight_norm(halves[source[0]], halves[source[1]])
-            _place(model, name, weight.to(device=device, dtype=dtype))
+            place(model, name, weight.to(device=device, dtype=dtype))
 
 
 def _weight_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
@@ -352,7 +352,7 @@ def _weight_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
     return direction * (magnitude / norm)
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of the parameter or buffer of that name."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)

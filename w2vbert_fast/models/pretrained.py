@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -22,12 +23,13 @@ from ..checkpoint import find_checkpoint, write_checkpoint
 from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from ..hub import HubMixin, upload_arguments, upload_folder
 from ..ops.dispatch import packed_kernels
+from .adapter import conv_output_length
 from .beside_transformers import join_transformers
 from .checkpointing import Checkpointing, Policy
 from .graphs import LayerGraphs
 from .initialization import initialize_weights
 from .layers import Wav2Vec2BertFeatureProjection
-from .loading import load_weights
+from .loading import load_weights, place
 from .outputs import ModelOutput
 from .packed_weights import pack_encoder
 from .quantization import check_int8, dtype_beside_int8, keep_ctc_head, quantize_encoder
@@ -125,18 +127,43 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         parameters = dict(self.named_parameters())
         if any(parameter.is_meta for parameter in parameters.values()):
             return
-        drawn = tuple(
+        self._draw(parameters)
+
+    def _draw(self, names: Collection[str]) -> None:
+        """Draw the named parameters' initial values, but for those of parts that are models."""
+        parts = tuple(
             f"{name}."
             for name, module in self.named_modules()
             if name and isinstance(module, Wav2Vec2BertPreTrainedModel)
         )
-        initialize_weights(self, [name for name in parameters if not name.startswith(drawn)])
+        initialize_weights(self, [name for name in names if not name.startswith(parts)])
+        if type(self)._init_weights is not Wav2Vec2BertPreTrainedModel._init_weights:
+            with torch.no_grad():
+                # A module after what it holds, so that it has the last word.
+                for name, module in reversed(list(self.named_modules())):
+                    if not f"{name}.".startswith(parts):
+                        self._init_weights(module)
+
+    def init_weights(self) -> None:
+        """`post_init` by its older name, which models that derive from these still call."""
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the parameters that a module itself holds, its children's not.
+
+        As in transformers, a class that derives from these may say here how its own modules begin:
+        `post_init` calls it for each.
+        """
+        names = list(module._parameters)
+        if isinstance(module, Wav2Vec2BertFeatureProjection):  # whose projection begins otherwise
+            names = ["projection.weight", "projection.bias"]
+        initialize_weights(module, names, self.config.initializer_range)
 
     @classmethod
     def from_pretrained(
         cls: type[_Model],
         pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
+        *model_args: Any,
         config: Wav2Vec2BertConfig | str | os.PathLike[str] | None = None,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -167,6 +194,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder, or a hub id such as `facebook/w2v-bert-2.0`.
+            *model_args: what the class's constructor takes behind `config`.
             config: the configuration to use instead of the checkpoint's; it is copied. One of
                 transformers, or what `Wav2Vec2BertConfig.from_pretrained` reads, will do.
             revision: branch, tag or commit on the hub.
@@ -195,10 +223,11 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
                 `unexpected_keys`, `mismatched_keys` (name, stored shape, shape here) and
                 `error_msgs` (none), as transformers does.
             torch_dtype: the older name of `dtype`.
-            **config_overrides: values that replace those of the configuration. Further arguments
-                of transformers have no effect here (`attn_implementation`, `low_cpu_mem_usage`,
-                `trust_remote_code`, `weights_only`, ...), or are refused where they would change
-                an answer (`quantization_config`, `from_tf`, ...).
+            **config_overrides: arguments of the class's own constructor, and values that replace
+                those of the configuration. Further arguments of transformers have no effect here
+                (`attn_implementation`, `low_cpu_mem_usage`, `trust_remote_code`, `weights_only`,
+                ...), or are refused where they would change an answer (`quantization_config`,
+                `from_tf`, ...).
 
         Returns:
             The model, in evaluation mode.
@@ -226,6 +255,11 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             force_download=force_download,
         )
         overrides = take(repository.take(config_overrides), LOADING)
+        arguments = {name: overrides.pop(name) for name in _own_arguments(cls) & overrides.keys()}
+
+        def make(settings: Wav2Vec2BertConfig) -> _Model:
+            return cls(settings, *model_args, **arguments)
+
         # Also for the commit of the first file, which counts for all: a branch may move meanwhile.
         config_file = repository.find(CONFIG_NAME)
         if config is not None:
@@ -242,18 +276,20 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         config.name_or_path = repository.name
 
         info = load_weights(
-            model := _on_meta(cls, config),
+            model := _on_meta(make, config),
             checkpoint,
             base_model_prefix=cls.base_model_prefix,
             dtype=config.dtype or torch.get_default_dtype(),
             device=target,
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            names_as_stored=lambda: _names_as_stored(cls, config_file, config),
+            names_as_stored=lambda: _names_as_stored(cls, make, config_file, config),
         )
-        _materialize_buffers(model, target)
-        if info.empty:
+        if _is_of_a_caller(cls):
+            _take_from(lambda: make(copy.deepcopy(config)), model, info.empty)
+        elif info.empty:
             initialize_weights(model, info.empty)
+        _materialize_buffers(model, target)
         if int8:
             # Quantised before the rest is rounded.
             quantize_encoder(model)
@@ -388,6 +424,50 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             for p in self.parameters()
             if id(p) not in tables and (p.requires_grad or not only_trainable)
         )
+
+    def _get_feat_extract_output_lengths(
+        self, input_lengths: Tensor | int, add_adapter: bool | None = None
+    ) -> Tensor:
+        """Output frames for numbers of input frames, int64 of the same shape.
+
+        Code that was written for transformers' models calls this; `valid_lengths` is ours.
+        """
+        config = self.config
+        given = torch.as_tensor(input_lengths)
+        lengths = given.flatten().tolist()
+        shortens = config.add_adapter if add_adapter is None else add_adapter
+        for _ in range(config.num_adapter_layers if shortens else 0):
+            lengths = [
+                conv_output_length(n, config.adapter_kernel_size, config.adapter_stride)
+                for n in lengths
+            ]
+        return torch.tensor(lengths, dtype=torch.int64, device=given.device).view(given.shape)
+
+    def _get_feature_vector_attention_mask(
+        self,
+        feature_vector_length: int,
+        attention_mask: Tensor,
+        add_adapter: bool | None = None,
+    ) -> Tensor:
+        """The mask of the output's frames, bool `[batch, feature_vector_length]`, as transformers
+        makes it."""
+        lengths = (attention_mask != 0).sum(-1)
+        lengths = self._get_feat_extract_output_lengths(lengths, add_adapter)
+        frames = torch.arange(feature_vector_length, device=attention_mask.device)
+        return frames < lengths[:, None]
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of the buffers with `return_buffers`."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
+        """Takes the names that transformers takes; all give the same answer here.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        take({"attn_implementation": attn_implementation}, LOADING)
 
     def floating_point_ops(
         self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True
@@ -639,22 +719,71 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         return [part for part in self.modules() if part is not self and hasattr(part, attribute)]
 
 
-def _on_meta(cls: type[_Model], config: Wav2Vec2BertConfig) -> _Model:
+def _on_meta(make: Callable[[Wav2Vec2BertConfig], _Model], config: Wav2Vec2BertConfig) -> _Model:
     with torch.device("meta"), _WithoutDrawing():
-        return cls(config)
+        return make(config)
+
+
+def _is_of_a_caller(cls: type[Wav2Vec2BertPreTrainedModel]) -> bool:
+    """Whether a model's class is none of this package's."""
+    return not cls.__module__.startswith(__name__.partition(".")[0] + ".")
+
+
+def _own_arguments(cls: type[Wav2Vec2BertPreTrainedModel]) -> set[str]:
+    """What a model's constructor takes by name beside the configuration and its fields."""
+    taken = list(inspect.signature(cls).parameters.values())[1:]
+    by_name = {p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return by_name - inspect.signature(cls.config_class).parameters.keys()
+
+
+def _take_from(
+    make: Callable[[], Wav2Vec2BertPreTrainedModel], model: nn.Module, empty: Sequence[str]
+) -> None:
+    """Give a model of a caller's class the values that its constructor alone knows.
+
+    Those of the parameters that no checkpoint gave, and of buffers that none holds.
+    """
+    buffers = [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_meta and not hasattr(module, "reset_buffers")
+    ]
+    if not empty and not buffers:
+        return
+    made = make()
+    made._draw(empty)  # also what came behind its `post_init`
+    values = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+    device = next(model.parameters()).device
+    for name in buffers:
+        place(model, name, values[name].to(device))
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name in empty:
+            own[name].copy_(values[name])
 
 
 def _names_as_stored(
-    cls: type[Wav2Vec2BertPreTrainedModel], config_file: Path | None, config: Wav2Vec2BertConfig
+    cls: type[_Model],
+    make: Callable[[Wav2Vec2BertConfig], _Model],
+    config_file: Path | None,
+    config: Wav2Vec2BertConfig,
 ) -> set[str] | None:
-    """Names of the tensors of a model by the checkpoint's own configuration, where it has one."""
+    """Names of the tensors of a model by the checkpoint's own configuration, where it has one.
+
+    What a caller's class adds to one of this package counts when the checkpoint is of that class.
+    """
     if config_file is None:
         return None
     try:
         stored = cls.config_class.from_json_file(config_file)
         if stored.vocab_size is None:  # as an encoder has none
             stored.vocab_size = config.vocab_size
-        return set(_on_meta(cls, stored).state_dict())
+        own = next(kind for kind in cls.__mro__ if not _is_of_a_caller(kind))
+        derives = own not in (cls, Wav2Vec2BertPreTrainedModel)
+        if derives and cls.__name__ not in (stored.architectures or ()):
+            return set(_on_meta(own, stored).state_dict())
+        return set(_on_meta(make, stored).state_dict())
     except ValueError:
         return None
 
