@@ -435,8 +435,12 @@ def test_folders_of_language_models_that_are_wrong(
     (folder / "attrs.json").write_text('{"alpha": "much"}')
     with pytest.raises(ValueError, match=r"attrs.json: alpha must be a number, got 'much'"):
         find_language_model(model)
+    (folder / "attrs.json").write_text('{"score_boundary": "false"}')
+    with pytest.raises(ValueError, match="score_boundary must be true or false, got 'false'"):
+        find_language_model(model)
     (folder / "attrs.json").unlink()
-    (folder / "unigrams.txt").unlink()
+    # pyctcdecode writes an empty file where it knows no words.
+    (folder / "unigrams.txt").write_text("")
     found = find_language_model(model)
     assert found is not None and found.arguments().keys() == {"labels", "score_boundary"}
     (folder / "another.arpa").touch()

@@ -13,6 +13,7 @@ from tests.offline_helpers import clips, table, write_manifest
 from tests.training_helpers import make_model
 from w2vbert_fast import cli
 from w2vbert_fast.inference import Embedder, load_pipeline, transcribe
+from w2vbert_fast.inference.command import transcribe_options
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -86,6 +87,14 @@ def test_classify(tmp_path: Path, head: str, columns: set[str], table_format: st
             assert row["segments"][0]["start"] == 0
 
 
+def test_a_hotword_with_a_slash_is_no_file(tmp_path: Path) -> None:
+    words = {"hotwords": ["and/or, a b", str(tmp_path / "words")]}
+    with pytest.raises(FileNotFoundError):
+        transcribe_options(words, [])
+    (tmp_path / "words").write_text("c d\n\ne\n")
+    assert transcribe_options(words, [])["hotwords"] == ["and/or", "a b", "c d", "e"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -99,7 +108,9 @@ def test_classify(tmp_path: Path, head: str, columns: set[str], table_format: st
         (["transcribe", "a.wav", "--vad", "--overlap-seconds", "2"], "no effect with vad"),
         (["transcribe", "a.wav", "--timestamps", "word"], "no effect on what is printed"),
         (["transcribe", "a.wav", "--retry-errors"], "--retry-errors needs --out DIR"),
-        (["transcribe", "a.wav", "--overwrite"], "--overwrite needs --out DIR"),
+        (["transcribe", "a.wav", "--overwrite"], "--overwrite needs --format or --out"),
+        (["transcribe", "a.wav", "--max-errors", "0"], "--max-errors needs --out DIR"),
+        (["transcribe", "a.wav", "--beam", "9", "--hotwords", " ,"], "' ,' holds no words"),
         (["transcribe", "a.wav", "--engine", "ray"], "--engine needs --out DIR"),
         (["transcribe", "a.wav", "--format", "srt", "--timestamps", "none"], "needs timestamps"),
         (["transcribe", "a.wav", "--out", "a.srt", "--format", "vtt"], "is not of --format vtt"),

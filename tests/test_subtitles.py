@@ -224,6 +224,11 @@ def test_lines_neither_begin_with_closing_marks_nor_end_with_opening_ones() -> N
     assert lines_of(spoken("カカカカッカカー", pace=0.1), layout=layout) == [
         ["カカカ", "カッカ", "カー"]
     ]
+    # A point ends a sentence, but no number; the colour of an emoji is a part of it.
+    assert lines_of(spoken("値は３．１４．国")) == [["値は３．１４．"], ["国"]]
+    assert lines_of(spoken("👍🏽👍🏽👍🏽👍🏽👍🏽", pace=0.1), layout=layout) == [
+        ["👍🏽👍🏽👍🏽", "👍🏽👍🏽"]
+    ]
     assert lines_of(spoken("กกกกกกกกเกๆ", pace=0.1), layout=layout) == [["กกกกกก", "กกเกๆ"]]
 
 

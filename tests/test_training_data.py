@@ -151,7 +151,7 @@ def test_a_broken_recording_stays_until_it_is_loaded(clips: Path) -> None:
     assert set(source.load(4, 0).labels.tolist()) == {0}
     for index in range(4):
         assert source.num_frames(index, 0) >= 1
-        with pytest.raises(UtteranceError, match="not audio"):
+        with pytest.raises(UtteranceError, match="cannot be read as audio"):
             source.load(index, 0)
 
 

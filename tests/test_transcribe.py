@@ -129,6 +129,8 @@ def test_what_is_no_recording(tiny_checkpoint: Path, tmp_path: Path) -> None:
         first(np.zeros((2, 800)))
     with pytest.raises(TypeError, match="recordings must be iterable or one recording, got int"):
         first(3)
+    with pytest.raises(TypeError, match=r"got a mapping of \['array', 'sampling_rate'\]"):
+        first({"array": np.zeros(800), "sampling_rate": 8_000})
     with pytest.raises(TypeError, match=r"item 0 must be a path, .* got int"):
         first([3])
     with pytest.raises(TypeError, match="Audio of about 8000 Hz"):

@@ -202,9 +202,10 @@ def _build_app() -> Any:
         for name in formats:
             if name not in SIDECAR_FORMATS:
                 raise typer.BadParameter(f"--format {name} needs --out DIR")
-        without = OF_JOBS if formats else (*OF_JOBS, "overwrite")
-        for option in given_options({}, {name: shared[name] for name in without}):
+        for option in given_options({}, {name: shared[name] for name in OF_JOBS}):
             raise typer.BadParameter(f"{option} needs --out DIR")
+        if shared["overwrite"] and not formats:
+            raise typer.BadParameter("--overwrite needs --format or --out")
         if timestamps not in (None, "none") and not (formats or as_json):
             raise typer.BadParameter(
                 "--timestamps has no effect on what is printed; add --json, --format or --out DIR"

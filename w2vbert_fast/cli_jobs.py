@@ -116,7 +116,8 @@ def given_options(own: dict[str, Any], shared: dict[str, Any]) -> list[str]:
     """Options that were given: those of `own` that are not None, and `shared` ones not as usual."""
     defaults = {name: default for name, (_, default) in _shared().items()}
     names = [name for name, value in own.items() if value is not None]
-    names += [name for name, value in shared.items() if (value or None) != (defaults[name] or None)]
+    # An option that can be repeated is an empty list where it is not given.
+    names += [n for n, value in shared.items() if value != defaults[n] and value != []]
     flags = {"formats": "format", "longest": "longest-seconds"}
     return [f"--{flags.get(name, name).replace('_', '-')}" for name in names]
 

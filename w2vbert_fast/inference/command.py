@@ -87,17 +87,21 @@ def transcribe_options(given: Mapping[str, Any], formats: Sequence[str]) -> dict
 
     Raises:
         OSError: a file of hotwords cannot be read.
-        ValueError: it is not UTF-8, or empty.
+        ValueError: it is not UTF-8, or there are no hotwords where some are given.
     """
     options = dict(given)
     if options.get("timestamps") is None:
         options["timestamps"] = "word" if {"srt", "vtt", "json"} & set(formats) else "none"
     hotwords: list[str] = []
     for text in options.get("hotwords") or ():
-        if os.path.isfile(text) or os.sep in text or text.endswith(".txt"):
+        # A word may have a slash; what is in a folder that is there is a name.
+        if text.endswith(".txt") or os.path.isfile(text) or os.path.isdir(os.path.dirname(text)):
             hotwords += read_words(text)
-        else:
-            hotwords += [phrase for part in text.split(",") if (phrase := part.strip())]
+            continue
+        phrases = [phrase for part in text.split(",") if (phrase := part.strip())]
+        if not phrases:
+            raise ValueError(f"--hotwords {text!r} holds no words")
+        hotwords += phrases
     options["hotwords"] = hotwords
     return options
 

@@ -105,7 +105,8 @@ def find_language_model(
     unigrams = folder / _UNIGRAMS
     return LanguageModel(
         found[0],
-        unigrams=unigrams if unigrams.is_file() else None,
+        # pyctcdecode writes an empty file where it knows no words.
+        unigrams=unigrams if unigrams.is_file() and unigrams.stat().st_size else None,
         labels=_labels(folder.parent / _ALPHABET),
         **given,
     )
@@ -123,8 +124,11 @@ def _attributes(path: Path) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{path}: {name} must be a number, got {value!r}")
         found[ours or "unknown_word_penalty"] = float(value) if ours else -float(value)
-    if content.get("score_boundary") is not None:
-        found["score_boundary"] = bool(content["score_boundary"])
+    boundary = content.get("score_boundary")
+    if boundary is not None:
+        if not isinstance(boundary, bool):
+            raise ValueError(f"{path}: score_boundary must be true or false, got {boundary!r}")
+        found["score_boundary"] = boundary
     return found
 
 
@@ -135,9 +139,11 @@ def _labels(path: Path) -> tuple[str, ...] | None:
     if content.get("is_bpe"):
         raise ValueError(f"{path} has parts of words as labels; the beam search needs characters")
     labels = content.get("labels") or None
-    if labels is not None and not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: labels must be texts")
-    return None if labels is None else tuple(labels)
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: labels must be a list of texts")
+    return tuple(labels)
 
 
 def read_words(path: str | os.PathLike[str]) -> list[str]:

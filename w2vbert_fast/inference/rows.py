@@ -168,6 +168,11 @@ def as_items(items: Any) -> Iterable[Any]:
         )
     if _is_recording(items):
         return [items]
+    if isinstance(items, Mapping):
+        raise TypeError(
+            f"recordings must be iterable or one recording, got a mapping of {list(items)}; a pair "
+            "(array, sampling rate) is a recording"
+        )
     if not isinstance(items, Iterable):
         raise TypeError(f"recordings must be iterable or one recording, got {type(items).__name__}")
     return items

@@ -33,6 +33,9 @@ _SENTENCE_ENDS = frozenset(
     "։؟۔।॥။។།༎።፧"  # noqa: RUF001 - Armenian to Ethiopic
 )
 _QUOTATION_MARKS = frozenset("\"'")
+_POINTS = frozenset(".．")  # noqa: RUF001 - full-width form
+# Colours of the emoji before them.
+_EMOJI_MODIFIERS = frozenset("🏻🏼🏽🏾🏿")
 
 
 def columns(text: str) -> int:
@@ -43,7 +46,9 @@ def columns(text: str) -> int:
 @lru_cache(maxsize=4096)
 def _columns(character: str) -> int:
     category = unicodedata.category(character)
-    if category in ("Mn", "Me", "Cf", "Cc") or _is_trailing_jamo(character):
+    if category in ("Mn", "Me", "Cf", "Cc") or character in _EMOJI_MODIFIERS:
+        return 0
+    if _is_trailing_jamo(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
@@ -79,6 +84,7 @@ def _joined(last: str, character: str) -> bool:
         unicodedata.category(character)[0] == "M"
         or character in _JOINERS
         or character in _TRAILING_VOWELS
+        or character in _EMOJI_MODIFIERS
         or _is_trailing_jamo(character)
         or (last in _LEADING_VOWELS and character not in _LEADING_VOWELS)
         or last in _STACKERS
@@ -90,8 +96,11 @@ def may_break(before: str, after: str) -> bool:
     """Whether a line may end between two graphemes that no space separates.
 
     It may beside a character of a script without spaces; but not in front of a mark of punctuation
-    that closes, a small kana or a sign of repetition, nor behind a mark that opens.
+    that closes, a small kana or a sign of repetition, nor behind a mark that opens, nor behind the
+    point of a number or an abbreviation, be they of full width.
     """
+    if before[-1] in _POINTS and unicodedata.normalize("NFKC", after[0]).isascii():
+        return False
     if not (is_unspaced(before[-1]) or is_unspaced(before[0]) or is_unspaced(after[0])):
         return False
     return not (_is_opening(before[0]) or _begins_no_line(after[0]))
