@@ -72,10 +72,10 @@ test-torch-%: tests/torch_%.txt tests/torch_range.txt
 	PYTHONPATH=. build/torch-$*/bin/python -m pytest -p no:cacheprovider $(torch_tests) $(deselected) $(PYTEST_ARGS)
 
 aot: $(dev)
-	$(bin)/python -m csrc_triton.aot
+	$(bin)/python -m tools.compile
 
 verify: $(dev)
-	$(bin)/python -m csrc_triton.aot --verify
+	$(bin)/python -m tools.verify
 
 bench: $(bench)
 	$(bin)/python -m bench --out bench/results/cpu.json $(BENCH_ARGS)
@@ -128,7 +128,7 @@ format: $(dev)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find csrc_triton w2vbert_fast tests bench examples -name __pycache__ -prune -exec rm -rf {} +
+	find csrc_triton w2vbert_fast tools tests bench examples -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is written only after its installation succeeded, so a broken one is repeated.
 #

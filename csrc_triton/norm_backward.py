@@ -354,8 +354,9 @@ _SHIPPED = (
 )
 
 
-def kernel_specs(arch: str, dtype: str, width: int = 1024) -> list[KernelSpec]:
-    """The kernels as they ship for model width `width`, for the compiler lane."""
+def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
+    """The kernels as they ship for model width 1024, for the compiler lane."""
+    width = 1024
     config = norm_backward_config(width, getattr(torch, dtype), arch)
     names = _norm_bwd_kernel.arg_names
     specs = []

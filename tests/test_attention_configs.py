@@ -8,10 +8,11 @@ from functools import cache
 import pytest
 import torch
 
-from csrc_triton import attention, sass
+from csrc_triton import attention
 from csrc_triton.configs.attention import AttentionConfig, attention_config, scratch_layout
-from csrc_triton.machine_code import Target, compile_kernel
 from csrc_triton.specs import KernelSpec
+from tools.compile import sass
+from tools.compile.machine_code import Target, compile_kernel
 
 NVIDIA = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 ARCHITECTURES = [*NVIDIA, "gfx942", "gfx950", "interpreter"]

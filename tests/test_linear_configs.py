@@ -21,8 +21,8 @@ from csrc_triton.configs.linear import (
 )
 from csrc_triton.linear import _linear_kernel
 from csrc_triton.linear import kernel_specs as linear_specs
-from csrc_triton.machine_code import Target, compile_kernel
 from csrc_triton.specs import KernelSpec
+from tools.compile.machine_code import Target, compile_kernel
 
 ARCHITECTURES = [
     "sm_75",

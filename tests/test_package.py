@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import w2vbert_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("csrc_triton", "w2vbert_fast")
+# In a checkout alone.
+TOOLS = "tools"
 
 # What an installation without extras does not have, and what tests compare with.
 NOT_CORE = (
@@ -62,9 +65,9 @@ def run_python(code: str, blocked: tuple[str, ...] = ()) -> subprocess.Completed
 
 
 def modules() -> dict[str, Path]:
-    """Every module of both packages by its dotted name."""
+    """Every module of both packages and of the tools by its dotted name."""
     found = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, TOOLS):
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
@@ -150,6 +153,8 @@ LAYERS = (
     ("w2vbert_fast.training",),
     ("w2vbert_fast.integrations",),
     ("w2vbert_fast.cli", "w2vbert_fast.cli_jobs"),
+    # What is installed never needs what is not.
+    (TOOLS,),
 )
 
 
@@ -171,7 +176,7 @@ def arrows_that_point_back() -> list[str]:
             # Its names are loaded when they are used, so it depends on nothing.
             continue
         for target in imported(name, path):
-            ours = target.partition(".")[0] in PACKAGES and target != "w2vbert_fast"
+            ours = target.partition(".")[0] in (*PACKAGES, TOOLS) and target != "w2vbert_fast"
             if ours and layer_of(target) > layer_of(name):
                 found.append(f"{name} imports {target}")
     return found
@@ -196,9 +201,7 @@ def test_the_kernels_import_torch_and_triton_only() -> None:
     allowed = {"csrc_triton", "torch", "triton", *sys.stdlib_module_names}
     for name, path in MODULES.items():
         if name.startswith("csrc_triton"):
-            # The verifier lane is a tool of this project's developers, and an extra.
-            tools = {"sentryward"} if name == "csrc_triton.verify" else set()
-            others = {target.partition(".")[0] for target in imported(name, path)} - allowed - tools
+            others = {target.partition(".")[0] for target in imported(name, path)} - allowed
             assert not others, f"{name} imports {others}"
 
 
@@ -214,6 +217,17 @@ def test_an_arrow_that_points_back_is_found(
     ]
 
 
+def test_kernels_and_library_cannot_import_the_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("from tools.compile import aot\n")
+    for name in ("csrc_triton.bad", "w2vbert_fast.cli.bad"):
+        with monkeypatch.context() as patch:
+            patch.setitem(MODULES, name, bad)
+            assert arrows_that_point_back() == [f"{name} imports tools.compile.aot"]
+
+
 def test_the_environment_is_read_in_one_module_only() -> None:
     readers = [
         name
@@ -225,17 +239,36 @@ def test_the_environment_is_read_in_one_module_only() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    folder = tmp_path_factory.mktemp("wheel")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution."""
+    folder = tmp_path_factory.mktemp("distributions")
     result = subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", folder],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    (path,) = folder.glob("*.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> zipfile.ZipFile:
+    (path,) = distributions.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+def test_the_source_distribution_holds_what_a_checkout_does(distributions: Path) -> None:
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (*PACKAGES, TOOLS, "tests", "bench", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert f"{TOOLS}/compile/aot.py" in wanted
+    assert not wanted - names
 
 
 def test_the_wheel_holds_both_packages_and_their_data(wheel: zipfile.ZipFile) -> None:

@@ -9,19 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from csrc_triton import aot, verify, verify_equality
-from csrc_triton.aot import shipped_kernels
-from csrc_triton.machine_code import Target
 from csrc_triton.specs import KernelSpec, ProofLaunch
-from csrc_triton.verify import Allowed, Row, verify_kernel
-from csrc_triton.verify_stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+from tools.compile.aot import shipped_kernels
+from tools.compile.machine_code import Target, default_cache
+from tools.verify import races
+from tools.verify.races import Allowed, Row, verify_kernel
+from tools.verify.stores import CannotFollow, Store, duplicate_stores, keep_one_thread
 
-needs_verifier = pytest.mark.skipif(not verify.available(), reason="needs sentryward")
+needs_verifier = pytest.mark.skipif(not races.available(), reason="needs sentryward")
 
 SM_80 = Target.parse("cuda:80")
 A_DAY = 86_400.0
@@ -87,7 +85,7 @@ REDUCED = "\tshfl.sync.bfly.b32 %r7, %r2, 1, 31, -1;\n\tadd.f32 %r8, %r2, %r7;\n
 def _compiled(monkeypatch: pytest.MonkeyPatch, ptx: str) -> KernelSpec:
     """A spec whose compiled form is this PTX."""
     kernel = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(shared=0))
-    monkeypatch.setattr(verify, "compile_kernel", lambda spec, target: kernel)
+    monkeypatch.setattr(races, "compile_kernel", lambda spec, target: kernel)
     return KernelSpec(
         name="k",
         kernel=SimpleNamespace(arg_names=["x_ptr", "n"]),
@@ -137,7 +135,7 @@ def test_a_duplicate_store_must_be_of_one_value_and_listed(
     listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = (Allowed("k", ("cuda:80",), "two lanes hold one sum"),) if listed else ()
-    monkeypatch.setattr(verify, "ALLOWED", entries)
+    monkeypatch.setattr(races, "ALLOWED", entries)
     store = "\tst.shared.b32 [%r6], {value};\n"
 
     same = HEAD + REDUCED + store.replace("{value}", "%r8") + TAIL
@@ -252,7 +250,7 @@ def test_proofs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def ask_again(*_: object) -> Any:
         raise RuntimeError("asked again")
 
-    monkeypatch.setattr(verify, "_ask", ask_again)
+    monkeypatch.setattr(races, "_ask", ask_again)
     assert verify_kernel(spec, SM_80, tmp_path, A_DAY) == first
     assert spec.proof is not None
     with pytest.raises(RuntimeError, match="asked again"):
@@ -265,11 +263,11 @@ def test_a_proof_that_lacked_time_is_asked_for_again(
 ) -> None:
     times: list[float] = []
 
-    def ask(question: object, ptx: str, timeout: float) -> dict[str, Any]:
+    def ask(ptx: str, config: object, timeout: float) -> dict[str, Any]:
         times.append(timeout)
         return {"result": "timeout", "diagnostics": [{"code": "time_budget"}]}
 
-    monkeypatch.setattr(verify, "_ask", ask)
+    monkeypatch.setattr(races, "_ask", ask)
     for timeout in (10.0, 10.0, 5.0, 20.0):
         row = verify_kernel(_scale(False), SM_80, tmp_path, timeout)
         assert (row.state, row.reason) == ("not decided", "time_budget")
@@ -286,18 +284,18 @@ def test_exit_status_and_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = {
-        "right": Row("cuda:80", "bfloat16", "right", "races", "proved", "", 1.0, (), False),
-        "open": Row("cuda:80", "bfloat16", "open", "races", "not decided", "wgmma", 1.0, (), False),
-        "same": Row("cuda:80", "bfloat16", "same", "races", "refuted", "x", 1.0, ("a.py:1",), True),
-        "racy": Row("cuda:80", "bfloat16", "racy", "races", "refuted", "race", 1.0, (), False),
+        "right": Row("cuda:80", "bfloat16", "right", "proved", "", 1.0, (), False),
+        "open": Row("cuda:80", "bfloat16", "open", "not decided", "wgmma", 1.0, (), False),
+        "same": Row("cuda:80", "bfloat16", "same", "refuted", "x", 1.0, ("a.py:1",), True),
+        "racy": Row("cuda:80", "bfloat16", "racy", "refuted", "race", 1.0, (), False),
     }
     specs = [replace(_scale(False), name=name) for name in ("right", "open", "same")]
-    monkeypatch.setattr(aot, "available", lambda: True)
-    monkeypatch.setattr(aot, "shipped_kernels", lambda arch, dtype: specs)
-    monkeypatch.setattr(aot, "verify_kernel", lambda spec, *_: rows[spec.name])
+    monkeypatch.setattr(races, "available", lambda: True)
+    monkeypatch.setattr(races, "shipped_kernels", lambda arch, dtype: specs)
+    monkeypatch.setattr(races, "verify_kernel", lambda spec, *_: rows[spec.name])
     file = tmp_path / "rows.json"
-    options = ["--verify", "--targets", "cuda:80", "--dtypes", "bfloat16", "--json", str(file)]
-    assert aot.main(options) == 0
+    options = ["--targets", "cuda:80", "--dtypes", "bfloat16", "--json", str(file)]
+    assert races.main(options) == 0
     output = capsys.readouterr().out
     assert output.endswith("3 questions: 1 proved, 1 refuted (1 of them allowed), 1 not decided\n")
     assert "same, bfloat16, cuda:80: a.py:1" in output
@@ -305,18 +303,21 @@ def test_exit_status_and_output(
         "proved", "not decided", "refuted",
     ]  # fmt: skip
     specs.append(replace(_scale(False), name="racy"))
-    assert aot.main(options) == 1
+    assert races.main(options) == 1
     assert "4 questions: 1 proved, 2 refuted (1 of them allowed)" in capsys.readouterr().out
-    assert aot.main([*options, "--kernels", "nothing"]) == 2
-    monkeypatch.setattr(aot, "available", lambda: False)
-    assert aot.main(options) == 2
+    assert races.main([*options, "--kernels", "nothing"]) == 2
+    monkeypatch.setattr(races, "available", lambda: False)
+    assert races.main(options) == 2
     assert "needs sentryward" in capsys.readouterr().err
+    monkeypatch.setattr(races, "interpreting", lambda: True)
+    assert races.main(options) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def test_bad_timeout(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("0", "-1", "soon", "inf"):
         with pytest.raises(SystemExit) as stop:
-            aot.main(["--verify", "--timeout", text])
+            races.main(["--timeout", text])
         assert stop.value.code == 2
         assert "it must be a number above 0" in capsys.readouterr().err
 
@@ -341,33 +342,5 @@ def test_every_shipped_kernel_has_a_launch_for_the_verifier() -> None:
 )
 def test_shipped_kernels(name: str, state: str, allowed: bool) -> None:
     (spec,) = [spec for spec in shipped_kernels("sm_80", "bfloat16") if spec.name == name]
-    row = verify_kernel(spec, SM_80, aot.default_cache(), A_DAY)
+    row = verify_kernel(spec, SM_80, default_cache(), A_DAY)
     assert (row.state, row.allowed) == (state, allowed), row.reason
-
-
-@needs_verifier
-def test_residual_layer_norm_equals_pytorch(tmp_path: Path) -> None:
-    """In real arithmetic, at a width that takes seconds; `make verify` has a larger one."""
-    (case,) = [c for c in verify_equality.equalities("sm_80", 16) if "residual" in c.spec.name]
-    row = verify_kernel(case.spec, SM_80, aot.default_cache(), A_DAY, case)
-    assert (row.state, row.claim) == ("proved", "equality"), row.reason
-    wrong = replace(case, scalars={**case.scalars, "scale": 0.25})
-    row = verify_kernel(case.spec, SM_80, tmp_path, A_DAY, wrong)
-    assert row.state == "not decided" and not row.failed
-
-
-def test_references_are_the_twins() -> None:
-    generator = torch.Generator().manual_seed(0)
-    residual, x = torch.randn(2, 5, 64, generator=generator)
-    weight, bias = torch.randn(2, 64, generator=generator)
-    y, z = verify_equality.residual_layer_norm(residual, x, weight, bias, 0.5, 2.0**-17)
-    alone = verify_equality.layer_norm(x, weight, bias, 2.0**-17)
-    exact = residual.double() + 0.5 * x.double()
-    for bits, expected in (
-        (y, exact),
-        (z, F.layer_norm(exact, (64,), weight.double(), bias.double(), 2.0**-17)),
-        (alone, F.layer_norm(x.double(), (64,), weight.double(), bias.double(), 2.0**-17)),
-    ):
-        torch.testing.assert_close(
-            bits.view(torch.float32).double(), expected, rtol=1e-5, atol=1e-5
-        )

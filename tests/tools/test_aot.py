@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,11 @@ import pytest
 import triton
 import triton.language as tl
 
-from csrc_triton import amdgcn, aot, machine_code, sass
-from csrc_triton.aot import Row, check_kernel, shipped_kernels
-from csrc_triton.machine_code import Target, compile_kernel, default_cache
-from csrc_triton.occupancy import blocks_per_multiprocessor
 from csrc_triton.specs import KernelSpec
+from tools.compile import amdgcn, aot, machine_code, sass
+from tools.compile.aot import Row, check_kernel, shipped_kernels
+from tools.compile.machine_code import Target, compile_kernel, default_cache
+from tools.compile.occupancy import blocks_per_multiprocessor
 
 # One kernel of each family, with the largest tile of those that have several, and the plain twin of
 # attention. Of the products: the epilogue with an activation, the one with two accumulators and the
@@ -274,6 +275,18 @@ def test_bad_arguments(
         aot.main(options)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tools.compile", "tools.verify"])
+def test_the_commands_run(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["command", "--targets", ","])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(command, run_name="__main__")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"usage: python -m {command} " in error and "no target is named" in error
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from csrc_triton import attention_backward, conv_backward, linear_backward, norm_backward
-from csrc_triton.aot import check_kernel
 from csrc_triton.configs.norm import warp_size
 from csrc_triton.configs.norm_backward import norm_backward_config
-from csrc_triton.machine_code import Target, default_cache
 from csrc_triton.specs import KernelSpec
+from tools.compile.aot import check_kernel
+from tools.compile.machine_code import Target, default_cache
 
 FAMILIES = (attention_backward, conv_backward, linear_backward, norm_backward)
 TENSOR_CORES = {"cuda:80": "HMMA", "cuda:90": "HGMMA", "hip:gfx942": "MFMA"}

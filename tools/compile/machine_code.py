@@ -16,9 +16,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from csrc_triton.specs import KernelSpec
+
 from . import amdgcn, sass
 from .occupancy import LIMITS
-from .specs import KernelSpec
 
 
 @dataclass(frozen=True)

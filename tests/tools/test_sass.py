@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from csrc_triton import sass
+from tools.compile import sass
 
 KERNEL = """
 	.headerflags	@"EF_CUDA_SM90"

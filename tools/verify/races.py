@@ -1,22 +1,20 @@
 """Proves kernels free of races, from their PTX, at a small fixed launch; the verifier lane.
 
-    python -m csrc_triton.aot --verify --targets cuda:80,cuda:90,cuda:100 --json rows.json
+    python -m tools.verify --targets cuda:80,cuda:90,cuda:100 --json rows.json
 
-asks SentryWard, a static verifier of PTX, about every kernel. Two properties, three answers:
-
-* "races": no two threads touch an address unordered, one of them writing, and all barriers are met
-  by the threads that they wait for. "equality": the kernel computes what the PyTorch function of
-  `verify_equality` does, in real arithmetic.
-* "proved", "refuted" and "not decided": the verifier has no rule for an instruction (wgmma), cannot
-  follow control flow that depends on data, or ran out of time or memory.
+asks SentryWard, a static verifier of PTX, whether in every kernel no two threads touch an address
+unordered, one of them writing, and all barriers are met by the threads that they wait for. Three
+answers: "proved", "refuted" and "not decided", where the verifier has no rule for an instruction
+(wgmma), cannot follow control flow that depends on data, or ran out of time or memory.
 
 A proof is about one launch (`KernelSpec.proof`), distinct tensors that do not overlap, and the
 verifier's model of the GPU. A refutation whose witness is a store of one value by several threads
-is looked at once more with one of those threads alone: see `verify_stores` and `ALLOWED`.
+is looked at once more with one of those threads alone: see `stores` and `ALLOWED`.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import importlib.metadata
@@ -24,18 +22,25 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .machine_code import Target, compile_kernel
-from .specs import KernelSpec
-from .verify_equality import Equality
-from .verify_stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+from csrc_triton.runtime import interpreting
+from csrc_triton.specs import KernelSpec
+from tools.compile.aot import shipped_kernels
+from tools.compile.arguments import add_arguments, chosen
+from tools.compile.machine_code import Target, compile_kernel
 
+from . import stores
+from .stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100")
 State = Literal["proved", "refuted", "not decided"]
 TIMEOUT = 300.0
 """Seconds for a proof."""
@@ -43,7 +48,6 @@ MEMORY_MIB = 8192
 
 _STATES: dict[str, State] = {
     "race_free": "proved",
-    "verified": "proved",
     "potential_race": "refuted",
     "not_wellsynced": "refuted",
     "invalid_lifecycle": "refuted",
@@ -70,18 +74,17 @@ class Allowed:
 
 _LANES = "the four lanes of a row hold the result of one butterfly reduction"
 _WARPS = "the four warps read one sum over rows from shared memory, and lay it out there anew"
-_CUDA = ("cuda:80", "cuda:90", "cuda:100")
 ALLOWED = (
     Allowed("ctc_argmax/32", ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120"), _LANES),
     Allowed("shaw_attention_fwd/relative_key", ("cuda:80",), f"log-sum-exp: {_LANES}"),
     Allowed("shaw_attention_fwd/no_positions", ("cuda:80",), f"log-sum-exp: {_LANES}"),
     Allowed(
         "shaw_attention_bwd_prepare/no_positions",
-        _CUDA,
+        TARGETS,
         "delta: the lanes of a row hold the result of one butterfly reduction",
     ),
-    Allowed("linear_bwd/bias_silu", _CUDA, _WARPS),
-    Allowed("linear_bwd/bias_silu_output", _CUDA, _WARPS),
+    Allowed("linear_bwd/bias_silu", TARGETS, _WARPS),
+    Allowed("linear_bwd/bias_silu_output", TARGETS, _WARPS),
 )
 
 
@@ -107,13 +110,12 @@ class Proof:
 
 @dataclass(frozen=True)
 class Row:
-    """One property of one kernel on one target.
+    """One kernel on one target.
 
     Attributes:
         target: such as `"cuda:90"`.
         dtype: of the activations.
         kernel: name of its `KernelSpec`.
-        claim: "races" or "equality".
         state: "proved", "refuted" or "not decided"; "refuted" also where the only witnesses are
             duplicate stores.
         reason: why it is not proved.
@@ -125,7 +127,6 @@ class Row:
     target: str
     dtype: str
     kernel: str
-    claim: Literal["races", "equality"]
     state: State
     reason: str
     seconds: float
@@ -145,13 +146,11 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class _Question:
-    """What the verifier is asked: PTX without source lines, launch, and reference if any."""
+    """What the verifier is asked: PTX without source lines, and launch."""
 
     ptx: str
     source_lines: tuple[str, ...]
     config: dict[str, Any]
-    reference: str | None
-    binding: dict[str, Any] | None
 
 
 def _prepare(ptx: str) -> tuple[str, tuple[str, ...]]:
@@ -177,7 +176,7 @@ def _parameters(ptx: str) -> list[tuple[str, str]]:
     ]
 
 
-def _question(spec: KernelSpec, target: Target, equality: Equality | None) -> _Question:
+def _question(spec: KernelSpec, target: Target) -> _Question:
     if spec.proof is None:
         raise ValueError(f"{spec.name} has no launch for the verifier")
     kernel = compile_kernel(spec, target)
@@ -210,95 +209,22 @@ def _question(spec: KernelSpec, target: Target, equality: Equality | None) -> _Q
             {"parameter": place[name], "element_type": "s32", "shapes": [[v] for v in values]}
             for name, values in spec.proof.arrays.items()
         ]
-    if equality is None:
-        return _Question(ptx, sources, config, None, None)
-    # The last parameter is scratch memory that the kernel does not use.
-    ptx = _define_registers(ptx, list(parameters)[-1])
-    return _Question(ptx, sources, config, equality.source, _binding(equality, names))
+    return _Question(ptx, sources, config)
 
 
-def _define_registers(ptx: str, parameter: str) -> str:
-    """Gives registers that only some threads load an unknown value in the others.
-
-    Triton leaves them undefined there and never uses them, and the verifier asks for a definition.
-    Reading memory that nothing else names makes them arbitrary.
-    """
-    guarded = re.compile(r"^\s*@!?%p\d+ ld\.[\w.]+ (?:\{([^}]*)\}|(%\w+))\s*,")
-    lines, defined, number = [], set(), 0
-    for line in ptx.splitlines():
-        found = guarded.match(line)
-        for register in re.findall(r"%\w+", found[1] or found[2]) if found else ():
-            if register not in defined:
-                bits = {"%rs": 16, "%rd": 64}.get(register[:3], 32)
-                # On one line, so that the lines after it keep their numbers.
-                line = f"ld.global.b{bits} {register}, [%arbitrary + {8 * number}]; {line}"
-                number += 1
-        defined.update(re.findall(r"%\w+", line))
-        lines.append(line)
-    last = max(i for i, line in enumerate(lines) if line.lstrip().startswith(".reg "))
-    lines[last] += f" .reg .b64 %arbitrary; ld.param.b64 %arbitrary, [{parameter}];"
-    return "\n".join(lines) + "\n"
-
-
-def _binding(equality: Equality, names: list[str]) -> dict[str, Any]:
-    """Which tensor of the reference is which of the kernel's, in the verifier's form."""
-
-    def memory(name: str) -> str:
-        resource = f"input.arg{names.index(name)}.0"
-        return f"6:global{len(resource)}:{resource}"
-
-    def strides(shape: tuple[int, ...]) -> list[int]:
-        return [4 * shape[1], 4] if len(shape) == 2 else [4]
-
-    layouts = {
-        memory(name): {
-            "shape": list(shape), "element_bytes": 4, "source_offset": 0, "target_offset": 0,
-            "source_strides_bytes": strides(shape), "target_strides_bytes": strides(shape),
-        }
-        for name, shape in equality.inputs.values()
-    }  # fmt: skip
-    tensors = [
-        {"name": argument, "allocation": memory(name), "shape": list(shape), "dtype": "float32"}
-        for argument, (name, shape) in equality.inputs.items()
-    ]
-    scalars = [{"name": name, "value": value} for name, value in equality.scalars.items()]
-    outputs = [
-        {
-            "left_allocation": f"output{i}", "right_allocation": memory(name),
-            "shape": list(shape), "element_bytes": 4, "left_offset": 0, "right_offset": 0,
-            "left_strides_bytes": strides(shape), "right_strides_bytes": strides(shape),
-        }
-        for i, (name, shape) in enumerate(equality.outputs)
-    ]  # fmt: skip
-    return {
-        "reference": {"arguments": [*tensors, *scalars]},
-        "left_inputs": {"layouts": layouts},
-        "right_inputs": {"layouts": layouts},
-        "outputs": {"kind": "dense_tensors", "tensors": outputs},
-    }
-
-
-def _ask(question: _Question, ptx: str, timeout: float) -> dict[str, Any]:
+def _ask(ptx: str, config: dict[str, Any], timeout: float) -> dict[str, Any]:
     """The verifier's report."""
     from sentryward import verify
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "kernel.ptx").write_text(ptx)
-        (folder / "input.json").write_text(json.dumps(question.config))
-        options = {}
-        if question.reference is not None:
-            # The verifier imports the file under this name, and torch.export looks for it there.
-            options["reference"] = folder / "example_reference.py"
-            options["reference_binding"] = folder / "reference_binding.json"
-            options["reference"].write_text(question.reference)
-            options["reference_binding"].write_text(json.dumps(question.binding))
+        (folder / "input.json").write_text(json.dumps(config))
         report: dict[str, Any] = verify(
             folder / "kernel.ptx",
             input=folder / "input.json",
             timeout_seconds=timeout,
             memory_limit_mib=MEMORY_MIB,
-            **options,
         )
     return report
 
@@ -328,13 +254,13 @@ def _child_seconds() -> float:
 
 def _decide(question: _Question, timeout: float) -> Proof:
     start, used = time.monotonic(), _child_seconds()
-    report = _ask(question, question.ptx, timeout)
+    report = _ask(question.ptx, question.config, timeout)
     duplicates: tuple[str, ...] = ()
     problem = ""
     if report["result"] == "potential_race":
         launch = question.config["launch"]
         try:
-            stores = duplicate_stores(
+            found = duplicate_stores(
                 question.ptx,
                 launch["grid_dim"],
                 launch["block_dim"][0],
@@ -344,28 +270,25 @@ def _decide(question: _Question, timeout: float) -> Proof:
                  for a in question.config.get("shape_arrays", [])},
             )  # fmt: skip
         except CannotFollow as stop:
-            stores = {}
+            found = {}
             problem = f"; whether it stores one value was not found: {stop}"
-        one_value = [store for store in stores.values() if isinstance(store, Store)]
+        one_value = [store for store in found.values() if isinstance(store, Store)]
         lines = {store.line for store in one_value}
         witnesses = list(_witness_lines(report))
         if witnesses and all(len(pair) == 1 and pair <= lines for pair in witnesses):
             places = (question.source_lines[line - 1] for line in sorted(lines))
             duplicates = tuple(dict.fromkeys(places))
             left = max(timeout - (time.monotonic() - start), 1.0)
-            report = _ask(question, keep_one_thread(question.ptx, one_value), left)
+            report = _ask(keep_one_thread(question.ptx, one_value), question.config, left)
         elif witnesses:
             line = max(witnesses[0])
-            why = stores.get(line)
+            why = found.get(line)
             problem += f" ({question.source_lines[line - 1]})"
             problem += f"; {why}" if isinstance(why, str) else ""
     if report["result"] in _BAD_QUESTIONS:
         why = _first_diagnostic(report, question.source_lines)
         raise ValueError(f"the verifier was asked wrongly: {why}")
     state = _STATES.get(report["result"], "not decided")
-    # With a reference, freedom from races alone proves nothing.
-    if question.reference is not None and state == "proved" and report["result"] != "verified":
-        state = "not decided"
     reason = _first_diagnostic(report, question.source_lines) + problem
     reason = "" if state == "proved" else reason
     return Proof(state, reason, round(_child_seconds() - used, 1), duplicates, timeout)
@@ -373,14 +296,14 @@ def _decide(question: _Question, timeout: float) -> Proof:
 
 @functools.cache
 def _version() -> str:
-    files = (Path(__file__), Path(__file__).with_name("verify_stores.py"))
+    files = (Path(__file__), Path(stores.__file__))
     own = "".join(file.read_text() for file in files)
     return importlib.metadata.version("sentryward") + own
 
 
 def _proof(question: _Question, timeout: float, cache: Path) -> Proof:
     """Decides, or takes the answer of last time; one that lacked time is asked for again."""
-    facts = (question.ptx, question.config, question.reference, question.binding, _version())
+    facts = (question.ptx, question.config, _version())
     file = cache / f"proof-{hashlib.sha256(repr(facts).encode()).hexdigest()}.json"
     if file.exists():
         kept = json.loads(file.read_text())
@@ -397,32 +320,24 @@ def _proof(question: _Question, timeout: float, cache: Path) -> Proof:
     return proof
 
 
-def verify_kernel(
-    spec: KernelSpec,
-    target: Target,
-    cache: Path,
-    timeout: float = TIMEOUT,
-    equality: Equality | None = None,
-) -> Row:
-    """Proves or refutes one property of one kernel.
+def verify_kernel(spec: KernelSpec, target: Target, cache: Path, timeout: float = TIMEOUT) -> Row:
+    """Proves or refutes that a kernel is free of races and meets its barriers.
 
     Args:
         spec: the kernel.
         target: the GPU.
         cache: folder with the answers of earlier runs, by PTX, launch and verifier.
         timeout: seconds for the proof; past them it is not decided.
-        equality: what the kernel is to be equal to; `None` to look for races.
 
     Raises:
         ValueError: the spec's launch does not fit its signature, or the verifier rejects it.
     """
     facts = (target.name, spec.dtype, spec.name)
-    which: Literal["races", "equality"] = "races" if equality is None else "equality"
     if target.gpu.backend != "cuda":
-        return Row(*facts, which, "not decided", "the verifier reads PTX", 0.0, (), False)
+        return Row(*facts, "not decided", "the verifier reads PTX", 0.0, (), False)
     if spec.proof is None:
-        return Row(*facts, which, "not decided", "no launch is given for it", 0.0, (), False)
-    proof = _proof(_question(spec, target, equality), timeout, cache)
+        return Row(*facts, "not decided", "no launch is given for it", 0.0, (), False)
+    proof = _proof(_question(spec, target), timeout, cache)
     state, reason, allowed = proof.state, proof.reason, False
     if proof.duplicates:
         places = ", ".join(proof.duplicates)
@@ -435,4 +350,104 @@ def verify_kernel(
             reason = f"only by threads that store one value to one address ({places}): {why}"
         else:
             reason = f"{reason}; besides threads that store one value to one address ({places})"
-    return Row(*facts, which, state, reason, proof.seconds, proof.duplicates, allowed)
+    return Row(*facts, state, reason, proof.seconds, proof.duplicates, allowed)
+
+
+_COLUMNS = (
+    ("target", 9),
+    ("dtype", 8),
+    ("kernel", 38),
+    ("state", 22),
+    ("seconds", 7),
+    ("why", 3),
+)
+
+
+def _line(cells: Iterable[str]) -> str:
+    padded = (f"{cell:<{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+    return f"| {' | '.join(padded)} |"
+
+
+def table_head() -> str:
+    """The first two lines of the table, in Markdown."""
+    return "\n".join(
+        (_line(name for name, _ in _COLUMNS), _line("-" * width for _, width in _COLUMNS))
+    )
+
+
+def table_line(row: Row) -> str:
+    """A row of the table, in Markdown."""
+    state = f"{row.state} (allowed)" if row.allowed else row.state
+    return _line((row.target, row.dtype, row.kernel, state, f"{row.seconds:.1f}", row.reason))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a number above 0")
+    return seconds
+
+
+def _rows(options: argparse.Namespace) -> Iterator[Row]:
+    for target in options.targets:
+        seen: set[str] = set()
+        for dtype in options.dtypes or ["bfloat16", "float32"]:
+            for spec in shipped_kernels(target.arch, dtype):
+                family = spec.name.split("/")[0]
+                if options.dtypes is None and dtype == "float32" and family in seen:
+                    continue
+                if dtype == "bfloat16":
+                    seen.add(family)
+                if chosen(spec.name, options.kernels):
+                    yield verify_kernel(spec, target, options.cache, options.timeout)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.verify",
+        description="Proves each kernel free of races and its barriers right, at a small launch. A "
+        "refutation makes the exit status 1, unless threads that store one value to one address "
+        "are all there is and the kernel is listed for it; 'not decided' is counted apart, is no "
+        "pass, and does not make it 1.",
+    )
+    add_arguments(parser, TARGETS, "bfloat16, and float32 for what exists in no other")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=TIMEOUT,
+        help="for one proof; past it, it is not decided (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    if interpreting():
+        print("error: TRITON_INTERPRET is set, so nothing can be compiled", file=sys.stderr)
+        return 2
+    if not available():
+        print("error: this needs sentryward: pip install 'w2vbert-fast[verify]'", file=sys.stderr)
+        return 2
+    rows: list[Row] = []
+    for row in _rows(options):
+        if not rows:
+            print(table_head())
+        rows.append(row)
+        print(table_line(row), flush=True)
+    if not rows:
+        print(f"error: no kernel's name has {' or '.join(options.kernels)}", file=sys.stderr)
+        return 2
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    counts = Counter(row.state for row in rows)
+    allowed = [row for row in rows if row.allowed]
+    if allowed:
+        print("\nrefuted and allowed, because threads store one value to one address:")
+    for row in allowed:
+        print(f"  {row.kernel}, {row.dtype}, {row.target}: {', '.join(row.duplicates)}")
+    print(
+        f"\n{len(rows)} questions: {counts['proved']} proved, {counts['refuted']} refuted "
+        f"({len(allowed)} of them allowed), {counts['not decided']} not decided"
+    )
+    return 1 if any(row.failed for row in rows) else 0

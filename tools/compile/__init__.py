@@ -1,0 +1,1 @@
+"""The compiler lane: kernels compiled for GPUs that need not be there, and what came out."""

@@ -1,0 +1,8 @@
+"""`python -m tools.compile`."""
+
+import sys
+
+from .aot import main
+
+if __name__ == "__main__":
+    sys.exit(main())

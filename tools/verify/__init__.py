@@ -1,0 +1,1 @@
+"""The verifier lane: proofs about kernels, from their PTX."""
