@@ -204,3 +204,12 @@ def test_a_configuration_of_the_callers(folder: Path, tmp_path: Path) -> None:
     assert isinstance(model.config, Pooled)
     model.save_pretrained(tmp_path)
     assert WithPooling.from_pretrained(tmp_path).config.pooling == "max"  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_is_printed_like_transformers(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text('{"|": 0, "a": 1, "<unk>": 2, "<pad>": 3}', encoding="utf-8")
+    theirs, ours = (library.Wav2Vec2CTCTokenizer(vocabulary) for library in LIBRARIES)
+    assert ours.is_fast == theirs.is_fast
+    expected = repr(theirs).partition(", added_tokens_decoder")[0].replace("name_or_path='', ", "")
+    assert repr(ours) == f"{expected})"

@@ -126,6 +126,19 @@ class Wav2Vec2CTCTokenizer(HubMixin, Vocabulary):
         self.processor_class: str | None = kwargs.pop("processor_class", None)
         self.further_entries: dict[str, Any] = kwargs
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(vocab_size={self.vocab_size}, "
+            f"model_max_length={self.model_max_length}, padding_side={self.padding_side!r}, "
+            f"truncation_side={self.truncation_side!r}, special_tokens={self.special_tokens_map})"
+        )
+
+    @property
+    def is_fast(self) -> bool:
+        """`False`: offsets and words of encodings, which that promises in transformers, are not
+        kept."""
+        return False
+
     @classmethod
     def from_pretrained(
         cls,
