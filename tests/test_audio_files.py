@@ -344,10 +344,6 @@ def test_a_hole_in_bare_aac_takes_its_time() -> None:
     third = len(content) // 3
     holed = content[:third] + bytes(third) + content[2 * third :]
     assert load_audio(holed).seconds == pytest.approx(whole, abs=0.5)
-    # Behind a hole packets may be bad, too.
-    for first in range(third, third + 400, 50):
-        holed = content[:first] + bytes(third) + content[first + third :]
-        assert load_audio(holed).seconds == pytest.approx(whole, abs=0.5)
 
 
 def test_tags_between_joined_mp3s_take_no_time() -> None:

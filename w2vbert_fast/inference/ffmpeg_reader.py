@@ -50,8 +50,6 @@ _MANY_CHANNELS = 8  # with as many planes PyAV reads past the end of their list
 _TAG = b"ID3"
 _TAG_HEADER = 10
 _HOLE = bytes(64)
-# Behind a hole a demuxer begins in the middle of a frame, and takes a few things for frames.
-_PACKETS_BEHIND_A_HOLE = 3
 _SEARCHED = 1 << 14
 
 
@@ -174,7 +172,7 @@ def _frames(
             lost = 0.0 if timed else holes.seconds(packet)
             if lost is not None:
                 clock += lost
-                bad_packets += not holes.ends_here()
+                bad_packets += 1
             continue
         before = clock
         for frame in frames:
@@ -238,16 +236,9 @@ class _Holes:
         self._good_seconds = 0.0
         self._passed_over = 0  # by a demuxer that does not count it
         self._tag_end = 0
-        self._behind_hole = 0  # packets that may be bad because of it
-
-    def ends_here(self) -> bool:
-        """Whether a bad packet belongs to the hole just before it."""
-        self._behind_hole -= 1
-        return 0 <= self._behind_hole < _PACKETS_BEHIND_A_HOLE
 
     def decoded(self, packet: Any, seconds: float) -> None:
         """Take in a packet that was decoded."""
-        self._behind_hole = 0
         if seconds > 0:
             self._good_bytes += packet.size
             self._good_seconds += seconds
@@ -274,7 +265,6 @@ class _Holes:
         if hole >= 0:
             zeros_end = self._end_of_zeros(start + hole)
             self._passed_over += max(0, zeros_end - end)
-            self._behind_hole = _PACKETS_BEHIND_A_HOLE + 1
             end = max(end, zeros_end)
         return self._seconds_of(end - start)
 
