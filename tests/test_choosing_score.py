@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.training_helpers import STILL, config, make_model, metrics, write_clips
-from w2vbert_fast.training import FinetuneConfig, FinetuneResult, StepReport, finetune, trainer
+from w2vbert_fast.training import (
+    FinetuneConfig,
+    FinetuneResult,
+    StepReport,
+    evaluation,
+    finetune,
+    trainer,
+)
 from w2vbert_fast.training.evaluation import choosing_score
 from w2vbert_fast.training.vocabulary import build_tokenizer
 
@@ -72,6 +80,31 @@ def test_the_best_checkpoint_is_the_one_of_the_score(
     assert (content["score"], content["config"]["metric"]) == (score, metric)
 
 
+def test_scoring_keeps_nothing_for_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = evaluation._predictions
+    seen: list[bool] = []
+
+    def predictions(*args: Any) -> Any:
+        seen.append(torch.is_grad_enabled())
+        return original(*args)
+
+    monkeypatch.setattr(evaluation, "_predictions", predictions)
+    run(tmp_path, CHINESE, steps=1)
+    assert seen and not any(seen)
+
+
+def test_options_without_effect_are_refused() -> None:
+    paths = {name: name for name in ("model", "train", "eval", "out")}
+    for option in ({"lora_alpha": 2.0}, {"lora_dropout": 0.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} needs lora"):
+            FinetuneConfig(**paths, **option)  # type: ignore[arg-type]
+    for name, value in (("lower_case", True), ("vocabulary", "new"), ("min_character_count", 2)):
+        with pytest.raises(ValueError, match=f"{name} needs the task 'ctc'"):
+            FinetuneConfig(**paths, task="frames", **{name: value})  # type: ignore[arg-type]
+
+
 class _Stop(Exception):
     pass
 
@@ -115,6 +148,11 @@ def test_what_separates_words(tmp_path: Path) -> None:
     assert choosing_score("ctc", "auto", without, ["a b"]) == "cer"
     assert choosing_score("ctc", "auto", tokenizer, ["ab", "a b"]) == "wer"
     assert choosing_score("ctc", "auto", tokenizer, ["ab", "ba"]) == "cer"
+    # A foreign name in Chinese, and Chinese characters in English.
+    assert (
+        choosing_score("ctc", "auto", tokenizer, ["\u4f60\u597d New York", CHINESE[1] * 4]) == "cer"
+    )
+    assert choosing_score("ctc", "auto", tokenizer, ["a Chinese sign: \u597d"]) == "wer"
     assert choosing_score("frames", "auto", None, None) == "accuracy"
     paths = {name: name for name in ("model", "train", "eval", "out")}
     with pytest.raises(ValueError, match="metric must be one of auto, wer, cer, got 'ter'"):

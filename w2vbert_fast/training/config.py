@@ -229,6 +229,16 @@ class FinetuneConfig:
             raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
         if not self.speeds or not all(0.25 <= _number("speeds", s) <= 4 for s in self.speeds):
             raise ValueError(f"speeds must be numbers from 0.25 to 4, got {self.speeds}")
+        for name, needs, has in (
+            ("lora_alpha", "lora", self.lora > 0),
+            ("lora_dropout", "lora", self.lora > 0),
+            ("lower_case", "the task 'ctc'", self.task == "ctc"),
+            ("vocabulary", "the task 'ctc'", self.task == "ctc"),
+            ("min_character_count", "the task 'ctc'", self.task == "ctc"),
+        ):
+            default = next(entry.default for entry in fields(self) if entry.name == name)
+            if not has and getattr(self, name) != default:
+                raise ValueError(f"{name} needs {needs}: it would have no effect")
         if self.lora and not self.lora_targets:
             raise ValueError("lora_targets is empty; name the layers that get an adapter")
 

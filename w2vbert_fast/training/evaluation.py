@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from w2vbert_fast._extras import require
+from w2vbert_fast.inference.scripts import is_unspaced
 from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
 from w2vbert_fast.training.batches import frame_budget_batches
 from w2vbert_fast.training.config import Metric, Task
@@ -77,7 +79,8 @@ def choosing_score(
 
     Args:
         task: the task.
-        metric: "wer" or "cer"; "auto": "wer" where words are separated.
+        metric: "wer" or "cer"; "auto": "wer" where words are separated, by a token of the
+            vocabulary, and by spaces in the transcripts, most of which is of a script with spaces.
         tokenizer: for "ctc".
         transcripts: of the data; None where they are not known beforehand.
 
@@ -89,9 +92,17 @@ def choosing_score(
     if metric != "auto":
         return metric
     assert tokenizer is not None
-    has_separator = tokenizer.word_delimiter_token in tokenizer.encoder
-    is_used = transcripts is None or any(" " in text for text in transcripts)
-    return "wer" if has_separator and is_used else "cer"
+    if tokenizer.word_delimiter_token not in tokenizer.encoder:
+        return "cer"
+    if transcripts is None:
+        return "wer"
+    # A foreign name, or a stray space, does not separate the words of Chinese.
+    count = Counter(
+        "space" if c == " " else "unspaced" if is_unspaced(c) else "letter"
+        for text in transcripts
+        for c in text
+    )
+    return "wer" if count["space"] and count["letter"] >= count["unspaced"] else "cer"
 
 
 def is_better(name: str, score: float, best: float | None) -> bool:
@@ -101,6 +112,7 @@ def is_better(name: str, score: float, best: float | None) -> bool:
     return score > best if name == "accuracy" else score < best
 
 
+@torch.no_grad()
 def evaluate(
     module: nn.Module,
     core: Any,
