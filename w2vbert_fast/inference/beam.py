@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
+from w2vbert_fast._scripts import is_unspaced
 from w2vbert_fast.inference.language_model import words_of
-from w2vbert_fast.inference.scripts import is_unspaced
 from w2vbert_fast.inference.timestamps import Delay, Word, check_log_probs, word_timestamps
 from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
 

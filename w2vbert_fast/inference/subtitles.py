@@ -6,7 +6,7 @@ pauses and after sentences. A cue that would be shorter than a second stays on t
 the next one allows.
 
 What is a word between spaces may be a whole recording where a script has none between its words:
-there cues and lines end between characters too, by the same rules (`scripts`).
+there cues and lines end between characters too, by the same rules (`_scripts`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from w2vbert_fast.inference.scripts import columns, ends_sentence, graphemes, may_break
+from w2vbert_fast._scripts import columns, ends_sentence, graphemes, may_break
 from w2vbert_fast.inference.timestamps import Character, Word
 
 _MILLISECONDS = 1000

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast import models
+from w2vbert_fast._scripts import is_unspaced
 from w2vbert_fast.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.inference.decoding import Loaded
 from w2vbert_fast.inference.language_model import FOLDER as LANGUAGE_MODEL_FOLDER
@@ -23,7 +24,6 @@ from w2vbert_fast.inference.long_recordings import Chunk, merge
 from w2vbert_fast.inference.pauses import split_at_pauses
 from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, find_device, load_pipeline
 from w2vbert_fast.inference.rows import Classification, Embedding, Segment, Transcription
-from w2vbert_fast.inference.scripts import is_unspaced
 from w2vbert_fast.inference.workers import (
     Piece,
     Task,
