@@ -380,6 +380,21 @@ def test_a_large_sample_is_handed_out_in_parts(
     assert read_tar(tmp_path, members) == whole == {f"s.{i}": {"speaker": "s"} for i in range(6)}
 
 
+@pytest.mark.parametrize("module", ["gzip", "bz2", "lzma"])
+def test_compressed_recordings_in_front_of_a_cut_are_kept(tmp_path: Path, module: str) -> None:
+    noise = np.random.default_rng(0)  # nothing that could be compressed
+    content = {f"s.{i}.wav": WAV[:44] + noise.bytes(4_000) for i in range(6)}
+    tar = Path(tar_of(tmp_path / "s.tar", content)).read_bytes()
+    path = tmp_path / "cut.tar"
+    path.write_bytes(importlib.import_module(module).compress(tar)[:-2_500])
+    if module == "bz2":  # unpacked as one block or not at all
+        assert ["damaged tar file" in str(row.problem) for row in rows(path)] == [True]
+        return
+    found = rows(path)
+    assert [row.id for row in found[:-1]] == [f"s.{i}" for i in range(5)]
+    assert "damaged tar file" in str(found[-1].problem)
+
+
 @pytest.mark.parametrize("where", ["header", "content"])
 def test_recordings_in_front_of_damage_are_kept(tmp_path: Path, where: str) -> None:
     path = Path(tar_of(tmp_path / "s.tar", {"s.1.wav": WAV, "s.2.wav": WAV, "s.3.wav": WAV}))

@@ -102,8 +102,14 @@ class TarShard:
         # tar files may have been joined.
         with (
             _uncompressed(self.path) as content,
+            # Block by block, since a compressed stream that was cut off hands out nothing of the
+            # read that meets its end.
             tarfile.open(
-                fileobj=content, mode="r|", tarinfo=_StrictHeader, ignore_zeros=True
+                fileobj=content,
+                mode="r|",
+                bufsize=tarfile.BLOCKSIZE,
+                tarinfo=_StrictHeader,
+                ignore_zeros=True,
             ) as shard,
         ):
             try:
