@@ -45,3 +45,45 @@ def test_a_wrong_command_line_is_said(capsys: pytest.CaptureFixture[str]) -> Non
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert said in capsys.readouterr().err
+
+
+def test_a_fault_ends_the_script_with_status_1_and_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.append({str(SCRIPTS)!r})\n"
+        "import torch, vector_addition\n"
+        "x = torch.zeros(64)\n"
+        "vector_addition.add_kernel[(1,)](x, x.clone(), x.clone(), 65, BLOCK=128)\n"
+        "print('after the launch')\n"
+    )
+    assert main(["--target", "sm_80", str(script)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "kernel add_kernel, block (0, 0, 0): global load outside of every tensor" in err
+    assert "PTX line" in err and "vector_addition.py:" in err
+
+
+def test_counts_are_those_of_the_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    """1,000 elements of 4 bytes, read twice and written once, in 4 blocks of 4 warps."""
+    assert main(["--target", "sm_80", "--count", str(SCRIPTS / "vector_addition.py"), "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "add_kernel | 1 | " in out
+    assert " | 8000 | 4000 |" in out
+    assert "| ret | 16 |" in out
+
+
+def test_a_check_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.append({str(SCRIPTS)!r})\n"
+        "import torch, vector_addition\n"
+        "x = torch.zeros(64)\n"
+        "vector_addition.add_kernel[(1,)](x, x.clone(), x.clone(), 63, BLOCK=128)\n"
+    )
+    assert main(["--target", "sm_80", str(script)]) == 1
+    assert (
+        "1 of 64 elements of out_ptr are never written, the first [63]" in capsys.readouterr().err
+    )
+    assert main(["--target", "sm_80", "--without", "written_whole", str(script)]) == 0

@@ -1,0 +1,286 @@
+"""Kernels as compiled, against PyTorch; and every check, shown by the fault that it is for."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from tests.tools.virtual_gpu.kernels import caught, changed, execute, written
+from tests.tools.virtual_gpu.scripts import fused_softmax, vector_addition
+from tools.virtual_gpu.driver import activated
+from tools.virtual_gpu.executor import ExecutionError, Executor
+from tools.virtual_gpu.faults import UnsupportedError
+
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("script", ["vector_addition", "fused_softmax", "layer_norm"])
+def test_kernels_without_tensor_cores(
+    script: str, target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script])
+    with activated(target, Executor()):
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+    assert capsys.readouterr().out == "the same as PyTorch\n"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "matrix_product bfloat16",
+        "matrix_product float16",
+        "matrix_product float32",
+        "fused_attention bfloat16",
+        "fused_attention float16",
+    ],
+)
+def test_kernels_with_tensor_cores(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", case.split())
+    with activated("sm_80", Executor()):
+        runpy.run_path(str(SCRIPTS / f"{case.split()[0]}.py"), run_name="__main__")
+    assert capsys.readouterr().out == "the same as PyTorch\n"
+
+
+def addition(n: int = 1000, claimed: int | None = None):
+    x, y = torch.randn(2, n).unbind()
+    x, y, out = x.clone(), y.clone(), torch.zeros(n)
+    kernel = vector_addition.add_kernel[(triton.cdiv(n, 256),)]
+    (launch,) = caught("sm_80", lambda: kernel(x, y, out, claimed or n, BLOCK=256))
+    return launch
+
+
+def softmax():
+    (launch,) = caught("sm_80", lambda: fused_softmax.softmax(torch.randn(5, 217)))
+    execute(launch)
+    return launch
+
+
+def test_an_access_outside_of_every_tensor_is_a_fault_with_its_place() -> None:
+    with pytest.raises(ExecutionError) as raised:
+        execute(addition(1000, claimed=1001))
+    said = str(raised.value)
+    assert "kernel add_kernel, block (3, 0, 0): global load outside of every tensor" in said
+    assert "4 bytes at byte 4000 of the 4000 of x_ptr" in said
+    # Two neighbours for each of 128 threads: element 232 of the block is the 116th's.
+    assert "threads 116 (1 of 128)" in said
+    source = Path(vector_addition.__file__).read_text().splitlines()
+    (line,) = (n for n, text in enumerate(source, 1) if "tl.load(x_ptr" in text)
+    assert f"vector_addition.py:{line}\n" in said + "\n"
+    number = int(said.partition("PTX line ")[2].partition(":")[0])
+    statement = said.partition(f"PTX line {number}: ")[2].splitlines()[0]
+    assert statement.partition("ld.global")[2] in addition().ptx.splitlines()[number - 1]
+
+
+def test_an_access_that_is_not_aligned_is_a_fault() -> None:
+    body = "st.global.b32 [%rd0+2], %r0;"
+    with pytest.raises(ExecutionError, match="store of 4 bytes that is not aligned"):
+        execute(written(body, {"out": torch.zeros(64)}))
+    with pytest.raises(ExecutionError, match="shared load of 8 bytes that is not aligned"):
+        execute(written("ld.shared.v2.b32 {%r1, %r2}, [4];", {}, shared=64))
+    with pytest.raises(ExecutionError, match="shared store at byte 64 of the 64"):
+        execute(written("st.shared.b32 [64], 0;", {}, shared=64))
+
+
+def test_what_depends_on_garbage_is_a_fault() -> None:
+    launch = addition()
+    adds = [line for line in launch.ptx.splitlines() if line.strip().startswith("add.f32")]
+    wrong = changed(launch, adds[0], "")
+    with pytest.raises(ExecutionError, match=r"out_ptr\[\d+\] depends on what registers"):
+        execute(wrong)
+    execute(wrong, garbage=False)
+    body = "shl.b32 %r1, %r0, 2;\nld.shared.b32 %r2, [%r1];\nst.global.b32 [%rd10], %r2;"
+    memory = {"out": torch.zeros(32, 2, dtype=torch.int32)[:, 0]}
+    with pytest.raises(ExecutionError, match=r"out\[0\] depends on what registers"):
+        execute(written(body, memory, shared=128))
+
+
+def test_a_store_that_garbage_decides_is_a_fault() -> None:
+    """The value is right wherever it is written: only what the output held before tells."""
+    body = "@%p5 st.global.b64 [%rd10], %rd10;"
+    with pytest.raises(ExecutionError, match=r"out\[\d+\] depends on what registers"):
+        execute(written(body, {"out": torch.zeros(32, dtype=torch.int64)}), written_whole=False)
+
+
+@triton.jit
+def twice_kernel(out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, offsets)
+
+
+@triton.jit
+def shift_kernel(x_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offsets, tl.load(x_ptr + offsets + BLOCK))
+
+
+def test_an_output_written_twice_or_in_part_is_a_fault() -> None:
+    out = torch.zeros(4, 64, dtype=torch.int32)
+    (launch,) = caught("sm_80", lambda: twice_kernel[(2,)](out[1], BLOCK=64))
+    with pytest.raises(ExecutionError, match=r"out_ptr\[0\] is written twice, first by block nu"):
+        execute(launch)
+    execute(launch, written_once=False)
+    body = "st.global.b64 [%rd0], 5;"
+    with pytest.raises(ExecutionError, match=r"out\[0\] is written twice, by two threads at once"):
+        execute(written(body, {"out": torch.zeros(1, dtype=torch.int64)}))
+    with pytest.raises(ExecutionError, match=r"1 of 1000 elements of out_ptr are never written, "):
+        execute(addition(1000, claimed=999))
+    execute(addition(1000, claimed=999), written_whole=False)
+
+
+def test_blocks_that_read_what_others_write_are_a_fault() -> None:
+    x = torch.zeros(256)
+    (launch,) = caught("sm_80", lambda: shift_kernel[(3,)](x, BLOCK=64))
+    with pytest.raises(ExecutionError, match=r"race of blocks: x_ptr\[64\] is written after anot"):
+        execute(launch, written_whole=False)
+
+
+def test_every_barrier_and_wait_of_the_softmax_is_needed() -> None:
+    launch = softmax()
+    barriers = launch.ptx.count("bar.sync")
+    assert barriers >= 5
+    noticed = 0
+    for which in range(barriers):
+        try:
+            execute(changed(launch, "bar.sync", "//", which), garbage=False)
+        except ExecutionError as fault:
+            assert "race in shared memory" in str(fault)
+            noticed += 1
+    # One lies between two that no thread touches shared memory between.
+    assert noticed >= barriers - 1
+    waits = launch.ptx.count("cp.async.wait_group")
+    assert waits
+    for which in range(waits):
+        with pytest.raises(ExecutionError, match=r"still copies|ends before a cp.async"):
+            execute(changed(launch, "cp.async.wait_group", "//", which), garbage=False)
+
+
+def shared_race(between: str, threads: int = 64, to: str = "%r3") -> None:
+    """Each thread writes its word, and reads its neighbour's."""
+    body = f"""
+    shl.b32 %r1, %r0, 2;
+    xor.b32 %r2, %r0, 1;
+    shl.b32 %r3, %r2, 2;
+    st.shared.b32 [%r1], %r0;
+    {between}
+    ld.shared.b32 %r4, [{to}];
+    cvt.u64.u32 %rd20, %r4;
+    st.global.b64 [%rd10], %rd20;
+    """
+    out = torch.zeros(threads, dtype=torch.int64)
+    execute(written(body, {"out": out}, threads=threads, shared=4 * threads))
+    assert to != "%r3" or out.tolist() == [thread ^ 1 for thread in range(threads)]
+
+
+def test_threads_are_ordered_by_barriers_and_lanes_by_those_of_their_warp() -> None:
+    shared_race("bar.sync 0;")
+    shared_race("bar.warp.sync -1;")
+    shared_race("", to="%r1")
+    with pytest.raises(ExecutionError, match="read of what thread 1 wrote since the last barrier"):
+        shared_race("")
+    with pytest.raises(ExecutionError, match="race in shared memory: read of what thread 32 wrote"):
+        shared_race("xor.b32 %r3, %r1, 128;\nbar.warp.sync -1;")
+    with pytest.raises(ExecutionError, match="write of what thread 1 wrote since the last barrier"):
+        shared_race("st.shared.b32 [%r3], %r0;", to="%r1")
+    with pytest.raises(ExecutionError, match="write of what thread 1 read since the last barrier"):
+        shared_race("bar.sync 0;\nld.shared.b32 %r4, [%r1];\nst.shared.b32 [%r3], 99;")
+    with pytest.raises(ExecutionError, match="race in shared memory: two values for one byte"):
+        shared_race("bar.sync 0;\nst.shared.b32 [0], %r0;")
+
+
+def test_a_barrier_that_not_all_threads_reach_is_a_fault() -> None:
+    compare = "setp.lt.u32 %p0, %r0, 40;\n"
+    for body in ("@%p0 bar.sync 0;", "@%p0 ret;\nbar.sync 0;", "@%p0 bra $L;\nbar.sync 0;\n$L:\n"):
+        with pytest.raises(ExecutionError, match="a barrier that not all threads reach") as raised:
+            execute(written(compare + body, {}, threads=64))
+        assert "bar.sync 0" in str(raised.value)
+
+
+def test_threads_go_their_own_ways_and_meet_again() -> None:
+    body = """
+    mov.b32 %r1, 0;
+    setp.lt.u32 %p0, %r0, 5;
+    @%p0 bra $small;
+    $again:
+    add.s32 %r1, %r1, 2;
+    setp.lt.u32 %p1, %r1, %r0;
+    @%p1 bra $again;
+    bra.uni $end;
+    $small:
+    mov.b32 %r1, 100;
+    $end:
+    bar.sync 0;
+    cvt.u64.u32 %rd20, %r1;
+    st.global.b64 [%rd10], %rd20;
+    """
+    out = torch.zeros(64, dtype=torch.int64)
+    execute(written(body, {"out": out}, threads=64))
+    assert out.tolist() == [100 if t < 5 else t + t % 2 for t in range(64)]
+
+
+def shuffled_by_the_manual(mode: str, a: list[int], by: int, bound: int) -> list[int]:
+    """PTX ISA, "shfl.sync": its pseudo code for one lane."""
+    out = []
+    for lane in range(32):
+        bval, cval, mask = by & 0x1F, bound & 0x1F, bound >> 8 & 0x1F
+        highest, lowest = (lane & mask) | (cval & ~mask & 0x1F), lane & mask
+        source = {
+            "up": lane - bval,
+            "down": lane + bval,
+            "bfly": lane ^ bval,
+            "idx": lowest | (bval & ~mask & 0x1F),
+        }[mode]
+        inside = source >= highest if mode == "up" else source <= highest
+        out.append(a[source if inside else lane])
+    return out
+
+
+@pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
+def test_lanes_hand_each_other_what_the_manual_says(mode: str) -> None:
+    for by, segment in ((1, 0), (5, 0), (3, 24)):
+        bound = segment << 8 | (0 if mode == "up" else 31)
+        out = torch.zeros(32, dtype=torch.int64)
+        body = f"""
+        add.s32 %r1, %r0, 100;
+        shfl.sync.{mode}.b32 %r2, %r1, {by}, {bound}, -1;
+        cvt.u64.u32 %rd20, %r2;
+        st.global.b64 [%rd10], %rd20;
+        """
+        execute(written(body, {"out": out}))
+        assert out.tolist() == shuffled_by_the_manual(mode, list(range(100, 132)), by, bound)
+    with pytest.raises(ExecutionError, match=r"shfl\.sync by a part of a warp"):
+        execute(
+            written("setp.lt.u32 %p0, %r0, 5;\n@%p0 shfl.sync.bfly.b32 %r2, %r0, 1, 31, -1;", {})
+        )
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["frobnicate.b32 %r1, %r0;", "add.sat.s32 %r1, %r0, %r0;", "mov.u32 %r1, %clock;"],
+)
+def test_an_instruction_without_a_rule_is_named_before_anything_runs(statement: str) -> None:
+    out = torch.zeros(32, dtype=torch.int64)
+    launch = written(
+        f"st.global.b64 [%rd10], 7;\nbra.uni $end;\n{statement}\n$end:\n", {"out": out}
+    )
+    with pytest.raises(UnsupportedError, match=rf"PTX line \d+: no rule for '{statement[:-1]}'"):
+        execute(launch)
+    assert not out.any()
+
+
+def test_inputs_and_outputs_are_as_after_one_run() -> None:
+    """The second run, for garbage, starts from what the first did: x is doubled once."""
+    x = torch.arange(32, dtype=torch.int64)
+    body = (
+        "ld.global.b64 %rd20, [%rd10];\nadd.s64 %rd20, %rd20, %rd20;\nst.global.b64 [%rd10], %rd20;"
+    )
+    execute(written(body, {"x": x}))
+    assert x.tolist() == [2 * t for t in range(32)]

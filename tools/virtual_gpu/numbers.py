@@ -1,0 +1,57 @@
+"""Formats and roundings of floating point, each rounded once, on NumPy arrays.
+
+bfloat16 values travel as uint16, the rest in NumPy's own types.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_LEAST_NORMAL = np.float32(2.0**-126)
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """To the nearest, ties to even. NaN becomes 0x7FFF, as `cvt.rn.bf16.f32` makes it."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+
+
+def float32_to_float16(values: np.ndarray) -> np.ndarray:
+    """To the nearest, ties to even, as uint16. NaN becomes 0x7FFF."""
+    bits = values.astype(np.float16).view(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), bits)
+
+
+def float32_to_tf32(bits: np.ndarray) -> np.ndarray:
+    """`cvt.rna.tf32.f32` on the bits (uint32): 10 bits of fraction, ties away from zero."""
+    rounded = (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    special = (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+    return np.where(special, bits, rounded)
+
+
+def flush(values: np.ndarray) -> np.ndarray:
+    """`.ftz`: subnormal numbers become zeros of their sign."""
+    return np.where(np.abs(values) < _LEAST_NORMAL, np.copysign(np.float32(0), values), values)
+
+
+def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float32, rounded once.
+
+    The product is exact in float64. Its sum with c is rounded to odd there, which keeps the second
+    rounding, to float32, from being a rounding of a rounding (Boldo and Melquiond, "Emulation of
+    FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008).
+    """
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    bits = total.view(np.int64)
+    inexact = np.isfinite(total) & (total != 0) & (error != 0) & ((bits & 1) == 0)
+    away = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
+    return np.where(inexact, (bits + away).view(np.float64), total).astype(np.float32)

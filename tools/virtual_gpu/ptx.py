@@ -1,0 +1,113 @@
+"""Reads the PTX that Triton writes: one entry, its registers, instructions and line table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from .faults import UnsupportedError
+
+# Directives that say nothing about what is computed.
+_SILENT = re.compile(
+    r"\.(version|target|address_size|extern|visible|param|pragma|maxntid|minnctapersm|maxnreg"
+    r"|global)\b"  # a constant: where an operand names it, that has no rule
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One statement.
+
+    Attributes:
+        line: its line in the PTX, from 1.
+        opcode: with all modifiers, such as `ld.global.v4.b32`.
+        operands: as written; a vector `{%r1, %r2}` and an address `[%rd1+4]` are one operand each.
+        guard: predicate register, or None. It is executed where the guard is not `negated`.
+        source: `file.py:12`, from the line table; where the line was inlined, into which.
+    """
+
+    line: int
+    text: str
+    opcode: str
+    operands: tuple[str, ...]
+    guard: str | None
+    negated: bool
+    source: str
+
+
+@dataclass
+class Program:
+    """An entry of PTX: registers by name with their width in bits (predicates: 1)."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    registers: dict[str, int] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+    threads: int = 0
+
+
+def split_operands(text: str) -> tuple[str, ...]:
+    """Splits at commas outside of brackets and braces."""
+    parts, depth, start = [], 0, 0
+    for at, character in enumerate(text):
+        depth += (character in "[{(") - (character in ")}]")
+        if character == "," and depth == 0:
+            parts.append(text[start:at])
+            start = at + 1
+    parts.append(text[start:])
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _statement(text: str, line: int, source: str) -> Instruction:
+    found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", text, re.DOTALL)
+    if found is None:
+        raise UnsupportedError(f"PTX line {line}: no rule for {text!r}")
+    negated, guard, opcode, operands = found.groups()
+    return Instruction(
+        line, text, opcode, split_operands(operands or ""), guard, negated == "!", source
+    )
+
+
+def parse(ptx: str) -> Program:
+    """The entry of a PTX module that has one.
+
+    Raises:
+        UnsupportedError: a directive or a statement that is not one of those Triton writes.
+    """
+    program = Program()
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE))
+    source, text, first = "", "", 0
+    for number, raw in enumerate(ptx.splitlines(), 1):
+        line, _, comment = raw.partition("//")
+        line = line.strip()
+        if line.startswith((".section", ".file")):
+            break  # debug information to the end
+        if found := re.match(r"\.loc\s+(\d+)\s+(\d+)", line):
+            if found[2] != "0":  # line 0: the compiler's own
+                source = f"{files.get(found[1], '?')}:{found[2]}"
+                if "@[" in comment:
+                    source += " inlined at " + comment.partition("@[")[2].replace("]", "").strip()
+        elif found := re.match(r"\.param\s+\.\w+.*?(\w+_param_\d+),?$", line):
+            program.parameters.append(found[1])
+        elif found := re.match(r"\.reqntid\s+(\d+)$", line):
+            program.threads = int(found[1])
+        elif found := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;", line):
+            width = 1 if found[1] == "pred" else int(re.sub(r"\D", "", found[1]))
+            program.registers |= {f"{found[2]}{i}": width for i in range(int(found[3]))}
+        elif found := re.match(r"(\$\w+):$", line):
+            program.labels[found[1]] = len(program.instructions)
+        elif line.startswith("."):
+            if not _SILENT.match(line):
+                raise UnsupportedError(f"PTX line {number}: no rule for {line!r}")
+        elif line.strip("{}()"):
+            # A brace alone in its statement opens or closes a scope.
+            for piece in re.split(r"(;)", line):
+                if piece == ";":
+                    program.instructions.append(_statement(text, first, source))
+                    text = ""
+                elif piece.strip() and not (not text and piece.strip() in "{}"):
+                    first = number if not text else first
+                    text += " " * bool(text) + piece.strip()
+    if not program.threads:
+        raise UnsupportedError("no .reqntid in one dimension: how many threads a block has")
+    return program
