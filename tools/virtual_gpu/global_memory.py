@@ -68,10 +68,13 @@ class GlobalMemory:
             offset = int(offset)
             left = offset // tensor.element_size() - tensor.storage_offset()
             index = [0] * tensor.dim()
-            for axis in sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis)):
-                if tensor.stride(axis) and left >= 0:
-                    index[axis] = min(left // tensor.stride(axis), tensor.size(axis) - 1)
-                    left -= index[axis] * tensor.stride(axis)
+            strides = tensor.stride()
+            for stride, axis in sorted(
+                zip(strides, range(tensor.dim()), strict=True), reverse=True
+            ):
+                if stride and left >= 0:
+                    index[axis] = min(left // stride, tensor.size(axis) - 1)
+                    left -= index[axis] * stride
             if left == 0:
                 return f"{name}{index}"
         return f"byte {offset} of the storage of {' and '.join(names)}, outside the view"

@@ -21,7 +21,7 @@ def rule(pattern: str) -> Callable[[Rule], Rule]:
     """Registers a rule; what is before the pattern's first dot names the instructions."""
 
     def register(made: Rule) -> Rule:
-        for name in re.match(r"[\w|()]+", pattern)[0].strip("()").split("|"):
+        for name in re.split(r"[^\w|()]", pattern)[0].strip("()").split("|"):
             _RULES.setdefault(name, []).append((re.compile(pattern), made))
         return made
 
