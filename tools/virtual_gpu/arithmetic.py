@@ -190,11 +190,11 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         start, length = (
             np.minimum(v & np.uint32(255), 2 * most).astype(np.int64) for v in (start, length)
         )
-        fill = (a < 0) if dtype.kind == "i" else np.zeros(a.shape, bool)
-        # The sign is the field's own highest bit, or the value's where the field ends above it.
+        fill = np.zeros(a.shape, bool)
         if dtype.kind == "i":
-            top = np.minimum(start + length - 1, most - 1)
-            fill = (a >> np.maximum(top, 0).astype(dtype)) & dtype.type(1) != 0
+            # The sign is the field's own highest bit, or the value's where the field ends above it.
+            top = np.clip(start + length - 1, 0, most - 1).astype(dtype)
+            fill = (a >> top) & dtype.type(1) != 0
         bits = a.view(unsigned(most))
         kind = bits.dtype.type
         low = np.where(start >= most, kind(0), bits >> np.minimum(start, most - 1).astype(kind))
