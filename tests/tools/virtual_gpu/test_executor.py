@@ -104,10 +104,10 @@ def test_what_depends_on_garbage_is_a_fault() -> None:
 
 
 def test_a_store_that_garbage_decides_is_a_fault() -> None:
-    """The value is right wherever it is written: only what the output held before tells."""
-    body = "@%p5 st.global.b64 [%rd10], %rd10;"
+    """What is stored was there before: only garbage in what is merely written tells."""
+    body = "cvt.u64.u32 %rd20, %r0;\n@%p5 st.global.b64 [%rd10], %rd20;"
     with pytest.raises(ExecutionError, match=r"out\[\d+\] depends on what registers"):
-        execute(written(body, {"out": torch.zeros(32, dtype=torch.int64)}), written_whole=False)
+        execute(written(body, {"out": torch.arange(32)}), written_whole=False)
 
 
 @triton.jit
