@@ -217,13 +217,14 @@ def test_threads_go_their_own_ways_and_meet_again() -> None:
     $small:
     mov.b32 %r1, 100;
     $end:
+    shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;
     bar.sync 0;
-    cvt.u64.u32 %rd20, %r1;
+    cvt.u64.u32 %rd20, %r2;
     st.global.b64 [%rd10], %rd20;
     """
     out = torch.zeros(64, dtype=torch.int64)
     execute(written(body, {"out": out}, threads=64))
-    assert out.tolist() == [100 if t < 5 else t + t % 2 for t in range(64)]
+    assert out.tolist() == [100 if t ^ 1 < 5 else (t ^ 1) + (t ^ 1) % 2 for t in range(64)]
 
 
 def shuffled_by_the_manual(mode: str, a: list[int], by: int, bound: int) -> list[int]:
@@ -264,7 +265,12 @@ def test_lanes_hand_each_other_what_the_manual_says(mode: str) -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["frobnicate.b32 %r1, %r0;", "add.sat.s32 %r1, %r0, %r0;", "mov.u32 %r1, %clock;"],
+    [
+        "frobnicate.b32 %r1, %r0;",
+        "add.sat.s32 %r1, %r0, %r0;",
+        "not.b32.wide %r1, %r0;",
+        "mov.u32 %r1, %clock;",
+    ],
 )
 def test_an_instruction_without_a_rule_is_named_before_anything_runs(statement: str) -> None:
     out = torch.zeros(32, dtype=torch.int64)
