@@ -126,8 +126,9 @@ def slide_window(
         row += 1
         row_ptr += stride_x_row
         weight_ptr += stride_weight_tap
-    for _ in range(K // UNROLL):
-        for _ in tl.static_range(UNROLL):
+    # Names of their own: Triton 3.5 carries through a loop what was a constant in another one.
+    for _step in range(K // UNROLL):
+        for _unrolled in tl.static_range(UNROLL):
             is_row = (row >= start) & (row < end)
             sums, window = _apply_tap(
                 sums, window, weight_ptr, row_ptr, is_row, channels, is_channel, ROWS

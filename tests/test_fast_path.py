@@ -275,9 +275,9 @@ def test_without_triton_a_gpu_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("version", "obstacle"),
     [
-        ("3.5.1", "Triton 3.5.1 is installed; the kernels need 3.6, which comes with PyTorch 2.10"),
-        ("3.1.0+rocm", "Triton 3.1.0+rocm is installed; the kernels need 3.6"),
-        ("3.6.0", None),
+        ("3.4.0", "Triton 3.4.0 is installed; the kernels need 3.5, which comes with PyTorch 2.9"),
+        ("3.1.0+rocm", "Triton 3.1.0+rocm is installed; the kernels need 3.5"),
+        ("3.5.0", None),
         ("3.10.0.dev1", None),
         ("4.0.0", None),
     ],

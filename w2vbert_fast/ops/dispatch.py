@@ -27,8 +27,8 @@ _OLDEST_CAPABILITY = (7, 5)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
-_OLDEST_TRITON = "3.6"
-"""The first whose compiler carries tuples through loops, as the convolution's kernels do."""
+_OLDEST_TRITON = "3.5"
+"""The first whose `tl.dot` takes float64, as the filterbank does."""
 
 
 def _triton_obstacle() -> str | None:
@@ -46,7 +46,7 @@ def _triton_obstacle() -> str | None:
         return None
     return (
         f"Triton {found[1]} is installed; the kernels need {_OLDEST_TRITON}, which comes with "
-        "PyTorch 2.10, or later"
+        "PyTorch 2.9, or later"
     )
 
 
