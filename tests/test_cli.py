@@ -438,7 +438,7 @@ def test_other_failures_are_not_hidden(
 
     monkeypatch.setattr(Pipeline, "logits", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        list(transcribe(recordings, pipeline))
+        list(transcribe(list(recordings), pipeline))
 
 
 def test_the_dtype_of_the_weights(tiny_checkpoint: Path, recordings: dict[str, np.ndarray]) -> None:

@@ -400,10 +400,10 @@ def is_watched(layer: nn.Module) -> bool:
 
 def has_plain_parameters(module: nn.Module) -> bool:
     """Whether a module's own parameters are what operations read: no quantised, no sharded ones."""
-    return all(
-        parameter is None or type(parameter) in (nn.Parameter, Tensor)
-        for parameter in module._parameters.values()
-    )
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
+            return False
+    return True
 
 
 def _feed_forward_obstacle(module: Any, name: str, kind: type[nn.Module]) -> str | None:

@@ -18,7 +18,7 @@ from .norm import layer_norm, layer_norm_into, takes_passes
 _LOW_PRECISION_CHANNELS = 256
 """Fewer channels than this are convolved in float32: for 32 or fewer oneDNN 3.12 does not come to
 an end at some lengths, when it makes its bfloat16 kernel."""
-_FEW_ELEMENTS = 4096
+_FEW_ELEMENTS = 8192
 """Up to so many elements the products of all taps, summed up, take less time than a convolution."""
 _IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
 

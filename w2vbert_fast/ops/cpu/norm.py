@@ -16,8 +16,8 @@ from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 21
 """Elements normalised at a time: 8 MB, which five passes find in the last-level cache."""
-_FEW_ELEMENTS = 1 << 14
-"""So few elements are normalised faster by one call, however slow its loop is."""
+_FEW_ELEMENTS = 1 << 16
+"""So few elements are normalised in one call: the others take 20 microseconds more."""
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
