@@ -221,7 +221,7 @@ def test_a_recording_that_is_named_twice_or_in_another_column_is_one(tmp_path: P
     assert names(rows) == ["a.wav"] * 3
     # As the datasets library stores LibriSpeech: the recording, and where it lay.
     content = {"bytes": b"fLaC", "path": "a.flac"}
-    for file, good in (("/root/train/a.flac", True), ("/root/train/b.flac", False)):
+    for file, good in (("/data/train/a.flac", True), ("/data/train/b.flac", False)):
         table = pyarrow.Table.from_pylist([{"file": file, "audio": content}])
         pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
         reader = open_manifest(tmp_path / "rows.parquet")
