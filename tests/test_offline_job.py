@@ -382,7 +382,9 @@ def test_progress_that_nobody_reads_ends_the_job_cleanly(
     os.close(read_end)
     command = [*COMMAND, "transcribe", *paths, "--model", str(tiny_checkpoint), "--log-json"]
     command += ["--out", str(tmp_path / "out"), "--shard-rows", "5"]
-    result = subprocess.run(command, stderr=write_end, env=ENVIRONMENT)
+    # What cannot be written stays in a buffer until the end.
+    buffered = {**ENVIRONMENT, "PYTHONUNBUFFERED": ""}
+    result = subprocess.run(command, stderr=write_end, env=buffered)
     os.close(write_end)
     assert result.returncode == 2
     result = subprocess.run(command, capture_output=True, env=ENVIRONMENT)

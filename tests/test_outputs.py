@@ -190,6 +190,8 @@ def test_accelerate_moves_outputs() -> None:
 
 @pytest.fixture
 def bf16() -> Iterator[Accelerator]:
+    # Of a process, and made by whoever comes first.
+    AcceleratorState._reset_state(True)
     yield Accelerator(cpu=True, mixed_precision="bf16")
     AcceleratorState._reset_state(True)
 

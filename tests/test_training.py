@@ -119,8 +119,9 @@ def test_it_learns_three_clips_by_heart(tmp_path: Path) -> None:
 def test_every_task_trains_and_saves_what_the_reference_loads(task: str, tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", TASKS[task], **STILL)
     source = RandomSource(6, task=task)
+    steps = 48 if task == "xvector" else 24  # the margin in its loss takes longer to learn
     options = config(
-        model, tmp_path / "out", task=task, steps=24, learning_rate=1e-2, precision="bf16"
+        model, tmp_path / "out", task=task, steps=steps, learning_rate=1e-2, precision="bf16"
     )
     result = finetune(options, train=source, evaluation=source)
     losses = [row["loss"] for row in metrics(tmp_path / "out") if "loss" in row]

@@ -425,8 +425,12 @@ def _write_line(line: str) -> None:
 
 
 def _report(message: str) -> None:
-    with contextlib.suppress(OSError):
+    try:
         print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        # Nobody reads it. What is left in its buffer would change the program's exit status.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _fail(error: Exception) -> NoReturn:
