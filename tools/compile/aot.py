@@ -18,12 +18,13 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from csrc_triton.runtime import interpreting
 from csrc_triton.specs import TRITON_TYPES, KernelSpec
+from tools.table import Table
 
 from .arguments import add_arguments, chosen
 from .machine_code import Code, Target, machine_code
@@ -148,32 +149,22 @@ def check_kernel(
     return Row(*facts, code, blocks, far_loop, problems)
 
 
-_COLUMNS = (
-    ("target", 10),
-    ("dtype", 8),
-    ("kernel", 46),
-    ("registers", 9),
-    ("spills", 6),
-    ("shared", 7),
-    ("blocks", 6),
-    ("tensor cores", 12),
-    ("global loads", 28),
-    ("hot loop", 8),
-    ("vs plain", 8),
-    ("check", 6),
-)
-
-
-def _line(cells: Iterable[str]) -> str:
-    padded = (f"{cell:<{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
-    return f"| {' | '.join(padded)} |"
-
-
-def table_head() -> str:
-    """The first two lines of the table, in Markdown."""
-    return "\n".join(
-        (_line(name for name, _ in _COLUMNS), _line("-" * width for _, width in _COLUMNS))
+_TABLE = Table(
+    (
+        ("target", 10),
+        ("dtype", 8),
+        ("kernel", 46),
+        ("registers", 9),
+        ("spills", 6),
+        ("shared", 7),
+        ("blocks", 6),
+        ("tensor cores", 12),
+        ("global loads", 28),
+        ("hot loop", 8),
+        ("vs plain", 8),
+        ("check", 6),
     )
+)
 
 
 def table_line(row: Row) -> str:
@@ -192,7 +183,7 @@ def table_line(row: Row) -> str:
             "" if row.code.hot_loop is None else str(row.code.hot_loop),
             "" if row.far_loop is None else f"{row.far_loop - 1:+.1%}",
         ]
-    return _line([*cells, "FAILED" if row.problems else "ok"])
+    return _TABLE.line([*cells, "FAILED" if row.problems else "ok"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if not chosen(name, options.kernels):
                     continue
                 if not rows:
-                    print(table_head())
+                    print(_TABLE.head())
                 rows.append(check_kernel(spec, target, specs, options.cache))
                 print(table_line(rows[-1]), flush=True)
     if not rows:

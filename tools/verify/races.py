@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from csrc_triton.specs import KernelSpec
 from tools.compile.aot import shipped_kernels
 from tools.compile.arguments import add_arguments, chosen
 from tools.compile.machine_code import Target, compile_kernel
+from tools.table import Table
 
 from . import stores
 from .stores import CannotFollow, Store, duplicate_stores, keep_one_thread
@@ -353,32 +354,22 @@ def verify_kernel(spec: KernelSpec, target: Target, cache: Path, timeout: float 
     return Row(*facts, state, reason, proof.seconds, proof.duplicates, allowed)
 
 
-_COLUMNS = (
-    ("target", 9),
-    ("dtype", 8),
-    ("kernel", 38),
-    ("state", 22),
-    ("seconds", 7),
-    ("why", 3),
-)
-
-
-def _line(cells: Iterable[str]) -> str:
-    padded = (f"{cell:<{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
-    return f"| {' | '.join(padded)} |"
-
-
-def table_head() -> str:
-    """The first two lines of the table, in Markdown."""
-    return "\n".join(
-        (_line(name for name, _ in _COLUMNS), _line("-" * width for _, width in _COLUMNS))
+_TABLE = Table(
+    (
+        ("target", 9),
+        ("dtype", 8),
+        ("kernel", 38),
+        ("state", 22),
+        ("seconds", 7),
+        ("why", 3),
     )
+)
 
 
 def table_line(row: Row) -> str:
     """A row of the table, in Markdown."""
     state = f"{row.state} (allowed)" if row.allowed else row.state
-    return _line((row.target, row.dtype, row.kernel, state, f"{row.seconds:.1f}", row.reason))
+    return _TABLE.line((row.target, row.dtype, row.kernel, state, f"{row.seconds:.1f}", row.reason))
 
 
 def _seconds(text: str) -> float:
@@ -432,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for row in _rows(options):
         if not rows:
-            print(table_head())
+            print(_TABLE.head())
         rows.append(row)
         print(table_line(row), flush=True)
     if not rows:
