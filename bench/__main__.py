@@ -1,4 +1,4 @@
-"""`python -m bench`: this library against its peers, on this machine. See docs/benchmarks.md."""
+"""`python -m bench`: this library against its peers, on this machine: docs/inside/measuring.md."""
 
 from __future__ import annotations
 

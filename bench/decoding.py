@@ -3,8 +3,8 @@
 python -m bench.decoding [--out FILE] AUDIO...
 
 The recordings named are joined to five minutes (repeated where they are shorter) and stored in
-every format; each file is then read from the page cache to 16 kHz mono. docs/scaling.md uses the
-numbers.
+every format; each file is then read from the page cache to 16 kHz mono. docs/use/scaling.md uses
+the numbers.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ python -m bench.drop_in [--width 192] [--seconds 0.5] [--layers 4] [--rounds 7] 
 The same random weights and features of an encoder, as wide as the published one unless told
 otherwise, in four forms: transformers
 with eager and with SDPA attention, transformers accelerated, and this package's own model with its
-fast kernels. The forms take turns. docs/transformers.md has the numbers.
+fast kernels. The forms take turns. docs/use/transformers.md has the numbers.
 """
 
 from __future__ import annotations

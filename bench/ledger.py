@@ -5,7 +5,7 @@
 counts the kernels' path of this library and transformers' eager and sdpa attention under the same
 shapes, and sets the counts against the peak rates of three GPUs; `--training` does so for a
 training step. It is a model and not a measurement, and needs no GPU. What is counted, and how:
-docs/ledger.md.
+docs/inside/ledger.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m bench.ledger --training
 
-As `ledger`, on tensors without data; what is counted, and how: docs/ledger.md.
+As `ledger`, on tensors without data; what is counted, and how: docs/inside/ledger.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ python -m bench.long_recording [--model demo] [--pause-every 12] MANIFEST
 MANIFEST is JSON lines with `file`, relative to its folder. The recordings are joined in random
 order up to an hour; after every twelfth come 1.1 to 3 s of faint noise, in the middle of one of
 which the halves meet. With `--pause-every 0` there is no pause but the recordings' own.
-docs/offline.md uses the numbers.
+docs/use/offline.md uses the numbers.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Every pair is two fresh processes on the same recordings, repeated to `--rows`. 
 manifest, decoding, batches, model, texts, shards, journal. The other has the samples in memory
 already and runs features and model on the batches of the job. Both meet every batch for the first
 time, since oneDNN prepares itself for each new number of frames. The process that begins changes
-from pair to pair. Loading the model is not counted. docs/offline.md uses the numbers.
+from pair to pair. Loading the model is not counted. docs/use/offline.md uses the numbers.
 """
 
 from __future__ import annotations

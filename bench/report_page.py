@@ -339,7 +339,7 @@ def _ledger(ledger: dict[str, Any]) -> str:
         "without data; nothing ran on a GPU. "
         f"{escape(_shapes(ledger))}; the reference {mask} attention mask, its sdpa with the "
         f"{escape(ledger['sdpa'])} kernel; {escape(versions)}. "
-        "What is counted: docs/ledger.md.</p>",
+        "What is counted: docs/inside/ledger.md.</p>",
         _charts([f'<div class="card">{chart}</div>' for chart in charts]),
         table(header, rows),
         "<h3>Roofline time of the encoder</h3>",

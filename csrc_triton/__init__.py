@@ -2,7 +2,7 @@
 
 This package imports torch and triton only, knows tensors and never models, and touches no device
 when imported. A launcher takes and returns packed tensors, checks its arguments and allocates its
-outputs; docs/kernels.md says what each kernel computes and how it is laid out.
+outputs; docs/inside/kernels.md says what each kernel computes and how it is laid out.
 """
 
 from .attention import build_tile_map, shaw_attention

@@ -24,7 +24,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 nitpicky = False
 
-_LINK_OUT = re.compile(r"\[`?([^]`]+)`?\]\(\.\./[^)]*\)")
+_LINK_OUT = re.compile(r"\[`?([^]`]+)`?\]\(\.\./\.\./[^)]*\)")
 _CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 

@@ -6,12 +6,12 @@
 DATA holds `manifest.jsonl` (`file`, `text`, `split`) and the clips; only rows of the split "train"
 are trained on, the split "test" is only scored. SYNTHETIC has the same form without splits.
 
-The training itself is `w2vbert_fast.training.finetune`: OUT gets what `docs/finetune.md` lists, the
-same command goes on where it was killed, and at the end there is `model/` with the averaged weights
-in half precision. What is here is the data: a clip is held as log-mel frames at several speeds, and
-a training utterance is a clip, several clips in a row, or, with `--segments`, a new sentence put
-together from single words of the real speaker (see `examples/align_words.py`). Frames are
-normalised after that, as the feature extractor does.
+The training itself is `w2vbert_fast.training.finetune`: OUT gets what `docs/use/finetune.md` lists,
+the same command goes on where it was killed, and at the end there is `model/` with the averaged
+weights in half precision. What is here is the data: a clip is held as log-mel frames at several
+speeds, and a training utterance is a clip, several clips in a row, or, with `--segments`, a new
+sentence put together from single words of the real speaker (see `examples/align_words.py`). Frames
+are normalised after that, as the feature extractor does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/recipes.md: each block, as it stands there, against what the pipeline itself computes.
+"""docs/use/recipes.md: each block, as it stands there, against what the pipeline itself computes.
 
 The right values come from the pipelines' own code: transformers' extractor for X-Codec-2, else the
 formula in the source that a test names, written out on transformers' classes.
@@ -22,7 +22,7 @@ from transformers.utils import is_torchaudio_available
 
 from tests.reference import pair, relative_error
 
-RECIPES = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+RECIPES = Path(__file__).resolve().parent.parent / "docs" / "use" / "recipes.md"
 BLOCKS = {
     block.partition("\n")[0].removeprefix("# "): block
     for block in re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.DOTALL)

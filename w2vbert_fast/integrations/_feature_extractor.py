@@ -30,7 +30,7 @@ class _Fast:
     makes them fast again.
 
     A waveform that the reference makes NaN or nothing of (fewer than 560 samples) is a
-    `ValueError`; docs/differences.md has the other differences, under "Features".
+    `ValueError`; docs/use/differences.md has the other differences, under "Features".
     """
 
     _reference: type[Any]

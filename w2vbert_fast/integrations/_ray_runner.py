@@ -124,5 +124,5 @@ def _packed(row: Row) -> bytes:
         return pickle.dumps(row)
     raise ValueError(
         f"{row.name}: with Ray, a job takes names of recordings, not tar files or manifests that "
-        "hold them; read those with Ray Data, as docs/scaling.md shows"
+        "hold them; read those with Ray Data, as docs/use/scaling.md shows"
     )

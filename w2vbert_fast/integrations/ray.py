@@ -12,7 +12,7 @@ write_dataset(transcripts, "s3://bucket/transcripts", id_column="id")
 Scheduling, retries, moving rows between machines, reading and writing are Ray Data's, and so are
 the checkpoints by which `write_dataset` continues a job that was stopped. What is here is the
 actor: it holds a model and hands the rows of a shard to the same engine that runs on a single
-machine. docs/scaling.md says how to size a cluster.
+machine. docs/use/scaling.md says how to size a cluster.
 """
 
 from __future__ import annotations

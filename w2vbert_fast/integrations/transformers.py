@@ -7,7 +7,7 @@
 
 `accelerate` gives the encoders in a model, their layers and their adapters another class: a
 subclass of their own with another `forward`. Nothing else changes: the parameters, the state dict,
-the names, and every other instance of the class stay as they are. docs/transformers.md has what
+the names, and every other instance of the class stay as they are. docs/use/transformers.md has what
 works, what runs transformers' own code, and what differs.
 
 The subclasses carry the names that they have in transformers, and are attributes of this module, so
@@ -125,7 +125,7 @@ def accelerate(model: _Holder) -> _Holder:
         TypeError: `model` can hold no modules.
         ValueError: there is no such encoder in it, or one has a `forward` of its own.
         ImportError: transformers is too old, or newer than what was tested and not what this was
-            made for; see docs/transformers.md.
+            made for; see docs/use/transformers.md.
     """
     modules = _modules_of(model)
     _check_families(modules.values())

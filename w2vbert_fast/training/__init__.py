@@ -5,7 +5,7 @@
     finetune(FinetuneConfig("facebook/w2v-bert-2.0", "train.jsonl", "dev.jsonl", "out"))
 
 Names are loaded on first use: this package needs the extra `train`, and importing it does not.
-`docs/finetune.md` describes manifests, options and outputs.
+`docs/use/finetune.md` describes manifests, options and outputs.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class FinetuneConfig:
     Attributes:
         model: a folder or hub id to start from: an encoder such as `facebook/w2v-bert-2.0`, or a
             model with the head of the task.
-        train: manifest of the recordings to train on; see `docs/finetune.md`.
+        train: manifest of the recordings to train on; see `docs/use/finetune.md`.
         eval: manifest of the recordings to score. It is never trained on.
         out: folder for checkpoints, logs and the state of a run. When it holds the state of a run
             with the same configuration, that run goes on.
