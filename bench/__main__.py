@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, targets
-from bench.peers import limit_threads
-from bench.peers_torch import quiet
+from bench.peers.context import limit_threads
+from bench.peers.pytorch import quiet
 from bench.workloads import DEFAULT, REPOSITORY, WORKLOADS
 
 SCHEMA = "w2vbert-bench/v1"

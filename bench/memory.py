@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench.measure import Candidate, Prepared
-from bench.peers import limit_threads
+from bench.peers.context import limit_threads
 
 MARK = "peak_bytes_above_weights="
 
@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args(argv)
     limit_threads(arguments.threads)
-    from bench.runner import candidates_of, open_context
+    from bench.peers import candidates_of
+    from bench.peers.context import open_context
     from bench.workloads import WORKLOADS
 
     workload = WORKLOADS[arguments.workload]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import gc
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import memory, peers_engines, peers_speech, peers_torch, peers_training, training
+from bench import memory, training
 from bench.flops import encoder_flops
 from bench.machine import Gemm, available_memory
 from bench.measure import (
@@ -27,8 +25,10 @@ from bench.measure import (
     relative_error,
     statistics,
 )
-from bench.peers import Context, oracle
-from bench.workloads import Workload, encoder_inputs, speech
+from bench.peers import candidates_of, pytorch
+from bench.peers import training as training_peers
+from bench.peers.context import Context, open_context, oracle
+from bench.workloads import Workload
 
 LAYERED = ("encoder", "early_exit", "training")
 """Kinds of workload whose FLOPs follow from the number of layers."""
@@ -73,45 +73,6 @@ class Disagreement:
     label: str
     error: float
     limit: float
-
-
-@contextmanager
-def open_context(
-    workload: Workload,
-    device: torch.device,
-    threads: int,
-    layers: int | None,
-    folder: Path | None = None,
-) -> Iterator[Context]:
-    """Inputs of a workload, and a folder for exported models that goes away afterwards."""
-    waveforms, _ = speech(workload.seconds)
-    with tempfile.TemporaryDirectory(prefix="w2vbert-bench-") as temporary:
-        yield Context(
-            workload=workload,
-            device=device,
-            threads=threads,
-            layers=workload.depth(device.type, layers),
-            features=encoder_inputs(waveforms),
-            waveforms=waveforms,
-            folder=folder or Path(temporary),
-        )
-
-
-def candidates_of(context: Context, dtypes: tuple[str, ...]) -> list[Candidate]:
-    """Every candidate of a workload, ours first."""
-    kind = context.workload.kind
-    if kind == "encoder":
-        found = list(peers_torch.encoder_candidates(context, dtypes))
-        return found + list(peers_engines.encoder_candidates(context, dtypes))
-    makers = {
-        "early_exit": peers_torch.early_exit_candidates,
-        "features": peers_speech.feature_candidates,
-        "end_to_end": peers_speech.text_candidates,
-        "training": peers_training.candidates,
-    }
-    if kind not in makers:
-        raise ValueError(f"kind is {kind!r}; it must be encoder or one of {', '.join(makers)}")
-    return list(makers[kind](context, dtypes))
 
 
 def run_workload(
@@ -203,7 +164,7 @@ def judge(
     """
     kind = context.workload.kind
     if kind == "training":
-        by_label, wrong = training.judge(timings, peers_training.REFERENCE_LABEL)
+        by_label, wrong = training.judge(timings, training_peers.REFERENCE_LABEL)
         return by_label, [Disagreement(*entry) for entry in wrong]
     errors: dict[str, tuple[float, str]] = {}
     disagreements: list[Disagreement] = []
@@ -245,9 +206,7 @@ def judge(
 
 
 def _is_reference(candidate: Candidate) -> bool:
-    return (candidate.implementation, candidate.configuration.split(",")[0]) == (
-        peers_torch.REFERENCE
-    )
+    return (candidate.implementation, candidate.configuration.split(",")[0]) == (pytorch.REFERENCE)
 
 
 def _what(kind: str) -> str:

@@ -126,8 +126,8 @@ def ledger_ratio(key: str) -> Callable[[Rows], float | None]:
 
 @functools.cache
 def _ledger_ratios() -> dict[str, float]:
-    from bench.ledger import ledger, ratios
-    from bench.ledger_workload import Workload
+    from bench.ledger.forward import ledger, ratios
+    from bench.ledger.workload import Workload
 
     # The ratios are those of one layer, which do not depend on how many there are.
     return ratios(ledger(Workload(layers=2)))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.machine import DTYPES
 from bench.measure import BF16_RATIO, FP32_LIMIT, PEER_SLACK, Timing
-from bench.peers import Context, attention_by_blocks
+from bench.peers.context import Context, attention_by_blocks
 
 GRADIENT_LIMIT = 1e-5
 """Of the norm of all gradients in fp32, as a share of their own."""

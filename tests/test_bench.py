@@ -18,6 +18,7 @@ import w2vbert_fast
 from bench import __main__ as command
 from bench import flops, machine, measure, memory, peers, runner, targets, workloads
 from bench.measure import Candidate, Prepared, Unavailable
+from bench.peers import context as shared
 
 CPU = torch.device("cpu")
 SMALL = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32",), layers=1)
@@ -33,7 +34,7 @@ def _process_settings() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def small_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> peers.Context:
+def small_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any) -> shared.Context:
     """A context of a narrow model and two short utterances."""
     narrow = {
         "hidden_size": 48,
@@ -44,11 +45,11 @@ def small_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **fields: Any
         "conv_depthwise_kernel_size": 7,
         "output_hidden_size": 48,
     }
-    plain = peers.Context.config_values
-    monkeypatch.setattr(peers.Context, "config_values", lambda self: {**plain(self), **narrow})
+    plain = shared.Context.config_values
+    monkeypatch.setattr(shared.Context, "config_values", lambda self: {**plain(self), **narrow})
     workload = fields.pop("workload", SMALL)
     waveforms, _ = workloads.speech(workload.seconds)
-    return peers.Context(
+    return shared.Context(
         workload=workload,
         device=CPU,
         threads=1,
@@ -94,7 +95,7 @@ def test_every_workload_has_candidates_of_ours_first(
     context = small_context(monkeypatch, tmp_path)
     for workload in workloads.WORKLOADS.values():
         context.workload = workload
-        found = runner.candidates_of(context, workload.dtypes)
+        found = peers.candidates_of(context, workload.dtypes)
         assert found[0].ours, workload.name
         assert {c.dtype for c in found if c.ours} == set(workload.dtypes)
         labels = [c.label for c in found]
@@ -105,7 +106,7 @@ def test_an_unknown_kind_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     workload = workloads.Workload("odd", "odd", (0.5,))
     context = small_context(monkeypatch, tmp_path, workload=workload)
     with pytest.raises(ValueError, match="kind is 'odd'"):
-        runner.candidates_of(context, ("fp32",))
+        peers.candidates_of(context, ("fp32",))
 
 
 def test_batches_hold_every_utterance_once() -> None:
@@ -123,7 +124,7 @@ def test_padding_and_gathering_are_inverse() -> None:
     batch, mask = workloads.padded(features)
     assert batch.shape == (3, 9, 160)
     assert mask is not None and mask.sum(1).tolist() == [5, 1, 9]
-    got = peers.gather([[2, 0, 1]], [5, 1, 9], [batch[[2, 0, 1]]])
+    got = shared.gather([[2, 0, 1]], [5, 1, 9], [batch[[2, 0, 1]]])
     for x, y in zip(got, features, strict=True):
         assert torch.equal(x, y)
     assert workloads.padded(features[:1])[1] is None
@@ -265,7 +266,7 @@ def test_the_blockwise_oracle_is_the_reference(
     workload = workloads.Workload("long", "encoder", (6.0,), layers=2, adapter=True)
     context = small_context(monkeypatch, tmp_path, workload=workload)
     assert context.features[0].shape[0] > 256  # more than one block
-    (expected,) = peers.oracle(context, "fp32")
+    (expected,) = shared.oracle(context, "fp32")
     reference = context.reference("fp32", "eager").double()
     with torch.no_grad():
         got = reference(context.features[0][None].double()).last_hidden_state[0]
@@ -284,7 +285,7 @@ def test_real_candidates_agree_and_give_rows(
     uncompiled = [
         lambda context, dtype: [("sdpa", "")],
     ]
-    monkeypatch.setattr("bench.peers_torch._configurations", uncompiled[0])
+    monkeypatch.setattr("bench.peers.pytorch._configurations", uncompiled[0])
     printed: list[dict[str, Any]] = []
     workload = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32", "bf16"), layers=1)
     rows, wrong = runner.run_workload(workload, settings, printed.append)

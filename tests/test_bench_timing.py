@@ -7,6 +7,7 @@ import torch
 
 from bench import flops, machine, measure, runner, workloads
 from bench.measure import Candidate, Prepared, Timing
+from bench.peers.context import open_context
 
 CPU = torch.device("cpu")
 
@@ -65,7 +66,7 @@ def test_a_share_is_that_of_each_rounds_own_gemm() -> None:
     workload = workloads.Workload("small", "encoder", (0.5,), layers=1)
     timing = Timing(Candidate("w2vbert_fast", "", "fp32", lambda: Prepared(list, list)))
     timing.seconds = [1.0, 4.0, 1.0]  # the second round four times as slow, the GEMM of it, too
-    with runner.open_context(workload, CPU, 1, None) as context:
+    with open_context(workload, CPU, 1, None) as context:
         row = runner._row(context, timing, {}, {"fp32": [8e9, 2e9, 4e9, 1.0]})
         work = flops.encoder_flops(context.our_config(), [context.features[0].shape[0]])
     assert row["share_of_gemm"] == pytest.approx(work / 8e9)

@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from bench import memory, peers, peers_training, runner, targets, training, workloads
+from bench import memory, runner, targets, training, workloads
 from bench.measure import Candidate, Prepared, Timing
+from bench.peers import training as peers_training
+from bench.peers.context import Context
 from tests.test_bench import CPU, row, small_context, theirs
 
 SMALL = workloads.Workload("train small", "training", (0.5, 0.3), ("fp32", "bf16"), layers=2)
 
 
 @pytest.fixture
-def context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> peers.Context:
+def context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Context:
     return small_context(monkeypatch, tmp_path, workload=SMALL)
 
 
-def test_candidates_agree_and_give_rows(
-    monkeypatch: pytest.MonkeyPatch, context: peers.Context
-) -> None:
+def test_candidates_agree_and_give_rows(monkeypatch: pytest.MonkeyPatch, context: Context) -> None:
     """Ours and transformers' eager and sdpa; a compiler would take minutes."""
     uncompiled = tuple(c for c in peers_training.CONFIGURATIONS if not c[1])
     assert uncompiled == (("sdpa", ""), ("eager", ""))
@@ -43,7 +43,7 @@ def test_candidates_agree_and_give_rows(
     assert rows[0]["flops"] == 3 * forward
 
 
-def test_what_is_right_is_autograd_of_the_reference(context: peers.Context) -> None:
+def test_what_is_right_is_autograd_of_the_reference(context: Context) -> None:
     """Without blocks of queries and without checkpoints, all in float64."""
     found = training.truth(context, "fp32")
     model = training.reference(context, "fp32", "eager").double()
@@ -56,7 +56,7 @@ def test_what_is_right_is_autograd_of_the_reference(context: peers.Context) -> N
     assert training.truth(context, "fp32") is found
 
 
-def test_inputs_of_the_candidates_are_the_same(context: peers.Context) -> None:
+def test_inputs_of_the_candidates_are_the_same(context: Context) -> None:
     targets_of = training.labels(context)
     assert [len(t) for t in targets_of] == [f.shape[0] for f in context.features]
     padded = training.padded_labels(targets_of)
@@ -69,7 +69,7 @@ def test_inputs_of_the_candidates_are_the_same(context: peers.Context) -> None:
         assert values[name] == 0.0
 
 
-def scaled(context: peers.Context, factor: float, monkeypatch: pytest.MonkeyPatch) -> Timing:
+def scaled(context: Context, factor: float, monkeypatch: pytest.MonkeyPatch) -> Timing:
     """Our candidate with the gradient of one norm's weight multiplied."""
     candidate = next(peers_training.candidates(context, ("fp32",)))
     build = candidate.build
@@ -97,7 +97,7 @@ def scaled(context: peers.Context, factor: float, monkeypatch: pytest.MonkeyPatc
     ("factor", "agrees"), [(1.0, True), (1.0001, False), (float("nan"), False)]
 )
 def test_wrong_gradients_are_refused(
-    factor: float, agrees: bool, context: peers.Context, monkeypatch: pytest.MonkeyPatch
+    factor: float, agrees: bool, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timing = scaled(context, factor, monkeypatch)
     _, wrong = runner.judge(context, [timing])
@@ -131,7 +131,7 @@ def test_bf16_may_be_as_wrong_as_the_reference() -> None:
 
 
 def test_the_reference_of_every_mode_runs_whatever_peers_are_chosen(
-    context: peers.Context,
+    context: Context,
 ) -> None:
     found = list(peers_training.candidates(context, ("fp32", "bf16")))
     kept = {c.label for c in runner.select(found, {"none"}) if not c.ours}
@@ -142,7 +142,7 @@ def test_the_reference_of_every_mode_runs_whatever_peers_are_chosen(
     }
 
 
-def test_another_model_is_no_answer(context: peers.Context) -> None:
+def test_another_model_is_no_answer(context: Context) -> None:
     found = training.Truth([torch.ones(2, 3)], {"weight": torch.ones(3)})
     with pytest.raises(ValueError, match="other parameters"):
         found.errors(found.logits, nn.Linear(3, 1))

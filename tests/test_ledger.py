@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 import w2vbert_fast  # noqa: F401  (registers the operations)
-from bench import ledger as bench_ledger
-from bench.hardware import GPUS, H100
-from bench.ledger import OURS, SDPA, ledger, ratios, seconds_on, trace_encoder
-from bench.ledger_backward import BACKWARD_COSTS
-from bench.ledger_costs import COSTS, Context, Cost, size_of, total_size
-from bench.ledger_trace import ALL_COSTS, Counter, trace
-from bench.ledger_workload import Workload
+from bench.ledger import __main__ as command
+from bench.ledger.backward import BACKWARD_COSTS
+from bench.ledger.costs import COSTS, Context, Cost, size_of, total_size
+from bench.ledger.forward import (
+    OURS,
+    PATHS,
+    SDPA,
+    ledger,
+    ratios,
+    roofline,
+    seconds_on,
+    trace_encoder,
+)
+from bench.ledger.hardware import GPUS, H100
+from bench.ledger.trace import ALL_COSTS, Counter, Operation, trace
+from bench.ledger.workload import Workload
 from csrc_triton import attention, conv, ctc, fbank, norm
 from w2vbert_fast.models.packing import lay_end_to_end
 from w2vbert_fast.ops.linear import lie_end_to_end
@@ -393,11 +402,11 @@ def test_roofline_takes_the_slower_of_memory_and_arithmetic() -> None:
     assert seconds_on(H100, arithmetic, "bf16") == pytest.approx(1e-3)
     assert seconds_on(H100, Cost(1, vector_flops=int(66.9e9)), "bf16") == pytest.approx(1e-3)
     operations = [
-        bench_ledger.Operation("a", "", memory),
-        bench_ledger.Operation("b", "", arithmetic),
-        bench_ledger.Operation("a", "", memory),
+        Operation("a", "", memory),
+        Operation("b", "", arithmetic),
+        Operation("a", "", memory),
     ]
-    term = bench_ledger.roofline(H100, operations, "bf16")
+    term = roofline(H100, operations, "bf16")
     assert term["seconds"] == pytest.approx(3e-3)
     assert (term["largest_term"], term["largest_bound"]) == ("a", "bandwidth")
     assert term["largest_share"] == pytest.approx(2 / 3)
@@ -407,13 +416,13 @@ def test_roofline_takes_the_slower_of_memory_and_arithmetic() -> None:
 def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "ledger.json"
     arguments = ["--batch", "2", "--frames", "80", "--layers", "2", "--json", str(file)]
-    assert bench_ledger.main([*arguments, "--operations"]) == 0
+    assert command.main([*arguments, "--operations"]) == 0
     printed = capsys.readouterr().out
     assert "a model, not a measurement" in printed
     assert all(gpu.name in printed for gpu in GPUS)
     written = json.loads(file.read_text())
     assert written["schema"] == "w2vbert-ledger/v1"
-    assert set(written["paths"]) == set(bench_ledger.PATHS)
+    assert set(written["paths"]) == set(PATHS)
     for counts in written["paths"].values():
         by_kind = sum(row["bytes"] for row in counts["layer_operations"])
         assert by_kind == counts["layer"]["bytes"]
@@ -432,6 +441,6 @@ def test_bad_arguments(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench_ledger.main(arguments)
+        command.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import ledger as bench_ledger
-from bench.ledger import EAGER, OURS, SDPA
-from bench.ledger_backward import BACKWARD_COSTS
-from bench.ledger_costs import size_of
-from bench.ledger_trace import Counter, trace_step, without_data
-from bench.ledger_training import (
+from bench.ledger import __main__ as command
+from bench.ledger.backward import BACKWARD_COSTS
+from bench.ledger.costs import size_of
+from bench.ledger.forward import EAGER, OURS, SDPA
+from bench.ledger.trace import Counter, trace_step, without_data
+from bench.ledger.training import (
     KEPT_TARGET,
     MOVED_TARGET,
     adamw,
@@ -24,7 +24,7 @@ from bench.ledger_training import (
     training_ledger,
     training_ratios,
 )
-from bench.ledger_workload import Workload
+from bench.ledger.workload import Workload
 from csrc_triton import attention_backward, conv_backward, linear_backward, norm_backward
 from tests.test_ledger import (
     ATTENTION,
@@ -348,7 +348,7 @@ def test_adamw() -> None:
 def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "ledger.json"
     arguments = ["--training", "--batch", "2", "--frames", "80", "--layers", "2"]
-    assert bench_ledger.main([*arguments, "--json", str(file), "--operations"]) == 0
+    assert command.main([*arguments, "--json", str(file), "--operations"]) == 0
     printed = capsys.readouterr().out
     assert "a model, not a measurement" in printed
     assert "recomputing attention" in printed and "AdamW" in printed
@@ -359,7 +359,7 @@ def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
             by_kind = sum(row["bytes"] for row in run["layer_operations"][direction])
             assert by_kind == run["layer"][direction]["bytes"]
     with pytest.raises(SystemExit):
-        bench_ledger.main(["--training", "--frames", "0"])
+        command.main(["--training", "--frames", "0"])
     assert "frames is 0" in capsys.readouterr().err
 
 

@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import report
-from bench.ledger import ledger
-from bench.ledger_workload import Workload
-from bench.report_charts import Bar, Line, bar_chart, digits, line_chart, standalone
-from bench.report_page import groups, ledger_picture, page, scaling_lines, speed_picture
-from bench.report_results import parse
+from bench.ledger.forward import ledger
+from bench.ledger.workload import Workload
+from bench.report import __main__ as report
+from bench.report.charts import Bar, Line, bar_chart, digits, line_chart, standalone
+from bench.report.page import groups, ledger_picture, page, scaling_lines, speed_picture
+from bench.report.results import parse
 
 SVG = "{http://www.w3.org/2000/svg}"
 

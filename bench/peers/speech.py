@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Candidate, Prepared, Unavailable
-from bench.peers import Context
+from bench.peers.context import Context
 from bench.workloads import SAMPLING_RATE, batches
 
 

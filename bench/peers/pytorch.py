@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench.flops import reference_bytes
 from bench.machine import DTYPES
 from bench.measure import Candidate, Prepared, Unavailable
-from bench.peers import Context, gather
+from bench.peers.context import Context, gather
 from bench.workloads import BATCHINGS, batches, padded
 
 REFERENCE = ("transformers", "sdpa")

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .ledger import SCHEMA as LEDGER_SCHEMA
-from .ledger import ledger as count_ledger
-from .report_page import ledger_picture, page, speed_picture
-from .report_results import Results, parse, read_json
+from bench.ledger.forward import SCHEMA as LEDGER_SCHEMA
+from bench.ledger.forward import ledger as count_ledger
+
+from .page import ledger_picture, page, speed_picture
+from .results import Results, parse, read_json
 
 
 def load(files: Sequence[Path]) -> tuple[list[Results], dict[str, Any] | None]:

@@ -16,8 +16,8 @@ from bench import training
 from bench.flops import reference_bytes
 from bench.machine import DTYPES
 from bench.measure import Candidate, Prepared
-from bench.peers import Context, gather
-from bench.peers_torch import compile_layers
+from bench.peers.context import Context, gather
+from bench.peers.pytorch import compile_layers
 from bench.workloads import batches, padded
 
 BATCHINGS = ("one by one", "padded batch")

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .ledger_backward import BACKWARD_COSTS
-from .ledger_costs import COSTS, Context, Cost, aten_cost, launches
+from .backward import BACKWARD_COSTS
+from .costs import COSTS, Context, Cost, aten_cost, launches
 
 DEVICES = ("cuda", "meta")
 """Tensors on them count; those on the CPU are the host's bookkeeping."""
@@ -127,7 +127,7 @@ class Counter(TorchDispatchMode):
             if name not in ALL_COSTS:
                 raise NotImplementedError(
                     f"the ledger has no cost for torch.ops.w2vbert.{name}; add it to "
-                    "bench/ledger_costs.py"
+                    "bench/ledger/costs.py"
                 )
             return ALL_COSTS[name](arguments, results, Context(self.arch, self._count))
         if not launches(func):

@@ -10,6 +10,8 @@ import copy
 import os
 import tempfile
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from bench.machine import DTYPES
 from bench.measure import Unavailable
-from bench.workloads import Workload
+from bench.workloads import Workload, encoder_inputs, speech
 
 
 @dataclass
@@ -115,6 +117,28 @@ class Context:
             raise Unavailable(f"{attention} attention: {str(error).splitlines()[0]}") from error
         model.load_state_dict(weights, assign=True)
         return model
+
+
+@contextmanager
+def open_context(
+    workload: Workload,
+    device: torch.device,
+    threads: int,
+    layers: int | None,
+    folder: Path | None = None,
+) -> Iterator[Context]:
+    """Inputs of a workload, and a folder for exported models that goes away afterwards."""
+    waveforms, _ = speech(workload.seconds)
+    with tempfile.TemporaryDirectory(prefix="w2vbert-bench-") as temporary:
+        yield Context(
+            workload=workload,
+            device=device,
+            threads=threads,
+            layers=workload.depth(device.type, layers),
+            features=encoder_inputs(waveforms),
+            waveforms=waveforms,
+            folder=folder or Path(temporary),
+        )
 
 
 def random_weights(config: Any, device: torch.device) -> dict[str, Tensor]:

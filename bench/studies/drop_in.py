@@ -1,7 +1,7 @@
 """How fast transformers' encoder is once `accelerate` has had it, on a CPU.
 
-python -m bench.drop_in [--width 192] [--seconds 0.5] [--layers 4] [--rounds 7] [--dtype bf16]
-                        [--out FILE]
+python -m bench.studies.drop_in [--width 192] [--seconds 0.5] [--layers 4] [--rounds 7]
+                                [--dtype bf16] [--out FILE]
 
 The same random weights and features of an encoder, as wide as the published one unless told
 otherwise, in four forms: transformers

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench.machine import DTYPES, describe
 from bench.measure import Candidate, Prepared, Unavailable
-from bench.peers import Context
+from bench.peers.context import Context
 
 
 def encoder_candidates(context: Context, dtypes: tuple[str, ...]) -> Iterator[Candidate]:

@@ -21,8 +21,8 @@ from csrc_triton import runtime
 from w2vbert_fast.models.checkpointing import Checkpointing
 from w2vbert_fast.ops import dispatch
 
-from .hardware import GPUS
-from .ledger import (
+from .costs import Cost
+from .forward import (
     EAGER,
     OURS,
     SDPA,
@@ -34,8 +34,8 @@ from .ledger import (
     build,
     roofline,
 )
-from .ledger_costs import Cost
-from .ledger_trace import (
+from .hardware import GPUS
+from .trace import (
     Operation,
     StepTrace,
     Trace,
@@ -44,7 +44,7 @@ from .ledger_trace import (
     trace_step,
     without_data,
 )
-from .ledger_workload import DTYPES, Workload, described
+from .workload import DTYPES, Workload, described
 
 SCHEMA = "w2vbert-ledger-training/v1"
 RUNS: tuple[tuple[str, str], ...] = (

@@ -7,7 +7,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from .report_charts import (
+from .charts import (
     STYLE,
     SVG_STYLE,
     Bar,
@@ -17,7 +17,7 @@ from .report_charts import (
     line_chart,
     standalone,
 )
-from .report_results import KINDS, OURS, Results, Row
+from .results import KINDS, OURS, Results, Row
 
 _KIND_TITLES = {
     "encoder": "Encoder",

@@ -1,6 +1,6 @@
 """How fast recordings are read: `load_audio` on one thread, by file format.
 
-python -m bench.decoding [--out FILE] AUDIO...
+python -m bench.studies.decoding [--out FILE] AUDIO...
 
 The recordings named are joined to five minutes (repeated where they are shorter) and stored in
 every format; each file is then read from the page cache to 16 kHz mono. docs/use/scaling.md uses

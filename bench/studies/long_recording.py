@@ -1,6 +1,6 @@
 """Whether an hour of real recordings has the words of its two halves.
 
-python -m bench.long_recording [--model demo] [--pause-every 12] MANIFEST
+python -m bench.studies.long_recording [--model demo] [--pause-every 12] MANIFEST
 
 MANIFEST is JSON lines with `file`, relative to its folder. The recordings are joined in random
 order up to an hour; after every twelfth come 1.1 to 3 s of faint noise, in the middle of one of

@@ -1,6 +1,7 @@
 """What a job costs beside its model: wall time of a job over features and model alone.
 
-python -m bench.offline [--model demo] [--layers N] [--rows 2208] [--pairs 5] [--out FILE] AUDIO...
+python -m bench.studies.offline [--model demo] [--layers N] [--rows 2208] [--pairs 5]
+                                [--out FILE] AUDIO...
 
 Every pair is two fresh processes on the same recordings, repeated to `--rows`. One runs the job:
 manifest, decoding, batches, model, texts, shards, journal. The other has the samples in memory
@@ -108,7 +109,7 @@ def pairs(
         manifest.write_text("".join(lines))
         for pair in range(count):
             for kind in ("job", "model") if (first + pair) % 2 == 0 else ("model", "job"):
-                command = [sys.executable, "-m", "bench.offline", "--child", kind]
+                command = [sys.executable, "-m", "bench.studies.offline", "--child", kind]
                 command += ["--model", model, "--threads", str(threads), str(manifest)]
                 answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[kind].append(json.loads(answer.stdout.splitlines()[-1]))

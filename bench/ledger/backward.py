@@ -1,6 +1,6 @@
 """What the backward operations cost on a GPU: launches, bytes moved, FLOPs.
 
-As `ledger_costs`, and counted the same way, from the arguments as the launchers of `csrc_triton`
+As `costs`, and counted the same way, from the arguments as the launchers of `csrc_triton`
 act. What a launcher leaves to PyTorch (products, sums of shares) is counted by running it on
 tensors without data.
 """
@@ -22,7 +22,7 @@ from csrc_triton.configs.norm_backward import norm_backward_config
 from csrc_triton.linear_backward import _products
 from csrc_triton.packed import num_blocks
 
-from .ledger_costs import (
+from .costs import (
     ACTIVATION_FLOPS,
     COSTS,
     NORM_FLOPS,
@@ -54,7 +54,7 @@ def _norm(
     Args:
         a: the arguments.
         results: of the operation.
-        context: as in `ledger_costs`.
+        context: as in `costs`.
         rows: names of the arguments that have a row for each token; the last is there in any case.
         norms: one or two in a row.
     """

@@ -1,0 +1,76 @@
+"""Cost ledger: launches, bytes, FLOPs and activation memory of the encoder on a GPU, counted.
+
+    python -m bench.ledger --batch 16 --frames 1500 --dtype bf16 --layers 24
+
+counts the kernels' path of this library and transformers' eager and sdpa attention under the same
+shapes, and sets the counts against the peak rates of three GPUs; `--training` does so for a
+training step. It is a model and not a measurement, and needs no GPU. What is counted, and how:
+docs/inside/ledger.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .forward import ledger, render
+from .training import render_training, training_ledger
+from .workload import DTYPES, Workload
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ledger",
+        description="Count launches, bytes, FLOPs and activation memory (a model, no measurement).",
+    )
+    parser.add_argument("--batch", type=int, default=16, help="utterances (16)")
+    parser.add_argument("--frames", type=int, default=1500, help="frames of each, 20 ms (1500)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--arch", default="sm_90", help="for our launch configurations (sm_90)")
+    parser.add_argument(
+        "--sdpa",
+        choices=("efficient", "math"),
+        default="efficient",
+        help="the kernel behind the reference's sdpa (efficient)",
+    )
+    parser.add_argument(
+        "--no-mask",
+        action="store_true",
+        help="give the reference no attention mask, as if no utterance were shorter",
+    )
+    parser.add_argument(
+        "--training", action="store_true", help="of a training step instead of a forward pass"
+    )
+    parser.add_argument("--operations", action="store_true", help="list a layer's operations")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
+    options = parser.parse_args(argv)
+    count: Callable[..., dict[str, Any]] = ledger
+    show: Callable[..., str] = render
+    if options.training:
+        count, show = training_ledger, render_training
+    try:
+        workload = Workload(
+            options.batch,
+            options.frames,
+            options.dtype,
+            options.layers,
+            arch=options.arch,
+            sdpa=options.sdpa,
+            mask=not options.no_mask,
+        )
+        result = count(workload)
+    except ValueError as error:
+        parser.error(str(error))
+    print(show(result, options.operations))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Measurements that answer one question each, outside of `python -m bench`."""
