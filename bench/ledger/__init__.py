@@ -1,1 +1,1 @@
-"""The cost ledger: what the encoder asks of a GPU, counted without one. See docs/inside/ledger.md."""
+"""The cost ledger: what the encoder asks of a GPU, counted. See docs/inside/ledger.md."""
