@@ -55,11 +55,6 @@ def _linear_glu(i: Inputs) -> Callable[..., Any]:
     return lambda **k: ops.linear_glu(x, w, **k)
 
 
-def _linear_residual(i: Inputs) -> Callable[..., Any]:
-    x, w, b, residual = i.rows(F), i.weight(C, F), i.vector(), i.rows()
-    return lambda **k: ops.linear_residual(x, w, b, residual, 0.5, **k)
-
-
 def _linear_stacked(i: Inputs) -> Callable[..., Any]:
     x, weights, biases = i.rows(), i.weight(3 * C).chunk(3), i.vector(3 * C).chunk(3)
     return lambda **k: ops.linear_stacked(x, weights, biases, **k)
@@ -107,7 +102,6 @@ OPERATIONS = {
     for function in (
         _linear,
         _linear_glu,
-        _linear_residual,
         _linear_stacked,
         _layer_norm,
         _residual_layer_norm,

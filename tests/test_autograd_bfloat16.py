@@ -20,10 +20,6 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "residual_double_layer_norm": lambda: (*randn(2, N, WIDTH), 0.5, *randn(4, WIDTH), 1e-5),
     "linear": lambda: (randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER), "silu"),
     "linear_glu": lambda: (randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER)),
-    "linear_residual": lambda: (
-        *(randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER)),
-        *(randn(N, INNER), 0.5),
-    ),
     "feed_forward": lambda: (
         *(randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER), "silu"),
         *(randn(WIDTH, INNER) / 16, randn(WIDTH)),

@@ -141,17 +141,6 @@ def test_blocks_of_rows_bound_the_intermediate_values() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_linear_residual(dtype: torch.dtype, scale: float) -> None:
-    x, residual = random(dtype, 63, 40), random(dtype, 63, 24)
-    weight, bias = random(dtype, 24, 40, scale=0.2), random(dtype, 24)
-    product = ops.linear(x.double(), weight.double(), bias.double())
-    plain = residual + scale * ops.linear(x, weight, bias)
-    got = cpu.linear_residual(x, weight, bias, residual, scale)
-    check(got, residual.double() + scale * product, plain)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 7, 160, 1024])
 def test_norms(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("w2vbert_fast.ops.cpu.norm._BLOCK_ELEMENTS", 10_000)

@@ -21,7 +21,6 @@ OPERATIONS = {
     "layer_norm",
     "linear",
     "linear_glu",
-    "linear_residual",
     "log_mel_filterbank",
     "normalize_and_stack",
     "residual_double_layer_norm",

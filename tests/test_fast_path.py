@@ -26,14 +26,13 @@ PER_LAYER = {
     "linear": 6,
     "linear_glu": 1,
     "linear_stacked": 1,
-    "linear_residual": 0,
     "feed_forward": 0,
     "shaw_attention": 1,
     "conv_norm_act": 1,
     "residual_layer_norm": 3,
     "residual_double_layer_norm": 1,
 }
-PRODUCTS = ("linear", "linear_glu", "linear_stacked", "linear_residual")
+PRODUCTS = ("linear", "linear_glu", "linear_stacked")
 VIEWS = {"view", "squeeze", "split", "transpose", "unbind", "detach"}
 
 
@@ -308,7 +307,7 @@ def test_layers_of_one_input_side_by_side() -> None:
         ops.linear_stacked(x, [weights[0], weights[1, :5]], [])
 
 
-def test_double_norm_and_residual_product_by_definition() -> None:
+def test_double_norm_by_definition() -> None:
     torch.manual_seed(0)
     residual, x = torch.randn(2, 5, 6, dtype=torch.float64)
     first, second = torch.randn(2, 2, 6, dtype=torch.float64)
@@ -322,9 +321,6 @@ def test_double_norm_and_residual_product_by_definition() -> None:
         z1, z2 = ops.residual_double_layer_norm(residual, x, 0.5, *first, *second, 1e-5, fast=fast)
         torch.testing.assert_close(z1, expected)
         torch.testing.assert_close(z2, norm(expected, *second))
-        weight = torch.randn(6, 6, dtype=torch.float64)
-        got = ops.linear_residual(x, weight, first[0], residual, 0.5, fast=fast)
-        torch.testing.assert_close(got, residual + (x @ weight.T + first[0]) / 2)
 
 
 def test_stacks_of_normalised_frames() -> None:

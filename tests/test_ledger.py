@@ -122,11 +122,6 @@ LAUNCHER_CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
     ),
     "linear": ("linear", linear.linear, {"x": X, "weight": WEIGHT, "bias": None}),
     "linear_glu": ("linear_glu", linear.linear_glu, {"x": X, "weight": WEIGHT, "bias": None}),
-    "linear_residual": (
-        "linear_residual",
-        linear.linear_residual,
-        {"x": X, "weight": tensor(WIDTH, WIDTH), "bias": None, "residual": X},
-    ),
     "conv, taps copied": (
         "conv_norm_act",
         conv.conv_norm_act,

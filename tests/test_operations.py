@@ -34,7 +34,6 @@ def arguments(name: str) -> tuple[Any, ...]:
         "residual_double_layer_norm": (residual, x, 0.5, weight, bias, bias, weight, 1e-5),
         "linear": (x, torch.randn(6, WIDTH), torch.randn(6), "gelu"),
         "linear_glu": (x, torch.randn(6, WIDTH), None),
-        "linear_residual": (x, torch.randn(WIDTH, WIDTH), bias, residual, 0.5),
         "feed_forward": (x, torch.randn(6, WIDTH), None, "silu", torch.randn(WIDTH, 6), bias),
         "linear_stacked": (x, [*torch.randn(3, 6, WIDTH)], [*torch.randn(3, 6)]),
         "conv_norm_act": (x, torch.randn(WIDTH, 3), weight, bias, 1e-5, "silu", CU_SEQLENS),
@@ -52,10 +51,6 @@ def arguments(name: str) -> tuple[Any, ...]:
         "linear_glu_backward": (
             *(torch.randn(TOKENS, 3), x, torch.randn(6, WIDTH), None),
             [True, True, True],
-        ),
-        "linear_residual_backward": (
-            *(residual, x, torch.randn(WIDTH, WIDTH), bias, 0.5),
-            [False, True, True],
         ),
         "feed_forward_backward": (
             *(residual, x, torch.randn(6, WIDTH), torch.randn(6), "silu"),
@@ -87,7 +82,6 @@ DIFFERENTIABLE = (
     "residual_double_layer_norm",
     "linear",
     "linear_glu",
-    "linear_residual",
     "feed_forward",
     "conv_norm_act",
     "shaw_attention",
@@ -110,7 +104,7 @@ def test_opcheck(name: str) -> None:
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_glu", "linear_residual", "feed_forward"])
+@pytest.mark.parametrize("name", ["linear", "linear_glu", "feed_forward"])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_exactly_the_gradients_that_are_asked_for(name: str, has_bias: bool) -> None:
     operation = getattr(torch.ops.w2vbert, f"{name}_backward").default

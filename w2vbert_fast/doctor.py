@@ -143,7 +143,6 @@ def _operations(device: torch.device) -> dict[str, Operation]:
     cu_seqlens = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0).int().to(device)
     x, residual = draw(tokens, WIDTH), draw(tokens, WIDTH)
     weight, bias = draw(2 * WIDTH, WIDTH, scale=WIDTH**-0.5), draw(2 * WIDTH)
-    square = draw(WIDTH, WIDTH, scale=WIDTH**-0.5)
     gain, offset = 1.0 + 0.25 * draw(WIDTH), draw(WIDTH)
     taps = draw(WIDTH, TAPS, scale=TAPS**-0.5)
     heads = [draw(tokens, HEADS, WIDTH // HEADS) for _ in range(3)]
@@ -200,9 +199,6 @@ def _operations(device: torch.device) -> dict[str, Operation]:
         ),
         "linear": lambda t, fast: ops.linear(x.to(t), weight.to(t), bias.to(t), "silu", fast=fast),
         "linear_glu": lambda t, fast: ops.linear_glu(x.to(t), weight.to(t), bias.to(t), fast=fast),
-        "linear_residual": lambda t, fast: ops.linear_residual(
-            x.to(t), square.to(t), offset.to(t), residual.to(t), 0.5, fast=fast
-        ),
         "conv_norm_act": lambda t, fast: ops.conv_norm_act(
             x.to(t), taps.to(t), gain.to(t), offset.to(t), eps, "silu", cu_seqlens, fast=fast
         ),

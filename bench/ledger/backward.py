@@ -128,15 +128,6 @@ def _linear_glu(a: Arguments, results: Sequence[Tensor], context: Context) -> Co
     return cost + _vendor(dy, x, weight, needs, context)
 
 
-def _linear_residual(a: Arguments, results: Sequence[Tensor], context: Context) -> Cost:
-    grad, x, weight, bias, needs = (a[n] for n in ("grad", "x", "weight", "bias", "needs"))
-    cost = Cost()
-    if needs[2] and bias is not None:
-        cost = context.count(lambda: grad.sum(0, dtype=_FLOAT32) * a["scale"])
-    wanted = (needs[0], needs[1], False)
-    return cost + context.count(lambda: _products(grad, x, weight, a["scale"], wanted))
-
-
 def _feed_forward(a: Arguments, results: Sequence[Tensor], context: Context) -> Cost:
     grad, x, needs = a["grad"], a["x"], a["needs"]
     weight1, bias1, weight2, bias2 = (a[n] for n in ("weight1", "bias1", "weight2", "bias2"))
@@ -256,7 +247,6 @@ BACKWARD_COSTS: dict[str, Callable[[Arguments, Sequence[Tensor], Context], Cost]
     "residual_double_layer_norm_backward": _residual_double_layer_norm,
     "linear_backward": _linear,
     "linear_glu_backward": _linear_glu,
-    "linear_residual_backward": _linear_residual,
     "feed_forward_backward": _feed_forward,
     "conv_norm_act_backward": _conv_norm_act,
     "shaw_attention_backward": _shaw_attention,

@@ -161,14 +161,6 @@ def _linear_glu(a: Mapping[str, Any], results: Sequence[Tensor], context: Contex
     return Cost(1, read, total_size(results), matrix_flops=flops, vector_flops=gates)
 
 
-def _linear_residual(a: Mapping[str, Any], results: Sequence[Tensor], context: Context) -> Cost:
-    read = total_size(_given(a, "x", "weight", "bias", "residual"))
-    flops = 2 * a["x"].shape[0] * a["weight"].numel()
-    return Cost(
-        1, read, total_size(results), matrix_flops=flops, vector_flops=2 * results[0].numel()
-    )
-
-
 def _lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
     """As `ops.linear.lie_end_to_end`, for tensors without data, which have no address."""
     first = tensors[0]
@@ -308,7 +300,6 @@ COSTS: dict[str, Callable[[Mapping[str, Any], Sequence[Tensor], Context], Cost]]
     "residual_double_layer_norm": _residual_double_layer_norm,
     "linear": _linear,
     "linear_glu": _linear_glu,
-    "linear_residual": _linear_residual,
     "feed_forward": _feed_forward,
     "linear_stacked": _linear_stacked,
     "conv_norm_act": _conv_norm_act,

@@ -56,7 +56,6 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "linear": (x, matrix(WIDTH, WIDTH, dtype), random(WIDTH, dtype=dtype), None),
         "linear/silu": (x, matrix(INNER, WIDTH, dtype), inner, "silu"),
         "linear_glu": (x, matrix(2 * WIDTH, WIDTH, dtype), None),
-        "linear_residual": (x, matrix(WIDTH, WIDTH, dtype), biases[0], residual, 0.5),
         "feed_forward": (
             *(x, matrix(INNER, WIDTH, dtype), inner, "silu"),
             *(matrix(WIDTH, INNER, dtype), biases[0]),
@@ -80,7 +79,6 @@ CASES = (
     "linear",
     "linear/silu",
     "linear_glu",
-    "linear_residual",
     "feed_forward",
     "conv_norm_act",
     "shaw_attention",

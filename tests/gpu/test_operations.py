@@ -34,7 +34,6 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "residual_double_layer_norm": (residual, x, 0.5, weight, bias, bias, weight, 1e-5),
         "linear": (x, matrix, random(2 * WIDTH, dtype=dtype), "gelu"),
         "linear_glu": (x, matrix, None),
-        "linear_residual": (x, matrix[:WIDTH], bias, residual, 0.5),
         "feed_forward": (
             *(x, matrix, random(2 * WIDTH, dtype=dtype), "gelu"),
             *(random(WIDTH, 2 * WIDTH, dtype=dtype, scale=(2 * WIDTH) ** -0.5), bias),
@@ -66,7 +65,6 @@ NAMES = (
     "residual_double_layer_norm",
     "linear",
     "linear_glu",
-    "linear_residual",
     "feed_forward",
     "linear_stacked",
     "conv_norm_act",

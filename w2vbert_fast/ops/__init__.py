@@ -91,7 +91,7 @@ from .attention import attention_tile_map, relative_attention, rotate, shaw_atte
 from .conv import causal_depthwise_conv, conv_norm_act, tap_major
 from .ctc import ctc_greedy, ctc_loss, greedy_decode
 from .fbank import log_mel_filterbank, normalize_and_stack, normalize_utterances
-from .linear import feed_forward, linear, linear_glu, linear_residual, linear_stacked
+from .linear import feed_forward, linear, linear_glu, linear_stacked
 from .norm import layer_norm, residual_double_layer_norm, residual_layer_norm
 
 __all__ = [
@@ -107,7 +107,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_glu",
-    "linear_residual",
     "linear_stacked",
     "log_mel_filterbank",
     "normalize_and_stack",

@@ -74,36 +74,6 @@ def linear_glu(
     return F.glu(linear(x, weight, bias, fast=fast), dim=-1)
 
 
-def linear_residual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    scale: float = 1.0,
-    *,
-    fast: bool = False,
-) -> Tensor:
-    """`residual + scale * (x @ weight.T + bias)`.
-
-    Args:
-        x: `[num_tokens, in_features]`.
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]` or `None`.
-        residual: `[num_tokens, out_features]`.
-        scale: of the product and the bias.
-        fast: use the device's fast implementation, `torch.ops.w2vbert.linear_residual`.
-
-    Returns:
-        `[num_tokens, out_features]`.
-    """
-    # Autocast keeps a float32 residual, which the fused form cannot.
-    if fast and not torch.is_autocast_enabled(x.device.type):
-        fused: Tensor = linear_residual_op(x, weight, bias, residual, scale)
-        return fused
-    y = linear(x, weight, bias, fast=fast)
-    return residual + (y if scale == 1.0 else y * scale)
-
-
 def feed_forward(
     x: Tensor,
     weight1: Tensor,
@@ -245,31 +215,6 @@ def linear_glu_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = fast.linear_glu(x, weight, bias)
         return y
     return linear_glu(x, weight, bias)
-
-
-def _linear_residual_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float
-) -> Tensor:
-    return x.new_empty(residual.shape)
-
-
-@operation(
-    "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, float scale) "
-    "-> Tensor",
-    _linear_residual_fake,
-    autocast="lower",
-)
-def linear_residual_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float
-) -> Tensor:
-    if runs_triton(x):
-        from csrc_triton.linear import linear_residual as kernel
-
-        return kernel(x, weight, bias, residual, scale=scale)
-    if (fast := cpu_kernels_for(x)) is not None:
-        y: Tensor = fast.linear_residual(x, weight, bias, residual, scale)
-        return y
-    return linear_residual(x, weight, bias, residual, scale)
 
 
 def _feed_forward_fake(

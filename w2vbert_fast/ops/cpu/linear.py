@@ -187,25 +187,6 @@ def row_blocks(num_rows: int, row_bytes: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, max(num_rows, 1), step)]
 
 
-def linear_residual(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float
-) -> Tensor:
-    """`residual + scale * (x @ weight.T + bias)`.
-
-    Args:
-        x: `[num_tokens, in_features]`.
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]` or `None`.
-        residual: `[num_tokens, out_features]`.
-        scale: of the linear layer.
-
-    Returns:
-        `[num_tokens, out_features]` in the dtype of `x`.
-    """
-    y = linear(x, weight, bias, None)
-    return torch.add(residual, y, alpha=scale, out=y)
-
-
 def _check_packed(x: Tensor, weight: PackedWeight) -> None:
     if x.dtype != weight.dtype or x.shape[-1] != weight.shape[1] or x.device.type != "cpu":
         raise ValueError(

@@ -74,7 +74,7 @@ def linear_backward(
     """
     if activation is not None:
         grad = activation_gradient(grad, _linear(x, weight, bias), activation)
-    return _gradients(grad, x, weight, bias, 1.0, needs)
+    return _gradients(grad, x, weight, bias, needs)
 
 
 def linear_glu_backward(
@@ -86,20 +86,7 @@ def linear_glu_backward(
 ) -> _Gradients:
     """Gradients of `linear.linear_glu`, as `linear_backward` gives them."""
     grad = torch.ops.aten.glu_backward(grad, _linear(x, weight, bias), 1)
-    return _gradients(grad, x, weight, bias, 1.0, needs)
-
-
-def linear_residual_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    needs: tuple[bool, bool, bool],
-) -> _Gradients:
-    """Gradients of `linear.linear_residual`, as `linear_backward` gives them; that of the residual
-    is `grad` itself."""
-    return _gradients(grad, x, weight, bias, scale, needs)
+    return _gradients(grad, x, weight, bias, needs)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -113,15 +100,14 @@ def _gradients(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    scale: float,
     needs: tuple[bool, bool, bool],
 ) -> _Gradients:
-    grad_x = _scaled(product(grad, weight), scale) if needs[0] else None
-    grad_weight = _scaled(product(grad.t(), x), scale) if needs[1] else None
+    grad_x = product(grad, weight) if needs[0] else None
+    grad_weight = product(grad.t(), x) if needs[1] else None
     grad_bias = None
     if needs[2] and bias is not None:
         dtype = torch.promote_types(bias.dtype, torch.float32)
-        grad_bias = _scaled(grad.sum(0, dtype=dtype), scale)
+        grad_bias = grad.sum(0, dtype=dtype)
     return grad_x, grad_weight, grad_bias
 
 
@@ -135,7 +121,3 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         fills = b.is_contiguous() or b.t().is_contiguous()
         return matmul_transposed(a, (b if fills else b.contiguous()).t())
     return a @ b
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x.mul_(scale)
