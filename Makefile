@@ -50,20 +50,22 @@ gpu-test:
 
 # Part of `make test` as well.
 test-transformers: $(dev)
-	$(bin)/python -m pytest tests/test_transformers_range.py $(PYTEST_ARGS)
+	$(bin)/python -m pytest tests/integrations/test_transformers_range.py $(PYTEST_ARGS)
 
 # Each in an environment of its own, of several GB. -oldest and -newest may be made alone.
 test-torch: test-torch-oldest test-torch-newest
 
-torch_tests := $(addprefix tests/test_,$(addsuffix .py,models ops cpu_path features encode autograd \
-    fast_path packed_weights int8_model checkpoint training offline doctor integration_transformers))
+torch_tests := $(addprefix tests/models/test_,$(addsuffix .py,models encode fast_path packed_weights int8_model)) \
+    $(addprefix tests/ops/test_,$(addsuffix .py,ops cpu_path autograd)) \
+    tests/processing/test_features.py tests/checkpoints/test_checkpoint.py tests/inference/test_offline.py \
+    tests/training/test_training.py tests/integrations/test_integration_transformers.py tests/cli/test_doctor.py
 
 # What that transformers computes otherwise, what its Triton is too old for, and a score of 50 % after 24
 # steps that must be more.
-test-torch-oldest: deselected := --deselect tests/test_models.py::test_ctc_loss_semantics \
-    --deselect tests/test_fast_path.py::test_a_layer_is_fourteen_launches_and_nothing_else \
-    --deselect tests/test_fast_path.py::test_around_the_layers_there_is_one_norm_one_work_list_and_one_copy_of_the_taps \
-    --deselect 'tests/test_training.py::test_every_task_trains_and_saves_what_the_reference_loads[xvector]'
+test-torch-oldest: deselected := --deselect tests/models/test_models.py::test_ctc_loss_semantics \
+    --deselect tests/models/test_fast_path.py::test_a_layer_is_fourteen_launches_and_nothing_else \
+    --deselect tests/models/test_fast_path.py::test_around_the_layers_there_is_one_norm_one_work_list_and_one_copy_of_the_taps \
+    --deselect 'tests/training/test_training.py::test_every_task_trains_and_saves_what_the_reference_loads[xvector]'
 
 test-torch-%: tests/torch_%.txt tests/torch_range.txt
 	$(PYTHON) -m venv --clear build/torch-$*

@@ -94,7 +94,7 @@ WORKLOADS: dict[str, Workload] = {
 def clips() -> list[np.ndarray] | None:
     """The repository's recordings as float32 `[samples]`; None where none can be decoded."""
     try:
-        from w2vbert_fast.inference.audio import AudioError, load_audio
+        from w2vbert_fast.recordings.audio import AudioError, load_audio
 
         files = sorted(f for folder in CLIP_FOLDERS for f in folder.glob("*.flac"))
         return [load_audio(f, sampling_rate=SAMPLING_RATE).samples.numpy() for f in files] or None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "AutoConfig": ("configuration", "Wav2Vec2BertConfig"),
-    "AutoFeatureExtractor": ("features", "SeamlessM4TFeatureExtractor"),
+    "AutoConfig": ("models.configuration", "Wav2Vec2BertConfig"),
+    "AutoFeatureExtractor": ("processing", "SeamlessM4TFeatureExtractor"),
     "AutoModel": ("models", "Wav2Vec2BertModel"),
     "AutoModelForAudioClassification": ("models", "Wav2Vec2BertForSequenceClassification"),
     "AutoModelForAudioFrameClassification": (
@@ -22,9 +22,9 @@ _EXPORTS = {
     "AutoModelForAudioXVector": ("models", "Wav2Vec2BertForXVector"),
     "AutoModelForCTC": ("models", "Wav2Vec2BertForCTC"),
     "AutoProcessor": ("processing", "Wav2Vec2BertProcessor"),
-    "AutoTokenizer": ("tokenization", "Wav2Vec2CTCTokenizer"),
-    "SeamlessM4TFeatureExtractor": ("features", "SeamlessM4TFeatureExtractor"),
-    "Wav2Vec2BertConfig": ("configuration", "Wav2Vec2BertConfig"),
+    "AutoTokenizer": ("processing", "Wav2Vec2CTCTokenizer"),
+    "SeamlessM4TFeatureExtractor": ("processing", "SeamlessM4TFeatureExtractor"),
+    "Wav2Vec2BertConfig": ("models.configuration", "Wav2Vec2BertConfig"),
     "Wav2Vec2BertForAudioFrameClassification": (
         "models",
         "Wav2Vec2BertForAudioFrameClassification",
@@ -35,26 +35,28 @@ _EXPORTS = {
     "Wav2Vec2BertModel": ("models", "Wav2Vec2BertModel"),
     "Wav2Vec2BertPreTrainedModel": ("models", "Wav2Vec2BertPreTrainedModel"),
     "Wav2Vec2BertProcessor": ("processing", "Wav2Vec2BertProcessor"),
-    "Wav2Vec2CTCTokenizer": ("tokenization", "Wav2Vec2CTCTokenizer"),
+    "Wav2Vec2CTCTokenizer": ("processing", "Wav2Vec2CTCTokenizer"),
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
-    from .configuration import Wav2Vec2BertConfig as Wav2Vec2BertConfig
-    from .features import SeamlessM4TFeatureExtractor as SeamlessM4TFeatureExtractor
-    from .models import (
+    from w2vbert_fast.models import (
         Wav2Vec2BertForAudioFrameClassification as Wav2Vec2BertForAudioFrameClassification,
     )
-    from .models import Wav2Vec2BertForCTC as Wav2Vec2BertForCTC
-    from .models import (
+    from w2vbert_fast.models import Wav2Vec2BertForCTC as Wav2Vec2BertForCTC
+    from w2vbert_fast.models import (
         Wav2Vec2BertForSequenceClassification as Wav2Vec2BertForSequenceClassification,
     )
-    from .models import Wav2Vec2BertForXVector as Wav2Vec2BertForXVector
-    from .models import Wav2Vec2BertModel as Wav2Vec2BertModel
-    from .models import Wav2Vec2BertPreTrainedModel as Wav2Vec2BertPreTrainedModel
-    from .processing import Wav2Vec2BertProcessor as Wav2Vec2BertProcessor
-    from .tokenization import Wav2Vec2CTCTokenizer as Wav2Vec2CTCTokenizer
+    from w2vbert_fast.models import Wav2Vec2BertForXVector as Wav2Vec2BertForXVector
+    from w2vbert_fast.models import Wav2Vec2BertModel as Wav2Vec2BertModel
+    from w2vbert_fast.models import Wav2Vec2BertPreTrainedModel as Wav2Vec2BertPreTrainedModel
+    from w2vbert_fast.models.configuration import Wav2Vec2BertConfig as Wav2Vec2BertConfig
+    from w2vbert_fast.processing.features import (
+        SeamlessM4TFeatureExtractor as SeamlessM4TFeatureExtractor,
+    )
+    from w2vbert_fast.processing.processor import Wav2Vec2BertProcessor as Wav2Vec2BertProcessor
+    from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer as Wav2Vec2CTCTokenizer
 
     AutoConfig = Wav2Vec2BertConfig
     AutoFeatureExtractor = SeamlessM4TFeatureExtractor

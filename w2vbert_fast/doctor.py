@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__, ops
-from .ops import dispatch
+from w2vbert_fast import __version__, ops
+from w2vbert_fast.ops import dispatch
 
 PACKAGES = (
     "torch",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from csrc_triton import runtime
-from w2vbert_fast.models.checkpointing import Checkpointing
+from w2vbert_fast.models.recompute import Checkpointing
 from w2vbert_fast.ops import dispatch
 
 from .costs import Cost

@@ -23,7 +23,7 @@ import soundfile
 import soxr
 
 from bench.machine import describe, versions
-from w2vbert_fast.inference.audio import SAMPLING_RATE, load_audio
+from w2vbert_fast.recordings.audio import SAMPLING_RATE, load_audio
 
 SECONDS = 300
 ROUNDS = 5

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.poison import poison_allocations
+from tests.helpers.poison import poison_allocations
 
 from .lane import DEVICE, INTERPRETED, Judge, table
 

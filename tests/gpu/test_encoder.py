@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast import ops
-from w2vbert_fast.features import SeamlessM4TFeatureExtractor
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 from .lane import DEVICE, DTYPES, Judge
 from .models import LENGTHS, SIZES, batch, fast, import_transformers, kernels, make

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.graph_helpers import Rerun
+from tests.helpers.graphs import Rerun
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.graphs import LayerGraphs
 

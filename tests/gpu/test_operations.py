@@ -156,7 +156,7 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_new_length_compiles_nothing(dtype: torch.dtype) -> None:
-    """tests/test_recompilation.py counts the same without a GPU, for every launcher."""
+    """tests/tools/test_recompilation.py counts the same without a GPU, for every launcher."""
     first = choose([(300, 17), (20_000,)], [(5, 7)])
     others = choose([(1,), (16,), (1500, 0, 3), (19_999, 1)], [(1,), (16,)])
     layer, inputs = layer_and_inputs(dtype, *first, *others)

@@ -1,8 +1,8 @@
 """The interpreter lane: tests that run Triton kernels on the CPU, through NumPy.
 
 Triton decides once, when a kernel is defined, whether it is interpreted or compiled. So these tests
-need a process of their own, which `tests/test_interpreter_lane.py` starts; to run some of them by
-hand: `TRITON_INTERPRET=1 pytest tests/kernels -k linear`.
+need a process of their own, which `tests/repository/test_interpreter_lane.py` starts; to run some
+of them by hand: `TRITON_INTERPRET=1 pytest tests/kernels -k linear`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.poison import POISON_INTEGER, poison, poison_allocations
+from tests.helpers.poison import POISON_INTEGER, poison, poison_allocations
 
 __all__ = ["POISON_INTEGER"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import w2vbert_fast
-from tests.reference import TINY, padded_batch, pair, relative_error
-from tests.signals import speech_like
-from w2vbert_fast.inference.audio import load_audio
+from tests.helpers.reference import TINY, padded_batch, pair, relative_error
+from tests.helpers.signals import speech_like
 from w2vbert_fast.ops import dispatch
 from w2vbert_fast.ops.dispatch import force_triton
+from w2vbert_fast.recordings.audio import load_audio
 
 CLIP = Path(__file__).resolve().parent.parent / "data" / "digits_5.flac"
 LENGTHS = (33, 1, 18)
@@ -112,7 +112,7 @@ def run(ours: nn.Module, triton: bool = True) -> Tensor:
 
 @pytest.mark.parametrize("part", ["linear_k", "depthwise_conv"])
 def test_changed_weights_count_at_once(part: str) -> None:
-    """What the kernels read elsewhere than in the parameter; `tests/test_packing.py` has more."""
+    """What the kernels read besides the parameter; `tests/models/test_packing.py` has more."""
     _, ours = pair("Wav2Vec2BertModel", num_hidden_layers=1)
     before = run(ours)
     layer = ours.encoder.layers[0]

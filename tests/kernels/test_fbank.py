@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
-from w2vbert_fast.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.ops import fbank as plain
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 from .conftest import POISON_INTEGER
 

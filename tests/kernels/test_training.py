@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.reference import TINY, padded_batch, pair, relative_error
-from tests.test_autograd import Calls, check, gradients, leaf
-from tests.test_operations import DIFFERENTIABLE, arguments
+from tests.helpers.reference import TINY, padded_batch, pair, relative_error
+from tests.ops.test_autograd import Calls, check, gradients, leaf
+from tests.ops.test_operations import DIFFERENTIABLE, arguments
 from w2vbert_fast import ops
 from w2vbert_fast.ops.dispatch import force_triton
 

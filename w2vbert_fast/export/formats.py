@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._extras import require
-from .._files import make_folder
-from ..features import SeamlessM4TFeatureExtractor
-from ..models.pooling import Statistics
-from ..models.pretrained import Wav2Vec2BertPreTrainedModel
-from .graph import ExportGraph
+from w2vbert_fast._extras import require
+from w2vbert_fast.checkpoints.files import make_folder
+from w2vbert_fast.export.graph import ExportGraph
+from w2vbert_fast.models.pooling import Statistics
+from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 Format = Literal["onnx", "aoti", "torch"]
 FORMATS = ("onnx", "aoti", "torch")

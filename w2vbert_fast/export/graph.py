@@ -8,22 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..features import SeamlessM4TFeatureExtractor
-from ..models.encoder import Wav2Vec2BertModel, hidden_state_index
-from ..models.heads import (
+from w2vbert_fast.export import padded
+from w2vbert_fast.export.waveform import WaveformFeatures
+from w2vbert_fast.models.encoder import Wav2Vec2BertModel, hidden_state_index
+from w2vbert_fast.models.heads import (
     BLANK_LOGIT,
     Wav2Vec2BertForAudioFrameClassification,
     Wav2Vec2BertForCTC,
     Wav2Vec2BertForSequenceClassification,
     Wav2Vec2BertForXVector,
 )
-from ..models.packed_weights import PackedLinear
-from ..models.pooling import Statistics, checked_statistics, normalize_with_statistics
-from ..models.pretrained import Wav2Vec2BertPreTrainedModel
-from ..models.quantization import Int8Linear
-from ..ops.fbank import FRAME_LENGTH, FRAME_SHIFT
-from . import padded
-from .waveform import WaveformFeatures
+from w2vbert_fast.models.packed_weights import PackedLinear
+from w2vbert_fast.models.pooling import Statistics, checked_statistics, normalize_with_statistics
+from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
+from w2vbert_fast.models.quantization import Int8Linear
+from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 # Three make two stacks: for one alone the graph would have to be another.
 _FEWEST_MEL_FRAMES = 3

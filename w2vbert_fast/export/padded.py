@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
-from ..layout import half_frames
-from ..models.adapter import Wav2Vec2BertAdapter, Wav2Vec2BertAdapterLayer
-from ..models.encoder import Wav2Vec2BertEncoder, Wav2Vec2BertModel
-from ..models.layers import (
+from w2vbert_fast import ops
+from w2vbert_fast.layout import half_frames
+from w2vbert_fast.models.adapter import Wav2Vec2BertAdapter, Wav2Vec2BertAdapterLayer
+from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder, Wav2Vec2BertModel
+from w2vbert_fast.models.layers import (
     Wav2Vec2BertConvolutionModule,
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertSelfAttention,

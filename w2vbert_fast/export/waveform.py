@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..features import SeamlessM4TFeatureExtractor
-from ..ops import fbank
+from w2vbert_fast.ops import fbank
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 
 class WaveformFeatures(nn.Module):

@@ -1,12 +1,11 @@
 """Running trained models on recordings: audio in, text, hidden states or classes out."""
 
+from w2vbert_fast.inference.pipeline import Pipeline, load_pipeline
+from w2vbert_fast.inference.rows import Classification, Embedding, Result, Transcription
+from w2vbert_fast.inference.runner import Classifier, Embedder, Flow, Transcriber
+from w2vbert_fast.inference.transcripts import Transcript, transcribe
+from w2vbert_fast.recordings.audio import Audio, AudioError, load_audio, to_mono_16khz
 from w2vbert_fast.recordings.rows import Row
-
-from .audio import Audio, AudioError, load_audio, to_mono_16khz
-from .offline import Classifier, Embedder, Flow, Transcriber
-from .pipeline import Pipeline, load_pipeline
-from .rows import Classification, Embedding, Result, Transcription
-from .transcribe import Transcript, transcribe
 
 __all__ = [
     "Audio",

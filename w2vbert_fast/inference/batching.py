@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from w2vbert_fast.inference.decoding import Loaded
-from w2vbert_fast.inference.long_recordings import Chunk
+from w2vbert_fast.inference.ctc.chunks import Chunk
 from w2vbert_fast.inference.pipeline import is_out_of_memory
+from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
-from w2vbert_fast.inference.workers import Piece, Task
+from w2vbert_fast.inference.tasks.base import Piece, Task
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from w2vbert_fast.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models import Wav2Vec2BertForCTC
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.ops import greedy_decode
-from w2vbert_fast.processing import Wav2Vec2BertProcessor
+from w2vbert_fast.processing.processor import Wav2Vec2BertProcessor
 
 DEMO_MODEL = "demo"
 """The name of the checkpoint that ships with the package; a folder of that name is `./demo`."""

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from w2vbert_fast.inference.audio import Audio
+from w2vbert_fast.recordings.audio import Audio
 from w2vbert_fast.recordings.rows import Row
 
 if TYPE_CHECKING:
-    from w2vbert_fast.inference.timestamps import Word
+    from w2vbert_fast.inference.ctc.timestamps import Word
 
 _CONTENT = (bytes, bytearray, memoryview)
 

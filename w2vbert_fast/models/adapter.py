@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from ..configuration import Wav2Vec2BertConfig
-from ..layout import PackedBatch
-from .layers import Wav2Vec2BertFeedForward, Wav2Vec2BertSelfAttention, apply_linear
+from w2vbert_fast import ops
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
+from w2vbert_fast.models.layers import (
+    Wav2Vec2BertFeedForward,
+    Wav2Vec2BertSelfAttention,
+    apply_linear,
+)
 
 
 def conv_output_length(length: int, kernel_size: int, stride: int) -> int:

@@ -44,7 +44,7 @@ def _with_config(save: Callable[..., None]) -> Callable[..., None]:
         output_dir: str | os.PathLike[str] | None = None,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        from .pretrained import Wav2Vec2BertPreTrainedModel
+        from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
 
         save(trainer, output_dir, state_dict)
         model = trainer.accelerator.unwrap_model(trainer.model)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..ops.dispatch import runs_triton
+from w2vbert_fast.ops.dispatch import runs_triton
 
 Run = Callable[[], list[Tensor]]
 

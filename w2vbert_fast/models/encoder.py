@@ -15,29 +15,32 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..configuration import Wav2Vec2BertConfig
-from ..layout import PackedBatch, sequence_ids
-from ..ops.dispatch import on_triton_device, records_gradient
-from .adapter import Wav2Vec2BertAdapter
-from .checkpointing import Checkpointing, LayerPlan
-from .graphs import LayerGraphs
-from .layers import (
+from w2vbert_fast import ops
+from w2vbert_fast.layout import PackedBatch, sequence_ids
+from w2vbert_fast.models.adapter import Wav2Vec2BertAdapter
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
+from w2vbert_fast.models.graphs import LayerGraphs
+from w2vbert_fast.models.layers import (
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertFeatureProjection,
     Wav2Vec2BertFeedForward,
     is_untouched,
 )
-from .outputs import HiddenStates, Wav2Vec2BaseModelOutput, as_requested
-from .pooling import (
+from w2vbert_fast.models.outputs import HiddenStates, Wav2Vec2BaseModelOutput, as_requested
+from w2vbert_fast.models.pooling import (
     Statistics,
     checked_statistics,
     mean_over_frames,
     normalize_with_statistics,
 )
-from .positions import Wav2Vec2BertRelPositionalEmbedding, Wav2Vec2BertRotaryPositionalEmbedding
-from .pretrained import Wav2Vec2BertPreTrainedModel
-from .spec_augment import sample_mask_spans
+from w2vbert_fast.models.positions import (
+    Wav2Vec2BertRelPositionalEmbedding,
+    Wav2Vec2BertRotaryPositionalEmbedding,
+)
+from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
+from w2vbert_fast.models.recompute import Checkpointing, LayerPlan
+from w2vbert_fast.models.spec_augment import sample_mask_spans
+from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
 
 HiddenStatesRequest = bool | int | Sequence[int] | None
 

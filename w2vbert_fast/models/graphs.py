@@ -21,20 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..layout import PackedBatch
-from ..ops.attention import MAX_TRITON_HEAD_SIZE
-from .cuda_graphs import CudaGraphs, GraphDevice
-from .layers import (
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.models.cuda_graphs import CudaGraphs, GraphDevice
+from w2vbert_fast.models.layers import (
     Wav2Vec2BertConvolutionModule,
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertFeedForward,
     Wav2Vec2BertSelfAttention,
     has_global_hooks,
 )
-from .positions import Wav2Vec2BertRelPositionalEmbedding, Wav2Vec2BertRotaryPositionalEmbedding
+from w2vbert_fast.models.positions import (
+    Wav2Vec2BertRelPositionalEmbedding,
+    Wav2Vec2BertRotaryPositionalEmbedding,
+)
+from w2vbert_fast.ops.attention import MAX_TRITON_HEAD_SIZE
 
 if TYPE_CHECKING:
-    from .encoder import Wav2Vec2BertEncoder
+    from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from ..configuration import Wav2Vec2BertConfig
-from ..layout import PackedBatch
-from .encoder import HiddenStatesRequest, PackedEncoding, Wav2Vec2BertModel
-from .outputs import (
+from w2vbert_fast import ops
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
+from w2vbert_fast.models.encoder import HiddenStatesRequest, PackedEncoding, Wav2Vec2BertModel
+from w2vbert_fast.models.outputs import (
     CausalLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
     XVectorOutput,
     as_requested,
 )
-from .pooling import Statistics, mean_over_frames
-from .pretrained import Wav2Vec2BertPreTrainedModel
+from w2vbert_fast.models.pooling import Statistics, mean_over_frames
+from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
 
 BLANK_LOGIT = 100.0
 """Logit of the blank in padded frames, beside 0 for every other token."""

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from .layers import Wav2Vec2BertFeatureProjection, Wav2Vec2BertSelfAttention
+from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection, Wav2Vec2BertSelfAttention
 
 
 @torch.no_grad()

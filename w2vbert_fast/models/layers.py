@@ -12,18 +12,18 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..configuration import Wav2Vec2BertConfig
-from ..layout import PackedBatch
-from ..ops.dispatch import on_triton_device, records_gradient
-from .packed_weights import (
+from w2vbert_fast import ops
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
+from w2vbert_fast.models.packed_weights import (
     PackedLinear,
     StackedLinear,
     packed_feed_forward,
     stacked_projections,
 )
-from .packing import lay_end_to_end
-from .quantization import Int8Linear, int8_feed_forward, int8_projections
+from w2vbert_fast.models.packing import lay_end_to_end
+from w2vbert_fast.models.quantization import Int8Linear, int8_feed_forward, int8_projections
+from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import MappingKey, register_pytree_node
 
-from .beside_transformers import join_transformers
+from w2vbert_fast.models.beside_transformers import join_transformers
 
 HiddenStates = tuple[Tensor | None, ...]
 Output = TypeVar("Output", bound="ModelOutput")

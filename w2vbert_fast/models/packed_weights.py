@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch
-from .opaque_linear import OpaqueLinear
+from w2vbert_fast.models.opaque_linear import OpaqueLinear
+from w2vbert_fast.ops import dispatch
 
 if TYPE_CHECKING:
-    from ..ops.cpu.linear import PackedWeight
+    from w2vbert_fast.ops.cpu.linear import PackedWeight
 
 
 class PackedLinear(OpaqueLinear):
@@ -139,7 +139,7 @@ def _stack(parent: nn.Module, names: Sequence[str]) -> int:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
-    from .layers import is_untouched
+    from w2vbert_fast.models.layers import is_untouched
 
     if is_untouched(layer, nn.Linear):
         return True

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.linear import lie_end_to_end
+from w2vbert_fast.ops.linear import lie_end_to_end
 
 
 def lay_end_to_end(parameters: Sequence[Tensor]) -> bool:

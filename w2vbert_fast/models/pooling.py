@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..layout import PackedBatch, sequence_ids
+from w2vbert_fast.layout import PackedBatch, sequence_ids
 
 Statistics = Sequence[Tensor] | Mapping[str, Tensor]
 

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..configuration import Wav2Vec2BertConfig
-from ..layout import PackedBatch, positions_in_sequence
+from w2vbert_fast.layout import PackedBatch, positions_in_sequence
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 
 
 class Wav2Vec2BertRotaryPositionalEmbedding(nn.Module):

@@ -15,24 +15,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from .._config_checks import floating_dtype
-from .._keywords import LOADING, SAVING, take
-from .._recording import recorder
-from .._repository import Repository
-from ..checkpoint import find_checkpoint, write_checkpoint
-from ..configuration import CONFIG_NAME, Wav2Vec2BertConfig
-from ..hub import HubMixin, upload_arguments, upload_folder
-from ..ops.dispatch import packed_kernels
-from .adapter import conv_output_length
-from .beside_transformers import join_transformers
-from .checkpointing import Checkpointing, Policy
-from .graphs import LayerGraphs
-from .initialization import initialize_weights
-from .layers import Wav2Vec2BertFeatureProjection
-from .loading import load_weights, place
-from .outputs import ModelOutput
-from .packed_weights import pack_encoder
-from .quantization import check_int8, dtype_beside_int8, keep_ctc_head, quantize_encoder
+from w2vbert_fast.checkpoints.hub import HubMixin, upload_arguments, upload_folder
+from w2vbert_fast.checkpoints.keywords import LOADING, SAVING, take
+from w2vbert_fast.checkpoints.loading import load_weights, place
+from w2vbert_fast.checkpoints.repository import Repository
+from w2vbert_fast.checkpoints.weights import find_checkpoint, write_checkpoint
+from w2vbert_fast.models.adapter import conv_output_length
+from w2vbert_fast.models.beside_transformers import join_transformers
+from w2vbert_fast.models.config_checks import floating_dtype
+from w2vbert_fast.models.configuration import CONFIG_NAME, Wav2Vec2BertConfig
+from w2vbert_fast.models.graphs import LayerGraphs
+from w2vbert_fast.models.initialization import initialize_weights
+from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection
+from w2vbert_fast.models.outputs import ModelOutput
+from w2vbert_fast.models.packed_weights import pack_encoder
+from w2vbert_fast.models.quantization import (
+    check_int8,
+    dtype_beside_int8,
+    keep_ctc_head,
+    quantize_encoder,
+)
+from w2vbert_fast.models.recompute import Checkpointing, Policy
+from w2vbert_fast.models.tracing import recorder
+from w2vbert_fast.ops.dispatch import packed_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -185,9 +190,10 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     ) -> _Model:
         """Load a model from a folder or the hub.
 
-        Reads `config.json` and the weights (see `w2vbert_fast.checkpoint`). A checkpoint of the
-        encoder alone, or with another kind of head, can be loaded into a model with a head, which
-        is newly initialised with a warning, and a checkpoint with a head into the encoder alone.
+        Reads `config.json` and the weights (see `w2vbert_fast.checkpoints.weights`). A checkpoint
+        of the encoder alone, or with another kind of head, can be loaded into a model with a head,
+        which is newly initialised with a warning, and a checkpoint with a head into the encoder
+        alone.
         The same goes for what the caller's `config` or overrides add or take away, such as
         `add_adapter=True` or `num_hidden_layers=12`. Nothing is loaded unless everything else fits;
         memory stays near the size of the weights.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import dispatch
-from .opaque_linear import OpaqueLinear
+from w2vbert_fast.models.opaque_linear import OpaqueLinear
+from w2vbert_fast.ops import dispatch
 
 
 def check_int8(device: torch.device) -> None:

@@ -36,14 +36,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .config import FinetuneConfig as FinetuneConfig
-    from .data import Utterance as Utterance
-    from .data import UtteranceError as UtteranceError
-    from .data import UtteranceSource as UtteranceSource
-    from .manifest import ManifestError as ManifestError
-    from .trainer import FinetuneResult as FinetuneResult
-    from .trainer import StepReport as StepReport
-    from .trainer import finetune as finetune
+    from w2vbert_fast.training.config import FinetuneConfig as FinetuneConfig
+    from w2vbert_fast.training.data import Utterance as Utterance
+    from w2vbert_fast.training.data import UtteranceError as UtteranceError
+    from w2vbert_fast.training.data import UtteranceSource as UtteranceSource
+    from w2vbert_fast.training.manifest import ManifestError as ManifestError
+    from w2vbert_fast.training.trainer import FinetuneResult as FinetuneResult
+    from w2vbert_fast.training.trainer import StepReport as StepReport
+    from w2vbert_fast.training.trainer import finetune as finetune
 
 
 def __getattr__(name: str) -> Any:

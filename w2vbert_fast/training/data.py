@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.features import SeamlessM4TFeatureExtractor
-from w2vbert_fast.inference.audio import AudioError, load_audio
 from w2vbert_fast.ops.fbank import FRAME_SHIFT
-from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
+from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
+from w2vbert_fast.recordings.audio import AudioError, load_audio
 from w2vbert_fast.training.config import Task
 from w2vbert_fast.training.manifest import Row
 from w2vbert_fast.training.vocabulary import BACKGROUND, Spelling

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from w2vbert_fast._extras import require
-from w2vbert_fast._scripts import is_unspaced
-from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
+from w2vbert_fast.processing.scripts import is_unspaced
+from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
 from w2vbert_fast.training.batches import frame_budget_batches
 from w2vbert_fast.training.config import Metric, Task
 from w2vbert_fast.training.data import (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from w2vbert_fast._extras import require
-from w2vbert_fast._files import staged_file, write_text
+from w2vbert_fast.checkpoints.files import staged_file, write_text
 
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"

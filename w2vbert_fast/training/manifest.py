@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.inference.audio import AudioError, load_audio, stated_seconds
 from w2vbert_fast.recordings import rows as recordings
+from w2vbert_fast.recordings.audio import AudioError, load_audio, stated_seconds
 from w2vbert_fast.recordings.manifest import JsonLines, open_manifest, transcript
 from w2vbert_fast.training.config import Task
 

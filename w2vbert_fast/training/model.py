@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from w2vbert_fast._extras import require
-from w2vbert_fast._repository import Repository
-from w2vbert_fast.configuration import Wav2Vec2BertConfig
-from w2vbert_fast.features import SeamlessM4TFeatureExtractor
+from w2vbert_fast.checkpoints.repository import Repository
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models.initialization import initialize_weights
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
-from w2vbert_fast.processing import Wav2Vec2BertProcessor
-from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
-from w2vbert_fast.tokens.files import VOCABULARY_FILE
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
+from w2vbert_fast.processing.processor import Wav2Vec2BertProcessor
+from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
+from w2vbert_fast.processing.tokenizer_files import VOCABULARY_FILE
 from w2vbert_fast.training.config import FinetuneConfig, Task
 from w2vbert_fast.training.losses import MODEL_CLASSES
 from w2vbert_fast.training.vocabulary import (

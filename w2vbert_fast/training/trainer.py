@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
-from w2vbert_fast._files import make_folder
-from w2vbert_fast._json import write_json
+from w2vbert_fast.checkpoints.files import make_folder
+from w2vbert_fast.checkpoints.json_files import write_json
 from w2vbert_fast.training.batches import BatchPlan
 from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.data import (
@@ -29,12 +29,7 @@ from w2vbert_fast.training.data import (
     pad_batch,
     to_batch,
 )
-from w2vbert_fast.training.evaluation import (
-    choosing_score,
-    evaluate,
-    is_better,
-    prediction_rows,
-)
+from w2vbert_fast.training.evaluation import choosing_score, evaluate, is_better, prediction_rows
 from w2vbert_fast.training.logs import (
     PREDICTIONS_FILE,
     SKIPPED_FILE,

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from w2vbert_fast._files import make_folder, write_text
-from w2vbert_fast.tokenization import Wav2Vec2CTCTokenizer
+from w2vbert_fast.checkpoints.files import make_folder, write_text
+from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
 
 BLANK = "[PAD]"
 UNKNOWN = "[UNK]"

@@ -1,0 +1,77 @@
+"""Gradients in bfloat16 on a CPU: at most as far from those in float64 as the plain form's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, randn
+
+from tests.helpers.reference import relative_error
+from tests.ops.test_autograd import cumulative, gradients, leaf, plain_form
+
+N, WIDTH, INNER = 300, 160, 256
+
+ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "layer_norm": lambda: (randn(N, WIDTH), *randn(2, WIDTH), 1e-5),
+    "residual_layer_norm": lambda: (*randn(2, N, WIDTH), 0.5, *randn(2, WIDTH), 1e-5),
+    "residual_double_layer_norm": lambda: (*randn(2, N, WIDTH), 0.5, *randn(4, WIDTH), 1e-5),
+    "linear": lambda: (randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER), "silu"),
+    "linear_glu": lambda: (randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER)),
+    "feed_forward": lambda: (
+        *(randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER), "silu"),
+        *(randn(WIDTH, INNER) / 16, randn(WIDTH)),
+    ),
+    "conv_norm_act": lambda: (
+        *(randn(N, WIDTH), randn(WIDTH, 31) / 5, *randn(2, WIDTH), 1e-5, "silu"),
+        cumulative((217, 3, 80)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_gradients_are_as_accurate_as_those_of_the_plain_form(name: str) -> None:
+    torch.manual_seed(0)
+    args = tuple(
+        arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
+        for arg in ARGUMENTS[name]()
+    )
+    exact = gradients(plain_form(name), tuple(leaf(arg, torch.float64) for arg in args))
+    plain = gradients(plain_form(name), tuple(map(leaf, args)))
+    got = gradients(getattr(torch.ops.w2vbert, name).default, tuple(map(leaf, args)))
+    for mine, theirs, expected in zip(got, plain, exact, strict=True):
+        assert mine.dtype == torch.bfloat16
+        limit = 1.1 * relative_error(theirs.double(), expected)
+        assert relative_error(mine.double(), expected) <= limit
+
+
+def test_a_common_part_of_the_values_costs_attentions_gradients_no_accuracy() -> None:
+    """It adds nothing to the gradient of the scores, though far more than that is rounded to."""
+    errors: list[list[float]] = []
+    for offset in (0.0, 64.0):
+        torch.manual_seed(0)
+        query, key, value = randn(3, N, 2, 64)
+        tensors = [x.bfloat16() for x in (query, key, value + offset)]
+        args = (*tensors, cumulative((N,)), N, randn(73, 64).bfloat16(), 64, 8)
+        wide = tuple(leaf(arg, torch.float64) for arg in args)
+        exact = gradients(plain_form("shaw_attention"), wide)
+        got = gradients(torch.ops.w2vbert.shaw_attention.default, tuple(map(leaf, args)))
+        pairs = zip(got, exact, strict=True)
+        errors.append([relative_error(mine.double(), expected) for mine, expected in pairs])
+    assert all(large <= 1.2 * small for small, large in zip(*errors, strict=True)), errors
+
+
+def test_gradients_of_biases_are_summed_in_float32() -> None:
+    torch.manual_seed(0)
+    grad, x, weight, bias = (
+        tensor.bfloat16()
+        for tensor in (randn(N, INNER), randn(N, WIDTH), randn(INNER, WIDTH), randn(INNER))
+    )
+    args = (grad, x, weight, bias, None, [False, False, True])
+    operation = torch.ops.w2vbert.linear_backward.default
+    torch.library.opcheck(operation, args, test_utils="test_faketensor")
+    got = operation(*args)
+    assert [tensor.dtype for tensor in got] == [torch.float32]
+    assert relative_error(got[0].double(), grad.double().sum(0)) <= 1e-6

@@ -1,0 +1,1 @@
+"""CTC: times, forced alignment, beam search, chunks of long recordings, subtitles."""

@@ -1,0 +1,316 @@
+"""Words with times to subtitles: SubRip (.srt), WebVTT (.vtt) and plain text.
+
+A cue is what is on the screen at once. Cues are made as subtitlers make them (BBC, Netflix and
+EBU guidelines agree on the numbers): at most two lines of 42 columns, at most 7 seconds, ended at
+pauses and after sentences. A cue that would be shorter than a second stays on the screen longer if
+the next one allows.
+
+What is a word between spaces may be a whole recording where a script has none between its words:
+there cues and lines end between characters too, by the same rules (`_scripts`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from w2vbert_fast.inference.ctc.timestamps import Character, Word
+from w2vbert_fast.processing.scripts import columns, ends_sentence, graphemes, may_break
+
+_MILLISECONDS = 1000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The limits of a cue.
+
+    Attributes:
+        line_length: columns of a line: a Chinese, Japanese or Korean character takes two, a
+            combining mark none.
+        max_lines: lines in a cue.
+        max_seconds: longest time on the screen.
+        min_seconds: a shorter cue stays on the screen up to this long, or until the next one.
+        pause_seconds: a silence this long between two words ends a cue.
+    """
+
+    line_length: int = 42
+    max_lines: int = 2
+    max_seconds: float = 7.0
+    min_seconds: float = 1.0
+    pause_seconds: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("line_length", "max_lines"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("max_seconds", "pause_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.min_seconds <= self.max_seconds:
+            raise ValueError(
+                f"min_seconds must be from 0 to max_seconds ({self.max_seconds}), "
+                f"got {self.min_seconds}"
+            )
+
+
+@dataclass(frozen=True)
+class Cue:
+    """What is on the screen at once.
+
+    Attributes:
+        start: when it appears, in seconds.
+        end: when it disappears, in seconds.
+        lines: its lines.
+    """
+
+    start: float
+    end: float
+    lines: list[str]
+
+
+DEFAULT_LAYOUT = Layout()
+
+
+def cues(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> list[Cue]:
+    """Put words into cues.
+
+    Args:
+        words: in order of time, from `word_timestamps`. Where a script has no spaces, cues and
+            lines may end between its characters; so they may in any other word that is longer than
+            a line or than `max_seconds`. Times inside of a word are those of its characters, or
+            evenly spread if they do not spell it.
+        layout: the limits.
+
+    Returns:
+        The cues in order; they do not overlap.
+
+    Raises:
+        ValueError: a word begins before the one before it, ends before it begins, or has a time
+            that is negative or not finite.
+    """
+    groups = _groups(words, layout)
+    made: list[Cue] = []
+    following = math.inf
+    for group in reversed(groups):
+        # A word that lasts into the next one, and is cut, may have a part that begins behind that.
+        start = min(group[0].start, following)
+        end = max(min(group[-1].end, start + layout.max_seconds), start + layout.min_seconds)
+        made.append(Cue(start, max(start, min(end, following)), _lines(group, layout)))
+        following = start
+    return made[::-1]
+
+
+def srt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
+    """SubRip: numbered cues with times as ``00:01:02,345``.
+
+    Args:
+        words: as in `cues`.
+        layout: the limits of a cue.
+
+    Returns:
+        The content of a file, to be written as UTF-8; empty without words.
+
+    Raises:
+        ValueError: as `cues`.
+    """
+    blocks = [
+        f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n" + "\n".join(lines) + "\n"
+        for number, (start, end, lines) in enumerate(_in_milliseconds(cues(words, layout)), 1)
+    ]
+    return "\n".join(blocks)
+
+
+def vtt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
+    """WebVTT: cues with times as ``00:01:02.345`` behind the header.
+
+    Args:
+        words: as in `cues`.
+        layout: the limits of a cue.
+
+    Returns:
+        The content of a file, to be written as UTF-8.
+
+    Raises:
+        ValueError: as `cues`.
+    """
+    blocks = ["WEBVTT\n"]
+    for start, end, lines in _in_milliseconds(cues(words, layout)):
+        # The three characters that begin markup.
+        text = "\n".join(lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        blocks.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{text}\n")
+    return "\n".join(blocks)
+
+
+def txt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
+    """Plain text without times: a line a cue.
+
+    Args:
+        words: as in `cues`.
+        layout: the limits of a cue.
+
+    Returns:
+        The content of a file, to be written as UTF-8; empty without words.
+
+    Raises:
+        ValueError: as `cues`.
+    """
+    return "".join(_joined(group) + "\n" for group in _groups(words, layout))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What is not divided: a word, a character of a script without spaces, a part of a long word.
+
+    Attributes:
+        text: what is shown.
+        start: in seconds.
+        end: in seconds.
+        glued: whether it goes on the word of the piece before, without a space.
+    """
+
+    text: str
+    start: float
+    end: float
+    glued: bool
+
+    def __add__(self, following: _Piece) -> _Piece:
+        return _Piece(self.text + following.text, self.start, following.end, self.glued)
+
+
+def _checked(words: Iterable[Word]) -> list[Word]:
+    checked = list(words)
+    last = 0.0
+    for i, word in enumerate(checked):
+        if not last <= word.start <= word.end < math.inf:
+            raise ValueError(
+                f"words[{i}] {word.text!r} is from {word.start} to {word.end} s; words must be in "
+                "order of time, with finite times that are not negative"
+            )
+        last = word.start
+    return checked
+
+
+def _groups(words: Iterable[Word], layout: Layout) -> list[list[_Piece]]:
+    """What each cue holds."""
+    groups: list[list[_Piece]] = []
+    for word in _checked(words):
+        for piece in _pieces(word, layout):
+            if groups and _goes_on(groups[-1], piece, layout):
+                groups[-1].append(piece)
+            else:
+                groups.append([piece])
+    return groups
+
+
+def _pieces(word: Word, layout: Layout) -> list[_Piece]:
+    """A word's pieces, none of them longer than a line or than `max_seconds` if it can be cut."""
+    pieces: list[list[_Piece]] = []
+    for character in _characters(word):
+        if pieces and not may_break(pieces[-1][-1].text, character.text):
+            pieces[-1].append(character)
+        else:
+            pieces.append([character])
+    return [part for piece in pieces for part in _cut(piece, layout)]
+
+
+def _characters(word: Word) -> list[_Piece]:
+    """The graphemes of a word with their times."""
+    tokens = word.characters
+    if "".join(token.text for token in tokens) != word.text:
+        tokens = [Character(word.text, word.start, word.end, word.confidence)]
+    spans: list[tuple[float, float]] = []
+    for token in tokens:
+        step = (token.end - token.start) / max(1, len(token.text))
+        inner = [token.start + i * step for i in range(1, len(token.text))]
+        spans += zip([token.start, *inner], [*inner, token.end], strict=True)
+    found: list[_Piece] = []
+    place = 0
+    for grapheme in graphemes(word.text):
+        first, place = place, place + len(grapheme)
+        found.append(_Piece(grapheme, spans[first][0], spans[place - 1][1], first > 0))
+    return found
+
+
+def _cut(characters: Sequence[_Piece], layout: Layout) -> list[_Piece]:
+    """What is longer than a line or than `max_seconds` in parts, cut at pauses where it has any."""
+    whole = characters[0]
+    for character in characters[1:]:
+        whole += character
+    if _fits(whole, layout):
+        return [whole]
+    parts = [characters[0]]
+    for character in characters[1:]:
+        pause = character.start - parts[-1].end >= layout.pause_seconds
+        if not pause and _fits(parts[-1] + character, layout):
+            parts[-1] += character
+        else:
+            parts.append(character)
+    return parts
+
+
+def _fits(piece: _Piece, layout: Layout) -> bool:
+    """Whether a piece can be a line of a cue."""
+    if piece.end - piece.start > layout.max_seconds:
+        return False
+    return columns(piece.text) <= layout.line_length
+
+
+def _goes_on(group: Sequence[_Piece], piece: _Piece, layout: Layout) -> bool:
+    """Whether a piece belongs to the cue of those before it."""
+    if piece.end - group[0].start > layout.max_seconds:
+        return False
+    if piece.start - group[-1].end >= layout.pause_seconds:
+        return False
+    if ends_sentence(group[-1].text):
+        return False
+    return len(_filled([*group, piece], layout.line_length)) <= layout.max_lines
+
+
+def _joined(pieces: Sequence[_Piece]) -> str:
+    """Pieces as one line."""
+    return "".join(("" if i == 0 or p.glued else " ") + p.text for i, p in enumerate(pieces))
+
+
+def _filled(pieces: Sequence[_Piece], width: int) -> list[str]:
+    """Lines of at most `width` columns, each as full as can be."""
+    lines: list[str] = []
+    room = 0
+    for piece in pieces:
+        wanted = columns(piece.text) + (not piece.glued)
+        if lines and wanted <= room:
+            lines[-1] += piece.text if piece.glued else " " + piece.text
+            room -= wanted
+        else:
+            lines.append(piece.text)
+            room = width - columns(piece.text)
+    return lines
+
+
+def _lines(pieces: Sequence[_Piece], layout: Layout) -> list[str]:
+    """The fewest lines, of nearly equal length: the narrowest width that needs no more."""
+    count = len(_filled(pieces, layout.line_length))
+    width = min(
+        w
+        for w in range(1, layout.line_length + 1)
+        if w == layout.line_length or len(_filled(pieces, w)) == count
+    )
+    return _filled(pieces, width)
+
+
+def _in_milliseconds(made: Iterable[Cue]) -> list[tuple[int, int, list[str]]]:
+    """Start, end and lines; rounding keeps the order and shows every cue for a millisecond."""
+    rows = []
+    last = 0
+    for cue in made:
+        start = max(round(cue.start * _MILLISECONDS), last)
+        last = max(round(cue.end * _MILLISECONDS), start + 1)
+        rows.append((start, last, cue.lines))
+    return rows
+
+
+def _clock(milliseconds: int, point: str) -> str:
+    seconds, rest = divmod(milliseconds, _MILLISECONDS)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02d}:{minutes:02d}:{seconds:02d}{point}{rest:03d}"

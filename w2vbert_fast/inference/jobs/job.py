@@ -1,0 +1,420 @@
+"""A job: an input, a folder of results, and everything that lets a killed run go on.
+
+The folder holds `job.json` (what the job is), `journal.jsonl` (which rows are done), tables
+`part-*` (rows that went well) and `errors-*.jsonl` (rows that did not), and at the end
+`summary.json`. `read_results` reads the tables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from w2vbert_fast._extras import require
+from w2vbert_fast.checkpoints.files import make_folder
+from w2vbert_fast.checkpoints.json_files import read_json, write_json
+from w2vbert_fast.inference.jobs.formats import Columns, to_disk
+from w2vbert_fast.inference.jobs.inputs import Inputs
+from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Journal, differences
+from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
+from w2vbert_fast.inference.jobs.shard import Formats, Shard
+from w2vbert_fast.inference.jobs.which_files import PassedOver
+from w2vbert_fast.inference.rows import Result
+from w2vbert_fast.inference.runner import Runner
+
+JOB_FILE = "job.json"
+SUMMARY_FILE = "summary.json"
+LOCK_FILE = ".lock"
+
+_COLUMN_ROWS = 256  # rows that decide about the columns of Parquet tables
+_FEW_ROWS = 100
+_SHARD_BYTES = 256 << 20
+
+
+class TooManyErrors(JobError):
+    """More rows failed than the job may have; what is done is kept."""
+
+
+class Interrupted(JobError):
+    """The job was told to stop; what is done is kept."""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How a job keeps its books; nothing here changes a result.
+
+    Attributes:
+        shard_rows: rows after which a shard is finished: at most so many are done again after a
+            crash, give or take a window.
+        shard_seconds: seconds after which it is finished.
+        max_errors: end the job when more rows than this have failed; None: never.
+        retry_errors: do the rows again that have failed.
+        overwrite: forget what the folder holds of another job.
+        log_json: report in JSON lines.
+    """
+
+    shard_rows: int = 1000
+    shard_seconds: float = 60.0
+    max_errors: int | None = None
+    retry_errors: bool = False
+    overwrite: bool = False
+    log_json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1:
+            raise ValueError(f"shard_rows must be at least 1, got {self.shard_rows}")
+        if not self.shard_seconds > 0:
+            raise ValueError(f"shard_seconds must be above 0, got {self.shard_seconds}")
+        if self.max_errors is not None and self.max_errors < 0:
+            raise ValueError(f"max_errors must be at least 0, got {self.max_errors}")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job has come to.
+
+    Attributes:
+        rows: rows that are done, those of earlier runs included.
+        errors: those that failed, by the type of the error.
+        content: what `summary.json` holds.
+    """
+
+    rows: int
+    errors: dict[str, int]
+    content: dict[str, Any]
+
+
+class Job:
+    """A job in a folder.
+
+    Args:
+        runner: task and flow.
+        inputs: the rows.
+        folder: where results go; made if it is missing.
+        formats: names of formats; none: the task's usual one.
+        options: how books are kept.
+        stream: where progress is reported; None: standard error.
+
+    Raises:
+        ValueError: a format does not go with the task.
+    """
+
+    def __init__(
+        self,
+        runner: Runner[Any],
+        inputs: Inputs,
+        folder: str | os.PathLike[str],
+        formats: Sequence[str] = (),
+        options: JobOptions | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.runner = runner
+        self.inputs = inputs
+        self.folder = Path(folder)
+        self.formats = Formats.of_task(runner.task, formats)
+        self.options = options or JobOptions()
+        self.columns = Columns({})
+        self.progress = Progress(inputs.total, 0, 0, as_json=self.options.log_json, stream=stream)
+        self._stream = stream
+        self._passed_over = PassedOver()
+
+    def run(self) -> Summary:
+        """Do what is not done yet.
+
+        Raises:
+            JobError: another process works in the folder; it holds another job; its results were
+                changed; there are too many errors (`TooManyErrors`); or the job was interrupted
+                (`Interrupted`). The rows that are done stay so in every case.
+            OSError: something cannot be read or written: the disk is full, for instance.
+            ValueError: the model or an option is wrong.
+            ImportError: a package is missing.
+        """
+        make_folder(self.folder)
+        with self._locked():
+            self._open()
+            journal = Journal(self.folder)
+            errors = sum(journal.errors().values())
+            self.progress = Progress(
+                self.inputs.total,
+                len(journal.done),
+                errors,
+                as_json=self.options.log_json,
+                stream=self._stream,
+            )
+            self._passed_over = self._known_passed_over()
+            (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
+            retried = journal.error_tables() if self.options.retry_errors else []
+            complete = len(journal.done) == self.inputs.total
+            startup = 0.0
+            if not complete or retried:
+                self._prepare()
+                startup = self.progress.elapsed
+                self.progress.start += startup
+                self._check_errors(journal, retried)
+                self._work(journal, retried, complete)
+            self.progress.close()
+            return self._finish(journal, startup)
+
+    def _work(self, journal: Journal, retried: Sequence[str], complete: bool) -> None:
+        if not complete:
+            done = journal.done
+            self._pass(journal, lambda index: index not in done, ())
+        group: list[str] = []
+        wanted: set[int] = set()
+        for name in retried:
+            group.append(name)
+            wanted.update(row["index"] for row in _json_rows(self.folder / name))
+            if len(wanted) >= self.options.shard_rows or name == retried[-1]:
+                self._pass(journal, wanted.__contains__, tuple(group))
+                group, wanted = [], set()
+
+    def _pass(
+        self, journal: Journal, wanted: Callable[[int], bool], supersedes: tuple[str, ...]
+    ) -> None:
+        """Do the rows that are wanted; those of tables of errors in one shard."""
+        shard = self._shard(journal)
+        whole = True  # no window has been taken in by half
+        # A copy of what is done: the reading thread asks it while shards are committed.
+        rows = self.inputs.rows(wanted)
+        try:
+            windows = cast(Generator[Any, None, None], self.runner.windows(rows))
+            self.runner.batcher.watch = lambda seconds, _: self.progress.begin(seconds)
+            with contextlib.closing(windows):
+                for window in windows:
+                    results = self.runner.in_order(window, self.runner.batcher.run(window))
+                    whole = False
+                    shard.add(results)
+                    whole = True
+                    self._count(results, bool(supersedes))
+                    if not supersedes and self._full(shard):
+                        whole = False
+                        self._commit(shard, journal)
+                        shard = self._shard(journal)
+                        whole = True
+                    self._check_errors(journal, supersedes, shard)
+            if shard.rows > 0:
+                whole = False
+                self._commit(shard, journal, supersedes)
+        except (KeyboardInterrupt, TooManyErrors) as error:
+            if whole and shard.rows > 0 and not supersedes:
+                self._commit(shard, journal)
+            else:
+                shard.discard()
+            if isinstance(error, TooManyErrors):
+                raise
+            raise Interrupted("interrupted; the same command goes on") from None
+        except BaseException:
+            shard.discard()
+            raise
+
+    def _count(self, results: Sequence[Result], again: bool) -> None:
+        bad = sum(result.error is not None for result in results)
+        seconds = sum(result.seconds or 0.0 for result in results if result.error is None)
+        if again:
+            # These rows are among the errors already.
+            self.progress.done -= len(results)
+            self.progress.errors -= len(results)
+        self.progress.update(len(results), bad, seconds)
+
+    def _check_errors(
+        self, journal: Journal, retried: Sequence[str], shard: Shard | None = None
+    ) -> None:
+        limit = self.options.max_errors
+        if limit is None or retried or self.progress.errors <= limit:
+            return
+        raise TooManyErrors(
+            f"{self.progress.errors} rows failed, more than the {limit} of max_errors; the last "
+            f"ones are in {self.folder}/errors-*.jsonl"
+        )
+
+    def _full(self, shard: Shard) -> bool:
+        return (
+            shard.rows >= self.options.shard_rows
+            or shard.size >= _SHARD_BYTES
+            or time.monotonic() - shard.opened >= self.options.shard_seconds
+        )
+
+    def _shard(self, journal: Journal) -> Shard:
+        number = journal.next_shard()
+        return Shard(self.folder, number, self.runner.task, self.formats, self.columns)
+
+    def _commit(self, shard: Shard, journal: Journal, supersedes: Sequence[str] = ()) -> None:
+        entry: Entry = shard.commit(journal, supersedes)
+        self.progress.event("shard", {"files": list(entry.files), "rows": shard.rows})
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the folder: the lock ends with the process, however that ends."""
+        filelock = require("filelock", "offline")
+        lock = filelock.FileLock(self.folder / LOCK_FILE, blocking=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise JobError(f"another process works in {self.folder}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _open(self) -> None:
+        """Check that the folder holds this job or none."""
+        path = self.folder / JOB_FILE
+        if self.options.overwrite:
+            self._clear()
+        fingerprint = self._fingerprint()
+        if path.exists():
+            known = read_json(path)
+            found = differences(known.get("fingerprint"), fingerprint)
+            if found:
+                raise JobError(
+                    f"{self.folder} holds another job: {'; '.join(found)}. --overwrite starts again"
+                )
+            self.columns = Columns(known["columns"])
+            if self.runner.batcher.frame_budget is None:
+                self.runner.batcher.frame_budget = known["frame_budget"]
+            return
+        if (self.folder / JOURNAL_FILE).exists():
+            raise JobError(
+                f"{self.folder} has a {JOURNAL_FILE} and no {JOB_FILE}: --overwrite starts again"
+            )
+
+    def _prepare(self) -> None:
+        """Load the model, and write down what the job is before its first row."""
+        batcher = self.runner.batcher
+        if self.inputs.total is not None and self.inputs.total <= _FEW_ROWS:
+            batcher.probes = False  # it would take longer than the job
+        budget = batcher.prepare()
+        path = self.folder / JOB_FILE
+        if path.exists():
+            return
+        if self.formats.table == "parquet":
+            # Without the audio: only the columns are looked at.
+            head = (replace(row, audio=None) for row in self.inputs.rows())
+            self.columns = Columns.of_rows(list(islice(head, _COLUMN_ROWS)))
+        content = {
+            "fingerprint": self._fingerprint(),
+            "frame_budget": budget,
+            "columns": self.columns.types,
+            "versions": versions(),
+        }
+        write_json(path, content)
+        to_disk(self.folder)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        task = self.runner.task
+        return {
+            "model": {"name": os.fspath(task.model), "files": task.fingerprint()},
+            "input": self.inputs.fingerprint,
+            "options": {
+                **task.options(),
+                "formats": list(self.formats.names),
+                "longest": self.runner.flow.longest,
+            },
+        }
+
+    def _clear(self) -> None:
+        """Remove what a job has written, and nothing else."""
+        # The journal first: from then on nothing of the old job counts.
+        for name in (JOURNAL_FILE, JOB_FILE, SUMMARY_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+        for pattern in ("part-*", "errors-*", ".part-*.tmp", ".errors-*.tmp"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        for kind in ("npy", "srt", "vtt", "txt"):
+            for group in self.folder.glob(f"{kind}/" + "[0-9]" * 6):
+                shutil.rmtree(group)
+
+    def _known_passed_over(self) -> PassedOver:
+        """What the last run has passed over; one that has nothing to do does not read tar files."""
+        path = self.folder / SUMMARY_FILE
+        known = read_json(path).get("passed_over", {}) if path.is_file() else {}
+        return PassedOver.from_json(known)
+
+    def _finish(self, journal: Journal, startup: float) -> Summary:
+        progress = self.progress
+        passed_over = self.inputs.passed_over
+        if progress.rows == 0 and not passed_over.counts:
+            passed_over = self._passed_over
+        errors = error_counts(journal.errors())
+        elapsed, batcher = progress.elapsed, self.runner.batcher
+        hours = progress.audio_seconds / 3600
+        content = {
+            "rows": len(journal.done),
+            "good": journal.good(),
+            "errors": errors,
+            "passed_over": passed_over.as_json(),
+            "audio_hours": round(journal.audio_seconds() / 3600, 6),
+            "this_run": {
+                "rows": progress.rows,
+                "audio_hours": round(hours, 6),
+                "seconds": round(elapsed, 3),
+                "startup_seconds": round(startup, 3),
+                "model_seconds": round(batcher.seconds, 3),
+                "waiting_for_audio_seconds": round(self.runner.waited, 3),
+                "batches": batcher.batches,
+                "rows_per_second": round(progress.rows / elapsed, 3),
+                "audio_hours_per_hour": round(hours * 3600 / elapsed, 3),
+                "real_time_factor": progress.state()["real_time_factor"],
+                "peak_memory_bytes": peak_memory(),
+            },
+            "frame_budget": batcher.frame_budget,
+            "device": self._device(),
+            "versions": versions(),
+        }
+        write_json(self.folder / SUMMARY_FILE, content)
+        progress.event("summary", content)
+        return Summary(len(journal.done), errors, content)
+
+    def _device(self) -> str | None:
+        if self.runner.batcher.batches == 0:
+            return None
+        import torch
+
+        device = next(self.runner.task.network.parameters()).device
+        if device.type == "cuda":
+            return torch.cuda.get_device_name(device)
+        return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def read_results(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a job that are done, shard by shard: those that went well and those with errors.
+
+    Embeddings in Parquet tables are lists here; `pyarrow` reads them faster.
+
+    Raises:
+        JobError: the folder's files are not what its journal says.
+        ImportError: a table is Parquet and pyarrow is not installed.
+    """
+    path = Path(folder)
+    names: dict[str, int] = {}
+    gone: set[str] = set()
+    for line in _json_rows(path / JOURNAL_FILE):
+        names.update(line["files"])
+        gone.update(line["supersedes"])
+    for name in names:
+        if name in gone:
+            continue
+        if not (path / name).is_file():
+            raise JobError(f"{path / name} is missing")
+        if name.endswith(".jsonl"):
+            yield from _json_rows(path / name)
+        elif name.endswith(".parquet"):
+            parquet = require("pyarrow.parquet", "offline")
+            with parquet.ParquetFile(path / name) as file:
+                for batch in file.iter_batches(batch_size=64):
+                    yield from batch.to_pylist()
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):  # else a running job is writing it
+                yield json.loads(line)

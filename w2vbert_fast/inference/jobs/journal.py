@@ -1,0 +1,222 @@
+"""What a job remembers: its fingerprint, and a journal of the rows that are done.
+
+The journal is the truth: a file of results counts when a line of the journal names it. A line is
+written, and on the disk, after the files that it names have their final names.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from w2vbert_fast.inference.jobs.formats import to_disk
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+class JobError(RuntimeError):
+    """A job that cannot start, or cannot go on."""
+
+
+class Ranges:
+    """A set of row numbers, kept as disjoint ranges."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        for start, stop in ranges:
+            self.add(start, stop)
+
+    def __contains__(self, index: int) -> bool:
+        place = bisect.bisect_right(self._starts, index) - 1
+        return place >= 0 and index < self._stops[place]
+
+    def __iter__(self) -> Any:
+        return iter(zip(self._starts, self._stops, strict=True))
+
+    def __len__(self) -> int:
+        return sum(stop - start for start, stop in self)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add the numbers from start up to stop, without it."""
+        first = bisect.bisect_left(self._stops, start)
+        last = bisect.bisect_right(self._starts, stop)
+        if first < last:
+            start = min(start, self._starts[first])
+            stop = max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+
+
+@dataclass
+class Entry:
+    """A line of the journal: rows that were finished together.
+
+    Attributes:
+        shard: number of the shard.
+        files: its tables and their sizes in bytes.
+        rows: ranges of row numbers.
+        good: rows that went well.
+        errors: rows that did not, by the type of the error.
+        audio_seconds: of the rows that went well.
+        supersedes: tables of errors that these rows replace.
+    """
+
+    shard: int
+    files: dict[str, int]
+    rows: list[tuple[int, int]]
+    good: int
+    errors: dict[str, int]
+    audio_seconds: float
+    supersedes: list[str] = field(default_factory=list)
+
+
+class Journal:
+    """The journal of a folder. What no line of it names is removed: a killed run has left it.
+
+    Raises:
+        JobError: a line in the middle is damaged, or a file that it names is not what it was.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / JOURNAL_FILE
+        self.entries: list[Entry] = []
+        self.done = Ranges()
+        self._read()
+        self._check()
+        self._clean()
+
+    def _read(self) -> None:
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        good = 0
+        lines = content.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("cut off")
+                entry = Entry(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                if number < len(lines):
+                    raise JobError(f"{self.path}, line {number}, is damaged: {error}") from error
+                # The line that was being written when the machine or the process stopped.
+                os.truncate(self.path, good)
+                break
+            good += len(line)
+            self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        for start, stop in entry.rows:
+            self.done.add(start, stop)
+
+    def _check(self) -> None:
+        for name, size in self.files().items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise JobError(
+                    f"{path} {state}: results of this job were changed. --overwrite starts again"
+                )
+
+    def _clean(self) -> None:
+        known = self.files()
+        for path in self.folder.iterdir():
+            name = path.name
+            unfinished = name.startswith((".part-", ".errors-"))
+            if unfinished or (name.startswith(("part-", "errors-")) and name not in known):
+                path.unlink()
+
+    def files(self) -> dict[str, int]:
+        """The tables that count, and their sizes."""
+        found: dict[str, int] = {}
+        for entry in self.entries:
+            found.update(entry.files)
+        for entry in self.entries:
+            for name in entry.supersedes:
+                found.pop(name, None)
+        return found
+
+    def error_tables(self) -> list[str]:
+        """Tables of errors that count."""
+        return [name for name in self.files() if name.startswith("errors-")]
+
+    def next_shard(self) -> int:
+        """Number of the next shard."""
+        return max((entry.shard for entry in self.entries), default=-1) + 1
+
+    def write(self, entry: Entry) -> None:
+        """Append an entry. When this returns, its rows are done."""
+        line = json.dumps(asdict(entry)) + "\n"
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            if before == 0:
+                to_disk(self.folder)
+        except OSError:
+            # A full disk takes a part of a line.
+            if self.path.exists():
+                os.truncate(self.path, before)
+            raise
+        self._take(entry)
+        for name in entry.supersedes:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def good(self) -> int:
+        """Rows that went well."""
+        return sum(entry.good for entry in self.entries)
+
+    def errors(self) -> Counter[str]:
+        """Rows that did not, by the type of the error."""
+        counts: Counter[str] = Counter()
+        superseded = {name for entry in self.entries for name in entry.supersedes}
+        for entry in self.entries:
+            if not any(name in superseded for name in entry.files):
+                counts.update(entry.errors)
+        return counts
+
+    def audio_seconds(self) -> float:
+        """Audio of the rows that went well, in seconds."""
+        return sum(entry.audio_seconds for entry in self.entries)
+
+
+def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Disjoint ranges of row numbers in increasing order."""
+    return list(Ranges((index, index + 1) for index in indices))
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two fingerprints, in words."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found = []
+        for key in sorted({*before, *now}):
+            inner = f"{name}.{key}" if name else str(key)
+            found += differences(before.get(key), now.get(key), inner)
+        return found
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [
+            text
+            for i, (old, new) in enumerate(zip(before, now, strict=True))
+            for text in differences(old, new, f"{name}[{i}]")
+        ]
+    if before == now:
+        return []
+    return [f"{name}: {_short(before)} before, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

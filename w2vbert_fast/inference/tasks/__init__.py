@@ -1,0 +1,1 @@
+"""What is made of recordings: transcripts, hidden states, classes."""

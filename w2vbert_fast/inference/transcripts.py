@@ -1,0 +1,103 @@
+"""Speech to text in a line: recordings in, transcripts out, one after another."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from w2vbert_fast.inference.ctc.timestamps import Word
+from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline
+from w2vbert_fast.inference.rows import Transcription
+from w2vbert_fast.inference.runner import Flow, Runner
+from w2vbert_fast.inference.tasks.transcribe import Transcribe
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What came of one recording.
+
+    Attributes:
+        file: the file, as the caller named it; the name of an open file; else "item N", counted
+            from 0.
+        text: what was said; None when the recording failed.
+        audio_seconds: its length in seconds; None when it could not be read.
+        processing_seconds: time from opening the file to its text, in seconds; None when it failed.
+        error: what is wrong with the recording, None when nothing is.
+        words: the words with their times, where `timestamps` were asked for.
+        louder_channel: the channel that was taken, from 0, because in the mean of all of them what
+            is said cancels; None: the mean.
+    """
+
+    file: str
+    text: str | None = None
+    audio_seconds: float | None = None
+    processing_seconds: float | None = None
+    error: str | None = None
+    words: tuple[Word, ...] | None = None
+    louder_channel: int | None = None
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """Processing seconds per second of audio (below 1: faster than it was spoken)."""
+        if self.audio_seconds is None or self.processing_seconds is None:
+            return None
+        return self.processing_seconds / self.audio_seconds
+
+
+def transcribe(
+    audio: Any,
+    pipeline: Pipeline | str | os.PathLike[str] | None = None,
+    *,
+    flow: Flow | None = None,
+    **options: Any,
+) -> Generator[Transcript, None, None]:
+    """Transcribe recordings, lazily and in order, as `Transcriber` does, but one at a time.
+
+    A recording that cannot be read, or does not fit into memory, yields a transcript with `error`
+    set, and the next one follows.
+
+    Args:
+        audio: one recording or an iterable of them. A recording is a path; an open binary file;
+            the content of a file as bytes; samples at 16 kHz, an array or a tensor; or a pair of
+            samples and their sampling rate. An iterable is read at most two recordings ahead, in
+            another thread.
+        pipeline: from `load_pipeline`; or the name of a model as that takes it, then loaded with
+            its weights packed; None: the demo checkpoint.
+        flow: how recordings are read and batched; None: each by itself.
+        **options: of `Transcribe`: timestamps, max_seconds, beam, lm, hotwords, ...
+
+    Yields:
+        A transcript for every recording.
+
+    Raises:
+        TypeError: an item is no recording, or an option is unknown.
+        ValueError: an option has an impossible value.
+        ImportError: a package of the ``audio`` extra is needed and not installed.
+    """
+    if isinstance(pipeline, Pipeline):
+        task = Transcribe.of_pipeline(pipeline, **options)
+    else:
+        task = Transcribe(DEMO_MODEL if pipeline is None else pipeline, **options)
+    runner: Runner[Transcription] = Runner(task, flow or Flow(window_rows=1))
+    return transcripts(runner, audio)
+
+
+def transcripts(runner: Runner[Transcription], audio: Any) -> Generator[Transcript, None, None]:
+    """What a runner makes of recordings, each with the time that it took."""
+    runner.batcher.prepare()
+    start = time.perf_counter()
+    for result in runner(audio):
+        seconds = time.perf_counter() - start
+        yield Transcript(
+            result.audio,
+            result.text,
+            result.seconds,
+            None if result.error is not None else seconds,
+            result.error,
+            result.words,
+            result.louder_channel,
+        )
+        start = time.perf_counter()
