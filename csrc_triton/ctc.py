@@ -12,17 +12,49 @@ list. Token ids and counts are all that has to leave the device.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.ctc import CtcConfig, ctc_config
-from .runtime import architecture, check_device, check_tensor
+from .architectures import architecture
+from .launch import check_device, check_tensor
 from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
 
 NO_TOKEN = -1
 """What stands in `token_ids` after the last token of an utterance."""
+
+
+@dataclass(frozen=True)
+class CtcConfig:
+    """Launch configuration of greedy CTC decoding.
+
+    Attributes:
+        block_frames: frames that a program of the argmax owns.
+        block_vocabulary: logits of each frame that it compares in a step.
+        block_collapse: frames that a program of the collapse takes in a step.
+        num_warps: warps in a block, of both.
+    """
+
+    block_frames: int
+    block_vocabulary: int
+    block_collapse: int
+    num_warps: int
+
+
+def ctc_config(vocabulary: int, arch: str) -> CtcConfig:
+    """16 logits a thread in flight, of as many frames as that takes.
+
+    Args:
+        vocabulary: logits of a frame, at least 1.
+        arch: such as `"sm_90"`, `"gfx942"` or `"interpreter"`.
+    """
+    block_vocabulary = min(triton.next_power_of_2(vocabulary), 1024)
+    if arch == "interpreter":
+        return CtcConfig(32, block_vocabulary, 64, 1)
+    return CtcConfig(max(1, 2048 // block_vocabulary), block_vocabulary, 1024, 4)
 
 
 @triton.jit(do_not_specialize=["num_frames"])

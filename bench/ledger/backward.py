@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from csrc_triton.attention import tile_bound
-from csrc_triton.configs.attention import attention_config
-from csrc_triton.configs.attention_backward import attention_backward_config, scores_layout
-from csrc_triton.configs.conv_backward import conv_backward_config
-from csrc_triton.configs.linear_backward import epilogue_backward_config
-from csrc_triton.configs.norm_backward import norm_backward_config
-from csrc_triton.linear_backward import _products
-from csrc_triton.packed import num_blocks
+from csrc_triton.attention.config import attention_backward_config, attention_config, scores_layout
+from csrc_triton.conv.config import conv_backward_config
+from csrc_triton.gemm.backward import _products
+from csrc_triton.gemm.config import epilogue_backward_config
+from csrc_triton.launch import num_blocks
+from csrc_triton.norm.config import norm_backward_config
 
 from .costs import (
     ACTIVATION_FLOPS,

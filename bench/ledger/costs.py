@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from csrc_triton.attention import build_tile_map, tile_bound
-from csrc_triton.configs.attention import attention_config, scratch_layout
-from csrc_triton.configs.fbank import normalize_config
-from csrc_triton.packed import num_blocks
+from csrc_triton.attention.config import attention_config, scratch_layout
+from csrc_triton.fbank.config import normalize_config
+from csrc_triton.launch import num_blocks
 
 # FLOPs an element, as the docstrings of csrc_triton count them.
 NORM_FLOPS = 8

@@ -15,7 +15,7 @@ class Gpu:
 
     Attributes:
         name: as people say it.
-        arch: the name by which `csrc_triton.configs` knows it.
+        arch: the name by which `csrc_triton.architectures` knows it.
         bandwidth: of device memory, bytes a second.
         matrix: FLOP/s of matrix products by dtype. "fp32" is full precision ("ieee"), as both the
             kernels and PyTorch run it by default: the vector units on NVIDIA, which has no such

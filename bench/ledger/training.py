@@ -17,7 +17,7 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from csrc_triton import runtime
+from csrc_triton import architectures
 from w2vbert_fast.models.recompute import Checkpointing
 from w2vbert_fast.ops import dispatch
 
@@ -96,7 +96,9 @@ def trace_training(path: str, policy: str, workload: Workload) -> StepTrace:
         stack.enter_context(without_data(workload.sdpa, training=True))
         # PyTorch built without CUDA has no autograd for tensors that claim to be there.
         stack.enter_context(patch.object(dispatch, "_forced", "triton"))
-        stack.enter_context(patch.object(runtime, "architecture", lambda device: workload.arch))
+        stack.enter_context(
+            patch.object(architectures, "architecture", lambda device: workload.arch)
+        )
         stack.enter_context(patch.object(Checkpointing, "run", staticmethod(again)))
         place(model, "meta", workload.torch_dtype, training=True)
         width = model.config.feature_projection_input_dim

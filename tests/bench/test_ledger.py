@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,12 +27,16 @@ from bench.ledger.forward import (
 from bench.ledger.hardware import GPUS, H100
 from bench.ledger.trace import ALL_COSTS, Counter, Operation, trace
 from bench.ledger.workload import Workload
-from csrc_triton import attention, conv, ctc, fbank, norm
+from csrc_triton import ctc
+from csrc_triton.attention import build_tile_map
+from csrc_triton.attention import forward as attention
+from csrc_triton.conv import forward as conv
+from csrc_triton.fbank import forward as fbank
+from csrc_triton.gemm import forward as linear
+from csrc_triton.norm import forward as norm
 from w2vbert_fast.models.packing import lay_end_to_end
 from w2vbert_fast.ops.linear import lie_end_to_end
 
-# The package exports the function of the same name.
-linear = importlib.import_module("csrc_triton.linear")
 META = torch.device("meta")
 
 
@@ -161,7 +164,7 @@ LAUNCHER_CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
     ),
     "tile map": (
         "attention_tile_map",
-        lambda x, head_size, cu_seqlens, max_seqlen: attention.build_tile_map(
+        lambda x, head_size, cu_seqlens, max_seqlen: build_tile_map(
             cu_seqlens, 32, num_tokens=x.shape[0], max_seqlen=max_seqlen
         ),
         {"x": X, "head_size": 16, "cu_seqlens": offsets(3), "max_seqlen": 33},

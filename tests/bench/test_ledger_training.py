@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,11 @@ from bench.ledger.training import (
     training_ratios,
 )
 from bench.ledger.workload import Workload
-from csrc_triton import attention_backward, conv_backward, linear_backward, norm_backward
+from csrc_triton.attention import backward as attention_backward
+from csrc_triton.conv import backward as conv_backward
+from csrc_triton.gemm import backward as linear_backward
+from csrc_triton.gemm import forward as linear
+from csrc_triton.norm import backward as norm_backward
 from tests.bench.test_ledger import (
     ATTENTION,
     BIG,
@@ -42,8 +45,6 @@ from tests.bench.test_ledger import (
     tensor,
 )
 
-# The package exports the function of the same name.
-linear = importlib.import_module("csrc_triton.linear")
 ALL = (True, True, True)
 
 

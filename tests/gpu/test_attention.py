@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from csrc_triton.architectures import architecture
 from csrc_triton.attention import shaw_attention
-from csrc_triton.configs.attention import AttentionConfig, attention_config
-from csrc_triton.runtime import architecture
+from csrc_triton.attention.config import AttentionConfig, attention_config
 from w2vbert_fast import ops
 
 from .lane import (

@@ -13,7 +13,7 @@ from csrc_triton.attention import shaw_attention
 from csrc_triton.conv import conv_norm_act
 from csrc_triton.ctc import ctc_greedy
 from csrc_triton.fbank import normalize_and_stack
-from csrc_triton.linear import linear, linear_residual
+from csrc_triton.gemm import linear, linear_residual
 from csrc_triton.norm import layer_norm, residual_layer_norm
 from w2vbert_fast import ops
 

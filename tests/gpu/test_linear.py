@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from csrc_triton.configs.linear import linear_candidates
-from csrc_triton.linear import linear, linear_glu, linear_residual
-from csrc_triton.runtime import architecture
+from csrc_triton.architectures import architecture
+from csrc_triton.gemm import linear, linear_glu, linear_residual
+from csrc_triton.gemm.config import linear_candidates
 from w2vbert_fast import ops
 
 from .lane import (

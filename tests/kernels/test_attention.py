@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.attention import build_tile_map, shaw_attention
-from csrc_triton.configs.attention import AttentionConfig, attention_config
+from csrc_triton.attention.config import AttentionConfig, attention_config
 from w2vbert_fast import ops
 
 LENGTHS = [0, 1, 2, 31, 63, 64, 65, 217, 300]

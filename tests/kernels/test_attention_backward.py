@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from csrc_triton.attention import build_tile_map, shaw_attention
-from csrc_triton.attention_backward import shaw_attention_backward
-from csrc_triton.configs.attention_backward import (
+from csrc_triton.attention import build_tile_map, shaw_attention, shaw_attention_backward
+from csrc_triton.attention.config import (
     AttentionBackwardConfig,
     attention_backward_config,
     scores_layout,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from csrc_triton.conv_backward import conv_norm_act_backward
-from csrc_triton.device import ACTIVATIONS
+from csrc_triton.conv import conv_norm_act_backward
+from csrc_triton.functions import ACTIVATIONS
 from w2vbert_fast.ops import conv as plain
 
 from .conftest import POISON_INTEGER

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csrc_triton.configs.ctc import CtcConfig
-from csrc_triton.ctc import ctc_greedy
+from csrc_triton.ctc import CtcConfig, ctc_greedy
 from w2vbert_fast import ops
 
 LENGTHS = [0, 1, 2, 31, 63, 64, 65, 217, 0]

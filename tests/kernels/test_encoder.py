@@ -39,9 +39,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return launch
 
     for module, name in (
-        ("linear", "linear"),
-        ("linear", "linear_glu"),
-        ("linear", "linear_residual"),
+        ("gemm", "linear"),
+        ("gemm", "linear_glu"),
+        ("gemm", "linear_residual"),
         ("norm", "layer_norm"),
         ("norm", "residual_layer_norm"),
         ("norm", "residual_double_layer_norm"),

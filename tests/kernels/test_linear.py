@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from csrc_triton.configs.linear import LinearConfig
-from csrc_triton.linear import linear, linear_glu, linear_residual
+from csrc_triton.gemm import linear, linear_glu, linear_residual
+from csrc_triton.gemm.config import LinearConfig
 from w2vbert_fast import ops
 
 LENGTHS = [0, 1, 2, 31, 63, 64, 65, 217, 300]

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csrc_triton.device import ACTIVATIONS
-from csrc_triton.linear_backward import (
+from csrc_triton.functions import ACTIVATIONS
+from csrc_triton.gemm import (
     activation_backward,
     feed_forward_backward,
     glu_backward,

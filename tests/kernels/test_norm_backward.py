@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from csrc_triton.norm import residual_layer_norm
-from csrc_triton.norm_backward import (
+from csrc_triton.norm import (
     layer_norm_backward,
     residual_double_layer_norm_backward,
+    residual_layer_norm,
     residual_layer_norm_backward,
 )
 from w2vbert_fast.ops import norm as plain

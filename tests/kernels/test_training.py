@@ -127,14 +127,14 @@ def counted(name: str, launcher: Callable[..., Any], counts: Counter[str]) -> Ca
 def test_a_step_runs_the_kernels_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: Counter[str] = Counter()
     for module, name in (
-        ("attention_backward", "shaw_attention_backward"),
-        ("conv_backward", "conv_norm_act_backward"),
-        ("linear_backward", "linear_backward"),
-        ("linear_backward", "linear_glu_backward"),
-        ("linear_backward", "feed_forward_backward"),
-        ("norm_backward", "layer_norm_backward"),
-        ("norm_backward", "residual_layer_norm_backward"),
-        ("norm_backward", "residual_double_layer_norm_backward"),
+        ("attention", "shaw_attention_backward"),
+        ("conv", "conv_norm_act_backward"),
+        ("gemm", "linear_backward"),
+        ("gemm", "linear_glu_backward"),
+        ("gemm", "feed_forward_backward"),
+        ("norm", "layer_norm_backward"),
+        ("norm", "residual_layer_norm_backward"),
+        ("norm", "residual_double_layer_norm_backward"),
     ):
         owner = importlib.import_module(f"csrc_triton.{module}")
 

@@ -49,7 +49,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Linear layers run as on a device with Triton kernels."""
     module = importlib.import_module("w2vbert_fast.ops.linear")
     monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
-    kernels = importlib.import_module("csrc_triton.linear")
+    kernels = importlib.import_module("csrc_triton.gemm")
     monkeypatch.setattr(kernels, "linear", launch)
     monkeypatch.setattr(kernels, "linear_glu", module.linear_glu)
     monkeypatch.setattr(layers, "on_triton_device", lambda tensor: True)

@@ -218,7 +218,7 @@ def test_triton_cannot_be_forced_outside_its_interpreter() -> None:
 
 
 def test_the_epilogues_are_those_that_the_kernels_have() -> None:
-    from csrc_triton.device import ACTIVATIONS
+    from csrc_triton.functions import ACTIVATIONS
 
     assert {*FUSED_ACTIVATIONS, "linear"} == ACTIVATIONS.keys()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from csrc_triton import attention
-from csrc_triton.configs.attention import AttentionConfig, attention_config, scratch_layout
+from csrc_triton.attention.config import AttentionConfig, attention_config, scratch_layout
 from csrc_triton.specs import KernelSpec
 from tools.compile import sass
 from tools.compile.machine_code import Target, compile_kernel
@@ -127,7 +127,7 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES[:-1])
 @pytest.mark.parametrize("dtype", NAMES)
 def test_specs_name_every_argument(arch: str, dtype: str) -> None:
-    specs = attention.kernel_specs(arch, dtype)
+    specs = attention.forward.kernel_specs(arch, dtype)
     names = [spec.name for spec in specs]
     assert len(set(names)) == len(names) >= 2
     for spec in specs:
@@ -141,7 +141,7 @@ def test_specs_name_every_argument(arch: str, dtype: str) -> None:
 def machine_code(arch: str, dtype: str, name: str) -> tuple[str, int]:
     """Disassembly and bytes of stack of a kernel as it ships."""
     spec: KernelSpec = next(
-        spec for spec in attention.kernel_specs(arch, dtype) if spec.name.endswith(name)
+        spec for spec in attention.forward.kernel_specs(arch, dtype) if spec.name.endswith(name)
     )
     target = Target.parse(f"cuda:{arch.removeprefix('sm_')}")
     cubin = compile_kernel(spec, target).asm["cubin"]

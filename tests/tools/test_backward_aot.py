@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from csrc_triton import attention_backward, conv_backward, linear_backward, norm_backward
-from csrc_triton.configs.norm import warp_size
-from csrc_triton.configs.norm_backward import norm_backward_config
+from csrc_triton.architectures import warp_size
+from csrc_triton.attention import backward as attention_backward
+from csrc_triton.conv import backward as conv_backward
+from csrc_triton.gemm import backward as linear_backward
+from csrc_triton.norm import backward as norm_backward
+from csrc_triton.norm.config import norm_backward_config
 from csrc_triton.specs import KernelSpec
 from tools.compile.aot import check_kernel
 from tools.compile.machine_code import Target, default_cache

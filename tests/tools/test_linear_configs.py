@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from csrc_triton import ctc
-from csrc_triton.configs.ctc import ctc_config
-from csrc_triton.configs.linear import (
-    MULTIPROCESSORS,
+from csrc_triton.architectures import listed_architecture, multiprocessors
+from csrc_triton.ctc import ctc_config
+from csrc_triton.gemm.config import (
     TILES,
     LinearConfig,
     linear_candidates,
     linear_config,
-    nearest_architecture,
 )
-from csrc_triton.linear import _linear_kernel
-from csrc_triton.linear import kernel_specs as linear_specs
+from csrc_triton.gemm.forward import _linear_kernel
+from csrc_triton.gemm.forward import kernel_specs as linear_specs
 from csrc_triton.specs import KernelSpec
 from tools.compile.machine_code import Target, compile_kernel
 
@@ -80,7 +79,7 @@ def test_the_large_tile_needs_one_for_each_multiprocessor(arch: str) -> None:
     large, small = tiles[0], tiles[-1]
     columns = 1024
     per_row = -(-columns // large.block_n)
-    rows = -(-MULTIPROCESSORS[arch] // per_row)
+    rows = -(-multiprocessors(arch) // per_row)
     enough = (rows - 1) * large.block_m + 1
     assert linear_config(enough, columns, torch.bfloat16, arch) == large
     assert linear_config(enough - 1, columns, torch.bfloat16, arch) == small
@@ -130,7 +129,7 @@ def test_precision_is_chosen_by_the_caller() -> None:
     ],
 )
 def test_unlisted_architectures(arch: str, listed: str) -> None:
-    assert nearest_architecture(arch) == listed
+    assert listed_architecture(arch) == listed
     dtype = torch.float16
     assert linear_config(9999, 999, dtype, arch) == linear_config(9999, 999, dtype, listed)
 

@@ -7,11 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from csrc_triton import conv, fbank, norm
-from csrc_triton.configs.conv import conv_config
-from csrc_triton.configs.fbank import fbank_config, normalize_config
-from csrc_triton.configs.norm import norm_config, warp_size
-from csrc_triton.packed import num_blocks
+from csrc_triton.architectures import warp_size
+from csrc_triton.conv import forward as conv
+from csrc_triton.conv.config import conv_config
+from csrc_triton.fbank import forward as fbank
+from csrc_triton.fbank.config import fbank_config, normalize_config
+from csrc_triton.launch import num_blocks
+from csrc_triton.norm import forward as norm
+from csrc_triton.norm.config import norm_config
 
 ARCHITECTURES = (
     "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950",

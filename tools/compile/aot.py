@@ -15,33 +15,26 @@ prints one row for each kernel, target and dtype. The exit status is 1 when a ke
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
+import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from csrc_triton.runtime import interpreting
+import csrc_triton
+from csrc_triton.architectures import ARCHITECTURES
+from csrc_triton.launch import interpreting
 from csrc_triton.specs import TRITON_TYPES, KernelSpec
 from tools.table import Table
 
 from .arguments import add_arguments, chosen
 from .machine_code import Code, Target, machine_code
-from .occupancy import LIMITS, blocks_per_multiprocessor
+from .occupancy import blocks_per_multiprocessor
 
-FAMILIES = (
-    "attention",
-    "linear",
-    "conv",
-    "norm",
-    "fbank",
-    "ctc",
-    "attention_backward",
-    "linear_backward",
-    "conv_backward",
-    "norm_backward",
-)
 TARGETS = (
     "cuda:80",
     "cuda:89",
@@ -88,8 +81,16 @@ def shipped_kernels(arch: str, dtype: str) -> list[KernelSpec]:
         arch: such as `"sm_90"`.
         dtype: "float16", "bfloat16" or "float32".
     """
-    modules = [importlib.import_module(f"csrc_triton.{family}") for family in FAMILIES]
-    return [spec for module in modules for spec in module.kernel_specs(arch, dtype)]
+    return [spec for module in _kernel_modules() for spec in module.kernel_specs(arch, dtype)]
+
+
+@functools.cache
+def _kernel_modules() -> tuple[Any, ...]:
+    """The modules that list kernels, those of forward passes first."""
+    found = pkgutil.walk_packages(csrc_triton.__path__, f"{csrc_triton.__name__}.")
+    names = sorted((name.endswith("backward"), name) for _, name, _ in found)
+    modules = [importlib.import_module(name) for _, name in names]
+    return tuple(module for module in modules if hasattr(module, "kernel_specs"))
 
 
 def find_problems(
@@ -100,7 +101,7 @@ def find_problems(
         yield f"{code.spills} instructions load or store spilled registers"
     if spec.kind in ("gemm", "attention") and arch != "sm_75" and not code.tensor_core:
         yield f"it is {spec.kind} and has no tensor-core instruction"
-    limit = LIMITS[arch].block_shared_bytes
+    limit = ARCHITECTURES[arch].block_shared_bytes
     if code.shared_bytes > limit:
         yield f"it needs {code.shared_bytes} bytes of shared memory; {arch} has {limit}"
     elif blocks == 0:

@@ -16,10 +16,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from csrc_triton.architectures import ARCHITECTURES
 from csrc_triton.specs import KernelSpec
 
 from . import amdgcn, sass
-from .occupancy import LIMITS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Target:
 
     Attributes:
         name: as on the command line, `"cuda:90"` or `"hip:gfx942"`.
-        arch: as of `runtime.architecture`, `"sm_90"` or `"gfx942"`.
+        arch: as of `architectures.architecture`, `"sm_90"` or `"gfx942"`.
         gpu: Triton's target.
     """
 
@@ -45,14 +45,14 @@ class Target:
         """
         backend, _, number = name.partition(":")
         arch = f"sm_{number}" if backend == "cuda" else number if backend == "hip" else ""
-        if arch not in LIMITS or (backend == "hip") != arch.startswith("gfx"):
+        if arch not in ARCHITECTURES or (backend == "hip") != arch.startswith("gfx"):
             known = ", ".join(
                 f"hip:{arch}" if arch.startswith("gfx") else f"cuda:{arch.removeprefix('sm_')}"
-                for arch in LIMITS
+                for arch in ARCHITECTURES
             )
             raise ValueError(f"target is {name!r}; it must be one of {known}")
         gpu = int(number) if backend == "cuda" else number
-        return cls(name, arch, GPUTarget(backend, gpu, LIMITS[arch].warp_size))
+        return cls(name, arch, GPUTarget(backend, gpu, ARCHITECTURES[arch].warp_size))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from csrc_triton.runtime import interpreting
+from csrc_triton.launch import interpreting
 from csrc_triton.specs import KernelSpec
 from tools.compile.aot import shipped_kernels
 from tools.compile.arguments import add_arguments, chosen

@@ -263,8 +263,8 @@ def attention_tile_map(
 
 def _block_m(x: Tensor, head_size: int) -> int:
     """Query rows of a tile of the kernel that runs for tensors like `x`."""
-    from csrc_triton.configs.attention import attention_config
-    from csrc_triton.runtime import architecture
+    from csrc_triton.architectures import architecture
+    from csrc_triton.attention.config import attention_config
 
     # Fake tensors may be on a device that this machine does not have.
     absent = x.device.type == "cuda" and not torch.cuda.is_available()

@@ -71,7 +71,7 @@ def shaw_attention_backward_op(
     if distance_embedding is not None:
         distance_embedding = distance_embedding.to(query.dtype)
     if has_kernel(query):
-        from csrc_triton.attention_backward import shaw_attention_backward as kernel
+        from csrc_triton.attention import shaw_attention_backward as kernel
 
         if log_sum_exp.numel() == 0 and query.numel() > 0:
             _, log_sum_exp = shaw_attention_op(
@@ -128,9 +128,8 @@ def shaw_attention_backward_op(
 
 def _same_tiles(query: Tensor, dropout_p: float) -> bool:
     """Whether the work list of the forward pass is that of the backward pass."""
-    from csrc_triton.configs.attention import attention_config
-    from csrc_triton.configs.attention_backward import attention_backward_config
-    from csrc_triton.runtime import architecture
+    from csrc_triton.architectures import architecture
+    from csrc_triton.attention.config import attention_backward_config, attention_config
 
     kind = (query.shape[2], query.dtype, architecture(query.device))
     tile = attention_backward_config(*kind, has_dropout=dropout_p > 0.0).tile

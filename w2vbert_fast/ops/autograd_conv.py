@@ -50,7 +50,7 @@ def conv_norm_act_backward_op(
     """Gradients of x and, float32 at least, of the three parameters."""
     arguments = (conv_weight, norm_weight, norm_bias, eps)
     if has_kernel(x, conv_weight):
-        from csrc_triton.conv_backward import conv_norm_act_backward as kernel
+        from csrc_triton.conv import conv_norm_act_backward as kernel
 
         name = None if activation == "linear" else activation
         grads = kernel(dense_rows(grad), x, *arguments, name, cu_seqlens, seqused_k=seqused_k)

@@ -52,7 +52,7 @@ def feed_forward_backward_op(
     """Those gradients of x, weight1, bias1, weight2 and bias2 that `needs` asks for; biases in
     float32 at least."""
     if runs_triton(x):
-        from csrc_triton.linear_backward import feed_forward_backward as kernel
+        from csrc_triton.gemm import feed_forward_backward as kernel
 
         wanted = (needs[0], needs[1], needs[2], needs[3], needs[4])
         grads = kernel(

@@ -78,7 +78,7 @@ def linear_backward_op(
 ) -> list[Tensor]:
     """Those gradients of x, weight and (float32 at least) bias that `needs` asks for."""
     if runs_triton(x):
-        from csrc_triton.linear_backward import linear_backward as kernel
+        from csrc_triton.gemm import linear_backward as kernel
 
         grad = dense_rows(grad)
         grads = kernel(grad, x, weight, bias, activation=activation, needs=_needs(needs))
@@ -119,7 +119,7 @@ def linear_glu_backward_op(
 ) -> list[Tensor]:
     """Those gradients of x, weight and (float32 at least) bias that `needs` asks for."""
     if runs_triton(x):
-        from csrc_triton.linear_backward import linear_glu_backward as kernel
+        from csrc_triton.gemm import linear_glu_backward as kernel
 
         return _present(kernel(dense_rows(grad), x, weight, bias, needs=_needs(needs)))
     from .cpu.linear_backward import linear_glu_backward

@@ -51,7 +51,7 @@ def layer_norm_backward_op(
 ) -> tuple[Tensor, ...]:
     """Gradients of x `[num_tokens, hidden]` and, float32 `[hidden]`, of weight and bias."""
     if has_kernel(x):
-        from csrc_triton.norm_backward import layer_norm_backward as kernel
+        from csrc_triton.norm import layer_norm_backward as kernel
 
         return kernel(dense_rows(grad), x, weight, eps)
     from .cpu.norm_backward import layer_norm_backward
@@ -90,7 +90,7 @@ def residual_layer_norm_backward_op(
 ) -> tuple[Tensor, ...]:
     """Gradients of residual, x (without elements where `scale` is 1: the same), weight, bias."""
     if has_kernel(y):
-        from csrc_triton.norm_backward import residual_layer_norm_backward as kernel
+        from csrc_triton.norm import residual_layer_norm_backward as kernel
 
         first = None if grad_y is None else dense_rows(grad_y)
         grads = kernel(first, dense_rows(grad_z), y, scale, weight, eps)
@@ -157,7 +157,7 @@ def residual_double_layer_norm_backward_op(
     """Gradients of residual, x (without elements where `scale` is 1), weight1, bias1, weight2,
     bias2."""
     if has_kernel(x):
-        from csrc_triton.norm_backward import residual_double_layer_norm_backward as kernel
+        from csrc_triton.norm import residual_double_layer_norm_backward as kernel
 
         first, second = None if grad_z1 is None else dense_rows(grad_z1), dense_rows(grad_z2)
         grads = kernel(first, second, residual, x, scale, weight1, bias1, weight2, eps)

@@ -226,7 +226,7 @@ def force(wanted: Implementation) -> Iterator[None]:
     if wanted == "triton":
         if _TRITON_OBSTACLE is not None:
             raise RuntimeError(f"Triton kernels cannot be forced: {_TRITON_OBSTACLE}")
-        from csrc_triton.runtime import interpreting
+        from csrc_triton.launch import interpreting
 
         if not interpreting():
             raise RuntimeError(

@@ -188,7 +188,7 @@ def linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Tensor:
     if runs_triton(x):
-        from csrc_triton.linear import linear as kernel
+        from csrc_triton.gemm import linear as kernel
 
         return kernel(x, weight, bias, activation=activation)
     if (fast := cpu_kernels_for(x)) is not None:
@@ -208,7 +208,7 @@ def _linear_glu_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 )
 def linear_glu_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if runs_triton(x):
-        from csrc_triton.linear import linear_glu as kernel
+        from csrc_triton.gemm import linear_glu as kernel
 
         return kernel(x, weight, bias)
     if (fast := cpu_kernels_for(x)) is not None:
@@ -263,7 +263,7 @@ def _linear_stacked_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor])
 def linear_stacked_op(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     if not runs_triton(x):
         return _linear_stacked(x, weights, biases)
-    from csrc_triton.linear import linear as kernel
+    from csrc_triton.gemm import linear as kernel
 
     if lie_end_to_end(weights) and (not biases or lie_end_to_end(biases)):
         return kernel(x, _joined(weights), _joined(biases) if biases else None)

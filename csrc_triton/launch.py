@@ -1,4 +1,4 @@
-"""Where kernels can run, and the argument checks that all launchers share."""
+"""The argument checks that all launchers share, and the number of blocks of a packed batch."""
 
 from __future__ import annotations
 
@@ -69,12 +69,34 @@ def check_tensor(
         )
 
 
-def architecture(device: torch.device) -> str:
-    """`"sm_90"`, `"gfx942"`, ... of a device; `"interpreter"` for the CPU."""
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip is not None:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+def check_offsets(cu_seqlens: Tensor, seqused_k: Tensor | None) -> None:
+    """`cu_seqlens` is int32 `[batch + 1]`, and `seqused_k`, where it is given, int32 `[batch]`.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens has no elements; it must have batch + 1")
+    if seqused_k is not None:
+        check_tensor("seqused_k", seqused_k, (cu_seqlens.numel() - 1,), (torch.int32,))
+
+
+def check_dropout(dropout_p: float, dropout_seed: Tensor | None) -> None:
+    """Checks the dropout arguments of an attention launcher.
+
+    Raises:
+        ValueError: the probability is not in [0, 1), or dropout has no seed.
+    """
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
+    if dropout_seed is None:
+        if dropout_p > 0.0:
+            raise ValueError("dropout_seed is None; dropout needs int64 [2], seed and offset")
+        return
+    check_tensor("dropout_seed", dropout_seed, (2,), (torch.int64,))
+
+
+def num_blocks(num_rows: int, batch: int, block: int) -> int:
+    """Number of blocks of `block` rows over a packed batch of `num_rows` rows."""
+    return num_rows // block + batch

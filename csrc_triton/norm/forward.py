@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.norm import NormConfig, norm_config
-from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..architectures import architecture
+from ..launch import check_device, check_tensor
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import NormConfig, norm_config
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Launch configurations of `csrc_triton.fbank`."""
+"""Launch configurations of the filterbank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .norm import warp_size
+from ..architectures import warp_size
 
 MAX_MEL_BINS = 256
 """Most mel bins of a program."""
@@ -62,7 +62,7 @@ def fbank_config(dtype: torch.dtype, arch: str) -> FbankConfig:
 
     Args:
         dtype: of the transform, float64 or float32.
-        arch: as of `runtime.architecture`.
+        arch: as of `architectures.architecture`.
     """
     if arch == "interpreter":
         return FbankConfig(frames=64, block_k=64, block_n=64, num_warps=1, search=4)
@@ -74,7 +74,7 @@ def normalize_config(arch: str) -> NormalizeConfig:
     """The launch configuration of the normalisation.
 
     Args:
-        arch: as of `runtime.architecture`.
+        arch: as of `architectures.architecture`.
     """
     if arch == "interpreter":
         return NormalizeConfig(frames=32, tile_frames=16, num_warps=1, search=4)

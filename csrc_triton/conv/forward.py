@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.conv import ConvConfig, conv_config
-from .device import activate, activation_constant
-from .packed import check_offsets, locate_block, num_blocks, used_end
-from .runtime import FLOAT_DTYPES, architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..architectures import architecture
+from ..functions import activate, activation_constant, locate_block, used_end
+from ..launch import FLOAT_DTYPES, check_device, check_offsets, check_tensor, num_blocks
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import ConvConfig, conv_config
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def conv_norm_act(
         norm_weight: `[channels]`.
         norm_bias: `[channels]`.
         eps: added to the variance.
-        activation: a name of `device.ACTIVATIONS`, or `None`.
+        activation: a name of `functions.ACTIVATIONS`, or `None`.
         cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
         seqused_k: int32 `[batch]`, the first so many rows of each utterance are read, the others
             count as zero; `None`: all are.

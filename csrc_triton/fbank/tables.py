@@ -1,4 +1,4 @@
-"""The constant factors of `csrc_triton.fbank`, made in float64 once for each device."""
+"""The constant factors of the filterbank, made in float64 once for each device."""
 
 from __future__ import annotations
 

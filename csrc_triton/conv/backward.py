@@ -33,14 +33,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.conv_backward import ConvBackwardConfig, conv_backward_config
-from .conv import check_weight, slide_window
-from .device import activation_constant
-from .device_backward import activation_derivative
-from .norm_backward import norm_gradient, standardize
-from .packed import check_offsets, locate_block, num_blocks, used_end
-from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..architectures import architecture
+from ..functions import (
+    activation_constant,
+    activation_derivative,
+    locate_block,
+    norm_gradient,
+    standardize,
+    used_end,
+)
+from ..launch import check_device, check_offsets, check_tensor, num_blocks
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import ConvBackwardConfig, conv_backward_config
+from .forward import check_weight, slide_window
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])
@@ -214,7 +219,7 @@ def conv_norm_act_backward(
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `conv.conv_norm_act`.
+    """Gradients of `conv_norm_act`.
 
     Args:
         grad_output: gradient of the output, `[num_tokens, channels]` in the dtype of `x`, rows at
@@ -224,7 +229,7 @@ def conv_norm_act_backward(
         norm_weight: `[channels]`.
         norm_bias: `[channels]`.
         eps: added to the variance.
-        activation: a name of `device.ACTIVATIONS`, or `None`.
+        activation: a name of `functions.ACTIVATIONS`, or `None`.
         cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
         seqused_k: int32 `[batch]` or `None`, of the forward pass.
         out: where to write the gradient of `x`, like `x`.

@@ -27,12 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.linear_backward import EpilogueBackwardConfig, epilogue_backward_config
-from .device import activate, activation_constant
-from .device_backward import activation_derivative
-from .linear import linear
-from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..architectures import architecture
+from ..functions import activate, activation_constant, activation_derivative
+from ..launch import check_device, check_tensor
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import EpilogueBackwardConfig, epilogue_backward_config
+from .forward import linear
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def activation_backward(
         grad_output: `[num_tokens, features]` in the dtype of `preactivation`; rows may be strided,
             as in all of these.
         preactivation: the argument, `[num_tokens, features]`, fp16, bf16 or fp32.
-        activation: a name of `device.ACTIVATIONS`, or `None`.
+        activation: a name of `functions.ACTIVATIONS`, or `None`.
         needs_bias: whether the bias's gradient is wanted.
         out: where the argument's gradient goes; it may be `preactivation` or `grad_output` itself.
         activated: where `activation(preactivation)` goes, if that is wanted.
@@ -210,7 +210,7 @@ def linear_backward(
     preactivation: Tensor | None = None,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear.linear`.
+    """Gradients of `linear`.
 
     Args:
         grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
@@ -253,7 +253,7 @@ def linear_glu_backward(
     preactivation: Tensor | None = None,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear.linear_glu`.
+    """Gradients of `linear_glu`.
 
     Args:
         grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
@@ -287,7 +287,7 @@ def linear_residual_backward(
     scale: float = 1.0,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear.linear_residual`; the residual's is `grad_output` itself.
+    """Gradients of `linear_residual`; the residual's is `grad_output` itself.
 
     Args:
         grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.

@@ -26,32 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.norm_backward import NormBackwardConfig, norm_backward_config
-from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
-
-
-@triton.jit
-def standardize(y, is_row, columns, eps, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Rows less their mean, by their deviation; and what they were multiplied with."""
-    mean = tl.sum(y, 1) / WIDTH  # [ROWS]
-    centered = y - mean[:, None]  # [ROWS, BLOCK_WIDTH]
-    if not EVEN:
-        centered = tl.where((columns < WIDTH)[None, :], centered, 0.0)
-    variance = tl.sum(centered * centered, 1) / WIDTH
-    # Rows that do not exist must not divide by zero: they are part of the sums over rows.
-    scale = tl.rsqrt(tl.where(is_row, variance + eps, 1.0))
-    return centered * scale[:, None], scale
-
-
-@triton.jit
-def norm_gradient(grad, weight, standard, scale, WIDTH: tl.constexpr):
-    """The gradient of a norm's input. After the last column `weight` and `standard` are zero, so
-    that `grad` may hold anything finite there, and so does what comes out."""
-    weighted = grad * weight[None, :]  # [ROWS, BLOCK_WIDTH]
-    mean = tl.sum(weighted, 1) / WIDTH  # [ROWS]
-    along = tl.sum(weighted * standard, 1) / WIDTH
-    return (weighted - mean[:, None] - standard * along[:, None]) * scale[:, None]
+from ..architectures import architecture
+from ..functions import norm_gradient, standardize
+from ..launch import check_device, check_tensor
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import NormBackwardConfig, norm_backward_config
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -147,7 +126,7 @@ def _norm_bwd_kernel(
 def layer_norm_backward(
     grad_z: Tensor, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `norm.layer_norm`.
+    """Gradients of `layer_norm`.
 
     Args:
         grad_z: gradient of the result, `[num_tokens, hidden]` in the dtype of `x`; rows at any
@@ -180,7 +159,7 @@ def residual_layer_norm_backward(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `norm.residual_layer_norm`.
+    """Gradients of `residual_layer_norm`.
 
     Args:
         grad_y: gradient of y, `[num_tokens, hidden]` in the dtype of `y`; `None` where there is
@@ -219,7 +198,7 @@ def residual_double_layer_norm_backward(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `norm.residual_double_layer_norm`.
+    """Gradients of `residual_double_layer_norm`.
 
     Args:
         grad_z1: gradient of z1, `[num_tokens, hidden]` in the dtype of `x`; `None` where there is

@@ -28,10 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.linear import PRECISIONS, LinearConfig, linear_candidates, linear_config
-from .device import activate, activation_constant
-from .runtime import architecture, check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..architectures import architecture
+from ..functions import activate, activation_constant
+from ..launch import check_device, check_tensor
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import PRECISIONS, LinearConfig, linear_candidates, linear_config
 
 
 @triton.jit

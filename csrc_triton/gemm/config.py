@@ -8,10 +8,11 @@ most once for each tile of its entry, whatever lengths come.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
+
+from ..architectures import listed_architecture, multiprocessors, warp_size
 
 PRECISIONS = ("ieee", "tf32x3")
 """How fp32 is multiplied: by fp32 multiply-adds, or as three tf32 products on tensor cores."""
@@ -37,20 +38,6 @@ class LinearConfig:
     num_stages: int
     group_m: int = 8
 
-
-MULTIPROCESSORS = {
-    "sm_75": 40,
-    "sm_80": 108,
-    "sm_86": 84,
-    "sm_89": 128,
-    "sm_90": 132,
-    "sm_100": 148,
-    "sm_120": 170,
-    "gfx942": 304,
-    "gfx950": 256,
-    "interpreter": 1,
-}
-"""Multiprocessors (compute units) of the usual device of an architecture."""
 
 # fp16 and bf16. 128 x 256 fp32 accumulators are the most that 8 warps hold; the pipeline is as deep
 # as shared memory allows (227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89, sm_120).
@@ -102,27 +89,6 @@ TILES: dict[tuple[str, str], tuple[LinearConfig, ...]] = {
 """Tiles from large to small, by (architecture, "half" or the precision of fp32)."""
 
 
-def nearest_architecture(arch: str) -> str:
-    """The architecture of the tables that `arch` is served as.
-
-    A device of NVIDIA takes the newest entry that is not newer than itself; any of AMD's that is
-    not listed takes `gfx942`.
-
-    Raises:
-        ValueError: it is no name of an architecture, or older than all that are listed.
-    """
-    if arch in MULTIPROCESSORS:
-        return arch
-    if re.fullmatch(r"gfx\w+", arch):
-        return "gfx942"
-    if match := re.fullmatch(r"sm_(\d+)[af]?", arch):
-        version = int(match[1])
-        listed = [int(name[3:]) for name in MULTIPROCESSORS if name.startswith("sm_")]
-        if older := [number for number in listed if number <= version]:
-            return f"sm_{max(older)}"
-    raise ValueError(f"arch is {arch!r}; it must be one of {sorted(MULTIPROCESSORS)} or newer")
-
-
 def linear_candidates(
     dtype: torch.dtype, arch: str, precision: str = "ieee"
 ) -> tuple[LinearConfig, ...]:
@@ -138,7 +104,7 @@ def linear_candidates(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {PRECISIONS}")
-    arch = nearest_architecture(arch)
+    arch = listed_architecture(arch)
     arithmetic = precision if dtype == torch.float32 else "half"
     if (arch, arithmetic) not in TILES:
         raise ValueError(f'precision is "{precision}", which {arch} does not have; use "ieee"')
@@ -165,10 +131,47 @@ def linear_config(
         ValueError: unknown `arch`, or a `precision` that it does not have.
     """
     candidates = linear_candidates(dtype, arch, precision)
-    wanted = MULTIPROCESSORS[nearest_architecture(arch)]
+    wanted = multiprocessors(arch)
     for config in candidates:
         blocks_m = -(-num_tokens // config.block_m)
         blocks_n = -(-product_columns // config.block_n)
         if blocks_m * blocks_n >= wanted:
             return config
     return candidates[-1]
+
+
+@dataclass(frozen=True)
+class EpilogueBackwardConfig:
+    """How the gradient of an epilogue is launched.
+
+    Attributes:
+        rows: rows that a program takes at once.
+        block_columns: columns of a program.
+        num_warps: warps in a block.
+        programs: most programs that share a block of columns; each leaves one share of the bias's
+            gradient.
+    """
+
+    rows: int
+    block_columns: int
+    num_warps: int
+    programs: int
+
+
+def epilogue_backward_config(columns: int, dtype: torch.dtype, arch: str) -> EpilogueBackwardConfig:
+    """The launch configuration for an epilogue with `columns` outputs.
+
+    Args:
+        columns: outputs of a row, at least 1.
+        dtype: of the activations.
+        arch: as of `architectures.architecture`.
+    """
+    if arch == "interpreter":
+        return EpilogueBackwardConfig(rows=16, block_columns=32, num_warps=1, programs=2)
+    block = min(max(1 << (columns - 1).bit_length(), 64), 256)
+    # 16 elements of a tensor a thread, in loads of 16 bytes; eight blocks a multiprocessor.
+    rows = 128 * 16 // block
+    blocks = 8 * multiprocessors(arch)
+    return EpilogueBackwardConfig(
+        rows, block, 128 // warp_size(arch), max(1, blocks // -(-columns // block))
+    )

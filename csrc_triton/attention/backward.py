@@ -1,0 +1,1066 @@
+"""Gradients of attention with Shaw relative keys over packed utterances.
+
+With the scores s and probabilities p of `attention_kernel`, the output o, its gradient g, and the
+row of position scores P = q E^T:
+
+    delta_i  = o_i . g_i
+    ds_ij    = p_ij (g_i . v_j - delta_i)                           gradient of s_ij
+    dP[i, r] = sum of ds_ij over the keys j with clip(j - i, -L, R) + L = r
+    dv_j     = sum_i p_ij g_i
+    dk_j     = sum_i ds_ij q_i / sqrt(D)
+    dq_i     = (sum_j ds_ij k_j + dP[i] E) / sqrt(D)
+    dE       = sum_i dP[i]^T q_i / sqrt(D)
+
+Scores are computed again, block by block. Every gradient is written by one program, so there is no
+atomic addition and two runs give the same bits:
+
+1. *prepare*, a program for each tile of queries: delta, and P in the units of exp2 and less the
+   row's log-sum-exp, so that a probability is `exp2(q.k * scale + P)`.
+2. *keys*, a program for each tile of keys: dk and dv, over all blocks of queries.
+3. *queries*, a program for each tile of queries: dq and the tile's share of dE, over all blocks of
+   keys. An interior distance has one key a row, so its dP is ds of that one pair: it takes the
+   place of P[i, r] in memory, which nobody reads again. dP[i, 0] and dP[i, L + R] are row sums.
+
+As in the forward kernel, blocks wholly left or right of the band -L < j - i < R are plain flash
+attention (Dao 2023), with a number for each row; only blocks that touch the band read P.
+
+P lies in memory with rows `ROW_STRIDE + 1` apart, so that a block's `P[i, j - i + L]` is a strided
+tile with row stride `ROW_STRIDE` (`attention_kernel`). Utterance s begins at row
+`16 (start // 16 + s)`, so that every tile is aligned.
+
+Per token and layer, with T frames and 16-bit elements: 14 C T + 6 C (L + R + 1) FLOPs; 16 C bytes
+of q, k, v, o, g and the three gradients, 8 H (L + R + 1) bytes of P and dP written, and
+4 H (L + R + 1) D / BLOCK_M bytes of shares of dE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..functions import kept_weights
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import (
+    AttentionBackwardConfig,
+    ScoresLayout,
+    attention_backward_config,
+    scores_layout,
+)
+from .forward import LOG2_E, check_attention
+from .tile_map import checked_tile_map
+
+
+@triton.jit
+def head_rows(ptr, start, head, stride_row, stride_head):
+    """Where the rows of one head of an utterance begin; `start` and `head` are int64."""
+    return ptr + start * stride_row + head * stride_head
+
+
+@triton.jit
+def load_rows(base, rows, stride_row, channels, row_mask, HEAD_DIM: tl.constexpr):
+    """Rows of one head, zero outside `row_mask` and after the last channel."""
+    return tl.load(
+        base + rows.to(tl.int64)[:, None] * stride_row + channels[None, :],
+        mask=row_mask[:, None] & (channels < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_whole_rows(
+    base, rows, stride_row, channels, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """`load_rows` where all rows exist."""
+    ptrs = base + rows.to(tl.int64)[:, None] * stride_row + channels[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(channels < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def locate_tile(tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK: tl.constexpr):
+    """Utterance, its start and length, the tile's first row in it, and the program's head.
+
+    The utterance is -1 where the map has no tile left.
+    """
+    tile = tl.program_id(0) // num_heads
+    head = tl.program_id(0) % num_heads
+    sequence = tl.load(tile_map_ptr + 2 * tile)
+    first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK
+    known = tl.maximum(sequence, 0)
+    start = tl.load(cu_seqlens_ptr + known)
+    length = tl.load(cu_seqlens_ptr + known + 1) - start
+    return sequence, start.to(tl.int64), length, first, head
+
+
+@triton.jit
+def keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED: tl.constexpr):
+    """Number of keys of an utterance of `length` tokens."""
+    if HAS_SEQUSED:
+        length = tl.load(seqused_k_ptr + tl.maximum(sequence, 0))
+    return length
+
+
+@triton.jit
+def utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE: tl.constexpr):
+    """Where P of an utterance's row 0 and key 0 lies."""
+    block = head.to(tl.int64) * head_blocks + start // 16 + sequence
+    return scratch_ptr + block * (16 * (ROW_STRIDE + 1))
+
+
+@triton.jit
+def near_shift(
+    score_ptrs,  # [BLOCK_M, BLOCK_N] or its transpose, as all of these
+    rows,
+    columns,
+    exists,
+    left_shift,
+    right_shift,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+):
+    """What is added to the scores of a block that touches the band, in units of log 2."""
+    near = tl.load(score_ptrs)
+    near = tl.where(columns <= rows - LEFT, left_shift, near)
+    near = tl.where(columns >= rows + RIGHT, right_shift, near)
+    return tl.where(exists, near, -float("inf"))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_head",
+        "num_heads",
+        "stride_lse_head",
+        "stride_row_head",
+        "head_blocks",
+    ],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "tile_map_ptr", "lse_ptr"],
+)
+def shaw_attention_bwd_prepare_kernel(
+    q_ptr,  # [num_tokens, all heads, HEAD_DIM]
+    distance_ptr,  # [LEFT + RIGHT + 1, HEAD_DIM]
+    out_ptr,  # [num_tokens, all heads, HEAD_DIM]
+    grad_ptr,  # [num_tokens, all heads, HEAD_DIM], of the output
+    lse_ptr,  # [all heads, num_tokens] fp32
+    scratch_ptr,  # [num_heads, ...] fp32
+    shift_ptr,  # [2, num_heads, num_tokens] fp32: P[:, 0] and P[:, LEFT + RIGHT]
+    delta_ptr,  # [num_heads, num_tokens] fp32
+    cu_seqlens_ptr,  # [batch + 1] int32
+    tile_map_ptr,  # [num_tiles, 2] int32
+    first_head,
+    num_heads,  # of this launch
+    scale_log2,
+    stride_q_row,
+    stride_q_head,
+    stride_e_row,
+    stride_out_row,
+    stride_out_head,
+    stride_grad_row,
+    stride_grad_head,
+    stride_lse_head,
+    stride_row_head,
+    head_blocks,  # of 16 rows, in the scratch memory of a head
+    HAS_POSITIONS: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    sequence, start, length, first_row, head = locate_tile(
+        tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
+    )
+    if sequence < 0:
+        return
+    wide_head = (first_head + head).to(tl.int64)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_mask = rows < length
+    channels = tl.arange(0, BLOCK_D)
+    out = load_rows(
+        head_rows(out_ptr, start, wide_head, stride_out_row, stride_out_head),
+        rows, stride_out_row, channels, row_mask, HEAD_DIM,
+    )  # fmt: skip
+    grad = load_rows(
+        head_rows(grad_ptr, start, wide_head, stride_grad_row, stride_grad_head),
+        rows, stride_grad_row, channels, row_mask, HEAD_DIM,
+    )  # fmt: skip
+    row_offsets = head.to(tl.int64) * stride_row_head + start + rows
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [BLOCK_M]
+    tl.store(delta_ptr + row_offsets, delta, mask=row_mask)
+
+    lse = tl.load(lse_ptr + wide_head * stride_lse_head + start + rows, mask=row_mask, other=0.0)
+    lse *= 1.4426950408889634  # 1 / log 2
+    left_shift = -lse
+    if HAS_POSITIONS:
+        left_shift = tl.zeros([BLOCK_M], tl.float32)
+        right_shift = left_shift
+        query = load_rows(
+            head_rows(q_ptr, start, wide_head, stride_q_row, stride_q_head),
+            rows, stride_q_row, channels, row_mask, HEAD_DIM,
+        )  # fmt: skip
+        scores_base = utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE)
+        score_rows = scores_base + rows * (ROW_STRIDE + 1) - LEFT
+        for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
+            offs_p = first + tl.arange(0, BLOCK_P)
+            is_distance = offs_p <= LEFT + RIGHT
+            vectors = load_rows(
+                distance_ptr, offs_p, stride_e_row, channels, is_distance, HEAD_DIM
+            )  # [BLOCK_P, BLOCK_D]
+            shift = tl.dot(query, tl.trans(vectors), input_precision=INPUT_PRECISION)
+            shift = shift * scale_log2 - lse[:, None]  # [BLOCK_M, BLOCK_P]
+            tl.store(
+                score_rows[:, None] + offs_p[None, :],
+                shift,
+                mask=row_mask[:, None] & is_distance[None, :],
+            )
+            left_shift += tl.sum(tl.where((offs_p == 0)[None, :], shift, 0.0), 1)
+            right_shift += tl.sum(tl.where((offs_p == LEFT + RIGHT)[None, :], shift, 0.0), 1)
+        side = num_heads.to(tl.int64) * stride_row_head
+        tl.store(shift_ptr + side + row_offsets, right_shift, mask=row_mask)
+    tl.store(shift_ptr + row_offsets, left_shift, mask=row_mask)
+
+
+@triton.jit
+def _key_step(
+    dk,  # [BLOCK_N, BLOCK_D] fp32
+    dv,  # [BLOCK_N, BLOCK_D] fp32
+    key,  # [BLOCK_N, BLOCK_D]
+    value,  # [BLOCK_N, BLOCK_D]
+    query,  # [BLOCK_M, BLOCK_D]
+    grad,  # [BLOCK_M, BLOCK_D]
+    shift,  # [BLOCK_N or 1, BLOCK_M]
+    delta,  # [BLOCK_M]
+    scale_log2,
+    seed_ptr,
+    dropout_p,
+    head,
+    first_token,  # of the block of queries, in the batch
+    first_key,  # of the tile of keys, in the utterance
+    HAS_DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """What a block of queries adds to the gradients of a tile of keys and values."""
+    scores = tl.dot(key, tl.trans(query), input_precision=INPUT_PRECISION)
+    probabilities = tl.math.exp2(scores * scale_log2 + shift)  # [BLOCK_N, BLOCK_M]
+    dp = tl.dot(value, tl.trans(grad), input_precision=INPUT_PRECISION)
+    weights = probabilities
+    if HAS_DROPOUT:
+        kept = tl.trans(
+            kept_weights(
+                seed_ptr, head, first_token, first_key, dropout_p, query.shape[0], key.shape[0]
+            )
+        )
+        weights = tl.where(kept, probabilities * (1.0 / (1.0 - dropout_p)), 0.0)
+        dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
+    ds = probabilities * (dp - delta[None, :])
+    dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=INPUT_PRECISION)
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=["first_head", "num_heads", "stride_row_head", "head_blocks"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr", "seed_ptr"],
+)
+def shaw_attention_bwd_keys_kernel(
+    q_ptr,  # [num_tokens, all heads, HEAD_DIM]
+    k_ptr,
+    v_ptr,
+    grad_ptr,  # [num_tokens, all heads, HEAD_DIM], of the output
+    scratch_ptr,  # [num_heads, ...] fp32
+    shift_ptr,  # [2, num_heads, num_tokens] fp32
+    delta_ptr,  # [num_heads, num_tokens] fp32
+    dk_ptr,  # [num_tokens, all heads, HEAD_DIM]
+    dv_ptr,
+    cu_seqlens_ptr,  # [batch + 1] int32
+    seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
+    tile_map_ptr,  # [num_tiles, 2] int32, of tiles of keys
+    seed_ptr,  # int64 [2], HAS_DROPOUT
+    dropout_p,
+    first_head,
+    num_heads,  # of this launch
+    scale,
+    scale_log2,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
+    stride_grad_row,
+    stride_grad_head,
+    stride_dk_row,
+    stride_dk_head,
+    stride_dv_row,
+    stride_dv_head,
+    stride_row_head,
+    head_blocks,  # of 16 rows, in the scratch memory of a head
+    HAS_POSITIONS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FAR_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    sequence, start, length, first_key, head = locate_tile(
+        tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_N
+    )
+    if sequence < 0:
+        return
+    wide_head = (first_head + head).to(tl.int64)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    key_mask = keys < keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED)
+    offs_m = tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, BLOCK_D)
+    k_base = head_rows(k_ptr, start, wide_head, stride_k_row, stride_k_head)
+    key = load_rows(k_base, keys, stride_k_row, channels, key_mask, HEAD_DIM)
+    v_base = head_rows(v_ptr, start, wide_head, stride_v_row, stride_v_head)
+    value = load_rows(v_base, keys, stride_v_row, channels, key_mask, HEAD_DIM)
+    q_base = head_rows(q_ptr, start, wide_head, stride_q_row, stride_q_head)
+    grad_base = head_rows(grad_ptr, start, wide_head, stride_grad_row, stride_grad_head)
+    shift_base = shift_ptr + head.to(tl.int64) * stride_row_head + start
+    delta_base = delta_ptr + head.to(tl.int64) * stride_row_head + start
+    side = num_heads.to(tl.int64) * stride_row_head
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    whole = length // BLOCK_M * BLOCK_M  # queries in whole blocks
+    band_first = whole
+    band_end = whole
+    if HAS_POSITIONS:
+        # Queries of the band of key j: j - RIGHT < i < j + LEFT.
+        last_key = tl.minimum(first_key + BLOCK_N, length) - 1
+        band_first = tl.maximum(first_key - RIGHT + 1, 0) // BLOCK_M * BLOCK_M
+        band_first = tl.minimum(band_first, whole)
+        band_end = (last_key + LEFT + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+        band_end = tl.minimum(band_end, whole)
+
+    band_queries = band_end - band_first
+    for far_start in tl.range(0, whole - band_queries, BLOCK_M, num_stages=FAR_STAGES):
+        first_row = far_start
+        far_shift = shift_base
+        if HAS_POSITIONS:
+            first_row = tl.where(far_start < band_first, far_start, far_start + band_queries)
+            # To a query before the band the keys lie on the right.
+            far_shift += tl.where(far_start < band_first, side, 0)
+        rows = first_row + offs_m
+        query = load_whole_rows(q_base, rows, stride_q_row, channels, HEAD_DIM, BLOCK_D)
+        grad = load_whole_rows(grad_base, rows, stride_grad_row, channels, HEAD_DIM, BLOCK_D)
+        shift = tl.load(far_shift + rows)
+        delta = tl.load(delta_base + rows)
+        dk, dv = _key_step(
+            dk, dv, key, value, query, grad, shift[None, :], delta, scale_log2,
+            seed_ptr, dropout_p, wide_head, start + first_row, first_key,
+            HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
+
+    # The queries after the last whole block, wherever the band is, are the last step.
+    last_start = tl.where(whole < length, whole, band_end - BLOCK_M)
+    band_end = tl.where(whole < length, band_end + BLOCK_M, band_end)
+    scores_base = scratch_ptr
+    if HAS_POSITIONS:
+        scores_base = utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE)
+    for band_start in tl.range(band_first, band_end, BLOCK_M, num_stages=1):
+        first_row = tl.where(band_start == band_end - BLOCK_M, last_start, band_start)
+        first_row = tl.multiple_of(first_row, BLOCK_M)
+        rows = first_row + offs_m
+        row_mask = rows < length
+        query = load_rows(q_base, rows, stride_q_row, channels, row_mask, HEAD_DIM)
+        grad = load_rows(grad_base, rows, stride_grad_row, channels, row_mask, HEAD_DIM)
+        delta = tl.load(delta_base + rows, mask=row_mask, other=0.0)
+        left_shift = tl.load(shift_base + rows, mask=row_mask, other=0.0)
+        if HAS_POSITIONS:
+            right_shift = tl.load(shift_base + side + rows, mask=row_mask, other=0.0)
+            tile_scores = scores_base + first_row.to(tl.int64) * ROW_STRIDE + first_key
+            shift = near_shift(
+                tile_scores + offs_m[None, :] * ROW_STRIDE + tl.arange(0, BLOCK_N)[:, None],
+                rows[None, :],
+                keys[:, None],
+                row_mask[None, :] & key_mask[:, None],
+                left_shift[None, :],
+                right_shift[None, :],
+                LEFT,
+                RIGHT,
+            )
+        else:
+            shift = tl.where(row_mask, left_shift, -float("inf"))[None, :]
+        dk, dv = _key_step(
+            dk, dv, key, value, query, grad, shift, delta, scale_log2,
+            seed_ptr, dropout_p, wide_head, start + first_row, first_key,
+            HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
+
+    if HAS_SEQUSED:  # tokens that are no keys have no gradients as such
+        dk = tl.where(key_mask[:, None], dk, 0.0)
+        dv = tl.where(key_mask[:, None], dv, 0.0)
+        key_mask = keys < length
+    tile_mask = key_mask[:, None] & (channels < HEAD_DIM)[None, :]
+    wide_keys = (start + keys)[:, None]
+    dk_ptrs = dk_ptr + wide_head * stride_dk_head + wide_keys * stride_dk_row + channels[None, :]
+    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=tile_mask)
+    dv_ptrs = dv_ptr + wide_head * stride_dv_head + wide_keys * stride_dv_row + channels[None, :]
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=tile_mask)
+
+
+@triton.jit
+def _query_step(
+    dq,  # [BLOCK_M, BLOCK_D] fp32
+    query,  # [BLOCK_M, BLOCK_D]
+    grad,  # [BLOCK_M, BLOCK_D]
+    key,  # [BLOCK_N, BLOCK_D]
+    value,  # [BLOCK_N, BLOCK_D]
+    shift,  # [BLOCK_M, BLOCK_N or 1]
+    delta,  # [BLOCK_M]
+    scale_log2,
+    seed_ptr,
+    dropout_p,
+    head,
+    first_token,  # of the tile of queries, in the batch
+    first_key,  # of the block of keys, in the utterance
+    HAS_DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """What a block of keys adds to the gradients of a tile of queries, and the scores' gradient."""
+    scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+    probabilities = tl.math.exp2(scores * scale_log2 + shift)  # [BLOCK_M, BLOCK_N]
+    dp = tl.dot(grad, tl.trans(value), input_precision=INPUT_PRECISION)
+    if HAS_DROPOUT:
+        kept = kept_weights(
+            seed_ptr, head, first_token, first_key, dropout_p, query.shape[0], key.shape[0]
+        )
+        dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
+    ds = probabilities * (dp - delta[:, None])
+    dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=INPUT_PRECISION)
+    return dq, ds
+
+
+@triton.jit
+def _position_gradients(
+    dq,  # [BLOCK_M, BLOCK_D] fp32
+    query,  # [BLOCK_M, BLOCK_D]
+    distance_ptr,
+    share_ptr,  # this program's, [LEFT + RIGHT + 1, HEAD_DIM] fp32
+    score_rows,  # [BLOCK_M], where each row's dP begins
+    rows,  # [BLOCK_M]
+    length,
+    num_keys,
+    left_sum,  # [BLOCK_M]
+    right_sum,  # [BLOCK_M]
+    channels,  # [BLOCK_D]
+    stride_e_row,
+    scale,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Adds `dP E` to dq, and stores the tile's share of dE, `dP^T q`."""
+    for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
+        offs_p = first + tl.arange(0, BLOCK_P)
+        is_distance = offs_p <= LEFT + RIGHT
+        keys = rows[:, None] + (offs_p - LEFT)[None, :]
+        # Where the one key of a distance does not exist, P is still there.
+        stored = (keys >= 0) & (keys < num_keys) & (rows < length)[:, None]
+        stored &= ((offs_p > 0) & (offs_p < LEFT + RIGHT))[None, :]
+        dp = tl.load(score_rows[:, None] + offs_p[None, :], mask=stored, other=0.0)
+        dp += tl.where((offs_p == 0)[None, :], left_sum[:, None], 0.0)
+        dp += tl.where((offs_p == LEFT + RIGHT)[None, :], right_sum[:, None], 0.0)
+        dp = tl.where((rows < length)[:, None], dp, 0.0).to(query.dtype)  # [BLOCK_M, BLOCK_P]
+        vectors = load_rows(distance_ptr, offs_p, stride_e_row, channels, is_distance, HEAD_DIM)
+        dq = tl.dot(dp, vectors, dq, input_precision=INPUT_PRECISION)
+        share = tl.dot(tl.trans(dp), query, input_precision=INPUT_PRECISION)
+        tl.store(
+            share_ptr + offs_p[:, None] * HEAD_DIM + channels[None, :],
+            share * scale,
+            mask=is_distance[:, None] & (channels < HEAD_DIM)[None, :],
+        )
+    return dq
+
+
+@triton.jit(
+    do_not_specialize=["first_head", "num_heads", "stride_row_head", "head_blocks"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr", "seed_ptr"],
+)
+def shaw_attention_bwd_queries_kernel(
+    q_ptr,  # [num_tokens, all heads, HEAD_DIM]
+    k_ptr,
+    v_ptr,
+    distance_ptr,  # [LEFT + RIGHT + 1, HEAD_DIM]
+    grad_ptr,  # [num_tokens, all heads, HEAD_DIM], of the output
+    scratch_ptr,  # [num_heads, ...] fp32
+    shift_ptr,  # [2, num_heads, num_tokens] fp32
+    delta_ptr,  # [num_heads, num_tokens] fp32
+    dq_ptr,  # [num_tokens, all heads, HEAD_DIM]
+    share_ptr,  # [programs, LEFT + RIGHT + 1, HEAD_DIM] fp32
+    cu_seqlens_ptr,  # [batch + 1] int32
+    seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
+    tile_map_ptr,  # [num_tiles, 2] int32
+    seed_ptr,  # int64 [2], HAS_DROPOUT
+    dropout_p,
+    first_head,
+    num_heads,  # of this launch
+    scale,
+    scale_log2,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
+    stride_e_row,
+    stride_grad_row,
+    stride_grad_head,
+    stride_dq_row,
+    stride_dq_head,
+    stride_row_head,
+    head_blocks,  # of 16 rows, in the scratch memory of a head
+    HAS_POSITIONS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    FAR_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    sequence, start, length, first_row, head = locate_tile(
+        tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
+    )
+    channels = tl.arange(0, BLOCK_D)
+    share_base = share_ptr
+    if HAS_POSITIONS:
+        share_base += tl.program_id(0).to(tl.int64) * ((LEFT + RIGHT + 1) * HEAD_DIM)
+    if sequence < 0:
+        if HAS_POSITIONS:  # the shares of all programs are added up
+            for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P):
+                offs_p = first + tl.arange(0, BLOCK_P)
+                share_mask = (offs_p <= LEFT + RIGHT)[:, None] & (channels < HEAD_DIM)[None, :]
+                share_ptrs = share_base + offs_p[:, None] * HEAD_DIM + channels[None, :]
+                tl.store(share_ptrs, tl.zeros([BLOCK_P, BLOCK_D], tl.float32), mask=share_mask)
+        return
+    wide_head = (first_head + head).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    rows = first_row + offs_m
+    row_mask = rows < length
+    q_base = head_rows(q_ptr, start, wide_head, stride_q_row, stride_q_head)
+    query = load_rows(q_base, rows, stride_q_row, channels, row_mask, HEAD_DIM)
+    grad_base = head_rows(grad_ptr, start, wide_head, stride_grad_row, stride_grad_head)
+    grad = load_rows(grad_base, rows, stride_grad_row, channels, row_mask, HEAD_DIM)
+    row_offsets = head.to(tl.int64) * stride_row_head + start + rows
+    delta = tl.load(delta_ptr + row_offsets, mask=row_mask, other=0.0)
+    left_shift = tl.load(shift_ptr + row_offsets, mask=row_mask, other=0.0)
+    right_shift = left_shift
+    k_base = head_rows(k_ptr, start, wide_head, stride_k_row, stride_k_head)
+    v_base = head_rows(v_ptr, start, wide_head, stride_v_row, stride_v_head)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    left_sum = tl.zeros([BLOCK_M], tl.float32)
+    right_sum = tl.zeros([BLOCK_M], tl.float32)
+    scores_base = scratch_ptr
+    num_keys = keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED)
+    whole = num_keys // BLOCK_N * BLOCK_N  # keys in whole blocks
+    band_first = whole
+    band_end = whole
+    if HAS_POSITIONS:
+        scores_base = utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE)
+        side = num_heads.to(tl.int64) * stride_row_head
+        right_shift = tl.load(shift_ptr + side + row_offsets, mask=row_mask, other=0.0)
+        last_row = tl.minimum(first_row + BLOCK_M, length) - 1
+        band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
+        band_first = tl.minimum(band_first, whole)
+        band_end = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        band_end = tl.minimum(band_end, whole)
+
+    band_keys = band_end - band_first
+    for far_start in tl.range(0, whole - band_keys, BLOCK_N, num_stages=FAR_STAGES):
+        first_key = far_start
+        shift = left_shift
+        if HAS_POSITIONS:
+            first_key = tl.where(far_start < band_first, far_start, far_start + band_keys)
+            shift = tl.where(far_start < band_first, left_shift, right_shift)
+        keys = first_key + offs_n
+        key = load_whole_rows(k_base, keys, stride_k_row, channels, HEAD_DIM, BLOCK_D)
+        value = load_whole_rows(v_base, keys, stride_v_row, channels, HEAD_DIM, BLOCK_D)
+        dq, ds = _query_step(
+            dq, query, grad, key, value, shift[:, None], delta, scale_log2,
+            seed_ptr, dropout_p, wide_head, start + first_row, first_key,
+            HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
+        if HAS_POSITIONS:
+            row_sum = tl.sum(ds, 1)
+            left_sum += tl.where(far_start < band_first, row_sum, 0.0)
+            right_sum += tl.where(far_start < band_first, 0.0, row_sum)
+
+    # The keys after the last whole block, wherever the band is, are the last step.
+    last_start = tl.where(whole < num_keys, whole, band_end - BLOCK_N)
+    band_end = tl.where(whole < num_keys, band_end + BLOCK_N, band_end)
+    for band_start in tl.range(band_first, band_end, BLOCK_N, num_stages=1):
+        first_key = tl.where(band_start == band_end - BLOCK_N, last_start, band_start)
+        first_key = tl.multiple_of(first_key, BLOCK_N)
+        keys = first_key + offs_n
+        key_mask = keys < num_keys
+        key = load_rows(k_base, keys, stride_k_row, channels, key_mask, HEAD_DIM)
+        value = load_rows(v_base, keys, stride_v_row, channels, key_mask, HEAD_DIM)
+        if HAS_POSITIONS:
+            tile_scores = scores_base + first_row.to(tl.int64) * ROW_STRIDE + first_key
+            score_ptrs = tile_scores + offs_m[:, None] * ROW_STRIDE + offs_n[None, :]
+            shift = near_shift(
+                score_ptrs,
+                rows[:, None],
+                keys[None, :],
+                key_mask[None, :] & row_mask[:, None],
+                left_shift[:, None],
+                right_shift[:, None],
+                LEFT,
+                RIGHT,
+            )
+        else:
+            shift = tl.where(key_mask[None, :], left_shift[:, None], -float("inf"))
+        dq, ds = _query_step(
+            dq, query, grad, key, value, shift, delta, scale_log2,
+            seed_ptr, dropout_p, wide_head, start + first_row, first_key,
+            HAS_DROPOUT, INPUT_PRECISION,
+        )  # fmt: skip
+        if HAS_POSITIONS:
+            is_left = keys[None, :] <= (rows - LEFT)[:, None]
+            is_right = keys[None, :] >= (rows + RIGHT)[:, None]
+            left_sum += tl.sum(tl.where(is_left, ds, 0.0), 1)
+            right_sum += tl.sum(tl.where(is_right & ~is_left, ds, 0.0), 1)
+            tl.debug_barrier()  # other threads may have yet to read the scores of this block
+            interior = ~is_left & ~is_right & key_mask[None, :] & row_mask[:, None]
+            tl.store(score_ptrs, ds, mask=interior)
+
+    if HAS_POSITIONS:
+        tl.debug_barrier()  # dP was written by other threads than those that will read it
+        dq = _position_gradients(
+            dq, query, distance_ptr, share_base, scores_base + rows * (ROW_STRIDE + 1) - LEFT,
+            rows, length, num_keys, left_sum, right_sum, channels, stride_e_row, scale,
+            LEFT, RIGHT, HEAD_DIM, BLOCK_P, INPUT_PRECISION,
+        )  # fmt: skip
+    dq_ptrs = dq_ptr + wide_head * stride_dq_head + (start + rows)[:, None] * stride_dq_row
+    tl.store(
+        dq_ptrs + channels[None, :],
+        (dq * scale).to(dq_ptr.dtype.element_ty),
+        mask=row_mask[:, None] & (channels < HEAD_DIM)[None, :],
+    )
+
+
+def shaw_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    distance_embedding: Tensor | None = None,
+    left_max_position: int = 0,
+    right_max_position: int = 0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    tile_map: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    precision: str = "ieee",
+    config: AttentionBackwardConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `shaw_attention` with respect to query, key, value and distance embedding.
+
+    Two runs give the same bits.
+
+    Args:
+        grad_output: gradient of the output, `[num_tokens, num_heads, D]` in the dtype of `query`;
+            like all tensors of this shape at any strides but the last, which is 1.
+        query: `[num_tokens, num_heads, D]`, D from 1 to 128.
+        key: like `query`.
+        value: like `query`.
+        output: what `shaw_attention` returned.
+        log_sum_exp: float32 `[num_heads, num_tokens]`, of the same call.
+        cu_seqlens: int32 `[batch + 1]`, cumulative lengths in frames, starting at 0.
+        max_seqlen: frames of the longest utterance.
+        distance_embedding: E, `[L + R + 1, D]` in the dtype of `query`; `None` for no positions.
+        left_max_position: L.
+        right_max_position: R.
+        dropout_p: probability with which the forward pass dropped an attention weight.
+        dropout_seed: int64 `[2]`, seed and offset of its random numbers (`dropout`).
+        tile_map: of `build_tile_map` with the configuration's `tile`, which may be that of the
+            forward pass; computed when `None`.
+        seqused_k: int32 `[batch]` or `None`, of the forward pass.
+        out: where the gradients of query, key and value go, such as views of one buffer; allocated
+            when `None`.
+        precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
+        config: launch configuration; that of `attention_backward_config` when `None`.
+
+    Returns:
+        The gradients of query, key and value, `[num_tokens, num_heads, D]` in the dtype of `query`,
+        and that of the distance embedding, float32 `[L + R + 1, D]`, or `None`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what is needed.
+        RuntimeError: CPU tensors outside Triton's interpreter.
+    """
+    same = {"grad_output": grad_output, "key": key, "value": value, "output": output}
+    if out is None:
+        grads = torch.empty(3, *query.shape, dtype=query.dtype, device=query.device)
+        out = (grads[0], grads[1], grads[2])
+    same |= {f"out[{index}]": tensor for index, tensor in enumerate(out)}
+    left, right = left_max_position, right_max_position
+    arch = check_attention(
+        query,
+        same,
+        log_sum_exp,
+        cu_seqlens,
+        max_seqlen,
+        distance_embedding,
+        left,
+        right,
+        dropout_p,
+        dropout_seed,
+        tile_map,
+        seqused_k,
+        precision,
+    )
+    num_tokens, num_heads, head_dim = query.shape
+    if config is None:
+        config = attention_backward_config(
+            head_dim, query.dtype, arch, precision=precision, has_dropout=dropout_p > 0.0
+        )
+    batch_size = cu_seqlens.numel() - 1
+    if num_tokens == 0 or num_heads == 0 or batch_size == 0:
+        empty = None
+        if distance_embedding is not None:
+            empty = torch.zeros_like(distance_embedding, dtype=torch.float32)
+        return *out, empty
+
+    tile_map = checked_tile_map(tile_map, cu_seqlens, config.tile, num_tokens, max_seqlen)
+    num_tiles = tile_map.shape[0]
+
+    has_positions = distance_embedding is not None
+    vectors = query[0] if distance_embedding is None else distance_embedding
+    left, right = (left, right) if has_positions else (0, 0)
+    layout = scores_layout(config, batch_size, num_tokens, left, right)
+    heads = num_heads
+    grad_distance = None
+    if has_positions:
+        heads = min(max(config.scratch_limit // (4 * layout.head_size), 1), num_heads)
+        elements = layout.front + heads * layout.head_size + layout.back
+        scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
+        scores = scratch[layout.front :]
+        grad_distance = scratch.new_zeros(left + right + 1, head_dim)
+    else:
+        scores = log_sum_exp  # not touched
+    # Of P's first and last column; of o . g.
+    shifts = log_sum_exp.new_empty(2 if has_positions else 1, heads, num_tokens)
+    delta = log_sum_exp.new_empty(heads, num_tokens)
+    shares = log_sum_exp.new_empty(num_tiles * heads if has_positions else 0, *vectors.shape)
+    scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E)
+    has_dropout, has_seqused = dropout_p > 0.0, seqused_k is not None
+    dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
+    special = (has_positions, has_dropout, has_seqused)
+    kernels = _kernels(config, layout, head_dim, *special, left, right, precision)
+    prepare, keys, queries = kernels
+    grad_query, grad_key, grad_value = out
+    with torch.cuda.device_of(query):
+        for first_head in range(0, num_heads, heads):
+            count = min(heads, num_heads - first_head)
+            grid = (num_tiles * count,)
+            prepare.kernel[grid](
+                query,
+                vectors,
+                output,
+                grad_output,
+                log_sum_exp,
+                scores,
+                shifts,
+                delta,
+                cu_seqlens,
+                tile_map,
+                first_head,
+                count,
+                scales[1],
+                *_strides(query),
+                vectors.stride(0),
+                *_strides(output),
+                *_strides(grad_output),
+                num_tokens,
+                num_tokens,
+                layout.head_blocks,
+                **prepare.constants,
+                **prepare.options,
+            )
+            # The kernel over queries overwrites the scores that the one over keys reads.
+            keys.kernel[grid](
+                query,
+                key,
+                value,
+                grad_output,
+                scores,
+                shifts,
+                delta,
+                grad_key,
+                grad_value,
+                cu_seqlens,
+                seqused_k,
+                tile_map,
+                *dropout,
+                first_head,
+                count,
+                *scales,
+                *_strides(query),
+                *_strides(key),
+                *_strides(value),
+                *_strides(grad_output),
+                *_strides(grad_key),
+                *_strides(grad_value),
+                num_tokens,
+                layout.head_blocks,
+                **keys.constants,
+                **keys.options,
+            )
+            queries.kernel[grid](
+                query,
+                key,
+                value,
+                vectors,
+                grad_output,
+                scores,
+                shifts,
+                delta,
+                grad_query,
+                shares,
+                cu_seqlens,
+                seqused_k,
+                tile_map,
+                *dropout,
+                first_head,
+                count,
+                *scales,
+                *_strides(query),
+                *_strides(key),
+                *_strides(value),
+                vectors.stride(0),
+                *_strides(grad_output),
+                *_strides(grad_query),
+                num_tokens,
+                layout.head_blocks,
+                **queries.constants,
+                **queries.options,
+            )
+            if grad_distance is not None:
+                grad_distance += shares[: grid[0]].sum(0)
+    return grad_query, grad_key, grad_value, grad_distance
+
+
+def _strides(tensor: Tensor) -> tuple[int, int]:
+    return tensor.stride(0), tensor.stride(1)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A kernel with its constants and its compiler options."""
+
+    kernel: Any
+    constants: dict[str, bool | int | str]
+    options: dict[str, int]
+
+
+def _kernels(
+    config: AttentionBackwardConfig,
+    layout: ScoresLayout,
+    head_dim: int,
+    has_positions: bool,
+    has_dropout: bool,
+    has_seqused: bool,
+    left: int,
+    right: int,
+    precision: str,
+) -> tuple[_Launch, _Launch, _Launch]:
+    common: dict[str, bool | int | str] = {
+        "HAS_POSITIONS": has_positions,
+        "LEFT": left,
+        "RIGHT": right,
+        "ROW_STRIDE": layout.row_stride,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "INPUT_PRECISION": precision,
+    }
+    queries = {"num_warps": config.query_warps, "num_stages": config.query_stages}
+    keys = {"num_warps": config.key_warps, "num_stages": config.key_stages}
+    tile = {"BLOCK_M": config.tile, "BLOCK_P": config.block_p}
+    return (
+        _Launch(shaw_attention_bwd_prepare_kernel, {**common, **tile}, queries | {"num_stages": 1}),
+        _Launch(
+            shaw_attention_bwd_keys_kernel,
+            {
+                **common,
+                "HAS_DROPOUT": has_dropout,
+                "HAS_SEQUSED": has_seqused,
+                "BLOCK_M": config.query_step,
+                "BLOCK_N": config.tile,
+                "FAR_STAGES": config.key_stages,
+            },
+            keys,
+        ),
+        _Launch(
+            shaw_attention_bwd_queries_kernel,
+            {
+                **common,
+                **tile,
+                "HAS_DROPOUT": has_dropout,
+                "HAS_SEQUSED": has_seqused,
+                "BLOCK_N": config.key_step,
+                "FAR_STAGES": config.query_stages,
+            },
+            queries,
+        ),
+    )
+
+
+def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
+    """The kernels of the attention gradients, for 16 heads of 64, L = 64, R = 8.
+
+    Args:
+        arch: such as `"sm_90"`.
+        dtype: name of the activations' dtype: "float32", "float16" or "bfloat16".
+    """
+    nvidia = not arch.startswith("gfx")
+    specs = []
+    for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
+        suffix = f"/{precision}" if dtype == "float32" else ""
+        variants = ("relative_key", "relative_key_dropout", "no_positions", "relative_key_seqused")
+        for variant in variants:
+            positions = variant != "no_positions"
+            left, right = (64, 8) if positions else (0, 0)
+            dropout, seqused = variant.endswith("dropout"), variant.endswith("seqused")
+            config = attention_backward_config(
+                64, getattr(torch, dtype), arch, precision=precision, has_dropout=dropout
+            )
+            layout = scores_layout(config, 1, 16, left, right)
+            special = (positions, dropout, seqused)
+            launches = _kernels(config, layout, 64, *special, left, right, precision)
+            for step, launch in zip(("prepare", "keys", "queries"), launches, strict=True):
+                if step == "prepare" and (dropout or seqused):
+                    continue  # has neither
+                # The preparation without positions has no product; NVIDIA's tensor cores have none
+                # of float32 in full precision.
+                product = (step != "prepare" or positions) and not (suffix == "/ieee" and nvidia)
+                specs.append(
+                    _kernel_spec(
+                        f"shaw_attention_bwd_{step}/{variant}{suffix}",
+                        launch,
+                        dtype,
+                        "gemm" if product else "pointwise",
+                        config,
+                    )
+                )
+    return specs
+
+
+def _kernel_spec(
+    name: str,
+    launch: _Launch,
+    dtype: str,
+    kind: Literal["gemm", "pointwise"],
+    config: AttentionBackwardConfig,
+) -> KernelSpec:
+    constants: dict[str, Any] = dict(launch.constants)
+    names = launch.kernel.arg_names
+    if not constants.get("HAS_DROPOUT") and "seed_ptr" in names:
+        constants |= {"seed_ptr": None, "dropout_p": None}
+    if not constants.get("HAS_SEQUSED") and "seqused_k_ptr" in names:
+        constants |= {"seqused_k_ptr": None}
+    signature = {}
+    for argument in names:
+        if argument in constants:
+            continue
+        if argument in ("scratch_ptr", "shift_ptr", "delta_ptr", "lse_ptr", "share_ptr"):
+            signature[argument] = "*fp32"
+        elif argument in ("cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr"):
+            signature[argument] = "*i32"
+        elif argument == "seed_ptr":
+            signature[argument] = "*i64"
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*" + TRITON_TYPES[dtype]
+        else:
+            signature[argument] = (
+                "fp32" if argument in ("scale", "scale_log2", "dropout_p") else "i32"
+            )
+    unaligned = {
+        "cu_seqlens_ptr",
+        "seqused_k_ptr",
+        "tile_map_ptr",
+        "lse_ptr",
+        "seed_ptr",
+        "first_head",
+        "num_heads",
+    }
+    unaligned |= {"stride_lse_head", "stride_row_head", "head_blocks"}
+    aligned = {name for name in signature if signature[name] != "fp32"} - unaligned
+    return KernelSpec(
+        name=name,
+        kernel=launch.kernel,
+        signature=signature,
+        constants=constants,
+        kind=kind,
+        dtype=dtype,
+        num_warps=launch.options["num_warps"],
+        num_stages=launch.options["num_stages"],
+        divisible_by_16=frozenset(aligned),
+        proof=_proof_launch(signature, constants, config),
+    )
+
+
+def _proof_launch(
+    signature: dict[str, str], constants: dict[str, Any], config: AttentionBackwardConfig
+) -> ProofLaunch:
+    """One head of an utterance of two tiles, the second a ragged one.
+
+    Where `seqused_k` is read, the utterance's last token is no key.
+    """
+    length = config.tile + 22
+    layout = scores_layout(config, 1, length, constants["LEFT"], constants["RIGHT"])
+    scalars = {
+        **{name: 64 if name.endswith("_head") else 1024 for name in signature},
+        "stride_e_row": 64,
+        "stride_lse_head": length,
+        "stride_row_head": length,
+        "head_blocks": layout.head_blocks,
+        "first_head": 3,
+        "num_heads": 1,
+        "scale": 0.125,
+        "scale_log2": 0.125,
+        "dropout_p": 0.125,
+    }
+    return ProofLaunch(
+        2,
+        {name: value for name, value in scalars.items() if signature.get(name, "*")[0] != "*"},
+        {
+            "cu_seqlens_ptr": (0, length),
+            "tile_map_ptr": (0, 0, 0, 1),
+            **({"seqused_k_ptr": (length - 1,)} if "seqused_k_ptr" in signature else {}),
+        },
+    )

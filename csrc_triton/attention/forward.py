@@ -1,0 +1,720 @@
+"""Self-attention with Shaw relative keys over packed utterances, forward.
+
+For queries i and keys j of one utterance, with D channels a head (Shaw et al. 2018; the online
+softmax is Dao 2023's):
+
+    score(i, j) = (q_i . k_j + q_i . E[clip(j - i, -L, R) + L]) / sqrt(D)
+    output(i) = sum_j softmax_j(score(i, j)) v_j
+    log_sum_exp(i) = log sum_j exp(score(i, j))
+
+A program owns one tile of `BLOCK_M` queries of one head. Only L + R + 1 distinct position vectors
+exist, so the tile's position scores are a `[BLOCK_M, L + R + 1]` product P = q E^T, computed once
+and kept in a scratch buffer. The key blocks of an utterance then fall into three groups:
+
+    keys     0 ................ i - L ........... i + R ................ T
+             far: adds P[i, 0]  | band: P[i, j-i+L] | far: adds P[i, L+R]
+
+A far block is plain flash attention, because a number that is constant along a row only shifts that
+row's maximum. One loop runs over the far blocks of both sides and jumps over the band, so that its
+pipeline fills once. A band block starts its product q k^T from P instead of zero. Key j's score is
+`P[i, j - i + L]`; with rows `SCRATCH_STRIDE + 1` apart it lies at `i * SCRATCH_STRIDE + j + L`: the
+block's scores are an aligned strided tile, not a gather. What it holds left or right of the
+band is other rows' data, and is replaced. Keys that do not fill a block are the last step of the
+band loop, wherever the band is.
+
+Where `seqused_k` says how many tokens of an utterance are keys, the loops over keys end there, and
+the queries behind them find their keys on the left.
+
+With dropout the sums of a row run over all keys, and the values are added up over the kept ones
+(`dropout`), divided by 1 - p.
+
+Per token and layer, with C channels in H heads, T frames and 16-bit elements: 8 C bytes of q, k, v
+and output, 4 H (L + R + 1) bytes written to scratch and read back (mostly in the L2 cache), and
+4 C T + 2 C (L + R + 1) FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..architectures import architecture
+from ..functions import kept_weights
+from ..launch import check_device, check_dropout, check_offsets, check_tensor
+from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .config import AttentionConfig, ScratchLayout, attention_config, scratch_layout, with_dropout
+from .tile_map import checked_tile_map
+
+LOG2_E = 1.4426950408889634
+"""Scores are scaled by it, so that the softmax needs powers of two only."""
+
+
+@triton.jit
+def _position_scores(
+    query,  # [BLOCK_M, BLOCK_D]
+    distance_ptr,
+    row_ptrs,  # [BLOCK_M], where each row's first score goes
+    stride_e_row,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Writes `query E^T` to scratch; returns its first and its last column."""
+    offs_d = tl.arange(0, BLOCK_D)
+    left_term = tl.zeros([BLOCK_M], tl.float32)
+    right_term = tl.zeros([BLOCK_M], tl.float32)
+    for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
+        offs_p = first + tl.arange(0, BLOCK_P)
+        vectors = tl.load(
+            distance_ptr + offs_p.to(tl.int64)[:, None] * stride_e_row + offs_d[None, :],
+            mask=(offs_p <= LEFT + RIGHT)[:, None] & (offs_d < HEAD_DIM)[None, :],
+            other=0.0,
+        )  # [BLOCK_P, BLOCK_D]
+        scores = tl.dot(query, tl.trans(vectors), input_precision=INPUT_PRECISION)
+        # Picked from the product, not computed apart, so that they lie in registers as the
+        # far loop's rows do.
+        left_term += tl.sum(tl.where((offs_p == 0)[None, :], scores, 0.0), 1)
+        right_term += tl.sum(tl.where((offs_p == LEFT + RIGHT)[None, :], scores, 0.0), 1)
+        tl.store(
+            row_ptrs[:, None] + offs_p[None, :], scores, mask=(offs_p <= LEFT + RIGHT)[None, :]
+        )
+    return left_term, right_term
+
+
+@triton.jit
+def _near_scores(
+    row_ptrs,  # [BLOCK_M], where column 0 of the utterance's first key block would be
+    rows,  # [BLOCK_M], positions relative to the tile's first
+    columns,  # [BLOCK_N], the same for keys
+    read_columns,  # [BLOCK_N], columns, or others inside the scratch where no score is used
+    num_keys,  # end of the utterance's keys, relative to the tile's first row
+    left_term,  # [BLOCK_M]
+    right_term,  # [BLOCK_M]
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+):
+    """Position scores of a block that touches the band, minus infinity after the keys."""
+    near = tl.load(row_ptrs[:, None] + read_columns[None, :])  # [BLOCK_M, BLOCK_N]
+    near = tl.where(columns[None, :] <= (rows - LEFT)[:, None], left_term[:, None], near)
+    near = tl.where(columns[None, :] >= (rows + RIGHT)[:, None], right_term[:, None], near)
+    return tl.where((columns < num_keys)[None, :], near, -float("inf"))
+
+
+@triton.jit
+def _attend(
+    acc,  # [BLOCK_M, BLOCK_D] fp32, sum of exp2(score - row_max) * value
+    row_sum,  # [BLOCK_M] fp32, sum of exp2(score - row_max)
+    row_max,  # [BLOCK_M] fp32
+    scores,  # [BLOCK_M, BLOCK_N] fp32, not scaled
+    row_term,  # [BLOCK_M] fp32, belongs to every score of a row, not scaled
+    value,  # [BLOCK_N, BLOCK_D]
+    scale_log2,
+    seed_ptr,
+    dropout_p,
+    head,
+    first_token,  # of the tile, in the batch
+    first_key,  # of the block, in the utterance
+    HAS_ROW_TERM: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One step of the online softmax; maxima are of scores in units of log 2."""
+    block_max = tl.max(scores, 1)
+    if HAS_ROW_TERM:
+        block_max += row_term
+    new_max = tl.maximum(row_max, block_max * scale_log2)
+    shift = new_max
+    if HAS_ROW_TERM:
+        shift -= row_term * scale_log2
+    probabilities = tl.math.exp2(scores * scale_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    correction = tl.math.exp2(row_max - new_max)
+    row_sum = row_sum * correction + tl.sum(probabilities, 1)
+    if HAS_DROPOUT:
+        kept = kept_weights(
+            seed_ptr, head, first_token, first_key, dropout_p, acc.shape[0], value.shape[0]
+        )
+        probabilities = tl.where(kept, probabilities, 0.0)
+    acc = acc * correction[:, None]
+    acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision=INPUT_PRECISION)
+    return acc, row_sum, new_max
+
+
+@triton.jit(
+    do_not_specialize=["first_work", "stride_lse_head"],
+    do_not_specialize_on_alignment=[
+        "cu_seqlens_ptr",
+        "seqused_k_ptr",
+        "tile_map_ptr",
+        "lse_ptr",
+        "seed_ptr",
+    ],
+)
+def shaw_attention_fwd_kernel(
+    q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
+    k_ptr,
+    v_ptr,
+    distance_ptr,  # [LEFT + RIGHT + 1, HEAD_DIM]
+    scratch_ptr,  # [programs, SCRATCH_SIZE] fp32
+    out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
+    lse_ptr,  # [num_heads, num_tokens] fp32
+    cu_seqlens_ptr,  # [batch + 1] int32
+    seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
+    tile_map_ptr,  # [num_tiles, 2] int32
+    first_work,  # this launch's first (tile, head)
+    num_heads,
+    scale_log2,
+    stride_q_row,
+    stride_q_head,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
+    stride_e_row,
+    stride_out_row,
+    stride_out_head,
+    stride_lse_head,
+    seed_ptr,  # int64 [2], HAS_DROPOUT
+    dropout_p,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SAME_ROW_STRIDE: tl.constexpr,  # k and v have one row stride, as views of a fused product do
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SCRATCH_STRIDE: tl.constexpr,
+    SCRATCH_START: tl.constexpr,
+    SCRATCH_SIZE: tl.constexpr,
+    READ_LIMIT: tl.constexpr,
+    FAR_STAGES: tl.constexpr,
+    BAND_STAGES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    work = first_work + tl.program_id(0)
+    tile = work // num_heads
+    head = (work % num_heads).to(tl.int64)
+    sequence = tl.load(tile_map_ptr + 2 * tile)
+    if sequence < 0:  # the map is as long as it could be, not as long as it is
+        return
+    first_row = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    start = start.to(tl.int64)
+    num_keys = length
+    if HAS_SEQUSED:
+        num_keys = tl.load(seqused_k_ptr + sequence)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_mask = first_row + offs_m < length
+    tile_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q_base = q_ptr + (start + first_row) * stride_q_row + head * stride_q_head
+    query = tl.load(
+        q_base + offs_m.to(tl.int64)[:, None] * stride_q_row + offs_d[None, :],
+        mask=tile_mask,
+        other=0.0,
+    )  # [BLOCK_M, BLOCK_D]
+    k_base = k_ptr + start * stride_k_row + head * stride_k_head
+    v_base = v_ptr + start * stride_v_row + head * stride_v_head
+    offs_k = offs_n.to(tl.int64)[:, None] * stride_k_row + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+    if SAME_ROW_STRIDE:
+        stride_v_row = stride_k_row
+    offs_v = offs_n.to(tl.int64)[:, None] * stride_v_row + offs_d[None, :]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    left_term = row_sum
+    right_term = row_sum
+    scratch_base = scratch_ptr
+    whole = num_keys // BLOCK_N * BLOCK_N  # keys in whole blocks
+    band_first = whole
+    band_end = whole
+    if HAS_POSITIONS:
+        scratch_base += tl.program_id(0).to(tl.int64) * SCRATCH_SIZE + SCRATCH_START
+        left_term, right_term = _position_scores(
+            query,
+            distance_ptr,
+            scratch_base + offs_m * (SCRATCH_STRIDE + 1) - LEFT,
+            stride_e_row,
+            LEFT,
+            RIGHT,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_M,
+            BLOCK_P,
+            INPUT_PRECISION,
+        )
+        tl.debug_barrier()  # the scores were written by other threads than those that will read
+        # A block is left of the band when its last key is, as seen from the first row; right of it
+        # when its first key is, as seen from the last row.
+        last_row = tl.minimum(first_row + BLOCK_M, length) - 1
+        band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
+        band_first = tl.minimum(band_first, whole)
+        band_end = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        band_end = tl.minimum(band_end, whole)
+
+    band_keys = band_end - band_first
+    for far_start in tl.range(0, whole - band_keys, BLOCK_N, num_stages=FAR_STAGES):
+        key_start = far_start
+        row_term = left_term
+        if HAS_POSITIONS:
+            key_start = tl.where(far_start < band_first, far_start, far_start + band_keys)
+            row_term = tl.where(far_start < band_first, left_term, right_term)
+        key_start = key_start.to(tl.int64)
+        key_ptrs = k_base + key_start * stride_k_row + offs_k
+        value_ptrs = v_base + key_start * stride_v_row + offs_v
+        if HEAD_DIM == BLOCK_D:
+            key = tl.load(key_ptrs)
+            value = tl.load(value_ptrs)
+        else:
+            key = tl.load(key_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+            value = tl.load(value_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+        acc, row_sum, row_max = _attend(
+            acc,
+            row_sum,
+            row_max,
+            scores,
+            row_term,
+            value,
+            scale_log2,
+            seed_ptr,
+            dropout_p,
+            head,
+            start + first_row,
+            key_start,
+            HAS_POSITIONS,
+            HAS_DROPOUT,
+            INPUT_PRECISION,
+        )
+
+    # The keys after the last whole block, wherever the band is, are the last step.
+    last_start = tl.where(whole < num_keys, whole, band_end - BLOCK_N)
+    band_end = tl.where(whole < num_keys, band_end + BLOCK_N, band_end)
+    for band_start in tl.range(band_first, band_end, BLOCK_N, num_stages=BAND_STAGES):
+        key_start = tl.where(band_start == band_end - BLOCK_N, last_start, band_start)
+        key_start = tl.multiple_of(key_start, BLOCK_N)
+        key_mask = (offs_n < num_keys - key_start)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        key_offset = key_start.to(tl.int64)
+        key = tl.load(k_base + key_offset * stride_k_row + offs_k, mask=key_mask, other=0.0)
+        value = tl.load(v_base + key_offset * stride_v_row + offs_v, mask=key_mask, other=0.0)
+        if HAS_POSITIONS:
+            read_start = tl.minimum(key_start - first_row, READ_LIMIT)
+            if HAS_SEQUSED:  # the last keys may be far left of a tile behind them
+                read_start = tl.maximum(read_start, -SCRATCH_START)
+            near = _near_scores(
+                scratch_base + offs_m * SCRATCH_STRIDE,
+                offs_m,
+                key_start - first_row + offs_n,
+                read_start + offs_n,
+                num_keys - first_row,
+                left_term,
+                right_term,
+                LEFT,
+                RIGHT,
+            )
+            scores = tl.dot(query, tl.trans(key), near, input_precision=INPUT_PRECISION)
+        else:
+            scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+            scores = tl.where((offs_n < num_keys - key_start)[None, :], scores, -float("inf"))
+        acc, row_sum, row_max = _attend(
+            acc,
+            row_sum,
+            row_max,
+            scores,
+            left_term,
+            value,
+            scale_log2,
+            seed_ptr,
+            dropout_p,
+            head,
+            start + first_row,
+            key_start,
+            False,
+            HAS_DROPOUT,
+            INPUT_PRECISION,
+        )
+
+    if HAS_DROPOUT:
+        acc = acc * (1.0 / (1.0 - dropout_p))
+    out_base = out_ptr + (start + first_row) * stride_out_row + head * stride_out_head
+    tl.store(
+        out_base + offs_m.to(tl.int64)[:, None] * stride_out_row + offs_d[None, :],
+        (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty),
+        mask=tile_mask,
+    )
+    tl.store(
+        lse_ptr + head * stride_lse_head + (start + first_row) + offs_m,
+        (row_max + tl.math.log2(row_sum)) * 0.6931471805599453,  # log 2
+        mask=row_mask,
+    )
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def _constants(
+    config: AttentionConfig,
+    layout: ScratchLayout,
+    head_dim: int,
+    has_positions: bool,
+    left: int,
+    right: int,
+    same_row_stride: bool,
+    precision: str,
+    has_dropout: bool = False,
+    has_seqused: bool = False,
+) -> dict[str, bool | int | str]:
+    return {
+        "HAS_DROPOUT": has_dropout,
+        "HAS_SEQUSED": has_seqused,
+        "HAS_POSITIONS": has_positions,
+        "LEFT": left,
+        "RIGHT": right,
+        "HEAD_DIM": head_dim,
+        "SAME_ROW_STRIDE": same_row_stride,
+        "BLOCK_D": max(_next_power_of_2(head_dim), 16),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_P": config.block_p,
+        "SCRATCH_STRIDE": layout.row_stride,
+        "SCRATCH_START": layout.start,
+        "SCRATCH_SIZE": layout.size,
+        "READ_LIMIT": layout.read_limit,
+        "FAR_STAGES": config.num_stages,
+        "BAND_STAGES": config.band_stages,
+        "INPUT_PRECISION": precision,
+    }
+
+
+def _options(config: AttentionConfig) -> dict[str, int]:
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
+    return options
+
+
+def check_attention(
+    query: Tensor,
+    tensors: Mapping[str, Tensor],
+    log_sum_exp: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    tile_map: Tensor | None,
+    seqused_k: Tensor | None,
+    precision: str,
+) -> str:
+    """The checks that `shaw_attention` and its gradient share.
+
+    Args:
+        query: `[num_tokens, num_heads, D]`.
+        tensors: by name, those of the shape and dtype of `query`.
+        log_sum_exp: `None` where it is not an argument.
+        cu_seqlens: as of `shaw_attention`, and so are the others.
+        max_seqlen: frames of the longest utterance.
+        distance_embedding: E, or `None`.
+        left: L.
+        right: R.
+        dropout_p: probability with which a weight is dropped.
+        dropout_seed: of its random numbers, or `None`.
+        tile_map: checked by `checked_tile_map`; here only where it lies.
+        seqused_k: number of keys of each utterance, or `None`.
+        precision: of float32 products.
+
+    Returns:
+        The architecture, as of `architectures.architecture`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what is needed.
+        RuntimeError: CPU tensors outside Triton's interpreter.
+    """
+    check_tensor("query", query, (None, None, None))
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, query.shape, (query.dtype,))
+    if log_sum_exp is not None:
+        shape = (query.shape[1], query.shape[0])
+        check_tensor("log_sum_exp", log_sum_exp, shape, (torch.float32,))
+    check_offsets(cu_seqlens, seqused_k)
+    if left < 0 or right < 0:
+        raise ValueError(
+            f"left_max_position is {left} and right_max_position is {right}; both must be 0 or more"
+        )
+    if distance_embedding is not None:
+        shape = (left + right + 1, query.shape[2])
+        check_tensor("distance_embedding", distance_embedding, shape, (query.dtype,))
+    check_dropout(dropout_p, dropout_seed)
+    check_device(
+        query=query,
+        **tensors,
+        log_sum_exp=log_sum_exp,
+        cu_seqlens=cu_seqlens,
+        distance_embedding=distance_embedding,
+        dropout_seed=dropout_seed,
+        tile_map=tile_map,
+        seqused_k=seqused_k,
+    )
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen is {max_seqlen}; it must be 0 or more")
+    if precision not in ("ieee", "tf32x3"):
+        raise ValueError(f"precision is {precision!r}; it must be 'ieee' or 'tf32x3'")
+    arch = architecture(query.device)
+    if precision == "tf32x3" and arch.startswith("gfx"):
+        raise ValueError(f"precision is 'tf32x3'; on {arch} it must be 'ieee'")
+    return arch
+
+
+def shaw_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    distance_embedding: Tensor | None = None,
+    left_max_position: int = 0,
+    right_max_position: int = 0,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    tile_map: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    out: Tensor | None = None,
+    precision: str = "ieee",
+    config: AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention within each utterance, with Shaw relative keys or without positions.
+
+    Args:
+        query: `[num_tokens, num_heads, D]`, D from 1 to 128; any strides but the last, which is 1.
+        key: like `query`.
+        value: like `query`.
+        cu_seqlens: int32 `[batch + 1]`, cumulative lengths in frames, starting at 0.
+        max_seqlen: frames of the longest utterance.
+        distance_embedding: E, `[L + R + 1, D]` in the dtype of `query`; `None` for no positions.
+        left_max_position: L, frames to the left beyond which distances are equal.
+        right_max_position: R.
+        dropout_p: probability with which an attention weight is dropped.
+        dropout_seed: int64 `[2]`, seed and offset of its random numbers; needed where `dropout_p`
+            is not 0.
+        tile_map: of `build_tile_map` with the configuration's `block_m`; computed when `None`.
+        seqused_k: int32 `[batch]`, the first so many tokens of each utterance are its keys, at
+            least one where there are tokens; `None`: all are.
+        out: where the output goes; allocated when `None`.
+        precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
+        config: launch configuration; that of `attention_config` when `None`.
+
+    Returns:
+        The output `[num_tokens, num_heads, D]` in the dtype of `query`, and the log-sum-exp of each
+        query's scores, float32 `[num_heads, num_tokens]`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what is needed.
+        RuntimeError: CPU tensors outside Triton's interpreter.
+    """
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    arch = check_attention(
+        query,
+        {"key": key, "value": value, "out": out},
+        None,
+        cu_seqlens,
+        max_seqlen,
+        distance_embedding,
+        left_max_position,
+        right_max_position,
+        dropout_p,
+        dropout_seed,
+        tile_map,
+        seqused_k,
+        precision,
+    )
+    num_tokens, num_heads, head_dim = query.shape
+    if config is None:
+        config = attention_config(head_dim, query.dtype, arch)
+        if dropout_p > 0.0:
+            config = with_dropout(config)
+    tile_map = checked_tile_map(tile_map, cu_seqlens, config.block_m, num_tokens, max_seqlen)
+    num_tiles = tile_map.shape[0]
+    log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+
+    has_positions = distance_embedding is not None
+    left, right = (left_max_position, right_max_position) if has_positions else (0, 0)
+    layout = scratch_layout(config.block_m, config.block_n, left, right)
+    num_work = num_tiles * num_heads
+    per_launch = num_work
+    scratch = log_sum_exp  # not touched without positions
+    if has_positions and num_work > 0:
+        per_launch = max(min(num_work, config.scratch_limit // (4 * layout.size)), 1)
+        scratch = torch.empty(per_launch * layout.size, dtype=torch.float32, device=query.device)
+    vectors = distance_embedding if distance_embedding is not None else query
+    constants = _constants(
+        config,
+        layout,
+        head_dim,
+        has_positions,
+        left,
+        right,
+        key.stride(0) == value.stride(0),
+        precision,
+        dropout_p > 0.0,
+        seqused_k is not None,
+    )
+    dropout = (dropout_seed, dropout_p) if dropout_p > 0.0 else (None, None)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(query):
+        for first_work in range(0, num_work, max(per_launch, 1)):
+            shaw_attention_fwd_kernel[(min(per_launch, num_work - first_work),)](
+                query,
+                key,
+                value,
+                vectors,
+                scratch,
+                out,
+                log_sum_exp,
+                cu_seqlens,
+                seqused_k,
+                tile_map,
+                first_work,
+                num_heads,
+                head_dim**-0.5 * LOG2_E,
+                query.stride(0),
+                query.stride(1),
+                key.stride(0),
+                key.stride(1),
+                value.stride(0),
+                value.stride(1),
+                vectors.stride(0),
+                out.stride(0),
+                out.stride(1),
+                num_tokens,
+                *dropout,
+                **constants,
+                **_options(config),
+            )
+    return out, log_sum_exp
+
+
+def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
+    """The attention kernels of an encoder of width 1024 (16 heads of 64, L = 64, R = 8).
+
+    Args:
+        arch: such as `"sm_90"`.
+        dtype: name of the activations' dtype: "float32", "float16" or "bfloat16".
+    """
+    element = "*" + TRITON_TYPES[dtype]
+    pointers = dict.fromkeys(
+        ("q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr", "lse_ptr"), element
+    )
+    pointers |= {"scratch_ptr": "*fp32", "lse_ptr": "*fp32"}
+    pointers |= {"cu_seqlens_ptr": "*i32", "seqused_k_ptr": "*i32"}
+    pointers |= {"tile_map_ptr": "*i32", "seed_ptr": "*i64"}
+    aligned = {"q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr"}
+    specs = []
+    # AMD's tensor cores multiply float32 as it is; NVIDIA's need three passes.
+    nvidia = not arch.startswith("gfx")
+    for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
+        suffix = f"/{precision}" if dtype == "float32" else ""
+        variants = ("relative_key", "no_positions", "relative_key_dropout", "relative_key_seqused")
+        for variant in variants:
+            has_positions, has_dropout = variant != "no_positions", variant.endswith("dropout")
+            has_seqused = variant.endswith("seqused")
+            config = attention_config(64, getattr(torch, dtype), arch)
+            config = with_dropout(config) if has_dropout else config
+            left, right = (64, 8) if has_positions else (0, 0)
+            layout = scratch_layout(config.block_m, config.block_n, left, right)
+            constants: dict[str, Any] = dict(
+                _constants(
+                    config,
+                    layout,
+                    64,
+                    has_positions,
+                    left,
+                    right,
+                    True,
+                    precision,
+                    has_dropout,
+                    has_seqused,
+                )
+            )
+            if not has_dropout:
+                constants |= {"seed_ptr": None, "dropout_p": None}
+            if not has_seqused:
+                constants |= {"seqused_k_ptr": None}
+            signature = {}
+            for name in shaw_attention_fwd_kernel.arg_names:
+                if name not in constants:
+                    signature[name] = pointers.get(name, "i32")
+            signature["scale_log2"] = "fp32"
+            if has_dropout:
+                signature["dropout_p"] = "fp32"
+            strides = {name for name in signature if name.startswith("stride_")}
+            specs.append(
+                KernelSpec(
+                    name=f"shaw_attention_fwd/{variant}{suffix}",
+                    kernel=shaw_attention_fwd_kernel,
+                    signature=signature,
+                    constants=constants,
+                    # NVIDIA's tensor cores have no product of float32 in full precision.
+                    kind="pointwise" if suffix == "/ieee" and nvidia else "attention",
+                    dtype=dtype,
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    divisible_by_16=frozenset(
+                        aligned | (strides - {"stride_lse_head"}) | {"num_heads"}
+                    ),
+                    plain_twin=(
+                        f"shaw_attention_fwd/no_positions{suffix}"
+                        if variant in ("relative_key", "relative_key_seqused")
+                        else None
+                    ),
+                    max_registers=config.max_registers,
+                    proof=_proof_launch(signature, config.block_m),
+                )
+            )
+    return specs
+
+
+def _proof_launch(signature: dict[str, str], block_m: int) -> ProofLaunch:
+    """The last head of an utterance's first tile and the first head of its second, a ragged one.
+
+    Where `seqused_k` is read, the utterance's last token is no key.
+    """
+    length = block_m + 22
+    scalars = {
+        **{name: 64 if name.endswith("_head") else 1024 for name in signature},
+        "stride_e_row": 64,
+        "stride_lse_head": length,
+        "first_work": 15,
+        "num_heads": 16,
+        "scale_log2": 0.125,
+        "dropout_p": 0.1,
+    }
+    return ProofLaunch(
+        2,
+        {n: v for n, v in scalars.items() if n in signature and signature[n][0] != "*"},
+        {
+            "cu_seqlens_ptr": (0, length),
+            "tile_map_ptr": (0, 0, 0, 1),
+            **({"seqused_k_ptr": (length - 1,)} if "seqused_k_ptr" in signature else {}),
+        },
+    )

@@ -1,2 +1,0 @@
-"""Launch configurations: frozen dataclasses from pure functions of shape, dtype and
-architecture."""
