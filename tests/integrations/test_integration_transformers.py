@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.helpers.reference import CLASSES, POSITIONS, TINY, padded_batch, pair, relative_error
 from w2vbert_fast.integrations import transformers as integration
-from w2vbert_fast.integrations.transformers import accelerate, restore
+from w2vbert_fast.integrations.transformers import accelerate, classes, restore
 
 FEATURES = TINY["feature_projection_input_dim"]
 ADAPTER = {"add_adapter": True, "num_adapter_layers": 2, "output_hidden_size": 40}
@@ -58,14 +58,14 @@ def always_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(module: nn.Module, reason: str) -> None:
         raise AssertionError(f"{type(module).__name__} fell back: {reason}")
 
-    monkeypatch.setattr(integration, "_say_once", fail)
+    monkeypatch.setattr(classes, "_say_once", fail)
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Why calls ran transformers' own code."""
     reasons: list[str] = []
-    monkeypatch.setattr(integration, "_say_once", lambda module, reason: reasons.append(reason))
+    monkeypatch.setattr(classes, "_say_once", lambda module, reason: reasons.append(reason))
     return reasons
 
 
@@ -245,7 +245,7 @@ def test_attention_maps_come_from_the_original_which_is_said_once(
 ) -> None:
     reference, fast = both(attn_implementation="eager")
     x, mask = padded_batch((30, 20), FEATURES)
-    integration._said.clear()
+    classes._said.clear()
     with caplog.at_level(logging.WARNING, logger=integration.__name__):
         for _ in range(2):
             options = {"output_attentions": True, "attention_mask": mask}

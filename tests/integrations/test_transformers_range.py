@@ -31,7 +31,7 @@ from torch import nn
 
 from tests.helpers.reference import pair
 from w2vbert_fast.integrations import transformers as integration
-from w2vbert_fast.integrations.transformers import accelerate
+from w2vbert_fast.integrations.transformers import accelerate, classes
 from w2vbert_fast.integrations.transformers import probe as _probe
 from w2vbert_fast.integrations.transformers import versions as _versions
 from w2vbert_fast.integrations.transformers.versions import NEWEST, OLDEST
@@ -231,13 +231,13 @@ def test_newer_transformers_that_differs_is_an_error(
 def test_a_class_that_is_gone_is_named(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair("Wav2Vec2BertForCTC")
     monkeypatch.delattr(modeling(), "Wav2Vec2BertConvolutionModule")
-    integration._fast_classes.cache_clear()
+    classes.fast_classes.cache_clear()
     install(UNSEEN)
     try:
         with pytest.raises(ImportError, match="no attribute 'Wav2Vec2BertConvolutionModule'"):
             accelerate(model)
     finally:
-        integration._fast_classes.cache_clear()
+        classes.fast_classes.cache_clear()
 
 
 def test_newer_seamless_is_checked(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

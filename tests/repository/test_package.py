@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import os
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import w2vbert_fast
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("csrc_triton", "w2vbert_fast")
 # In a checkout alone.
-TOOLS = "tools"
+TOOLS, BENCH = "tools", "bench"
 
 # What an installation without extras does not have, and what tests compare with.
 NOT_CORE = (
@@ -65,9 +67,9 @@ def run_python(code: str, blocked: tuple[str, ...] = ()) -> subprocess.Completed
 
 
 def modules() -> dict[str, Path]:
-    """Every module of both packages and of the tools by its dotted name."""
+    """Every module of both packages, the tools and the benchmark by its dotted name."""
     found = {}
-    for package in (*PACKAGES, TOOLS):
+    for package in (*PACKAGES, TOOLS, BENCH):
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
@@ -75,6 +77,8 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+# The benchmark needs what it compares with.
+IMPORTABLE = sorted(name for name in MODULES if name.partition(".")[0] != BENCH)
 
 
 def test_every_module_imports_with_the_core_dependencies_alone() -> None:
@@ -83,7 +87,7 @@ import importlib
 import w2vbert_fast
 for name in w2vbert_fast.__all__:
     getattr(w2vbert_fast, name)
-for name in {sorted(MODULES)!r}:
+for name in {IMPORTABLE!r}:
     importlib.import_module(name)
 import torch
 assert not torch.cuda.is_initialized()
@@ -99,7 +103,7 @@ print("all", len(w2vbert_fast.__all__))
 def test_transformers_is_not_imported_where_it_is_installed() -> None:
     code = f"""
 import importlib
-for name in {sorted(MODULES)!r}:
+for name in {IMPORTABLE!r}:
     importlib.import_module(name)
 loaded = sorted(name for name in {NOT_CORE!r} if name in sys.modules)
 assert not loaded, loaded
@@ -121,80 +125,116 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 def imported(name: str, path: Path) -> Iterator[str]:
     """Dotted names of what a module imports anywhere, those for type checking included."""
+    for base, names in import_statements(name, path):
+        yield from (f"{base}.{n}" if f"{base}.{n}" in MODULES else base for n in names or ("",))
+
+
+@functools.cache
+def import_statements(name: str, path: Path) -> list[tuple[str, list[str]]]:
+    """Modules, and the names that are taken from each."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found: list[tuple[str, list[str]]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parent = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parent, base] if base else parent)
-            for alias in node.names:
-                full = f"{base}.{alias.name}"
-                yield full if full in MODULES else base
-
-
-# The parts of the project, lowest first: a module may import from its own part and from those
-# that stand before it.
-LAYERS = (
-    ("csrc_triton",),
-    ("w2vbert_fast._extras",),
-    ("w2vbert_fast.layout",),
-    ("w2vbert_fast.ops",),
-    ("w2vbert_fast.doctor",),
-    ("w2vbert_fast.recordings",),
-    ("w2vbert_fast.checkpoints",),
-    ("w2vbert_fast.processing",),
-    ("w2vbert_fast.models",),
-    # Models in other files: of other runtimes, and of the original.
-    ("w2vbert_fast.export", "w2vbert_fast.checkpoints.original"),
-    ("w2vbert_fast.inference",),
-    ("w2vbert_fast.training",),
-    ("w2vbert_fast.integrations",),
-    ("w2vbert_fast.cli",),
-    # What is installed never needs what is not.
-    (TOOLS,),
-)
-
-
-def layer_of(module: str) -> int:
-    """The layer with the longest name that the module is, or lies in."""
-    matches = [
-        (len(part), number)
-        for number, parts in enumerate(LAYERS)
-        for part in parts
-        if module == part or module.startswith(f"{part}.")
-    ]
-    return max(matches)[1]
-
-
-def arrows_that_point_back() -> list[str]:
-    found = []
-    for name, path in MODULES.items():
-        if name == "w2vbert_fast":
-            # Its names are loaded when they are used, so it depends on nothing.
-            continue
-        for target in imported(name, path):
-            ours = target.partition(".")[0] in (*PACKAGES, TOOLS) and target != "w2vbert_fast"
-            if ours and layer_of(target) > layer_of(name):
-                found.append(f"{name} imports {target}")
+            found.append((base, [alias.name for alias in node.names]))
     return found
 
 
-def test_imports_point_one_way() -> None:
-    assert arrows_that_point_back() == []
+# Every room of the project, and the rooms that its files may import. One that is not named here has
+# no arrow to it, and none from it.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "csrc_triton": (),
+    # Kernels seen from outside; what is installed never needs what is not.
+    "tools": ("csrc_triton",),
+    "_extras": (),
+    "layout": (),
+    "ops": ("csrc_triton", "layout"),
+    "doctor": ("ops",),
+    "recordings": ("_extras", "ops"),
+    "checkpoints": (),
+    "processing": ("checkpoints", "ops", "recordings"),
+    "models": ("checkpoints", "layout", "ops"),
+    "export": ("_extras", "checkpoints", "layout", "models", "ops", "processing"),
+    "inference": ("_extras", "checkpoints", "models", "ops", "processing", "recordings"),
+    "training": ("_extras", "checkpoints", "models", "ops", "processing", "recordings"),
+    "integrations": (
+        *("_extras", "inference", "layout", "models", "ops", "processing", "recordings"),
+    ),
+    "cli": ("_extras", "doctor", "export", "inference", "integrations", "models", "training"),
+    "bench": (
+        *("csrc_triton", "inference", "integrations", "models", "ops", "processing", "recordings"),
+    ),
+}
 
 
-def test_training_takes_nothing_from_inference() -> None:
-    targets = {
-        target
+def room_of(module: str) -> str:
+    """The room that a module lies in; of the package itself, whose names are lazy, its own name."""
+    first, *rest = module.split(".")
+    return rest[0] if first == "w2vbert_fast" and rest else first
+
+
+def arrows() -> dict[str, set[str]]:
+    """What each module of the project imports of the project, wherever in it, and for types too."""
+    return {
+        name: {target for target in imported(name, path) if target in MODULES and target != name}
         for name, path in MODULES.items()
-        if name.startswith("w2vbert_fast.training")
-        for target in imported(name, path)
     }
-    assert "w2vbert_fast.recordings.audio" in targets
-    assert not {target for target in targets if target.startswith("w2vbert_fast.inference")}
+
+
+def arrows_that_nobody_meant() -> list[str]:
+    return [
+        f"{name} imports {target}"
+        for name, targets in arrows().items()
+        for target in sorted(targets)
+        if "w2vbert_fast" not in (name, target)
+        and (room := room_of(target)) != room_of(name)
+        and room not in ROOMS.get(room_of(name), ())
+    ]
+
+
+def test_imports_go_between_rooms_as_they_are_meant_to() -> None:
+    assert arrows_that_nobody_meant() == []
+    assert {room_of(name) for name in MODULES} == {*ROOMS, "w2vbert_fast"}
+    taken = {(room_of(name), room_of(t)) for name, targets in arrows().items() for t in targets}
+    assert {(room, other) for room, others in ROOMS.items() for other in others} <= taken
+
+
+def circles() -> list[list[str]]:
+    """Files that import each other in a circle, and folders: in every package, what lies in it."""
+    graph = arrows()
+    found = [circle_in(graph)]
+    for package in ("", *(name for name, path in MODULES.items() if path.name == "__init__.py")):
+        inside = f"{package}." if package else ""
+
+        def child(name: str, inside: str = inside) -> str:
+            return inside + name.removeprefix(inside).partition(".")[0]
+
+        folders: dict[str, set[str]] = {}
+        for name, targets in graph.items():
+            if name.startswith(inside):
+                within = {child(target) for target in targets if target.startswith(inside)}
+                folders.setdefault(child(name), set()).update(within - {child(name)})
+        found.append(circle_in(folders))
+    return [circle for circle in found if circle]
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    being_mended = ("w2vbert_fast.models.", "bench.")
+    assert [c for c in circles() if not all(n.startswith(being_mended) for n in c)] == []
 
 
 def test_the_kernels_import_torch_and_triton_only() -> None:
@@ -205,33 +245,61 @@ def test_the_kernels_import_torch_and_triton_only() -> None:
             assert not others, f"{name} imports {others}"
 
 
-def test_an_arrow_that_points_back_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "line", "wrong"),
+    [
+        ("w2vbert_fast.ops.bad", "from ..models import layers", "w2vbert_fast.models.layers"),
+        ("w2vbert_fast.ops.bad", "import w2vbert_fast.cli", "w2vbert_fast.cli"),
+        ("w2vbert_fast.training.bad", "import w2vbert_fast.inference", "w2vbert_fast.inference"),
+        ("w2vbert_fast.new_room", "from w2vbert_fast import ops", "w2vbert_fast.ops"),
+        ("csrc_triton.bad", "from tools.compile import aot", "tools.compile.aot"),
+        ("w2vbert_fast.cli.bad", "from tools.compile import aot", "tools.compile.aot"),
+        ("w2vbert_fast.export.bad", "from bench import flops", "bench.flops"),
+    ],
+)
+def test_an_arrow_that_nobody_meant_is_found(
+    name: str, line: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = tmp_path / "bad.py"
-    bad.write_text("def f():\n    from ..models import layers\n    import w2vbert_fast.cli\n")
-    monkeypatch.setitem(MODULES, "w2vbert_fast.ops.bad", bad)
-    assert arrows_that_point_back() == [
-        f"w2vbert_fast.ops.bad imports {target}"
-        for target in ("w2vbert_fast.models.layers", "w2vbert_fast.cli")
-    ]
+    (tmp_path / "bad.py").write_text(f"def f():\n    {line}\n")
+    monkeypatch.setitem(MODULES, name, tmp_path / "bad.py")
+    assert arrows_that_nobody_meant() == [f"{name} imports {wrong}"]
 
 
-def test_kernels_and_library_cannot_import_the_tools(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "line", "circle"),
+    [
+        # of files, for a type
+        (
+            "w2vbert_fast.recordings.rows",
+            "if TYPE_CHECKING:\n    from w2vbert_fast.recordings import manifest",
+            {"w2vbert_fast.recordings.rows", "w2vbert_fast.recordings.manifest"},
+        ),
+        # of folders, whose files are in none
+        (
+            "w2vbert_fast.recordings.bad",
+            "from w2vbert_fast.processing import padding",
+            {"w2vbert_fast.recordings", "w2vbert_fast.processing"},
+        ),
+        (
+            "w2vbert_fast.inference.ctc.bad",
+            "from w2vbert_fast.inference.jobs import job",
+            {"w2vbert_fast.inference.ctc", "w2vbert_fast.inference.jobs"},
+        ),
+    ],
+)
+def test_a_circle_is_found(
+    name: str, line: str, circle: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bad = tmp_path / "bad.py"
-    bad.write_text("from tools.compile import aot\n")
-    for name in ("csrc_triton.bad", "w2vbert_fast.cli.bad"):
-        with monkeypatch.context() as patch:
-            patch.setitem(MODULES, name, bad)
-            assert arrows_that_point_back() == [f"{name} imports tools.compile.aot"]
+    (tmp_path / "bad.py").write_text(line)
+    monkeypatch.setitem(MODULES, name, tmp_path / "bad.py")
+    assert any(circle <= set(found) for found in circles()), circles()
 
 
 def test_the_environment_is_read_in_one_module_only() -> None:
     readers = [
         name
         for name, path in MODULES.items()
+        if name in IMPORTABLE
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
     ]
@@ -264,7 +332,7 @@ def test_the_source_distribution_holds_what_a_checkout_does(distributions: Path)
         names = {name.partition("/")[2] for name in file.getnames()}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in (*PACKAGES, TOOLS, "tests", "bench", "examples")
+        for folder in (*PACKAGES, TOOLS, BENCH, "tests", "examples")
         for path in (ROOT / folder).rglob("*.py")
     }
     assert f"{TOOLS}/compile/aot.py" in wanted

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 if TYPE_CHECKING:
     import typer
 
-    from w2vbert_fast.checkpoints.original import Converted
+    from w2vbert_fast.export.original import Converted
 
 HELP = (
     "Convert the original checkpoint of w2v-BERT 2.0 (conformer_shaw.pt, in the layout of fairseq2 "
@@ -63,7 +63,7 @@ def register(
 
 
 def _convert(source: str, out: Path, config: Path | None, pretraining: Path | None) -> "Converted":
-    from w2vbert_fast.checkpoints.original import convert_original, convert_to_original
+    from w2vbert_fast.export.original import convert_original, convert_to_original
     from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 
     if Path(source).is_file():

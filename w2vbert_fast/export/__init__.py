@@ -1,4 +1,4 @@
-"""Models as files of other runtimes: ONNX, AOTInductor packages and `torch.export` programs."""
+"""Models as files of others: ONNX, AOTInductor packages, `torch.export`, the original's layout."""
 
 from w2vbert_fast.export.formats import FORMATS, Exported, ExportError, export, run_exported
 from w2vbert_fast.export.graph import ExportGraph

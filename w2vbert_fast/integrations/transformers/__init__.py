@@ -16,43 +16,29 @@ that pickles find them. transformers is imported when it is first needed.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
 import logging
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from w2vbert_fast.integrations.transformers import versions as _versions
-from w2vbert_fast.integrations.transformers.conformer import (
-    Run,
-    adapter_layout,
-    adapter_obstacle,
-    capturing,
-    features_of,
-    is_watched,
-    layer_obstacle,
-    remember_features,
-    run_adapter,
-    unpack_held,
+from w2vbert_fast.integrations.transformers import versions
+from w2vbert_fast.integrations.transformers.classes import (
+    Fast,
+    FastEncoder,
+    _new_ctc,  # noqa: F401  (where pickles that are older than `classes` find it)
+    check_family,
+    fast_classes,
+    replacements,
 )
+from w2vbert_fast.integrations.transformers.families import FAMILIES
 from w2vbert_fast.integrations.transformers.search import (
     is_inside,
     may_hold_modules,
     modules_in,
     places_in,
 )
-from w2vbert_fast.layout import PackedBatch
-from w2vbert_fast.models.heads import BLANK_LOGIT
-from w2vbert_fast.models.layers import has_global_hooks
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
-from w2vbert_fast.models.tracing import recorder
 
 if TYPE_CHECKING:
     FastSeamlessM4TFeatureExtractor: Any
@@ -60,44 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _Holder = TypeVar("_Holder")
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How transformers names the classes of one model."""
-
-    module: str
-    prefix: str
-    layerdrop: str  # the field of the configuration
-    parts: tuple[str, ...]
-
-    def reference(self, part: str) -> type[Any]:
-        module = importlib.import_module(f"transformers.models.{self.module}")
-        found: type[Any] = getattr(module, f"{self.prefix}{part}")
-        return found
-
-
-_PARTS = (
-    "FeatureProjection",
-    "Encoder",
-    "EncoderLayer",
-    "Adapter",
-    "AdapterLayer",
-    "FeedForward",
-    "SelfAttention",
-    "ConvolutionModule",
-)
-_FAMILIES = (
-    _Family(
-        "wav2vec2_bert.modeling_wav2vec2_bert", "Wav2Vec2Bert", "layerdrop", (*_PARTS, "ForCTC")
-    ),
-    _Family(
-        "seamless_m4t_v2.modeling_seamless_m4t_v2",
-        "SeamlessM4Tv2Conformer",
-        "speech_encoder_layerdrop",
-        _PARTS,
-    ),
-)
 
 
 def accelerate(model: _Holder) -> _Holder:
@@ -132,13 +80,13 @@ def accelerate(model: _Holder) -> _Holder:
         ImportError: transformers is too old, or newer than what was tested and not what this was
             made for; see docs/use/transformers.md.
     """
-    modules = _modules_of(model)
+    modules = modules_of(model)
     _check_families(modules.values())
-    fast = _replacements(modules)
+    fast = replacements(modules)
     encoders = [
         path
         for path, module in modules.items()
-        if issubclass(fast.get(path, type(module)), _FastEncoder)
+        if issubclass(fast.get(path, type(module)), FastEncoder)
     ]
     own = {path: m for path, m in modules.items() if isinstance(m, Wav2Vec2BertPreTrainedModel)}
     slow = [path for path, module in own.items() if not module.use_fast_kernels]
@@ -172,8 +120,8 @@ def accelerated(model: Any) -> dict[str, nn.Module]:
     Raises:
         TypeError: `model` can hold no modules.
     """
-    found = _modules_of(model).items()
-    return {path: module for path, module in found if isinstance(module, _FastEncoder)}
+    found = modules_of(model).items()
+    return {path: module for path, module in found if isinstance(module, FastEncoder)}
 
 
 def restore(model: _Holder) -> _Holder:
@@ -188,13 +136,13 @@ def restore(model: _Holder) -> _Holder:
     Raises:
         TypeError: `model` can hold no modules.
     """
-    for module in _modules_of(model).values():
-        if isinstance(module, _Fast) and module._w2vbert_own:
+    for module in modules_of(model).values():
+        if isinstance(module, Fast) and module._w2vbert_own:
             module.__class__ = module._w2vbert_reference
     return model
 
 
-def _modules_of(model: Any) -> dict[str, nn.Module]:
+def modules_of(model: Any) -> dict[str, nn.Module]:
     if not may_hold_modules(model):
         raise TypeError(
             f"model is {type(model).__qualname__}; it must be a torch.nn.Module, or a pipeline, "
@@ -205,12 +153,12 @@ def _modules_of(model: Any) -> dict[str, nn.Module]:
 
 def _subclasses(modules: dict[str, nn.Module]) -> Iterator[str]:
     """What to say of modules that derive from transformers' classes and were left as they are."""
-    references = tuple(kind._w2vbert_reference for kind in _fast_classes().values())
+    references = tuple(kind._w2vbert_reference for kind in fast_classes().values())
     left = {
         f"model{path}": type(module).__qualname__
         for path, module in modules.items()
         if isinstance(module, references)
-        and not isinstance(module, _Fast)
+        and not isinstance(module, Fast)
         and type(module) not in references
     }
     if left:
@@ -252,463 +200,24 @@ def _nothing_found(model: Any, modules: dict[str, nn.Module], slow: list[str]) -
 
 def _check_families(modules: Iterable[nn.Module]) -> None:
     """That the models of transformers in a model are those that our classes stand in for."""
-    _versions.installed()
+    versions.installed()
     origins = {kind.__module__ for module in modules for kind in type(module).__mro__}
-    for family in _FAMILIES:
+    for family in FAMILIES:
         if f"transformers.models.{family.module}" in origins:
-            _check_family(family)
-
-
-def _check_family(family: _Family) -> None:
-    def check() -> None:
-        from w2vbert_fast.integrations.transformers.probe import check_models
-
-        check_models(family)
-
-    _versions.require(f"{family.prefix} code", check)
-
-
-def _replacements(modules: dict[str, nn.Module]) -> dict[str, Any]:
-    """The fast classes of the modules that get one."""
-    known = {kind._w2vbert_reference: kind for kind in _fast_classes().values()}
-    found = {
-        path: known.get(type(module)) or _fast_ctc_subclass(type(module))
-        for path, module in modules.items()
-    }
-    return {path: kind for path, kind in found.items() if kind is not None}
-
-
-class _Fast:
-    """Base of the subclasses that `accelerate` gives to modules.
-
-    Attributes:
-        _w2vbert_reference: transformers' class.
-        _w2vbert_parts: transformers' classes of the parts, by the names of `layer_obstacle`.
-        _w2vbert_family: where the classes come from.
-        _w2vbert_legacy: whether encoder and layers take and return what transformers 4 does:
-            tuples, with hidden states and attention maps by arguments.
-        _w2vbert_output: transformers' `BaseModelOutput`.
-        _w2vbert_uncompiled: what `forward` runs, for a compiler to leave as it is.
-    """
-
-    _w2vbert_reference: type[Any]
-    _w2vbert_parts: dict[str, type[nn.Module]]
-    _w2vbert_family: _Family
-    _w2vbert_legacy: bool
-    _w2vbert_output: type[Any]
-    _w2vbert_uncompiled: Any
-
-    @property
-    def _w2vbert_own(self) -> bool:
-        """Whether the class is ours, and not made of it by somebody (FSDP)."""
-        return "_w2vbert_reference" in type(self).__dict__
-
-
-class _FastEncoder(_Fast):
-    training: bool
-    config: Any
-    layers: Any
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As transformers' encoder: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T, C]`."""
-        if recorder() is not None:
-            return self._w2vbert_reference.forward(
-                self, hidden_states, attention_mask, *args, **kwargs
-            )
-        if attention_mask is not None and torch.compiler.is_compiling():
-            # The lengths decide how much is computed: this is no part of a compiled graph.
-            return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
-        return _encode(self, hidden_states, attention_mask, args, kwargs)
-
-
-def _encode(
-    encoder: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    options = dict(
-        zip(("output_attentions", "output_hidden_states", "return_dict"), args, strict=False)
-    )
-    options.update(kwargs)
-    layout, reason = _encoder_layout(encoder, hidden_states, attention_mask, options)
-    if layout is None:
-        _say_once(encoder, reason)
-        forward = partial(encoder._w2vbert_reference.forward, encoder)
-        if torch.compiler.is_compiling():
-            return forward(hidden_states, attention_mask, *args, **kwargs)
-        _hand_on_features(hidden_states, attention_mask)
-        token = _in_original_encoder.set(True)
-        try:
-            return forward(hidden_states, attention_mask, *args, **kwargs)
-        finally:
-            _in_original_encoder.reset(token)
-    keep = bool(encoder._w2vbert_legacy and options.get("output_hidden_states"))
-    output, kept = _run_layers(encoder, hidden_states, layout, keep)
-    if "layer_norm" in encoder._modules:  # SeamlessM4T v2
-        output = encoder.layer_norm(output)
-        if not encoder._w2vbert_legacy:
-            return output
-    hidden = (*kept, output) if keep else None
-    if encoder._w2vbert_legacy and not options.get("return_dict", True):
-        return (output,) if hidden is None else (output, hidden)
-    return encoder._w2vbert_output(last_hidden_state=output, hidden_states=hidden)
-
-
-def _encoder_layout(
-    encoder: Any, x: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
-) -> tuple[PackedBatch | None, str]:
-    """The utterances, or `None` and why transformers' own code has to run."""
-    config = encoder.config
-    if options.get("output_attentions"):
-        return None, "attention maps are asked for"
-    if has_global_hooks():
-        return None, "there are hooks for all modules"
-    chunk = getattr(config, "speech_encoder_chunk_size", None)
-    if chunk is not None and x.shape[1] > chunk:
-        return None, f"the input is longer than speech_encoder_chunk_size={chunk}"
-    layer: Any
-    for index, layer in enumerate(encoder.layers):
-        if (
-            not isinstance(layer, _FastLayer)
-            or "forward" in layer.__dict__
-            or getattr(layer, "_compiled_call_impl", None) is not None
-        ):
-            return None, f"layers.{index} was replaced"
-        if (obstacle := layer_obstacle(layer, encoder._w2vbert_parts)) is not None:
-            if "attentions" in capturing():
-                return None, "attention maps are asked for"
-            return None, f"layers.{index}.{obstacle} was replaced or is hooked"
-    return _layout(x, attention_mask)
-
-
-def _hand_on_features(x: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """The features that `x` or the mask belong to, if they are known, also for the next module that
-    gets the mask."""
-    if attention_mask is None:
-        return None
-    features = features_of(x, attention_mask)
-    if features is None or features.shape[:2] != x.shape[:2]:
-        return None
-    remember_features(attention_mask, features)
-    return features
-
-
-def _layout(
-    x: Tensor, attention_mask: Tensor | None, features: Tensor | None = None
-) -> tuple[PackedBatch | None, str]:
-    if x.dim() != 3 or (attention_mask is not None and attention_mask.dim() != 2):
-        return None, "the shapes of the input or of the mask are not the usual ones"
-    batch, frames, _ = x.shape
-    if features is None:
-        features = _hand_on_features(x, attention_mask)
-    try:
-        layout = PackedBatch.from_attention_mask(attention_mask, batch, frames, x.device, features)
-    except ValueError as error:
-        return None, str(error)
-    return layout, ""
-
-
-def _run_layers(
-    encoder: Any, hidden_states: Tensor, layout: PackedBatch, keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The last layer's output `[batch, T, C]`, and with `keep` what enters each layer.
-
-    Padded frames are as `accelerate` says.
-    """
-    layerdrop = getattr(encoder.config, encoder._w2vbert_family.layerdrop)
-    drops = encoder.training and layerdrop > 0.0
-    x = encoder.dropout(layout.zero_half_frames(layout.pack(hidden_states)))
-    run = Run(encoder, x, layout)
-    layers: list[Any] = list(run.layers)
-    checkpointed = [encoder.training and _checkpoints(encoder, layer) for layer in layers]
-    watched = [is_watched(layer) for layer in layers]
-    alone = [
-        drops or is_checkpointed or is_seen
-        for is_checkpointed, is_seen in zip(checkpointed, watched, strict=True)
-    ]
-    kept: list[Tensor] = []
-    normed: Tensor | None = None  # the next layer's normalised input, if the last one made it
-    for index, layer in enumerate(layers):
-        if keep:
-            kept.append(layout.unpack(x))
-        if drops and torch.rand(()).item() < layerdrop:
-            continue
-        if watched[index]:
-            # Hooks see padded tensors, as they do in transformers.
-            call: Any = partial(layer, w2vbert_run=(run, index))
-            if checkpointed[index] and not hasattr(layer, "gradient_checkpointing"):
-                call = partial(encoder._gradient_checkpointing_func, call)
-            output = call(layout.unpack(x))
-            x = layout.pack(output[0] if isinstance(output, tuple) else output)
-        elif checkpointed[index]:
-            owner = layer if hasattr(layer, "_gradient_checkpointing_func") else encoder
-            x = owner._gradient_checkpointing_func(partial(_layer_output, run, index), x)
-        else:
-            last = index + 1 == len(layers)
-            fuse = not (last or alone[index] or alone[index + 1])
-            x, normed = run.layer(index, x, normed, fuse=fuse)
-    return unpack_held(x, layout), kept
-
-
-def _checkpoints(encoder: Any, layer: Any) -> bool:
-    own: bool = getattr(layer, "gradient_checkpointing", encoder.gradient_checkpointing)
-    return own
-
-
-def _layer_output(run: Run, index: int, x: Tensor) -> Tensor:
-    return run.layer(index, x)[0]
-
-
-_in_original_encoder: ContextVar[bool] = ContextVar("_in_original_encoder", default=False)
-
-
-class _FastFeatureProjection(_Fast):
-    def forward(self, hidden_states: Tensor) -> Any:
-        """As transformers' projection; the encoder behind it can look at the features."""
-        output = self._w2vbert_reference.forward(self, hidden_states)
-        if not torch.compiler.is_compiling() and recorder() is None:
-            projected = output[0] if isinstance(output, tuple) else output
-            remember_features(projected, hidden_states)
-        return output
-
-
-class _FastLayer(_Fast):
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        w2vbert_run: tuple[Run, int] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As transformers' layer, or `[batch, T, C]` -> `[batch, T, C]` of an encoder's run."""
-        if w2vbert_run is None:
-            if not (
-                torch.compiler.is_compiling()
-                or _in_original_encoder.get()
-                or recorder() is not None
-                or torch._C._current_graph_task_id() != -1  # a checkpoint of that encoder
-            ):
-                _say_once(self, _LAYER_BY_ITSELF)  # type: ignore[arg-type]
-            return self._w2vbert_reference.forward(self, hidden_states, *args, **kwargs)
-        run, index = w2vbert_run
-        output = run.layout.unpack(_layer_output(run, index, run.layout.pack(hidden_states)))
-        return (output, None) if self._w2vbert_legacy else output
-
-
-class _FastAdapter(_Fast):
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As transformers' adapter: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T', C']`.
-
-        The convolutions read zeros behind the end of an utterance, or behind its half frame.
-        """
-        if recorder() is not None:
-            return self._w2vbert_reference.forward(
-                self, hidden_states, attention_mask, *args, **kwargs
-            )
-        if attention_mask is not None and torch.compiler.is_compiling():
-            return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
-        return _adapt(self, hidden_states, attention_mask, args, kwargs)
-
-
-def _adapt(
-    adapter: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    layout, reason = None, "there are hooks for all modules"
-    if not has_global_hooks():
-        obstacle = adapter_obstacle(adapter, adapter._w2vbert_parts)
-        reason = f"{obstacle} was replaced or is hooked"
-        if obstacle is None:
-            layout, reason = _layout(hidden_states, attention_mask)
-    if layout is None:
-        _say_once(adapter, reason)
-        return adapter._w2vbert_reference.forward(
-            adapter, hidden_states, attention_mask, *args, **kwargs
-        )
-    x, shortened = run_adapter(adapter, layout.pack(hidden_states), layout)
-    return unpack_held(x, shortened)
-
-
-class _FastCTC(_Fast):
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        if not self._w2vbert_own or type(self) in _fast_classes().values():
-            return reduced
-        return (_new_ctc, (self._w2vbert_reference,), *reduced[2:])
-
-
-def _new_ctc(reference: Any) -> Any:
-    """What a pickle of a user's CTC model begins with: its class has no name to be found by."""
-    _check_family(_FAMILIES[0])
-    kind = _fast_ctc(reference)
-    return kind.__new__(kind)
-
-
-def _fast_ctc_subclass(kind: Any) -> Any | None:
-    """The fast class for a class that derives from transformers' CTC model; `None`: it does not,
-    or its `forward` takes something else."""
-    ctc = _fast_classes().get(f"{_FAMILIES[0].prefix}ForCTC")
-    if ctc is None or issubclass(kind, _Fast) or not issubclass(kind, ctc._w2vbert_reference):
-        return None
-    arguments = list(inspect.signature(kind.forward).parameters)[1:3]
-    return _fast_ctc(kind) if arguments == ["input_features", "attention_mask"] else None
-
-
-@functools.cache
-def _fast_ctc(reference: Any) -> Any:
-    """The class for transformers' CTC model, or for one that derives from it."""
-    uncompiled = torch.compiler.disable(_blank_padding)  # type: ignore[no-untyped-call]
-
-    # What passes arguments on by their names (Trainer, labels among them) reads the signature.
-    @functools.wraps(reference.forward)
-    def forward(
-        self: Any,
-        input_features: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        output = reference.forward(self, input_features, attention_mask, *args, **kwargs)
-        if attention_mask is None or recorder() is not None:
-            return output
-        # By itself the wrapper takes 0.1 ms.
-        blank_padding = uncompiled if torch.compiler.is_compiling() else _blank_padding
-        return blank_padding(self, output, input_features, attention_mask)
-
-    return type(
-        reference.__name__,
-        (_FastCTC, reference),
-        {
-            "__module__": __name__,
-            "__doc__": reference.__doc__,
-            "_w2vbert_reference": reference,
-            "forward": forward,
-        },
-    )
-
-
-def _blank_padding(model: Any, output: Any, features: Tensor, attention_mask: Tensor) -> Any:
-    """A CTC model's output, a mapping or a tuple, with logits of a sure blank in padded frames.
-
-    `BLANK_LOGIT` for the blank and 0 beside it, so that no decoder finds letters there, nor hears
-    the last one for longer than it lasts.
-    """
-    if attention_mask.device.type == "cpu" and bool(attention_mask.all()):
-        return output
-    is_tuple = isinstance(output, tuple)
-    names = range(len(output)) if is_tuple else output.keys()
-    # The one tensor of three dimensions, `[batch, T', vocab]`.
-    name: Any = next(n for n in names if isinstance(output[n], Tensor) and output[n].dim() == 3)
-    logits = output[name]
-    layout, _ = _layout(features, attention_mask, features)
-    adapter = model.wav2vec2_bert.adapter
-    if layout is not None and adapter is not None:
-        layout = adapter_layout(adapter, layout)
-    blank = model.config.pad_token_id
-    if layout is None or blank is None or not 0 <= blank < logits.shape[2]:
-        return output
-    is_frame = layout.unpack(logits.new_ones(layout.num_tokens, 1, dtype=torch.bool))
-    sure = logits.new_zeros(logits.shape[2])
-    sure[blank] = BLANK_LOGIT
-    logits = torch.where(is_frame, logits, sure)
-    if is_tuple:
-        return (*output[:name], logits, *output[name + 1 :])
-    output[name] = logits
-    return output
-
-
-_LAYER_BY_ITSELF = (
-    "it is called by itself (its encoder runs the layers fast, and gives what each of them makes "
-    "with output_hidden_states=True)"
-)
-_said: set[tuple[str, str]] = set()
-
-
-def _say_once(module: nn.Module, reason: str) -> None:
-    if torch.compiler.is_compiling():
-        return
-    name = type(module).__name__
-    if (name, reason) not in _said:
-        _said.add((name, reason))
-        logger.warning("%s runs transformers' own code where %s; this is said once", name, reason)
-
-
-@functools.cache
-def _fast_classes() -> dict[str, Any]:
-    """The subclasses by name, made when transformers is there to derive them from."""
-    made: dict[str, Any] = {}
-    outputs = importlib.import_module("transformers.modeling_outputs")
-    for family in _FAMILIES:
-        try:
-            references: dict[str, Any] = {part: family.reference(part) for part in family.parts}
-        except (ImportError, AttributeError):
-            continue  # no such classes; `_check_family` says so where they are looked for
-        shared = {
-            "_w2vbert_family": family,
-            "_w2vbert_legacy": "output_hidden_states"
-            in inspect.signature(references["Encoder"].forward).parameters,
-            "_w2vbert_parts": {
-                "feed_forward": references["FeedForward"],
-                "attention": references["SelfAttention"],
-                "convolution": references["ConvolutionModule"],
-                "adapter_layer": references["AdapterLayer"],
-            },
-            "_w2vbert_output": outputs.BaseModelOutput,
-            "__module__": __name__,
-        }
-        part: str
-        mixin: type[_Fast]
-        run: Any
-        for part, mixin, run in (
-            ("FeatureProjection", _FastFeatureProjection, None),
-            ("Encoder", _FastEncoder, _encode),
-            ("EncoderLayer", _FastLayer, None),
-            ("Adapter", _FastAdapter, _adapt),
-        ):
-            reference = references[part]
-            # Not at import: it imports the compiler.
-            left = None if run is None else torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-            made[reference.__name__] = type(
-                reference.__name__,
-                (mixin, reference),
-                {
-                    **shared,
-                    "_w2vbert_reference": reference,
-                    "_w2vbert_uncompiled": staticmethod(left) if left else None,
-                    "__doc__": reference.__doc__,
-                },
-            )
-        if "ForCTC" in references:
-            ctc = _fast_ctc(references["ForCTC"])
-            made[ctc.__name__] = ctc
-    return made
-
-
-def _check_feature_extractor() -> None:
-    from w2vbert_fast.integrations.transformers.probe import check_feature_extractor
-
-    check_feature_extractor()
+            check_family(family)
 
 
 def __getattr__(name: str) -> Any:
     """The subclasses, for pickles, and the feature extractor, whose base is transformers'."""
     if name == "FastSeamlessM4TFeatureExtractor":
         from w2vbert_fast.integrations.transformers.feature_extractor import fast_feature_extractor
+        from w2vbert_fast.integrations.transformers.probe import check_feature_extractor
 
-        _versions.require("SeamlessM4TFeatureExtractor", _check_feature_extractor)
+        versions.require("SeamlessM4TFeatureExtractor", check_feature_extractor)
         return fast_feature_extractor()
-    for family in _FAMILIES:
+    for family in FAMILIES:
         if name.startswith(family.prefix):
-            _check_family(family)
-            if name in _fast_classes():
-                return _fast_classes()[name]
+            check_family(family)
+            if name in fast_classes():
+                return fast_classes()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

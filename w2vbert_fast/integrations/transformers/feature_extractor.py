@@ -118,7 +118,7 @@ def fast_feature_extractor() -> Any:
     from transformers import SeamlessM4TFeatureExtractor as Reference
 
     attributes = {
-        "__module__": f"{__package__}.transformers",
+        "__module__": __package__,
         "__qualname__": "FastSeamlessM4TFeatureExtractor",  # where pickles find it
         "__doc__": _Fast.__doc__,
         "_reference": Reference,

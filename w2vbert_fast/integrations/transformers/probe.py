@@ -8,21 +8,15 @@ defaults, as they were.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from w2vbert_fast.integrations.transformers import (
-    _encoder_layout,
-    _Family,
-    _modules_of,
-    _replacements,
-)
 from w2vbert_fast.integrations.transformers.conformer import adapter_obstacle
+from w2vbert_fast.integrations.transformers.families import Family
 from w2vbert_fast.integrations.transformers.feature_extractor import fast_feature_extractor
 from w2vbert_fast.integrations.transformers.versions import Mismatch
 from w2vbert_fast.models import Wav2Vec2BertModel
@@ -66,7 +60,9 @@ _FEATURE_ERROR = 1e-2
 """Absolute, of values with variance 1; float32 makes up to 1e-3 of it in quiet bins."""
 
 
-def check_models(family: _Family) -> None:
+def check_models(
+    family: Family, fast_copy: Callable[[Any], Any], encoder_layout: Callable[..., Any]
+) -> None:
     """Whether the encoders and adapters of one model of transformers are what ours stand in for.
 
     First the structure: the names and shapes of the parameters. Then the answers of a model with
@@ -75,6 +71,9 @@ def check_models(family: _Family) -> None:
 
     Args:
         family: the model.
+        fast_copy: accelerates a copy of a model.
+        encoder_layout: tells, as the last of two values, why an encoder would run transformers'
+            own code.
     """
     for part in family.parts:
         family.reference(part)
@@ -90,10 +89,14 @@ def check_models(family: _Family) -> None:
                 )
         with _own_defaults("cpu"):
             name = f"{family.prefix} model, position embeddings {positions}"
-            _compare_answers(name, _randomised(_reference(family, values)))
+            theirs = _randomised(_reference(family, values))
+            fast = fast_copy(theirs)
+            _compare_answers(name, fast, theirs)
+            _check_coverage(name, fast, encoder_layout)
     if "ForCTC" in family.parts:
         with _own_defaults("cpu"):
-            _compare_logits(f"{family.prefix}ForCTC", _randomised(_reference(family, values, True)))
+            theirs = _randomised(_reference(family, values, True))
+            _compare_logits(f"{family.prefix}ForCTC", fast_copy(theirs), theirs)
 
 
 def check_feature_extractor() -> None:
@@ -121,7 +124,7 @@ def check_feature_extractor() -> None:
             raise Mismatch(f"{name} of noise differ by {error:.2g}")
 
 
-def _reference(family: _Family, values: dict[str, Any], ctc: bool = False) -> Any:
+def _reference(family: Family, values: dict[str, Any], ctc: bool = False) -> Any:
     modeling = importlib.import_module(f"transformers.models.{family.module}")
     if family.prefix.startswith("Seamless"):
         values = {_SEAMLESS_NAMES.get(name, name): value for name, value in values.items()}
@@ -139,14 +142,6 @@ def _randomised(model: Any) -> Any:
         offset = 0.5 if parameter.dim() == 1 else 0.0
         parameter.data.normal_(offset, parameter[0].numel() ** -0.5 * 0.5)
     return model
-
-
-def _accelerated(reference: Any) -> Any:
-    fast = copy.deepcopy(reference)
-    modules = _modules_of(fast)
-    for path, kind in _replacements(modules).items():
-        modules[path].__class__ = kind
-    return fast
 
 
 def _inputs() -> tuple[list[Tensor], Tensor, Tensor]:
@@ -182,8 +177,7 @@ def _compare_structure(name: str, theirs: Any, ours: Any) -> None:
     raise Mismatch(f"{name}.layers {'; '.join(listed)}")
 
 
-def _compare_answers(name: str, reference: Any) -> None:
-    fast = _accelerated(reference)
+def _compare_answers(name: str, fast: Any, reference: Any) -> None:
     alone, batch, mask = _inputs()
     reference.eval()
     fast.eval()
@@ -216,17 +210,20 @@ def _compare_answers(name: str, reference: Any) -> None:
         # Some are zero but for rounding.
         _compare(name, f"the gradient of {key}", found[key], gradient, float(0.01 * whole))
 
-    layout, reason = _encoder_layout(fast.encoder, batch, mask, {})
+
+def _check_coverage(name: str, fast: Any, encoder_layout: Callable[..., Any]) -> None:
+    _, batch, mask = _inputs()
+    layout, reason = encoder_layout(fast.encoder, batch, mask, {})
     if layout is None:
         raise Mismatch(f"{name}: only transformers' own code would run, since {reason}")
     if (obstacle := adapter_obstacle(fast.adapter, fast.adapter._w2vbert_parts)) is not None:
         raise Mismatch(f"{name}: only transformers' own code would run, since {obstacle} is new")
 
 
-def _compare_logits(name: str, reference: Any) -> None:
-    fast = _accelerated(reference).eval()
+def _compare_logits(name: str, fast: Any, reference: Any) -> None:
     alone, batch, mask = _inputs()
     reference.eval()
+    fast.eval()
     with torch.no_grad():
         wanted = [reference(x).logits for x in alone]
         for x, row, theirs in zip(

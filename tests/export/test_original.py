@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.cli.test_cli import run
 from tests.helpers.reference import padded_batch, relative_error
 from w2vbert_fast import SeamlessM4TFeatureExtractor, Wav2Vec2BertModel
-from w2vbert_fast.checkpoints.original import convert_original, convert_to_original
 from w2vbert_fast.checkpoints.weights import CheckpointError
+from w2vbert_fast.export.original import convert_original, convert_to_original
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 
 WIDTH, FFN, LAYERS, HEAD, KERNEL, FEATURES, POSITIONS = 32, 48, 2, 8, 7, 20, 73
