@@ -15,7 +15,7 @@ import w2vbert_fast
 from tests.helpers.reference import TINY, padded_batch, pair, relative_error
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
-from w2vbert_fast.ops import registry
+from w2vbert_fast.ops import operation as declaration
 from w2vbert_fast.ops.dispatch import force_triton
 from w2vbert_fast.ops.linear import FUSED_ACTIVATIONS
 
@@ -231,10 +231,10 @@ def test_plain_path_is_the_default() -> None:
 
 def test_a_call_that_nobody_watches_runs_at_once() -> None:
     x = torch.ones(2, 3)
-    assert not registry._runs_at_once(x)  # autograd may record it
+    assert not declaration._runs_at_once(x)  # autograd may record it
     for quiet in (torch.no_grad(), torch.inference_mode()):
         with quiet:
-            assert registry._runs_at_once(x)
+            assert declaration._runs_at_once(x)
             for watcher in (
                 torch.autocast("cpu", torch.bfloat16),
                 FlopCounterMode(display=False),
@@ -242,10 +242,10 @@ def test_a_call_that_nobody_watches_runs_at_once() -> None:
                 torch.enable_grad(),
             ):
                 with watcher:
-                    assert not registry._runs_at_once(x)
-            assert not registry._runs_at_once(nn.Parameter(x, requires_grad=False))
+                    assert not declaration._runs_at_once(x)
+            assert not declaration._runs_at_once(nn.Parameter(x, requires_grad=False))
             with FakeTensorMode():
-                assert not registry._runs_at_once(torch.empty(2, 3))
-            rows = torch.vmap(lambda row: row + float(registry._runs_at_once(row)))(x)
+                assert not declaration._runs_at_once(torch.empty(2, 3))
+            rows = torch.vmap(lambda row: row + float(declaration._runs_at_once(row)))(x)
             assert torch.equal(rows, x)
-            assert registry._runs_at_once(x)
+            assert declaration._runs_at_once(x)

@@ -84,7 +84,6 @@ from . import (  # noqa: F401
     autograd_conv,
     autograd_feed_forward,
     autograd_linear,
-    autograd_norm,
 )
 from .activations import ACTIVATIONS, get_activation
 from .attention import attention_tile_map, relative_attention, rotate, shaw_attention

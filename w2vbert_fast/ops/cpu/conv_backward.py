@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .conv import convolve, utterances_of
 from .linear_backward import activation_gradient
-from .norm_backward import norm_gradient
+from .norm import norm_gradient
 
 _BLOCK_ELEMENTS = 1 << 17
 """Products of one block, in float32 half a megabyte."""

@@ -1,4 +1,4 @@
-"""LayerNorm and the residual connection before it.
+"""LayerNorm and the residual connection before it, forward and backward.
 
 In bf16 PyTorch's own LayerNorm is as fast as memory allows. In fp32 it is not: its running moments
 take 2 ns an element on one core. There, five vectorised passes over rows that stay in cache take a
@@ -6,6 +6,12 @@ fifth of that, with the variance of the centred values, as a two-pass algorithm 
 rows the five calls themselves are what takes time, and PyTorch's one call is faster.
 
 The sum of a residual connection is normalised as it is stored, as the plain form does.
+
+The gradients are PyTorch's native backward, a block of rows at a time, on any device, in any
+floating dtype. Statistics are computed again from the rows. In dtypes below float32 the block is
+float32, so that only the gradients of the rows are rounded.
+
+The functions take and return what the operations of `ops.norm` do; results are contiguous.
 """
 
 from __future__ import annotations
@@ -18,24 +24,17 @@ _BLOCK_ELEMENTS = 1 << 21
 """Elements normalised at a time: 8 MB, which five passes find in the last-level cache."""
 _FEW_ELEMENTS = 1 << 16
 """So few elements are normalised in one call: the others take 20 microseconds more."""
+_BLOCK_ELEMENTS_BACKWARD = 1 << 18
+"""Elements at a time, in float32 1 MB: of each are several copies, which must not be larger than
+what the allocator keeps."""
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`LN(x)` over the last dimension.
-
-    Args:
-        x: `[num_tokens, hidden]`.
-        weight: `[hidden]`.
-        bias: `[hidden]`.
-        eps: added to the variance.
-
-    Returns:
-        `[num_tokens, hidden]` in the dtype of `x`, contiguous.
-    """
+    """As `ops.layer_norm`."""
     if not takes_passes(x, weight, bias):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for rows in row_blocks(x):
+    for rows in row_blocks(x, _BLOCK_ELEMENTS):
         layer_norm_into(out[rows], x[rows], weight, bias, eps)
     return out
 
@@ -53,7 +52,7 @@ def layer_norm_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: f
     torch.addcmul(bias, out.mul_(scale), weight, out=out)
 
 
-def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
+def row_blocks(x: Tensor, elements: int) -> list[slice]:
     """Slices of rows of `[rows, hidden]`, of so many elements, to stay in cache over passes."""
     step = max(1, elements // max(x.shape[-1], 1))
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
@@ -62,19 +61,7 @@ def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
 def residual_layer_norm(
     residual: Tensor, x: Tensor, scale: float, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`y = residual + scale * x` and `z = LN(y)`.
-
-    Args:
-        residual: `[num_tokens, hidden]`.
-        x: like `residual`.
-        scale: of `x`.
-        weight: `[hidden]`.
-        bias: `[hidden]`.
-        eps: added to the variance.
-
-    Returns:
-        `(y, z)`, both `[num_tokens, hidden]` in the dtype of `x`, contiguous.
-    """
+    """As `ops.residual_layer_norm`."""
     y = _add(residual, x, scale)
     return y, layer_norm(y, weight, bias, eps)
 
@@ -85,35 +72,101 @@ def residual_double_layer_norm(
     scale: float,
     weight1: Tensor,
     bias1: Tensor,
-    eps1: float,
     weight2: Tensor,
     bias2: Tensor,
-    eps2: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`z1 = LN1(residual + scale * x)` and `z2 = LN2(z1)`: a layer's end, the next one's beginning.
-
-    Args:
-        residual: `[num_tokens, hidden]`.
-        x: like `residual`.
-        scale: of `x`.
-        weight1: `[hidden]` of the first norm.
-        bias1: `[hidden]`.
-        eps1: added to the first variance.
-        weight2: `[hidden]` of the second norm.
-        bias2: `[hidden]`.
-        eps2: added to the second variance.
-
-    Returns:
-        `(z1, z2)`, both `[num_tokens, hidden]` in the dtype of `x`, contiguous.
-    """
+    """As `ops.residual_double_layer_norm`."""
     z = _add(residual, x, scale)
     if takes_passes(z, weight1, bias1):
-        for rows in row_blocks(z):
-            layer_norm_into(z[rows], z[rows], weight1, bias1, eps1)
+        for rows in row_blocks(z, _BLOCK_ELEMENTS):
+            layer_norm_into(z[rows], z[rows], weight1, bias1, eps)
     else:
-        z = layer_norm(z, weight1, bias1, eps1)
-    return z, layer_norm(z, weight2, bias2, eps2)
+        z = layer_norm(z, weight1, bias1, eps)
+    return z, layer_norm(z, weight2, bias2, eps)
 
 
 def _add(residual: Tensor, x: Tensor, scale: float) -> Tensor:
     return torch.add(residual, x, alpha=scale).to(x.dtype).contiguous()
+
+
+def norm_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `LN(x)`: of x `[rows, hidden]`, of weight and of bias `[hidden]`; one dtype."""
+    shape, bias, x = [x.shape[-1]], weight, x.contiguous()
+    # The forward pass has the statistics in a tenth of the time of torch.var_mean.
+    _, mean, scale = torch.ops.aten.native_layer_norm(x, shape, None, None, eps)
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
+        grad.contiguous(), x, shape, mean, scale, weight, bias, [True, True, True]
+    )
+    return grads
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x in its dtype, and of weight and bias in float32 at least."""
+    grad_x, _, *of_norm = residual_layer_norm_backward(None, grad, x, 1.0, weight, eps)
+    return grad_x, of_norm[0], of_norm[1]
+
+
+def residual_layer_norm_backward(
+    grad_y: Tensor | None, grad_z: Tensor, y: Tensor, scale: float, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual and x in the dtype of `y`, and of weight and bias in float32 at least;
+    the first two are one tensor where `scale` is 1."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    grad_residual = torch.empty_like(y, memory_format=torch.contiguous_format)
+    sums = _zeros(weight, dtype)
+    wide = weight.to(dtype)
+    for rows in row_blocks(y, _BLOCK_ELEMENTS_BACKWARD):
+        block, *shares = norm_gradient(grad_z[rows].to(dtype), y[rows].to(dtype), wide, eps)
+        _add_shares(sums, shares)
+        grad_residual[rows] = block if grad_y is None else block.add_(grad_y[rows])
+    return grad_residual, _scaled(grad_residual, scale), *sums
+
+
+def residual_double_layer_norm_backward(
+    grad_z1: Tensor | None,
+    grad_z2: Tensor,
+    residual: Tensor,
+    x: Tensor,
+    scale: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """As of `residual_layer_norm_backward`, of weight1, bias1, weight2 and bias2."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad_residual = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first, second = _zeros(weight1, dtype), _zeros(weight2, dtype)
+    wide1, wide2 = weight1.to(dtype), weight2.to(dtype)
+    for rows in row_blocks(x, _BLOCK_ELEMENTS_BACKWARD):
+        # Both rounded as the forward pass stored them.
+        stored = torch.add(residual[rows], x[rows], alpha=scale)
+        z = layer_norm(stored, weight1, bias1, eps).to(dtype)
+        y = stored.to(dtype)
+        grad, *shares = norm_gradient(grad_z2[rows].to(dtype), z, wide2, eps)
+        _add_shares(second, shares)
+        if grad_z1 is not None:
+            grad.add_(grad_z1[rows])
+        grad, *shares = norm_gradient(grad, y, wide1, eps)
+        _add_shares(first, shares)
+        grad_residual[rows] = grad
+    return grad_residual, _scaled(grad_residual, scale), *first, *second
+
+
+def _zeros(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(weight.dtype, dtype)
+    return torch.zeros_like(weight, dtype=dtype), torch.zeros_like(weight, dtype=dtype)
+
+
+def _add_shares(sums: tuple[Tensor, Tensor], shares: list[Tensor]) -> None:
+    for total, share in zip(sums, shares, strict=True):
+        total += share
+
+
+def _scaled(grad: Tensor, scale: float) -> Tensor:
+    return grad if scale == 1.0 else grad * scale
