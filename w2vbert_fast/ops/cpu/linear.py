@@ -35,6 +35,13 @@ _BLOCK_BYTES = 24 << 20
 _FEW_PRODUCTS = 1 << 20
 """Multiplications of an fp32 product that is not worth oneDNN's longer call."""
 
+_SMALL_WEIGHT = 3 << 16
+"""Elements of a weight with which MKL is as fast as oneDNN, for up to `_SMALL_PRODUCTS`."""
+
+_SMALL_PRODUCTS = 1 << 25
+_ONE_THREAD = 1 << 15
+"""Elements up to which PyTorch applies an activation without other threads."""
+
 
 class PackedWeight(NamedTuple):
     """A weight in oneDNN's own layout.
@@ -103,7 +110,7 @@ def linear(
         _check_packed(x, weight)
         if x.shape[0] == 0:
             return x.new_empty(0, weight.shape[0])
-    elif not _takes_onednn(x, weight, bias):
+    elif not _takes_onednn(x, weight, bias, activation):
         plain = F.linear(x, weight, bias)
         return plain if activation is None else get_activation(activation)(plain)
     name, variant = _EPILOGUES.get(activation, ("none", ""))
@@ -195,7 +202,15 @@ def _check_packed(x: Tensor, weight: PackedWeight) -> None:
         )
 
 
-def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    same = weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
-    few = 0 if x.dtype != torch.float32 else _FEW_PRODUCTS
-    return same and x.shape[0] * weight.numel() > few and onednn_linear(x.dtype)
+def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
+    if weight.dtype != x.dtype or not (bias is None or bias.dtype == x.dtype):
+        return False
+    if not onednn_linear(x.dtype):
+        return False
+    rows, size = x.shape[0], weight.numel()
+    if x.dtype != torch.float32:
+        return rows * size > 0
+    # An activation beside MKL's product is a pass of its own.
+    one_pass = activation is None or rows * weight.shape[0] <= _ONE_THREAD
+    is_small = size <= _SMALL_WEIGHT and one_pass
+    return rows * size > (_SMALL_PRODUCTS if is_small else _FEW_PRODUCTS)
