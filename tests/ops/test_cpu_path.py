@@ -24,6 +24,7 @@ FOR_SMALL_INPUTS = (
     (attention, "_FEW_SCORES"),
     (conv, "_FEW_ELEMENTS"),
     (linear, "_FEW_PRODUCTS"),
+    (linear, "_SMALL_PRODUCTS"),
     (norm, "_FEW_ELEMENTS"),
 )
 
@@ -42,7 +43,7 @@ def _no_gradients() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _as_for_large_inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs for large inputs runs for the small ones of these tests."""
-    if "_as_for_small_inputs" not in request.fixturenames:
+    if not {"_as_for_small_inputs", "_as_shipped"} & set(request.fixturenames):
         for module, threshold in FOR_SMALL_INPUTS:
             monkeypatch.setattr(module, threshold, 0)
 
@@ -52,6 +53,39 @@ def _as_for_small_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs for small inputs runs for all."""
     for module, threshold in FOR_SMALL_INPUTS:
         monkeypatch.setattr(module, threshold, 1 << 40)
+
+
+@pytest.fixture
+def _as_shipped() -> None:
+    """The limits as they are."""
+
+
+@pytest.mark.usefixtures("_as_shipped")
+@pytest.mark.parametrize(
+    ("rows", "weight", "activation", "dtype", "taken"),
+    [
+        (15, (1024, 1024), None, torch.float32, True),
+        (1, (1024, 1024), None, torch.float32, False),
+        (15, (512, 512), "silu", torch.float32, True),
+        (50, (192, 768), None, torch.float32, False),
+        (42, (768, 192), "silu", torch.float32, False),
+        (50, (768, 192), "silu", torch.float32, True),
+        (250, (192, 768), None, torch.float32, True),
+        (1, (192, 192), None, torch.bfloat16, True),
+        (0, (192, 192), None, torch.bfloat16, False),
+    ],
+)
+def test_which_library_multiplies(
+    rows: int,
+    weight: tuple[int, int],
+    activation: str | None,
+    dtype: torch.dtype,
+    taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "onednn_linear", lambda dtype: True)
+    x, matrix = torch.empty(rows, weight[1], dtype=dtype), torch.empty(weight, dtype=dtype)
+    assert linear._takes_onednn(x, matrix, None, activation) == taken
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "without"])

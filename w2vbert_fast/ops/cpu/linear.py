@@ -36,9 +36,11 @@ _FEW_PRODUCTS = 1 << 20
 """Multiplications of an fp32 product that is not worth oneDNN's longer call."""
 
 _SMALL_WEIGHT = 3 << 16
-"""Elements of a weight with which MKL is as fast as oneDNN, for up to `_SMALL_PRODUCTS`."""
+"""Elements of a weight that MKL multiplies as fast as oneDNN."""
 
 _SMALL_PRODUCTS = 1 << 25
+"""`_FEW_PRODUCTS` for such weights."""
+
 _ONE_THREAD = 1 << 15
 """Elements up to which PyTorch applies an activation without other threads."""
 
