@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .costs import Cost
-from .hardware import GPUS, Gpu
-from .trace import Operation, Trace, place, trace, without_data
-from .workload import Workload, described
+from bench.table import Table
+
+from .counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
+from .trace import Trace, place, trace, without_data
+from .workload import Workload
 
 SCHEMA = "w2vbert-ledger/v1"
 
@@ -106,85 +106,6 @@ def trace_encoder(path: str, workload: Workload) -> Trace:
         return trace(lambda: model(**inputs), workload.arch)
 
 
-def _difference(longer: Trace, shorter: Trace) -> list[Operation]:
-    """The operations of one layer: those that a model has more than one with a layer less.
-
-    An operation that all layers share (a table made for each of them) has another shape in the
-    longer model: what it costs more belongs to the layer, its launch does not.
-    """
-    extra = Counter(longer.operations) - Counter(shorter.operations)
-    shared = Counter(shorter.operations) - Counter(longer.operations)
-    layer: list[Operation] = []
-    for operation in extra.elements():
-        twin = next((other for other in shared if other.name == operation.name), None)
-        if twin is None:
-            layer.append(operation)
-        else:
-            shared -= Counter([twin])
-            layer.append(replace(operation, cost=operation.cost - twin.cost))
-    if shared:
-        raise RuntimeError(f"a model of fewer layers has operations of its own: {list(shared)}")
-    return layer
-
-
-def seconds_on(gpu: Gpu, cost: Cost, dtype: str) -> float:
-    """Roofline time of one operation: that of its bytes or of its FLOPs, whichever is longer."""
-    return max(
-        cost.moved / gpu.bandwidth,
-        cost.matrix_flops / gpu.matrix[dtype],
-        cost.vector_flops / gpu.vector,
-        cost.double_flops / gpu.double,
-    )
-
-
-def roofline(gpu: Gpu, operations: Sequence[Operation], dtype: str) -> dict[str, Any]:
-    """Sum of the operations' roofline times, and the kind of operation that takes most of it."""
-    by_kind: dict[str, float] = {}
-    bound: dict[str, str] = {}
-    memory = 0.0
-    for operation in operations:
-        seconds = seconds_on(gpu, operation.cost, dtype)
-        kind = f"{operation.name} {operation.shape}".strip()
-        by_kind[kind] = by_kind.get(kind, 0.0) + seconds
-        moved = operation.cost.moved / gpu.bandwidth
-        bound[kind] = "bandwidth" if moved >= seconds else "arithmetic"
-        memory += seconds if moved >= seconds else 0.0
-    total = sum(by_kind.values())
-    largest = max(by_kind, key=lambda kind: by_kind[kind])
-    return {
-        "seconds": total,
-        "share_bandwidth_bound": memory / total,
-        "largest_term": largest,
-        "largest_share": by_kind[largest] / total,
-        "largest_bound": bound[largest],
-    }
-
-
-def _counts(operations: Sequence[Operation]) -> dict[str, Any]:
-    cost = sum((operation.cost for operation in operations), Cost())
-    counts = asdict(cost)
-    del counts["temporary"]
-    return counts | {"bytes": cost.moved, "flops": cost.flops}
-
-
-def _by_kind(operations: Sequence[Operation]) -> list[dict[str, Any]]:
-    kinds: dict[tuple[str, str], Cost] = {}
-    for operation in operations:
-        key = (operation.name, operation.shape)
-        kinds[key] = kinds.get(key, Cost()) + operation.cost
-    rows = [
-        {
-            "operation": name,
-            "shape": shape,
-            "launches": cost.launches,
-            "bytes": cost.moved,
-            "flops": cost.flops,
-        }
-        for (name, shape), cost in kinds.items()
-    ]
-    return sorted(rows, key=lambda row: -int(row["bytes"]))
-
-
 def ledger(workload: Workload | None = None, paths: Sequence[str] = PATHS) -> dict[str, Any]:
     """Counts of every path, as the JSON file has them.
 
@@ -203,31 +124,16 @@ def ledger(workload: Workload | None = None, paths: Sequence[str] = PATHS) -> di
             trace_encoder(path, replace(workload, layers=layers))
             for layers in (workload.layers, 3, 2)
         )
-        layer = _difference(longer, shorter)
+        layer = layer_of(longer.operations, shorter.operations)
         counted[path] = {
-            "layer": _counts(layer),
-            "layer_operations": _by_kind(layer),
-            "encoder": _counts(whole.operations),
+            "layer": counts(layer),
+            "layer_operations": by_kind(layer),
+            "encoder": counts(whole.operations),
             "peak_activation_bytes": whole.peak_bytes,
-            "roofline": {gpu.name: roofline(gpu, whole.operations, workload.dtype) for gpu in GPUS},
+            "roofline": rooflines(whole.operations, workload.dtype),
         }
-    return {
-        "schema": SCHEMA,
-        "kind": "a model, not a measurement",
-        **workload.facts(),
-        "versions": _versions(paths),
-        "gpus": [asdict(gpu) for gpu in GPUS],
-        "paths": counted,
-    }
-
-
-def _versions(paths: Sequence[str]) -> dict[str, str]:
-    versions: dict[str, str] = {"torch": str(torch.__version__)}
-    if any(path != OURS for path in paths):
-        import transformers
-
-        versions["transformers"] = transformers.__version__
-    return versions
+    reference = any(path != OURS for path in paths)
+    return {**facts(SCHEMA, workload, reference=reference), "paths": counted}
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float]:
@@ -236,29 +142,11 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     return {name: reference[name] / ours[name] for name in ("launches", "bytes", "flops")}
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def text(line: Sequence[str]) -> str:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in
-                 enumerate(zip(line, widths, strict=True))]  # fmt: skip
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([text(lines[0]), "  ".join("-" * w for w in widths), *map(text, lines[1:])])
-
-
-def render(result: dict[str, Any], operations: bool = False) -> str:
-    """The tables that the command prints."""
-    paths = result["paths"]
-    parts = [
-        "COST LEDGER: a model, not a measurement. Counted on tensors without data; nothing ran on "
-        "a GPU.",
-        described(result),
-    ]
+def counts_table(result: dict[str, Any]) -> Table:
+    """A layer, the encoder and its activations, of each path."""
     rows = []
-    for path, counts in paths.items():
-        layer, whole = counts["layer"], counts["encoder"]
+    for path, found in result["paths"].items():
+        layer, whole = found["layer"], found["encoder"]
         rows.append(
             [
                 path,
@@ -268,11 +156,15 @@ def render(result: dict[str, Any], operations: bool = False) -> str:
                 str(whole["launches"]),
                 f"{whole['bytes'] / 1e9:.1f}",
                 f"{whole['flops'] / 1e12:.2f}",
-                f"{counts['peak_activation_bytes'] / 1e9:.2f}",
+                f"{found['peak_activation_bytes'] / 1e9:.2f}",
             ]
         )
-    header = ["", "launches/layer", "GB/layer", "TFLOP/layer"]
-    parts.append(_table([*header, "launches", "GB", "TFLOP", "peak activations GB"], rows))
+    header = ["", "launches/layer", "GB/layer", "TFLOP/layer", "launches", "GB", "TFLOP"]
+    return Table([*header, "peak activations GB"], rows)
+
+
+def roofline_table(result: dict[str, Any], gpus: Sequence[str]) -> Table:
+    """Roofline times of the encoder of each path on some of the GPUs."""
     rows = [
         [
             f"{path}, {gpu}",
@@ -280,15 +172,24 @@ def render(result: dict[str, Any], operations: bool = False) -> str:
             f"{term['share_bandwidth_bound']:.0%}",
             f"{term['largest_share']:.0%}, {term['largest_bound']}: {term['largest_term']}",
         ]
-        for gpu in (gpu["name"] for gpu in result["gpus"])
-        for path, counts in paths.items()
-        for term in [counts["roofline"][gpu]]
+        for gpu in gpus
+        for path, found in result["paths"].items()
+        for term in [found["roofline"][gpu]]
     ]
-    parts.append(
+    return Table(["", "ms", "bandwidth-bound", "largest term"], rows, text=(3,))
+
+
+def render(result: dict[str, Any], operations: bool = False) -> str:
+    """What the command prints."""
+    parts = [
+        "COST LEDGER: a model, not a measurement. Counted on tensors without data; nothing ran on "
+        "a GPU.",
+        described(result),
+        counts_table(result),
         "Roofline time of the encoder: every operation at the peak rate of what bounds it, no time "
-        "between launches.\n" + _table(["", "ms", "bandwidth-bound", "largest term"], rows)
-    )
-    if OURS in paths and SDPA in paths:
+        f"between launches.\n{roofline_table(result, [gpu['name'] for gpu in result['gpus']])}",
+    ]
+    if OURS in result["paths"] and SDPA in result["paths"]:
         ratio = ratios(result)
         parts.append(
             f"A layer of {SDPA} against ours: {ratio['launches']:.2f}x the launches (target "
@@ -296,15 +197,6 @@ def render(result: dict[str, Any], operations: bool = False) -> str:
             f"{ratio['flops']:.2f}x the FLOPs."
         )
     if operations:
-        for path, counts in paths.items():
-            rows = [
-                [
-                    f"{row['operation']} {row['shape']}",
-                    str(row["launches"]),
-                    f"{row['bytes'] / 1e6:.1f}",
-                    f"{row['flops'] / 1e9:.1f}",
-                ]
-                for row in counts["layer_operations"]
-            ]
-            parts.append(_table([f"one layer, {path}", "launches", "MB", "GFLOP"], rows))
-    return "\n\n".join(parts)
+        for path, found in result["paths"].items():
+            parts.append(kinds_table(f"one layer, {path}", found["layer_operations"]))
+    return "\n\n".join(map(str, parts))

@@ -25,14 +25,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .backward import BACKWARD_COSTS
-from .costs import COSTS, Context, Cost, aten_cost, launches
+from .aten import aten_cost, launches
+from .cost import Call, Cost
+from .ours import COSTS
 
 DEVICES = ("cuda", "meta")
 """Tensors on them count; those on the CPU are the host's bookkeeping."""
-
-ALL_COSTS = {**COSTS, **BACKWARD_COSTS}
-"""Of every operation of `w2vbert_fast.ops`, by name."""
 
 aten = torch.ops.aten
 
@@ -124,12 +122,12 @@ class Counter(TorchDispatchMode):
         arguments |= kwargs
         if func.namespace == "w2vbert":
             name = func.overloadpacket.__name__
-            if name not in ALL_COSTS:
+            if name not in COSTS:
                 raise NotImplementedError(
                     f"the ledger has no cost for torch.ops.w2vbert.{name}; add it to "
-                    "bench/ledger/costs.py"
+                    "bench/ledger/ours.py"
                 )
-            return ALL_COSTS[name](arguments, results, Context(self.arch, self._count))
+            return COSTS[name](Call(arguments, results, self.arch, self._count))
         if not launches(func):
             return None
         return aten_cost(

@@ -1,15 +1,10 @@
-"""The cost ledger of one training step: forward pass, loss and backward pass, and AdamW by itself.
-
-    python -m bench.ledger --training
-
-As `ledger`, on tensors without data; what is counted, and how: docs/inside/ledger.md.
-"""
+"""The cost ledger of one training step: forward pass, loss and backward pass; and AdamW."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
@@ -17,34 +12,16 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench.table import Table
 from csrc_triton import architectures
 from w2vbert_fast.models.recompute import Checkpointing
 from w2vbert_fast.ops import dispatch
 
-from .costs import Cost
-from .forward import (
-    EAGER,
-    OURS,
-    SDPA,
-    _by_kind,
-    _counts,
-    _difference,
-    _table,
-    _versions,
-    build,
-    roofline,
-)
-from .hardware import GPUS
-from .trace import (
-    Operation,
-    StepTrace,
-    Trace,
-    WithoutDevice,
-    place,
-    trace_step,
-    without_data,
-)
-from .workload import DTYPES, Workload, described
+from .cost import Cost
+from .counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
+from .forward import EAGER, OURS, SDPA, build
+from .trace import Operation, StepTrace, WithoutDevice, place, trace_step, without_data
+from .workload import Workload
 
 SCHEMA = "w2vbert-ledger-training/v1"
 RUNS: tuple[tuple[str, str], ...] = (
@@ -139,47 +116,34 @@ def training_ledger(
     counted = []
     for path, policy in runs:
         whole, longer, shorter = (run(path, policy, count) for count in (workload.layers, 3, 2))
-        forward = _difference(longer.forward, shorter.forward)
-        backward = _difference(longer.backward, shorter.backward)
+        layer = {
+            "forward": layer_of(longer.forward.operations, shorter.forward.operations),
+            "backward": layer_of(longer.backward.operations, shorter.backward.operations),
+        }
         operations = [*whole.forward.operations, *whole.backward.operations]
+        kept = longer.kept_bytes - shorter.kept_bytes
         counted.append(
             {
                 "path": path,
                 "policy": policy,
-                "layer": {
-                    "forward": _counts(forward),
-                    "backward": _counts(backward),
-                    "kept_bytes": longer.kept_bytes - shorter.kept_bytes,
-                },
-                "layer_operations": {
-                    "forward": _by_kind(forward),
-                    "backward": _by_kind(backward),
-                },
-                "step": _counts(operations),
+                "layer": {way: counts(found) for way, found in layer.items()}
+                | {"kept_bytes": kept},
+                "layer_operations": {way: by_kind(found) for way, found in layer.items()},
+                "step": counts(operations),
                 "kept_bytes": whole.kept_bytes,
                 "peak_bytes": whole.peak_bytes,
-                "roofline": {gpu.name: roofline(gpu, operations, workload.dtype) for gpu in GPUS},
+                "roofline": rooflines(operations, workload.dtype),
             }
         )
     model = build(OURS, {**_STILL, **workload.config})
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = Operation("adamw", "", adamw(parameters, workload.torch_dtype.itemsize))
+    reference = any(path != OURS for path, _ in runs)
     return {
-        "schema": SCHEMA,
-        "kind": "a model, not a measurement",
-        **workload.facts(),
-        "versions": _versions([path for path, _ in runs]),
-        "gpus": [asdict(gpu) for gpu in GPUS],
+        **facts(SCHEMA, workload, reference=reference),
         "runs": counted,
-        "adamw": {
-            "parameters": parameters,
-            **_counts(_adamw_trace(parameters, workload.dtype).operations),
-        },
+        "adamw": {"parameters": parameters, **counts([optimizer])},
     }
-
-
-def _adamw_trace(parameters: int, dtype: str) -> Trace:
-    cost = adamw(parameters, DTYPES[dtype].itemsize)
-    return Trace([Operation("adamw", str(parameters), cost)])
 
 
 def training_ratios(result: dict[str, Any], reference: str = SDPA) -> dict[str, float]:
@@ -194,18 +158,12 @@ def training_ratios(result: dict[str, Any], reference: str = SDPA) -> dict[str, 
 
 
 def render_training(result: dict[str, Any], operations: bool = False) -> str:
-    """The tables that the command prints."""
-    parts = [
-        "COST LEDGER OF A TRAINING STEP: a model, not a measurement. Counted on tensors without "
-        "data; nothing ran on a GPU.",
-        described(result),
-    ]
+    """What the command prints."""
     rows = [
         [
             f"{run['path']}, recomputing {run['policy']}",
-            f"{run['layer']['forward']['launches']} + {run['layer']['backward']['launches']}",
-            f"{run['layer']['forward']['bytes'] / 1e9:.2f} + "
-            f"{run['layer']['backward']['bytes'] / 1e9:.2f}",
+            f"{forward['launches']} + {backward['launches']}",
+            f"{forward['bytes'] / 1e9:.2f} + {backward['bytes'] / 1e9:.2f}",
             f"{run['layer']['kept_bytes'] / 1e9:.3f}",
             f"{run['step']['bytes'] / 1e9:.0f}",
             f"{run['step']['flops'] / 1e12:.1f}",
@@ -213,25 +171,29 @@ def render_training(result: dict[str, Any], operations: bool = False) -> str:
             f"{run['peak_bytes'] / 1e9:.2f}",
         ]
         for run in result["runs"]
+        for forward, backward in [(run["layer"]["forward"], run["layer"]["backward"])]
     ]
     header = ["", "launches/layer", "GB/layer", "kept GB/layer", "GB", "TFLOP", "kept GB"]
-    parts.append(_table([*header, "peak GB"], rows))
-    optimizer = result["adamw"]
-    parts.append(
-        f"AdamW, fused, moments in {result['dtype']}, the same for all: "
-        f"{optimizer['parameters'] / 1e6:.0f} M parameters, {optimizer['bytes'] / 1e9:.2f} GB a "
-        "step, not in the table. Kept: activations between forward and backward pass. Peak: with "
-        "the parameters' gradients, without parameters and moments."
-    )
-    rows = [
+    gpus = [gpu["name"] for gpu in result["gpus"]]
+    times = [
         [
             f"{run['path']}, recomputing {run['policy']}",
-            *(f"{run['roofline'][gpu['name']]['seconds'] * 1e3:.0f}" for gpu in result["gpus"]),
+            *(f"{run['roofline'][gpu]['seconds'] * 1e3:.0f}" for gpu in gpus),
         ]
         for run in result["runs"]
     ]
-    names = [gpu["name"] for gpu in result["gpus"]]
-    parts.append("Roofline time of a step, ms, without AdamW.\n" + _table(["", *names], rows))
+    optimizer = result["adamw"]
+    parts = [
+        "COST LEDGER OF A TRAINING STEP: a model, not a measurement. Counted on tensors without "
+        "data; nothing ran on a GPU.",
+        described(result),
+        Table([*header, "peak GB"], rows),
+        f"AdamW, fused, moments in {result['dtype']}, the same for all: "
+        f"{optimizer['parameters'] / 1e6:.0f} M parameters, {optimizer['bytes'] / 1e9:.2f} GB a "
+        "step, not in the table. Kept: activations between forward and backward pass. Peak: with "
+        "the parameters' gradients, without parameters and moments.",
+        f"Roofline time of a step, ms, without AdamW.\n{Table(['', *gpus], times)}",
+    ]
     present = {(run["path"], run["policy"]) for run in result["runs"]}
     for reference in (SDPA, EAGER):
         if {(OURS, "none"), (reference, "none")} <= present:
@@ -243,16 +205,7 @@ def render_training(result: dict[str, Any], operations: bool = False) -> str:
             )
     if operations:
         for run in result["runs"]:
-            for direction, found in run["layer_operations"].items():
-                rows = [
-                    [
-                        f"{row['operation']} {row['shape']}",
-                        str(row["launches"]),
-                        f"{row['bytes'] / 1e6:.1f}",
-                        f"{row['flops'] / 1e9:.1f}",
-                    ]
-                    for row in found
-                ]
-                title = f"one layer {direction}, {run['path']}, recomputing {run['policy']}"
-                parts.append(_table([title, "launches", "MB", "GFLOP"], rows))
-    return "\n\n".join(parts)
+            for way, found in run["layer_operations"].items():
+                title = f"one layer {way}, {run['path']}, recomputing {run['policy']}"
+                parts.append(kinds_table(title, found))
+    return "\n\n".join(map(str, parts))

@@ -86,14 +86,3 @@ class Workload:
             "sdpa": self.sdpa,
             "mask": self.mask,
         }
-
-
-def described(result: Mapping[str, Any]) -> str:
-    """The workload of a ledger's result, and the versions, as a sentence."""
-    return (
-        f"{result['batch']} utterances x {result['frames']} frames "
-        f"({result['frames'] * FRAME_SECONDS:g} s each), {result['dtype']}, {result['layers']} "
-        f"layers; our launch configurations for {result['arch']}; sdpa takes the "
-        f"{result['sdpa']} kernel; the reference with{'' if result['mask'] else 'out'} attention "
-        "mask; " + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    )

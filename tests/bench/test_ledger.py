@@ -12,20 +12,12 @@ from torch import Tensor
 
 import w2vbert_fast  # noqa: F401  (registers the operations)
 from bench.ledger import __main__ as command
-from bench.ledger.backward import BACKWARD_COSTS
-from bench.ledger.costs import COSTS, Context, Cost, size_of, total_size
-from bench.ledger.forward import (
-    OURS,
-    PATHS,
-    SDPA,
-    ledger,
-    ratios,
-    roofline,
-    seconds_on,
-    trace_encoder,
-)
+from bench.ledger.cost import Call, Cost, size_of, total_size
+from bench.ledger.counts import roofline, seconds_on
+from bench.ledger.forward import OURS, PATHS, SDPA, ledger, ratios, trace_encoder
 from bench.ledger.hardware import GPUS, H100
-from bench.ledger.trace import ALL_COSTS, Counter, Operation, trace
+from bench.ledger.ours import COSTS
+from bench.ledger.trace import Counter, Operation, trace
 from bench.ledger.workload import Workload
 from csrc_triton import ctc
 from csrc_triton.attention import build_tile_map
@@ -87,7 +79,7 @@ def cost_of(name: str, arguments: dict[str, Any], results: list[Tensor]) -> Cost
             function()
         return counter.trace.cost
 
-    return ALL_COSTS[name](arguments, results, Context("interpreter", count))
+    return COSTS[name](Call(arguments, results, "interpreter", count))
 
 
 ROWS, WIDTH = 65, 32
@@ -195,10 +187,10 @@ LAUNCHER_CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
 def test_every_registered_operation_has_a_cost() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("w2vbert::")}
-    assert set(COSTS) == {name for name in registered if not name.endswith("_backward")}
-    assert set(BACKWARD_COSTS) == registered - set(COSTS)
+    assert set(COSTS) == registered
+    forward = {name for name in registered if not name.endswith("_backward")}
     stacked = {"linear_stacked", "feed_forward"}  # no launchers of their own: see below
-    assert {name for name, _, _ in LAUNCHER_CALLS.values()} == set(COSTS) - stacked
+    assert {name for name, _, _ in LAUNCHER_CALLS.values()} == forward - stacked
 
 
 @pytest.mark.parametrize("case", LAUNCHER_CALLS)
