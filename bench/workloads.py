@@ -31,6 +31,15 @@ TRAINING_SECONDS = MIXED_SECONDS[1::2]
 
 ENCODER_DTYPES = ("fp32", "bf16", "int8")
 
+KINDS = {
+    "encoder": "Encoder",
+    "early_exit": "Early exit",
+    "features": "Features",
+    "end_to_end": "Waveform to text",
+    "training": "Training step",
+}
+"""Kinds of workload, and their titles in the report."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -38,7 +47,7 @@ class Workload:
 
     Attributes:
         name: as on the command line and in the results.
-        kind: "encoder", "early_exit", "features", "end_to_end" or "training".
+        kind: one of `KINDS`.
         seconds: length of every utterance.
         dtypes: what it is measured in, unless told otherwise.
         layers: encoder layers, whatever the command line says.

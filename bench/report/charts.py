@@ -1,71 +1,76 @@
-"""Charts as SVG text: horizontal bars and lines. No library, no external resource.
+"""Charts as SVG text, drawn by matplotlib: horizontal bars from zero, and lines.
 
-Colours are CSS variables, so that one drawing serves a light and a dark page; `standalone` adds
-them for a picture that lies in a file of its own.
+Colours become CSS variables, so that one drawing serves a light and a dark page. A drawing needs
+nothing outside of itself but `STYLE`, which a picture in a file of its own brings along.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 WIDTH = 360
-"""Width of a chart's coordinates: at this size its text is 12 pixels high, as a phone needs."""
+"""Pixels of a chart's width: at this size its text is 12 pixels high, as a phone needs."""
 
-_CHARACTER = 6.4  # average width of a 12-pixel letter
-_ROW = 36
-_COLOURS = 5
+PALETTE = {
+    "page": ("#f5f6f8", "#0f1115"),
+    "surface": ("#fefefe", "#171a1f"),
+    "ink": ("#1b1f24", "#e8eaed"),
+    "muted": ("#5a6470", "#a3acb8"),
+    "grid": ("#dde2e8", "#2d333b"),
+    "ours": ("#2563c9", "#73a9ff"),
+    "peer": ("#a3adb8", "#5f6a76"),
+    "line-1": ("#b9540a", "#f0964a"),
+    "line-2": ("#17795a", "#4fc595"),
+    "line-3": ("#7c4bd0", "#b89af5"),
+    "line-4": ("#75808c", "#98a2ae"),
+    "bad": ("#b3261e", "#ff8a80"),
+}
+"""On a light and on a dark page; no two are equal, since each finds its variable by its value."""
 
-STYLE = """
-:root { --page: #f5f6f8; --surface: #ffffff; --ink: #1b1f24; --muted: #5a6470; --grid: #dde2e8;
-  --series-0: #2563c9; --series-1: #b9540a; --series-2: #17795a; --series-3: #7c4bd0;
-  --series-4: #75808c; --peer: #a3adb8; --good: #17795a; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0f1115; --surface: #171a1f; --ink: #e8eaed; --muted: #a3acb8; --grid: #2d333b;
-    --series-0: #73a9ff; --series-1: #f0964a; --series-2: #4fc595; --series-3: #b89af5;
-    --series-4: #98a2ae; --peer: #5f6a76; --good: #4fc595; --bad: #ff8a80; } }
-"""
-SVG_STYLE = """
-svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-  fill: var(--ink); }
-svg text.title { font-weight: 600; font-size: 13px; }
-svg text.muted { fill: var(--muted); font-size: 11px; }
-svg .grid { stroke: var(--grid); stroke-width: 1; }
-svg .whisker { stroke: var(--ink); stroke-width: 1.5; opacity: .75; }
-svg .ours { fill: var(--series-0); }
-svg .peer { fill: var(--peer); }
-"""
+_LIGHT, _DARK = (
+    " ".join(f"--{name}: {colours[i]};" for name, colours in PALETTE.items()) for i in (0, 1)
+)
+_FONTS = 'system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif'
+STYLE = (
+    f":root {{ {_LIGHT} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}\n"
+    f"svg text {{ font-family: {_FONTS} !important; }}"
+)
 
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar.
-
-    Attributes:
-        label: above the bar.
-        value: its length; 0 or more.
-        low: lower end of the spread, or `None`.
-        high: upper end of the spread, or `None`.
-        ours: whether it is this library's.
-        text: what is written behind it; the value to three digits when `None`.
-    """
-
-    label: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    ours: bool = False
-    text: str | None = None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line: `(x, y, low, high)` of each point, x and y above 0, in the order of x."""
-
-    label: str
-    points: tuple[tuple[float, float, float, float], ...]
+INK, MUTED, GRID, OURS, PEER = (
+    PALETTE[name][0] for name in ("ink", "muted", "grid", "ours", "peer")
+)
+_LINES = [OURS, *(PALETTE[f"line-{i}"][0] for i in range(1, 5))]
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "w2vbert_fast",
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.markersize": 6,
+    "legend.handlelength": 1.5,
+    "axes.edgecolor": GRID,
+    "grid.color": GRID,
+    "legend.frameon": False,
+}
+_DPI = 72  # of an SVG file: a pixel is a point
+_CHARACTER = 7.0  # average width of a 12-pixel letter
+_HEAD, _ROW = 36, 36
 
 
 def digits(value: float) -> str:
@@ -80,163 +85,159 @@ def digits(value: float) -> str:
     return f"{value:,.{places}f}"
 
 
-def _shorten(text: str, width: float) -> str:
+def _shorten(text: str, width: float = WIDTH) -> str:
     fitting = int(width / _CHARACTER)
     return text if len(text) <= fitting else text[: fitting - 1] + "…"
 
 
-def _svg(title: str, description: str, body: list[str], width: int, height: float) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" role="img" '
-        f'aria-label="{escape(title + ". " + description, quote=True)}">'
-        f"<title>{escape(title)}</title>{''.join(body)}</svg>"
-    )
+@dataclass(frozen=True)
+class Bar:
+    """One bar.
+
+    Attributes:
+        label: above the bar.
+        value: its length; 0 or more.
+        spread: its lower and upper end, or `None`.
+        ours: whether it is this library's.
+    """
+
+    label: str
+    value: float
+    spread: tuple[float, float] | None = None
+    ours: bool = False
 
 
-def bar_chart(title: str, unit: str, bars: Sequence[Bar], width: int = WIDTH) -> str:
+@dataclass(frozen=True)
+class BarChart:
     """Horizontal bars from zero, with whiskers where a bar has a spread.
 
-    Args:
+    Attributes:
         title: above the chart.
         unit: of the values, and what is better; below the title.
         bars: from top to bottom.
-        width: of the coordinates.
     """
-    texts = [digits(bar.value) if bar.text is None else bar.text for bar in bars]
-    room = max((len(text) for text in texts), default=0) * _CHARACTER + 12
-    largest = max((max(bar.value, bar.high or 0.0) for bar in bars), default=0.0) or 1.0
-    scale = (width - room) / largest
-    body = [
-        f'<text class="title" x="0" y="13">{escape(_shorten(title, width - 8))}</text>',
-        f'<text class="muted" x="0" y="29">{escape(unit)}</text>',
-    ]
-    y = 40
-    for bar, text in zip(bars, texts, strict=True):
-        length = max(bar.value * scale, 1.0)
-        body.append(f'<text x="0" y="{y + 12}">{escape(_shorten(bar.label, width))}</text>')
-        kind = "ours" if bar.ours else "peer"
-        body.append(
-            f'<rect class="{kind}" x="0" y="{y + 17}" width="{length:.1f}" height="12" rx="2"/>'
-        )
-        end = length
-        if bar.low is not None and bar.high is not None:
-            low, high = bar.low * scale, bar.high * scale
-            end = max(end, high)
-            body.append(
-                f'<path class="whisker" fill="none" d="M{low:.1f} {y + 20}v6M{low:.1f} {y + 23}'
-                f'H{high:.1f}M{high:.1f} {y + 20}v6"/>'
-            )
-        body.append(f'<text x="{end + 6:.1f}" y="{y + 27}">{escape(text)}</text>')
-        y += _ROW
-    described = "; ".join(f"{bar.label}: {text}" for bar, text in zip(bars, texts, strict=True))
-    return _svg(title, f"{unit}: {described}", body, width, y + 2)
+
+    title: str
+    unit: str
+    bars: Sequence[Bar]
+
+    def __str__(self) -> str:
+        values = "; ".join(f"{bar.label}: {digits(bar.value)}" for bar in self.bars)
+        return f"{self.title}. {self.unit}: {values}"
 
 
-def _round(value: float, up: bool) -> float:
-    """The next of 1, 2, 5, 10, 20, ... that is at most `value`, or at least when `up`."""
-    power = 10.0 ** math.floor(math.log10(value))
-    steps = [power * step for step in (1, 2, 5, 10)]
-    return min(s for s in steps if s >= value) if up else max(s for s in steps if s <= value)
+@dataclass(frozen=True)
+class Line:
+    """One line: `(x, y, low, high)` of each point, x and y above 0, in the order of x."""
+
+    label: str
+    points: tuple[tuple[float, float, float, float], ...]
+
+    def __str__(self) -> str:
+        points = (f"{digits(y)} at {digits(x)}" for x, y, _, _ in self.points)
+        return f"{self.label}: {', '.join(points)}"
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within a range; powers of ten where those are many."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    every = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-    tens = [tick for tick in every if math.log10(tick) == round(math.log10(tick))]
-    return every if len(every) <= 6 or len(tens) < 2 else tens
+def _note(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float],
+          where: str = "data", **style: Any) -> None:  # fmt: skip
+    """Text so many pixels right of and above a place."""
+    text = _shorten(text)
+    axes.annotate(text, place, offset, xycoords=where, textcoords="offset pixels", **style)
 
 
-def line_chart(title: str, x_unit: str, y_unit: str, lines: Sequence[Line]) -> str:
-    """Lines over logarithmic axes, with a legend above and a whisker at each point."""
-    points = [point for line in lines for point in line.points]
-    xs = sorted({point[0] for point in points})
-    y_low = _round(min(min(point[1], point[2]) for point in points) / 1.05, up=False)
-    y_high = _round(max(max(point[1], point[3]) for point in points) * 1.05, up=True)
-    top, height, left, right = 52 + 17 * len(lines), 190, 44, WIDTH - 14
-
-    def place_x(x: float) -> float:
-        if xs[0] == xs[-1]:
-            return (left + right) / 2
-        share = math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
-        return left + 12 + share * (right - left - 24)
-
-    def place_y(y: float) -> float:
-        return top + height * (1 - math.log(y / y_low) / math.log(y_high / y_low))
-
-    body = [
-        f'<text class="title" x="0" y="13">{escape(_shorten(title, WIDTH - 8))}</text>',
-        f'<text class="muted" x="0" y="29">{escape(y_unit)}</text>',
-    ]
-    for tick in _ticks(y_low, y_high):
-        y = place_y(tick)
-        body.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        body.append(
-            f'<text class="muted" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{digits(tick)}</text>"
-        )
-    bottom = top + height
-    for x in xs:
-        body.append(f'<path class="grid" d="M{place_x(x):.1f} {top}V{bottom}"/>')
-        body.append(
-            f'<text class="muted" x="{place_x(x):.1f}" y="{bottom + 16}" text-anchor="middle">'
-            f"{digits(x)}</text>"
-        )
-    body.append(
-        f'<text class="muted" x="{right}" y="{bottom + 32}" text-anchor="end">'
-        f"{escape(x_unit)}</text>"
-    )
-    for index, line in enumerate(lines):
-        colour = f"var(--series-{index % _COLOURS})"
-        dash = ' stroke-dasharray="6 4"' if index >= _COLOURS else ""
-        y = 45 + 17 * index
-        body.append(f'<path d="M0 {y}H18" stroke="{colour}" stroke-width="3"{dash}/>')
-        label = escape(_shorten(line.label, WIDTH - 24))
-        body.append(f'<text x="24" y="{y + 4}">{label}</text>')
-        track = "L".join(f"{place_x(x):.1f} {place_y(y):.1f}" for x, y, _, _ in line.points)
-        body.append(f'<path d="M{track}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        for x, y, low, high in line.points:
-            body.append(
-                f'<path d="M{place_x(x):.1f} {place_y(low):.1f}V{place_y(high):.1f}" '
-                f'stroke="{colour}" stroke-width="1.5"/>'
-                f'<circle cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="3.5" fill="{colour}"/>'
-            )
-    described = "; ".join(
-        f"{line.label}: " + ", ".join(f"{digits(y)} at {digits(x)}" for x, y, _, _ in line.points)
-        for line in lines
-    )
-    return _svg(title, f"{y_unit} over {x_unit}: {described}", body, WIDTH, bottom + 38)
+def _draw_bars(axes: Axes, chart: BarChart, rows: int) -> None:
+    """On axes as high as so many rows."""
+    texts = [digits(bar.value) for bar in chart.bars]
+    largest, room = 0.0, max(map(len, texts), default=0) * _CHARACTER + 12
+    for row, (bar, text) in enumerate(zip(chart.bars, texts, strict=True)):
+        axes.barh(row, bar.value, 12 / _ROW, color=OURS if bar.ours else PEER)
+        low, high = bar.spread or (bar.value, bar.value)
+        if bar.spread:
+            spread = [[bar.value - low], [high - bar.value]]
+            axes.errorbar(bar.value, row, xerr=spread, fmt="none", ecolor=INK, capsize=3)
+        _note(axes, bar.label, (0, row), (0, 10))
+        _note(axes, text, (max(bar.value, high), row), (6, -4))
+        largest = max(largest, bar.value, high)
+    axes.set(xlim=(0, (largest or 1.0) * WIDTH / (WIDTH - room)), ylim=(rows - 0.75, -0.75))
+    axes.set_axis_off()
+    _note(axes, chart.title, (0, 1), (0, 19), "axes fraction", weight="bold", size=13)
+    _note(axes, chart.unit, (0, 1), (0, 3), "axes fraction", color=MUTED, size=11)
 
 
-def standalone(charts: Sequence[str], columns: int = 2, footer: str = "") -> str:
-    """Several charts side by side as one SVG file, with its colours and a background.
+def bar_charts(
+    charts: Sequence[BarChart], columns: int = 1, gap: int = 0, footer: str = "", style: str = ""
+) -> str:
+    """Charts side by side as one SVG element, each `WIDTH` pixels wide.
 
     Args:
-        charts: of this module, at its `WIDTH`.
+        charts: from left to right, then downwards.
         columns: charts in a row.
+        gap: pixels between and around them.
         footer: a line below them.
+        style: CSS that the element brings along; with it comes a background.
     """
-    gap, placed, x, y, row_height = 24.0, [], 24.0, 24.0, 0.0
-    for index, chart in enumerate(charts):
-        height = float(chart.split('viewBox="0 0 ')[1].split('"')[0].split()[1])
-        if index and index % columns == 0:
-            x, y, row_height = gap, y + row_height + gap, 0.0
-        placed.append(
-            chart.replace("<svg ", f'<svg x="{x}" y="{y}" width="{WIDTH}" height="{height}" ', 1)
-        )
-        x, row_height = x + WIDTH + gap, max(row_height, height)
+    lines = [charts[i : i + columns] for i in range(0, len(charts), columns)]
     width = gap + min(columns, len(charts)) * (WIDTH + gap)
-    height = y + row_height + gap
-    if footer:
-        placed.append(
-            f'<text class="muted" x="{gap}" y="{height + 2}">'
-            f"{escape(_shorten(footer, width - gap))}</text>"
-        )
-        height += 18
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'width="{width:.0f}" height="{height:.0f}">'
-        f"<style>{STYLE}{SVG_STYLE}</style>"
-        f'<rect width="100%" height="100%" rx="8" style="fill: var(--surface)"/>'
-        f"{''.join(placed)}</svg>\n"
-    )
+    counts = [max(len(chart.bars) for chart in line) for line in lines]
+    height = gap + sum(_HEAD + _ROW * count + gap for count in counts) + (18 if footer else 0)
+    with rc_context(_SETTINGS):
+        figure = Figure((width / _DPI, height / _DPI), dpi=_DPI)
+        y = height - gap
+        for line, count in zip(lines, counts, strict=True):
+            y -= _HEAD + _ROW * count
+            for place, chart in enumerate(line):
+                x, size = gap + place * (WIDTH + gap), (WIDTH / width, _ROW * count / height)
+                _draw_bars(figure.add_axes((x / width, y / height, *size)), chart, count)
+            y -= gap
+        figure.text(gap / width, 18 / height, _shorten(footer, width), color=MUTED, size=11)
+        return _svg(figure, "; ".join(map(str, charts)), style)
+
+
+def picture(charts: Sequence[BarChart], footer: str = "") -> str:
+    """The content of an SVG file: two charts in a row."""
+    return bar_charts(charts, columns=2, gap=24, footer=footer, style=STYLE)
+
+
+def line_chart(title: str, unit: str, x_unit: str, lines: Sequence[Line]) -> str:
+    """Lines over logarithmic axes as an SVG element: a legend above, a whisker at each point."""
+    above, below, left = _HEAD + 8 + 20 * len(lines), 40, 46
+    height = above + 190 + below
+    with rc_context(_SETTINGS):
+        figure = Figure((WIDTH / _DPI, height / _DPI), dpi=_DPI)
+        axes = figure.add_axes((left / WIDTH, below / height, 1 - left / WIDTH, 190 / height))
+        for index, line in enumerate(lines):
+            x, y, low, high = zip(*line.points, strict=True)
+            spread = np.array([np.subtract(y, low), np.subtract(high, y)])
+            colour, dash = _LINES[index % len(_LINES)], "-" if index < len(_LINES) else "--"
+            axes.errorbar(x, y, spread, label=_shorten(line.label, WIDTH - 30), color=colour,
+                          linestyle=dash, marker="o")  # fmt: skip
+        xs = sorted({x for line in lines for x, *_ in line.points})
+        axes.set(xscale="log", yscale="log", axisbelow=True)
+        axes.set_xticks(xs, [digits(x) for x in xs])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: digits(y)))
+        axes.minorticks_off()
+        axes.set_xlabel(x_unit, loc="right", color=MUTED)
+        axes.grid(True)
+        axes.legend(loc="lower left", bbox_to_anchor=(-left / (WIDTH - left), 1), borderpad=0)
+        up = above - _HEAD
+        _note(axes, title, (0, 1), (-left, up + 19), "axes fraction", weight="bold", size=13)
+        _note(axes, unit, (0, 1), (-left, up + 3), "axes fraction", color=MUTED, size=11)
+        return _svg(figure, f"{title}. {unit} over {x_unit}: {'; '.join(map(str, lines))}")
+
+
+def _svg(figure: Figure, label: str, style: str = "") -> str:
+    for artist in figure.findobj():
+        artist.set_clip_on(False)
+    if style:
+        figure.set_facecolor(PALETTE["surface"][0])
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=not style, metadata=nothing)
+    # Neither prologue nor the names of groups, which a page would have once for every chart.
+    text = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue().partition("<svg ")[2])
+    for name, (light, _) in PALETTE.items():
+        text = text.replace(light, f"var(--{name})")
+    head, _, body = text.replace('pt"', '"').partition(">")
+    style = f"<style>{style}</style>" if style else ""
+    return f'<svg role="img" aria-label="{escape(label, quote=True)}" {head}>{style}{body}'.rstrip()

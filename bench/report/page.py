@@ -2,381 +2,240 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from .charts import (
-    STYLE,
-    SVG_STYLE,
-    Bar,
-    Line,
-    bar_chart,
-    digits,
-    line_chart,
-    standalone,
-)
-from .results import KINDS, OURS, Results, Row
+import jinja2
 
-_KIND_TITLES = {
-    "encoder": "Encoder",
-    "early_exit": "Early exit",
-    "features": "Features",
-    "end_to_end": "Waveform to text",
-    "training": "Training step",
-}
+from bench.ledger.counts import described, kinds_table
+from bench.ledger.forward import counts_table, roofline_table
+from bench.table import Table
+from bench.workloads import KINDS
+
+from .charts import STYLE, Bar, BarChart, Line, bar_charts, digits, line_chart, picture
+from .results import OURS, Results, Row
+
 _DTYPES = ("fp32", "bf16", "fp16", "int8")
-
-_PAGE_STYLE = """
-* { box-sizing: border-box; }
-body { margin: 0; padding: 16px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; }
-h1 { font-size: 1.5rem; line-height: 1.2; margin: 8px 0; }
-h2 { font-size: 1.2rem; margin: 36px 0 4px; }
-h3 { font-size: 1rem; margin: 24px 0 4px; }
-p { margin: 4px 0 12px; max-width: 75ch; }
-.muted { color: var(--muted); }
-.charts { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-.card { background: var(--surface); border: 1px solid var(--grid); border-radius: 8px;
-  padding: 12px; min-width: 0; }
-.card svg { display: block; width: 100%; max-width: 440px; height: auto; }
-.card:has(details[open]) { grid-column: 1 / -1; }
-details { margin-top: 8px; }
-summary { cursor: pointer; color: var(--muted); font-size: 13px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums;
-  width: 100%; }
-th, td { padding: 4px 10px 4px 0; text-align: right; vertical-align: top;
-  border-bottom: 1px solid var(--grid); white-space: nowrap; }
-th { color: var(--muted); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; min-width: 11em; white-space: normal; }
-td.text, th.text { text-align: left; min-width: 14em; white-space: normal; }
-.good { color: var(--good); font-weight: 600; }
-.bad { color: var(--bad); font-weight: 600; }
-.note { border-left: 3px solid var(--series-1); padding: 2px 0 2px 12px; }
-"""
+_REACHED = {True: "reached", False: "missed", None: "not measured"}
 
 
-def _cell(value: str, tag: str = "td", kind: str = "") -> str:
-    attribute = f' class="{kind}"' if kind else ""
-    return f"<{tag}{attribute}>{escape(value)}</{tag}>"
+class Card(NamedTuple):
+    """A chart as SVG, if there is one, and its table.
+
+    Attributes:
+        chart: an SVG element, or "".
+        table: folded away below the chart.
+        source: a line below the table.
+    """
+
+    chart: str
+    table: Table | None = None
+    source: str = ""
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = ()) -> str:
-    """An HTML table; the columns `text` are left-aligned, as the first is."""
-    kinds = ["text" if i in text else "" for i in range(len(header))]
-    head = "".join(_cell(h, "th", kind) for h, kind in zip(header, kinds, strict=True))
-    body = "".join(
-        "<tr>" + "".join(_cell(c, "td", kind) for c, kind in zip(row, kinds, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+class Group(NamedTuple):
+    """What one picture shows: the rows of a workload in one dtype."""
 
-
-def _card(chart: str, below: str, summary: str = "Table") -> str:
-    details = f"<details><summary>{escape(summary)}</summary>{below}</details>"
-    return f'<div class="card">{chart}{details}</div>'
-
-
-def _charts(cards: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(cards)}</div>'
-
-
-# --- measurements --------------------------------------------------------------------------------
+    title: str
+    workload: str
+    dtype: str
+    rows: list[Row]
 
 
 def _dtype_order(dtype: str) -> tuple[int, str]:
     return (_DTYPES.index(dtype) if dtype in _DTYPES else len(_DTYPES), dtype)
 
 
-def groups(results: Results) -> list[tuple[str, str, str, list[Row]]]:
-    """Rows by kind, workload and dtype, in the order of the file: what one picture shows."""
+def groups(results: Results) -> list[Group]:
+    """Rows by kind, workload and dtype, in the order of the file."""
     order = {row.workload: i for i, row in reversed(list(enumerate(results.rows)))}
 
     def key(row: Row) -> tuple[Any, ...]:
-        return (KINDS.index(row.kind), order[row.workload], *_dtype_order(row.dtype))
+        return (list(KINDS).index(row.kind), order[row.workload], *_dtype_order(row.dtype))
 
-    rows = sorted(results.rows, key=key)
-    return [
-        (members[0].kind, members[0].workload, members[0].dtype, members)
-        for members in (list(group) for _, group in groupby(rows, key))
-    ]
+    found = []
+    for _, members in groupby(sorted(results.rows, key=key), key):
+        rows = list(members)
+        first = rows[0]
+        title = f"{KINDS[first.kind]}, {first.workload}, {first.dtype}"
+        found.append(Group(title, first.workload, first.dtype, rows))
+    return found
 
 
-def _rows_table(rows: Sequence[Row]) -> str:
-    body = []
-    for row in rows:
+def _rows_table(group: Group) -> Table:
+    cells = []
+    for row in group.rows:
         if row.seconds is None:
-            body.append([row.name, "skipped", "", "", "", "", "", row.skipped or ""])
+            cells.append([row.name, "skipped", "", "", "", "", "", row.skipped or ""])
             continue
-        median, low, high = row.seconds
-        share = "" if row.share_of_gemm is None else f"{row.share_of_gemm:.0%}"
-        error = "" if row.error is None else f"{row.error:.1e}"
-        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
-        times = [f"{median * 1e3:,.1f}", f"{low * 1e3:,.1f} to {high * 1e3:,.1f}"]
-        note = f"error {row.error_kind}" if row.error is not None and row.error_kind else ""
-        body.append([row.name, *times, digits(row.speed[0]), share, peak, error, note])
-    header = [
-        "",
-        "median ms",
-        "p20 to p80 ms",
-        "audio s / s",
-        "of GEMM rate",
-        "peak MiB",
-        "error",
-        "",
-    ]
-    return table(header, body, text=(7,))
+        median, low, high = (seconds * 1e3 for seconds in row.seconds)
+        cells.append(
+            [
+                row.name,
+                f"{median:,.1f}",
+                f"{low:,.1f} to {high:,.1f}",
+                digits(row.speed[0]),
+                "" if row.share_of_gemm is None else f"{row.share_of_gemm:.0%}",
+                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
+                "" if row.error is None else f"{row.error:.1e}",
+                "" if row.error is None or not row.error_kind else f"error {row.error_kind}",
+            ]
+        )
+    header = ["", "median ms", "p20 to p80 ms", "audio s / s", "of GEMM rate", "peak MiB", "error"]
+    return Table([*header, ""], cells, text=(7,), title=group.title)
 
 
-def speed_chart(workload: str, kind: str, dtype: str, rows: Sequence[Row]) -> str | None:
+def speed_chart(title: str, rows: Iterable[Row]) -> BarChart | None:
     """Bars of one group, fastest first; `None` when nothing ran."""
     measured = sorted((row for row in rows if row.seconds), key=lambda row: -row.speed[0])
-    if not measured:
-        return None
-    bars = []
-    for row in measured:
-        speed, low, high = row.speed
-        bars.append(Bar(row.name, speed, low, high, ours=row.implementation == OURS))
-    title = f"{_KIND_TITLES[kind]}, {workload}, {dtype}"
-    return bar_chart(title, "seconds of audio in a second: more is better", bars)
+    bars = [Bar(row.name, row.speed[0], row.speed[1:], row.implementation == OURS)
+            for row in measured]  # fmt: skip
+    return BarChart(title, "seconds of audio in a second: more is better", bars) if bars else None
 
 
-def _speed_cards(results: Results) -> list[str]:
+def _speed_cards(results: Results) -> list[Card]:
     cards = []
-    for kind, workload, dtype, rows in groups(results):
-        chart = speed_chart(workload, kind, dtype, rows)
-        if chart is None:
-            title = f"{_KIND_TITLES[kind]}, {workload}, {dtype}"
-            cards.append(f'<div class="card"><b>{escape(title)}</b>{_rows_table(rows)}</div>')
-        else:
-            cards.append(_card(chart, _rows_table(rows)))
+    for group in groups(results):
+        chart = speed_chart(group.title, group.rows)
+        cards.append(Card(bar_charts([chart]) if chart else "", _rows_table(group)))
     return cards
 
 
 def scaling_lines(results: Results, dtype: str) -> list[Line]:
-    """Each implementation's best configuration at each length of one utterance."""
-    best: dict[str, dict[float, Row]] = {}
+    """Each implementation's best configuration at each length of one utterance.
+
+    In audio seconds a second times layers, by which encoders of other depths can be compared.
+    """
+    best: dict[str, dict[float, tuple[float, ...]]] = {}
     for row in results.rows:
-        if row.kind != "encoder" or row.dtype != dtype or row.length is None or not row.seconds:
-            continue
-        at = best.setdefault(row.implementation, {})
-        if row.length not in at or _layer_speed(row)[0] > _layer_speed(at[row.length])[0]:
-            at[row.length] = row
+        if row.kind == "encoder" and row.dtype == dtype and row.length and row.seconds:
+            at = best.setdefault(row.implementation, {})
+            speed = tuple(value * row.layers for value in row.speed)
+            at[row.length] = max(at.get(row.length, speed), speed)
     names = sorted(best, key=lambda name: (name != OURS, name))
-    return [
-        Line(name, tuple((x, *_layer_speed(row)) for x, row in sorted(best[name].items())))
-        for name in names
-    ]
+    return [Line(name, tuple((x, *best[name][x]) for x in sorted(best[name]))) for name in names]
 
 
-def _layer_speed(row: Row) -> tuple[float, float, float]:
-    """Speed times layers: encoders of other depths can be compared by it."""
-    middle, low, high = (speed * row.layers for speed in row.speed)
-    return middle, low, high
-
-
-def _scaling_cards(results: Results) -> list[str]:
+def _scaling_cards(results: Results) -> list[Card]:
     cards = []
     for dtype in sorted({row.dtype for row in results.rows}, key=_dtype_order):
         lines = scaling_lines(results, dtype)
-        if not lines or all(len(line.points) < 2 for line in lines):
+        if all(len(line.points) < 2 for line in lines):
             continue
         unit = "seconds of audio in a second, times layers"
-        chart = line_chart(f"One utterance, {dtype}", "seconds of the utterance", unit, lines)
-        rows = [
+        chart = line_chart(f"One utterance, {dtype}", unit, "seconds of the utterance", lines)
+        cells = [
             [line.label, digits(x), digits(y), f"{digits(low)} to {digits(high)}"]
             for line in lines
             for x, y, low, high in line.points
         ]
         header = ["best configuration", "length s", "median", "p20 to p80 of time"]
-        cards.append(_card(chart, table(header, rows)))
+        cards.append(Card(chart, Table(header, cells)))
     return cards
 
 
-def _memory_cards(results: Results) -> list[str]:
+def _memory_cards(results: Results) -> list[Card]:
     cards = []
-    for kind, workload, dtype, rows in groups(results):
-        measured = [row for row in rows if row.peak_bytes is not None]
-        if not measured:
-            continue
-        measured.sort(key=lambda row: row.peak_bytes or 0)
-        bars = [
-            Bar(row.name, (row.peak_bytes or 0) / 2**20, ours=row.implementation == OURS)
-            for row in measured
-        ]
-        title = f"{_KIND_TITLES[kind]}, {workload}, {dtype}"
-        chart = bar_chart(title, "peak MiB above the weights: less is better", bars)
-        body = [[bar.label, digits(bar.value)] for bar in bars]
-        body += [
-            [row.name, row.skipped or ""]
-            for row in rows
-            if row.peak_bytes is None and row.skipped is not None
-        ]
-        cards.append(_card(chart, table(["", "MiB"], body)))
+    for group in groups(results):
+        sizes = [(row.peak_bytes / 2**20, row) for row in group.rows if row.peak_bytes is not None]
+        sizes.sort(key=lambda pair: pair[0])
+        bars = [Bar(row.name, size, ours=row.implementation == OURS) for size, row in sizes]
+        cells = [[bar.label, digits(bar.value)] for bar in bars]
+        cells += [[row.name, row.skipped] for row in group.rows
+                  if row.peak_bytes is None and row.skipped]  # fmt: skip
+        if bars:
+            chart = BarChart(group.title, "peak MiB above the weights: less is better", bars)
+            cards.append(Card(bar_charts([chart]), Table(["", "MiB"], cells)))
     return cards
 
 
-def _targets(results: Results) -> str:
-    body = []
+def _targets(results: Results) -> Table:
+    cells = []
     for entry in results.targets:
-        word, kind = "not measured", "muted"
-        if entry.get("reached") is not None:
-            word, kind = ("reached", "good") if entry["reached"] else ("missed", "bad")
         measured = entry.get("measured")
-        shown = (
-            digits(float(measured)) if isinstance(measured, int | float) else str(measured or "")
-        )
-        cells = [str(entry.get("row", "")), str(entry.get("target", "")), shown]
-        body.append(
-            "<tr>" + "".join(_cell(cell) for cell in cells) + _cell(word, "td", kind) + "</tr>"
-        )
-    head = "".join(_cell(h, "th") for h in ("work", "target", "measured", ""))
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+        shown = digits(measured) if isinstance(measured, int | float) else str(measured or "")
+        row = [str(entry.get("row", "")), str(entry.get("target", "")), shown]
+        cells.append([*row, _REACHED[entry.get("reached")]])
+    return Table(["work", "target", "measured", ""], cells)
 
 
-def _machine(results: Results) -> str:
+def _machine(results: Results) -> list[str]:
     machine = results.machine
-    flags = ", ".join(map(str, machine.get("flags") or []))
     parts = [
-        f"{machine.get('gpu') or machine.get('cpu', 'unknown machine')}",
-        f"{machine.get('cpu')}" if machine.get("gpu") else "",
+        results.device,
+        str(machine.get("cpu")) if machine.get("gpu") else "",
         f"{machine.get('cores', '?')} cores, {results.threads} threads",
         f"{results.layers} layers where a row does not say otherwise",
         f"commit {results.commit}",
         results.date,
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    rates = ", ".join(
-        f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in results.gemm_rate.items()
-    )
-    lines = [" · ".join(part for part in parts if part), versions]
-    lines += [f"Flags: {flags}"] if flags else []
-    lines += [f"This machine's own best matrix product: {rates}"] if rates else []
-    return "".join(f'<p class="muted">{escape(line)}</p>' for line in lines)
-
-
-def _measurements(results: Results) -> str:
-    rounds = sorted({row.rounds for row in results.rows if row.seconds})
-    said = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else "".join(map(str, rounds)) or "no"
-    parts = [
-        _machine(results),
-        "<p>Medians of interleaved runs on the same data with the same threads "
-        f"({said} rounds); whiskers and ranges are the 20th and 80th percentile.</p>",
+    flags = ", ".join(map(str, machine.get("flags") or []))
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s"
+                      for name, rate in results.gemm_rate.items())  # fmt: skip
+    lines = [
+        " · ".join(part for part in parts if part),
+        ", ".join(f"{name} {version}" for name, version in results.versions.items()),
+        f"Flags: {flags}" if flags else "",
+        f"This machine's own best matrix product: {rates}" if rates else "",
     ]
-    if results.targets:
-        parts += ["<h3>Targets</h3>", _targets(results)]
-    for title, cards in (
-        ("Speed", _speed_cards(results)),
-        ("Scaling with length", _scaling_cards(results)),
-        ("Memory", _memory_cards(results)),
-    ):
-        if cards:
-            parts += [f"<h3>{title}</h3>", _charts(cards)]
-    return "".join(parts)
+    return [line for line in lines if line]
 
 
-# --- the ledger ----------------------------------------------------------------------------------
+def _measured(results: Results) -> dict[str, Any]:
+    rounds = sorted({row.rounds for row in results.rows if row.seconds}) or [0]
+    return {
+        "results": results,
+        "machine": _machine(results),
+        "rounds": " to ".join(f"{n}" for n in dict.fromkeys((rounds[0], rounds[-1]))) + " rounds",
+        "targets": _targets(results),
+        "cards": {
+            "Speed": _speed_cards(results),
+            "Scaling with length": _scaling_cards(results),
+            "Memory": _memory_cards(results),
+        },
+    }
 
 
-def ledger_charts(ledger: dict[str, Any]) -> list[str]:
+def ledger_charts(ledger: dict[str, Any]) -> list[BarChart]:
     """Launches, bytes and FLOPs of a layer, and the encoder's activations, as bars."""
-    measures = (
-        ("Kernel launches a layer", "counted: fewer is better", "launches", 1.0),
-        ("Memory traffic a layer", "GB through device memory: less is better", "bytes", 1e9),
-        ("Arithmetic a layer", "TFLOP: less is better", "flops", 1e12),
-    )
-    charts = [
-        bar_chart(
-            title,
-            unit,
-            [
-                Bar(path, counts["layer"][name] / scale, ours=path == OURS)
-                for path, counts in ledger["paths"].items()
-            ],
-        )
-        for title, unit, name, scale in measures
-    ]
-    bars = [
-        Bar(path, counts["peak_activation_bytes"] / 1e9, ours=path == OURS)
-        for path, counts in ledger["paths"].items()
-    ]
-    return [*charts, bar_chart("Peak of the activations", "GB: less is better", bars)]
+
+    def chart(title: str, unit: str, value: Callable[[dict[str, Any]], float]) -> BarChart:
+        paths = ledger["paths"].items()
+        return BarChart(title, unit, [Bar(p, value(found), ours=p == OURS) for p, found in paths])
+
+    traffic = "GB through device memory: less is better"
+    return [
+        chart("Kernel launches a layer", "counted: fewer is better",
+              lambda found: found["layer"]["launches"]),
+        chart("Memory traffic a layer", traffic, lambda found: found["layer"]["bytes"] / 1e9),
+        chart("Arithmetic a layer", "TFLOP: less is better",
+              lambda found: found["layer"]["flops"] / 1e12),
+        chart("Peak of the activations", "GB: less is better",
+              lambda found: found["peak_activation_bytes"] / 1e9),
+    ]  # fmt: skip
 
 
-def _shapes(ledger: dict[str, Any]) -> str:
-    return (
-        f"{ledger['batch']} utterances of {ledger['frames'] * 0.02:g} s, {ledger['dtype']}, "
-        f"{ledger['layers']} layers"
-    )
-
-
-def _ledger(ledger: dict[str, Any]) -> str:
-    paths = ledger["paths"]
-    charts = ledger_charts(ledger)
-    rows = [
-        [
-            path,
-            digits(counts["layer"]["launches"]),
-            digits(counts["layer"]["bytes"] / 1e9),
-            digits(counts["layer"]["flops"] / 1e12),
-            digits(counts["encoder"]["launches"]),
-            digits(counts["encoder"]["bytes"] / 1e9),
-            digits(counts["encoder"]["flops"] / 1e12),
-            digits(counts["peak_activation_bytes"] / 1e9),
-        ]
-        for path, counts in paths.items()
-    ]
-    header = ["", "launches a layer", "GB", "TFLOP", "launches, encoder", "GB", "TFLOP", "peak GB"]
-    versions = ", ".join(f"{name} {version}" for name, version in ledger["versions"].items())
-    mask = "with" if ledger["mask"] else "without"
-    parts = [
-        "<h2>Cost ledger of the GPU path</h2>",
-        '<p class="note"><b>A model, not a measurement.</b> Operations were counted on tensors '
-        "without data; nothing ran on a GPU. "
-        f"{escape(_shapes(ledger))}; the reference {mask} attention mask, its sdpa with the "
-        f"{escape(ledger['sdpa'])} kernel; {escape(versions)}. "
-        "What is counted: docs/inside/ledger.md.</p>",
-        _charts([f'<div class="card">{chart}</div>' for chart in charts]),
-        table(header, rows),
-        "<h3>Roofline time of the encoder</h3>",
-        "<p>Every operation at the peak rate of what bounds it, memory or arithmetic, and no time "
-        "between launches: a lower bound that no implementation reaches.</p>",
-    ]
-    cards = []
+def _ledger(ledger: dict[str, Any]) -> dict[str, Any]:
+    rooflines = []
     for gpu in ledger["gpus"]:
-        terms = {path: counts["roofline"][gpu["name"]] for path, counts in paths.items()}
-        bars = [Bar(path, term["seconds"] * 1e3, ours=path == OURS) for path, term in terms.items()]
-        body = [
-            [
-                path,
-                digits(term["seconds"] * 1e3),
-                f"{term['share_bandwidth_bound']:.0%}",
-                f"{term['largest_share']:.0%}, {term['largest_bound']}: {term['largest_term']}",
-            ]
-            for path, term in terms.items()
+        bars = [
+            Bar(path, found["roofline"][gpu["name"]]["seconds"] * 1e3, ours=path == OURS)
+            for path, found in ledger["paths"].items()
         ]
-        below = table(["", "ms", "bandwidth-bound", "largest term"], body, text=(3,))
-        chart = bar_chart(gpu["name"], "milliseconds: less is better (model)", bars)
-        cards.append(_card(chart, f"{below}<p class='muted'>{escape(gpu['source'])}</p>"))
-    parts.append(_charts(cards))
-    for path, counts in paths.items():
-        body = [
-            [
-                f"{row['operation']} {row['shape']}",
-                digits(row["launches"]),
-                digits(row["bytes"] / 1e6),
-                digits(row["flops"] / 1e9),
-            ]
-            for row in counts["layer_operations"]
-        ]
-        listed = table(["operation", "launches", "MB", "GFLOP"], body)
-        summary = f"Operations of a layer: {path}"
-        parts.append(f"<details><summary>{escape(summary)}</summary>{listed}</details>")
-    return "".join(parts)
+        chart = BarChart(gpu["name"], "milliseconds: less is better (model)", bars)
+        table = roofline_table(ledger, [gpu["name"]])
+        rooflines.append(Card(bar_charts([chart]), table, gpu["source"]))
+    return {
+        "described": described(ledger),
+        "cards": [Card(bar_charts([chart])) for chart in ledger_charts(ledger)],
+        "counts": counts_table(ledger),
+        "roofline": rooflines,
+        "operations": [
+            kinds_table(path, found["layer_operations"]) for path, found in ledger["paths"].items()
+        ],
+    }
 
 
 def page(all_results: Sequence[Results], ledger: dict[str, Any] | None) -> str:
@@ -384,24 +243,17 @@ def page(all_results: Sequence[Results], ledger: dict[str, Any] | None) -> str:
 
     Args:
         all_results: checked files of measurements, each of which becomes a section.
-        ledger: what `bench.ledger.ledger` gives, or `None` to leave it out.
+        ledger: what `bench.ledger.forward.ledger` gives, or `None` to leave it out.
     """
-    parts = ["<h1>w2vbert-fast: benchmark report</h1>"]
-    for results in all_results:
-        device = results.machine.get("gpu") or results.machine.get("cpu", "unknown machine")
-        parts.append(f"<h2>Measured on {escape(str(device))}</h2>{_measurements(results)}")
-    if not all_results:
-        parts.append('<p class="muted">No measurements were given.</p>')
-    if ledger is not None:
-        parts.append(_ledger(ledger))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        "<title>w2vbert-fast: benchmark report</title>"
-        f"<style>{STYLE}{SVG_STYLE}{_PAGE_STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, **options)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
+    return template.render(
+        style=STYLE,
+        measured=[_measured(results) for results in all_results],
+        ledger=None if ledger is None else _ledger(ledger),
+        marks={"reached": "good", "missed": "bad", "not measured": "muted"},
+    ).lstrip()
 
 
 def speed_picture(results: Results) -> str | None:
@@ -410,42 +262,33 @@ def speed_picture(results: Results) -> str | None:
     `None` when none of these workloads was measured.
     """
     wanted = [
-        (kind, workload, dtype, rows)
-        for kind, workload, dtype, rows in groups(results)
-        if kind == "encoder" and "adapter" not in workload and _is_for_picture(workload, rows)
+        group
+        for group in groups(results)
+        if group.rows[0].kind == "encoder"
+        and "adapter" not in group.workload
+        and (group.workload.startswith("16") or any(row.length == 30.0 for row in group.rows))
     ]
-    charts = [
-        speed_chart(workload, kind, dtype, _best_rows(rows))
-        for kind, workload, dtype, rows in wanted
-    ]
-    drawn = [chart for chart in charts if chart is not None]
-    if not drawn:
+    drawn = [speed_chart(group.title, _best_rows(group.rows)) for group in wanted]
+    charts = [chart for chart in drawn if chart is not None]
+    if not charts:
         return None
-    device = results.machine.get("gpu") or results.machine.get("cpu", "")
-    depths = {workload: rows[0].layers for _, workload, _, rows in wanted}
+    depths = {group.workload: group.rows[0].layers for group in wanted}
     others = [f", {name}: {n}" for name, n in depths.items() if n != results.layers]
     layers = f"{results.layers} layers{''.join(others)}"
-    footer = f"{device}, {results.threads} threads, {layers}; median, p20 to p80"
-    return standalone(drawn[:4], columns=2, footer=footer)
+    footer = f"{results.device}, {results.threads} threads, {layers}; median, p20 to p80"
+    return picture(charts[:4], footer)
 
 
-def _is_for_picture(workload: str, rows: Sequence[Row]) -> bool:
-    return any(row.length == 30.0 for row in rows) or workload.startswith("16")
-
-
-def _best_rows(rows: Sequence[Row]) -> list[Row]:
+def _best_rows(rows: Iterable[Row]) -> Iterable[Row]:
     """The fastest configuration of each implementation."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row.seconds is None:
-            continue
-        known = best.get(row.implementation)
-        if known is None or row.speed[0] > known.speed[0]:
-            best[row.implementation] = row
-    return list(best.values())
+    measured = sorted((row for row in rows if row.seconds), key=lambda row: row.speed)
+    return {row.implementation: row for row in measured}.values()
 
 
 def ledger_picture(ledger: dict[str, Any]) -> str:
     """The README's picture of the ledger: launches and bytes of a layer."""
-    footer = f"A model, not a measurement: counted for {_shapes(ledger)}."
-    return standalone(ledger_charts(ledger)[:2], columns=2, footer=footer)
+    footer = (
+        f"A model, not a measurement: counted for {ledger['batch']} utterances of "
+        f"{ledger['frames'] * 0.02:g} s, {ledger['dtype']}, {ledger['layers']} layers."
+    )
+    return picture(ledger_charts(ledger)[:2], footer)

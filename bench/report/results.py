@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.workloads import KINDS
+
 SCHEMA = "w2vbert-bench/v1"
 OURS = "w2vbert_fast"
-KINDS = ("encoder", "early_exit", "features", "end_to_end", "training")
 
 _TOP = ("machine", "versions", "commit", "date", "threads", "layers", "gemm_rate", "rows")
 _ROW = (
@@ -54,8 +55,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        parts = (self.implementation, self.configuration)
-        return ", ".join(part for part in parts if part)
+        return f"{self.implementation}, {self.configuration}".rstrip(", ")
 
     @property
     def speed(self) -> tuple[float, float, float]:
@@ -80,45 +80,47 @@ class Results:
     rows: tuple[Row, ...]
     targets: tuple[dict[str, Any], ...]
 
+    @property
+    def device(self) -> str:
+        """The GPU, or the CPU where there is none."""
+        return str(self.machine.get("gpu") or self.machine.get("cpu", "unknown machine"))
+
 
 def _need(condition: bool, place: str, message: str) -> None:
     if not condition:
         raise ValueError(f"{place}: {message}")
 
 
+def _has(raw: Any, keys: tuple[str, ...], place: str) -> None:
+    _need(isinstance(raw, dict), place, f"is {type(raw).__name__}; it must be a JSON object")
+    missing = [key for key in keys if key not in raw]
+    _need(not missing, place, f"lacks {', '.join(missing)}")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _times(raw: Any, place: str) -> tuple[float, float, float]:
+    keys = ("median", "p20", "p80")
+    complete = isinstance(raw, dict) and all(_is_number(raw.get(key)) for key in keys)
+    _need(complete, place, "seconds must have the numbers median, p20 and p80")
+    median, low, high = (raw[key] for key in keys)
+    message = f"p20 {low}, median {median}, p80 {high} must be above 0 and rise"
+    _need(0 < low <= median <= high, place, message)
+    return median, low, high
+
+
 def _row(raw: Any, place: str, layers: int) -> Row:
-    _need(isinstance(raw, dict), place, f"is {type(raw).__name__}; it must be an object")
-    missing = [key for key in _ROW if key not in raw]
-    _need(not missing, place, f"lacks {', '.join(missing)}")
-    kind, skipped, seconds = raw["kind"], raw["skipped"], raw["seconds"]
-    _need(kind in KINDS, place, f"kind is {kind!r}; it must be one of {KINDS}")
-    _need(
-        (seconds is None) == isinstance(skipped, str),
-        place,
-        "must have either seconds or the reason why it was skipped",
+    _has(raw, _ROW, place)
+    kind, skipped, seconds, audio = (
+        raw[key] for key in ("kind", "skipped", "seconds", "audio_seconds")
     )
-    audio = raw["audio_seconds"]
+    _need(kind in KINDS, place, f"kind is {kind!r}; it must be one of {tuple(KINDS)}")
+    one = (seconds is None) == isinstance(skipped, str)
+    _need(one, place, "must have either seconds or the reason why it was skipped")
     _need(_is_number(audio) and audio > 0, place, f"audio_seconds is {audio!r}; it must be above 0")
-    times = None
-    if seconds is not None:
-        _need(
-            isinstance(seconds, dict)
-            and all(_is_number(seconds.get(key)) for key in ("median", "p20", "p80")),
-            place,
-            "seconds must have the numbers median, p20 and p80",
-        )
-        times = (seconds["median"], seconds["p20"], seconds["p80"])
-        _need(
-            0 < times[1] <= times[0] <= times[2],
-            place,
-            f"p20 {times[1]}, median {times[0]}, p80 {times[2]} must be above 0 and rise",
-        )
     single = _SINGLE.fullmatch(str(raw["workload"]).strip())
-    length = float(single[1]) * (60 if single[2] == "min" else 1) if single else None
     return Row(
         workload=str(raw["workload"]),
         kind=kind,
@@ -126,14 +128,14 @@ def _row(raw: Any, place: str, layers: int) -> Row:
         configuration=str(raw["configuration"] or ""),
         dtype=str(raw["dtype"]),
         audio_seconds=float(audio),
-        seconds=times,
+        seconds=None if seconds is None else _times(seconds, place),
         rounds=int(seconds.get("rounds", 0)) if seconds else 0,
         share_of_gemm=raw["share_of_gemm"],
         peak_bytes=raw["peak_bytes_above_weights"],
         error=raw["error"],
         error_kind=raw["error_kind"],
         skipped=skipped,
-        length=length,
+        length=float(single[1]) * (60 if single[2] == "min" else 1) if single else None,
         layers=raw.get("layers") or layers,
     )
 
@@ -148,12 +150,12 @@ def parse(raw: Any, place: str) -> Results:
     Raises:
         ValueError: it is not of this schema; the message says where and why.
     """
-    _need(isinstance(raw, dict), place, "must hold a JSON object")
+    _has(raw, (), place)
     schema = raw.get("schema")
     _need(schema == SCHEMA, place, f"schema is {schema!r}; it must be {SCHEMA!r}")
-    missing = [key for key in _TOP if key not in raw]
-    _need(not missing, place, f"lacks {', '.join(missing)}")
+    _has(raw, _TOP, place)
     layers = int(raw["layers"])
+    rows = [_row(row, f"{place}: rows[{i}]", layers) for i, row in enumerate(raw["rows"])]
     return Results(
         machine=dict(raw["machine"]),
         versions=dict(raw["versions"]),
@@ -162,7 +164,7 @@ def parse(raw: Any, place: str) -> Results:
         threads=int(raw["threads"]),
         layers=layers,
         gemm_rate=dict(raw["gemm_rate"]),
-        rows=tuple(_row(row, f"{place}: rows[{i}]", layers) for i, row in enumerate(raw["rows"])),
+        rows=tuple(rows),
         targets=tuple(raw.get("targets") or ()),
     )
 

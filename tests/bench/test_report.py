@@ -15,7 +15,16 @@ import pytest
 from bench.ledger.forward import ledger
 from bench.ledger.workload import Workload
 from bench.report import __main__ as report
-from bench.report.charts import Bar, Line, bar_chart, digits, line_chart, standalone
+from bench.report.charts import (
+    WIDTH,
+    Bar,
+    BarChart,
+    Line,
+    bar_charts,
+    digits,
+    line_chart,
+    picture,
+)
 from bench.report.page import groups, ledger_picture, page, scaling_lines, speed_picture
 from bench.report.results import parse
 
@@ -108,13 +117,30 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def bars_of(svg: str) -> list[tuple[str, float, float]]:
-    """Class, width and y of every bar."""
-    root = ElementTree.fromstring(svg)
+def paths_of(svg: str, *styles: str) -> list[list[tuple[float, float]]]:
+    """Corners of every path that has all of some styles."""
     return [
-        (rect.get("class", ""), float(rect.get("width", "0")), float(rect.get("y", "0")))
-        for rect in root.iter(f"{SVG}rect")
+        [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path.get("d", ""))]
+        for path in ElementTree.fromstring(svg).iter(f"{SVG}path")
+        if all(style in path.get("style", "") for style in styles)
     ]
+
+
+def bars_of(svg: str) -> list[tuple[str, float, float]]:
+    """Kind, width and y of every bar."""
+    return [
+        (kind, max(x for x, _ in corners) - min(x for x, _ in corners), max(y for _, y in corners))
+        for kind in ("ours", "peer")
+        for corners in paths_of(svg, f"fill: var(--{kind})")
+    ]
+
+
+def texts_of(svg: str) -> dict[str, tuple[float, float]]:
+    """Where every text stands."""
+    return {
+        text.text or "": (float(text.get("x", "")), float(text.get("y", "")))
+        for text in ElementTree.fromstring(svg).iter(f"{SVG}text")
+    }
 
 
 def test_page_needs_no_other_file(raw: dict[str, Any], counted: dict[str, Any]) -> None:
@@ -124,8 +150,10 @@ def test_page_needs_no_other_file(raw: dict[str, Any], counted: dict[str, Any]) 
     assert not {"src", "href", "srcset", "action"} & set(attributes)
     assert "script" not in {tag for tag, _ in parsed.tags}
     assert "@import" not in text and "url(" not in text
-    # The only address is the name of SVG's namespace.
-    assert set(re.findall(r"https?://[^\"' <]+", text)) == {"http://www.w3.org/2000/svg"}
+    # The only addresses are names of namespaces, and what is drawn again is in the page.
+    names = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"' <]+", text)) == names
+    assert set(re.findall(r'xlink:href="(.)', text)) <= {"#"}
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
         parsed.tags
     )
@@ -154,7 +182,7 @@ def test_page_says_where_its_numbers_come_from(
 
 def test_every_chart_has_a_table_below(raw: dict[str, Any], counted: dict[str, Any]) -> None:
     text = page([parse(raw, "results")], counted)
-    charts = re.findall(r"<svg .*?</svg>", text)
+    charts = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
     # Four groups' speed, one chart of scaling, two groups' memory, four of the ledger, three GPUs.
     assert len(charts) == 4 + 1 + 2 + 4 + 3
     for chart in charts:
@@ -163,7 +191,7 @@ def test_every_chart_has_a_table_below(raw: dict[str, Any], counted: dict[str, A
     cards = text.split('<div class="card">')[1:]
     assert [card.count("<svg ") for card in cards] == [1] * len(charts)
     # The ledger's four share the table below them.
-    below = [card.partition("</svg>")[2] for card in cards]
+    below = [card.partition("</svg>")[2].lstrip() for card in cards]
     assert [text.startswith("<details>") for text in below].count(False) == 4
     assert all("<table>" in text for text in below if text.startswith("<details>"))
     assert "<table>" in below[-4]
@@ -196,42 +224,53 @@ def test_lines_take_the_best_configuration_and_count_layers(raw: dict[str, Any])
 
 
 def test_bars_are_in_proportion() -> None:
-    svg = bar_chart("Title", "unit", [Bar("a", 10.0, ours=True), Bar("b", 2.5, 2.0, 4.0)])
+    bars = [Bar("a", 10.0, ours=True), Bar("b", 2.5, (2.0, 4.0))]
+    svg = bar_charts([BarChart("Title", "unit", bars)])
     (kind_a, width_a, y_a), (kind_b, width_b, y_b) = bars_of(svg)
     assert (kind_a, kind_b) == ("ours", "peer")
     assert width_a == pytest.approx(4 * width_b, rel=0.01) and y_a < y_b
-    path = next(ElementTree.fromstring(svg).iter(f"{SVG}path"))
-    low, high = re.findall(r"M([\d.]+) \d+v6", path.get("d", ""))
-    assert float(high) == pytest.approx(2 * float(low), rel=0.01)
-    assert float(low) == pytest.approx(width_b * 0.8, rel=0.01)
+    strokes = paths_of(svg, "stroke: var(--ink)")
+    ((low, high),) = [ends for ends in strokes if ends[0][0] != ends[-1][0]]  # but for its caps
+    assert low[0] == pytest.approx(width_b * 0.8, rel=0.01)
+    assert high[0] == pytest.approx(width_b * 1.6, rel=0.01)
+    assert low[1] == high[1] == pytest.approx(y_b - 6)
 
 
 @pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [1e-9, 5e12]])
 def test_bars_of_odd_values_stay_inside(values: list[float]) -> None:
-    svg = bar_chart("<&>", "unit", [Bar("x" * 200, value) for value in values])
-    width = float(ElementTree.fromstring(svg).get("viewBox", "").split()[2])
-    assert all(0 < bar[1] < width for bar in bars_of(svg))
-    texts = [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    chart = BarChart("<&>", "unit", [Bar("x" * 200, value) for value in values])
+    svg = bar_charts([chart])
+    bars = bars_of(svg)
+    assert len(bars) == len(values)
+    assert all(0 <= width < WIDTH for _, width, _ in bars)
+    texts = texts_of(svg)
     assert max(map(len, texts)) < 60 and "<&>" in texts
+    height = float(ElementTree.fromstring(svg).get("height", ""))
+    assert all(0 <= x < WIDTH and 0 < y < height for x, y in texts.values())
 
 
 def test_lines_stay_inside_and_rise_upwards() -> None:
     line = Line("a", ((1.0, 5.0, 4.0, 6.0), (10.0, 50.0, 40.0, 60.0)))
-    root = ElementTree.fromstring(line_chart("T", "x", "y", [line, Line("b", ((1.0, 5, 5, 5),))]))
+    root = ElementTree.fromstring(line_chart("T", "y", "x", [line, Line("b", ((1.0, 5, 5, 5),))]))
     _, _, width, height = map(float, root.get("viewBox", "").split())
-    circles = [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in root.iter(f"{SVG}circle")]
-    assert len(circles) == 3
-    assert circles[0][0] < circles[1][0] and circles[0][1] > circles[1][1]
-    assert all(0 < x < width and 0 < y < height for x, y in circles)
+    markers = [(float(m.get("x", "")), float(m.get("y", ""))) for m in root.iter(f"{SVG}use")]
+    # Those of the first line, of the second, and of each in the legend.
+    assert len(markers) == 2 + 1 + 2
+    assert markers[0][0] < markers[1][0] and markers[0][1] > markers[1][1]
+    assert markers[2] == markers[0]
+    assert all(0 < x < width and 0 < y < height for x, y in markers)
+    assert {"T", "x", "y", "a", "b", "1", "10"} <= set(
+        texts_of(ElementTree.tostring(root, "unicode"))
+    )
 
 
 def test_pictures_carry_their_own_colours(raw: dict[str, Any], counted: dict[str, Any]) -> None:
     speed = speed_picture(parse(raw, "results"))
     assert speed is not None
-    for picture, charts in ((speed, 2), (ledger_picture(counted), 2)):
-        root = ElementTree.fromstring(picture)
-        assert len(list(root.iter(f"{SVG}svg"))) == 1 + charts
-        assert "prefers-color-scheme: dark" in picture
+    for drawn, unit in ((speed, "seconds of audio"), (ledger_picture(counted), "is better")):
+        assert "prefers-color-scheme: dark" in drawn
+        shown = [text.text or "" for text in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
+        assert len([text for text in shown if unit in text]) == 2
     assert "A model, not a measurement" in ledger_picture(counted)
     texts = [text.text for text in ElementTree.fromstring(speed).iter(f"{SVG}text")]
     # Of each implementation the fastest configuration only.
@@ -246,12 +285,12 @@ def test_pictures_carry_their_own_colours(raw: dict[str, Any], counted: dict[str
     assert speed_picture(parse(nothing, "results")) is None
 
 
-def test_standalone_places_charts_side_by_side() -> None:
-    charts = [bar_chart(str(i), "u", [Bar("a", 1.0)] * (i + 1)) for i in range(3)]
-    root = ElementTree.fromstring(standalone(charts, columns=2))
-    places = [(svg.get("x"), svg.get("y")) for svg in list(root.iter(f"{SVG}svg"))[1:]]
-    assert places[0][1] == places[1][1] and places[0][0] == places[2][0]
-    assert float(places[2][1] or 0) > float(places[0][1] or 0)
+def test_a_picture_places_charts_side_by_side() -> None:
+    charts = [BarChart(f"chart {i}", "u", [Bar("a", 1.0)] * (i + 1)) for i in range(3)]
+    places = texts_of(picture(charts))
+    first, second, third = (places[chart.title] for chart in charts)
+    assert first[1] == second[1] and first[0] == third[0]
+    assert third[1] > first[1] and second[0] > first[0] + WIDTH
 
 
 @pytest.mark.parametrize(
