@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.helpers.graphs import Rerun
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
-from w2vbert_fast.models.graphs import LayerGraphs
+from w2vbert_fast.models.optimized.graphs import LayerGraphs
 
 from .lane import DEVICE, DTYPES, INTERPRETED, Judge, choose
 from .models import SIZES, batch, kernels, make

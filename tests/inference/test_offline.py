@@ -32,7 +32,7 @@ from w2vbert_fast.inference import (
 from w2vbert_fast.inference.batching import Batcher
 from w2vbert_fast.inference.reading import Decoder, Loaded, ReadAhead
 from w2vbert_fast.inference.runner import Runner
-from w2vbert_fast.models.packed_weights import PackedLinear
+from w2vbert_fast.models.optimized.packed import PackedLinear
 from w2vbert_fast.ops.dispatch import packed_kernels
 
 SAMPLES = Path(models.__file__).parents[1] / "demo" / "samples"

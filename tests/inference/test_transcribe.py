@@ -22,7 +22,7 @@ from w2vbert_fast.cli import app as cli
 from w2vbert_fast.inference import Transcriber, Transcript, load_audio, load_pipeline, transcribe
 from w2vbert_fast.inference.batching import Batcher
 from w2vbert_fast.inference.jobs.progress import Progress
-from w2vbert_fast.models.packed_weights import PackedLinear
+from w2vbert_fast.models.optimized.packed import PackedLinear
 
 LONG = ["--max-seconds", "3", "--overlap-seconds", "1", "--frame-budget", "300"]
 

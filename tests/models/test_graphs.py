@@ -20,8 +20,8 @@ from csrc_triton.attention import build_tile_map
 from tests.helpers.graph_models import FEATURES, RAGGED, encoder_of, graphed, same
 from tests.helpers.reference import CLASSES, TINY, padded_batch
 from w2vbert_fast.layout import PackedBatch
-from w2vbert_fast.models import graphs as graphs_module
-from w2vbert_fast.models.graphs import LayerGraphs, default_buckets, filled
+from w2vbert_fast.models.optimized import graphs as graphs_module
+from w2vbert_fast.models.optimized.graphs import LayerGraphs, default_buckets, filled
 from w2vbert_fast.models.positions import Wav2Vec2BertRotaryPositionalEmbedding
 
 

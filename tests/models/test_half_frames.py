@@ -23,7 +23,7 @@ from w2vbert_fast import ops
 from w2vbert_fast.export.graph import ExportGraph
 from w2vbert_fast.integrations.transformers import accelerate
 from w2vbert_fast.layout import PackedBatch, half_frames
-from w2vbert_fast.models.quantization import quantize_encoder
+from w2vbert_fast.models.optimized.int8 import quantize_encoder
 from w2vbert_fast.ops import dispatch
 
 BINS = TINY["feature_projection_input_dim"] // 2

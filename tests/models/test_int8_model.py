@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.helpers.reference import relative_error
 from w2vbert_fast import Wav2Vec2BertForCTC
-from w2vbert_fast.models.quantization import Int8Linear, WideLinear
+from w2vbert_fast.models.optimized.int8 import Int8Linear, WideLinear
 from w2vbert_fast.ops import dispatch
 
 VNNI = torch.cpu._is_vnni_supported()
@@ -58,7 +58,7 @@ def test_the_rest_is_in_bfloat16_where_the_cpu_has_it(
     # The weights were quantised before the rest was rounded.
     name = "encoder.layers.0.ffn1.intermediate_dense"
     weight = load(tiny_checkpoint, None).base_model.get_submodule(name).weight.detach()
-    scale = model.base_model.get_submodule(name).quantized.scale
+    scale = model.base_model.get_submodule(name).matrix.scale
     torch.testing.assert_close(scale, weight.abs().amax(1) / (127 if VNNI else 63))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.helpers.reference import relative_error
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertModel, ops
 from w2vbert_fast.export import export
-from w2vbert_fast.models.packed_weights import PackedLinear, StackedLinear
+from w2vbert_fast.models.optimized.packed import PackedLinear, StackedLinear
 from w2vbert_fast.ops.cpu import capability
 
 linear = importlib.import_module("w2vbert_fast.ops.cpu.linear")  # not the function

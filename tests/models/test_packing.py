@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import w2vbert_fast
 from tests.helpers.reference import TINY, padded_batch, pair, relative_error
-from w2vbert_fast.models import layers
-from w2vbert_fast.models.packing import lay_end_to_end
+from w2vbert_fast.models.optimized import stacked
+from w2vbert_fast.models.optimized.stacked import lay_end_to_end
 from w2vbert_fast.ops.linear import lie_end_to_end
 
 LENGTHS = (33, 1, 18)
@@ -52,7 +52,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels = importlib.import_module("csrc_triton.gemm")
     monkeypatch.setattr(kernels, "linear", launch)
     monkeypatch.setattr(kernels, "linear_glu", module.linear_glu)
-    monkeypatch.setattr(layers, "on_triton_device", lambda tensor: True)
+    monkeypatch.setattr(stacked, "on_triton_device", lambda tensor: True)
     products.clear()
     yield
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.helpers.graph_models import FEATURES, RAGGED, encoder_of, graphed, same
 from tests.helpers.graphs import Rerun
 from tests.helpers.reference import padded_batch, relative_error
-from w2vbert_fast.models import graphs as graphs_module
+from w2vbert_fast.models.optimized import graphs as graphs_module
 
 
 def move(ours: Any) -> None:

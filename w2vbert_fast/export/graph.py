@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from w2vbert_fast.export import padded
 from w2vbert_fast.export.waveform import WaveformFeatures
-from w2vbert_fast.models.encoder import Wav2Vec2BertModel, hidden_state_index
 from w2vbert_fast.models.heads import (
     BLANK_LOGIT,
     Wav2Vec2BertForAudioFrameClassification,
@@ -18,10 +17,16 @@ from w2vbert_fast.models.heads import (
     Wav2Vec2BertForSequenceClassification,
     Wav2Vec2BertForXVector,
 )
-from w2vbert_fast.models.packed_weights import PackedLinear
-from w2vbert_fast.models.pooling import Statistics, checked_statistics, normalize_with_statistics
+from w2vbert_fast.models.model import Wav2Vec2BertModel, hidden_state_index
+from w2vbert_fast.models.optimized.int8 import Int8Linear
+from w2vbert_fast.models.optimized.packed import PackedLinear
+from w2vbert_fast.models.pooling import (
+    Statistics,
+    checked_statistics,
+    left_aligned,
+    normalize_with_statistics,
+)
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
-from w2vbert_fast.models.quantization import Int8Linear
 from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
@@ -193,7 +198,7 @@ class ExportGraph(nn.Module):
         self, model: Wav2Vec2BertForXVector, x: Tensor, mask: Tensor, tokens: Tensor
     ) -> tuple[Tensor, ...]:
         """A row of fewer frames than the TDNN needs becomes NaN: a graph cannot raise."""
-        x, lengths = padded.left_aligned(model.projector(x), tokens)
+        x, lengths = left_aligned(model.projector(x), tokens)
         for layer in model.tdnn:
             x = layer(x)
         # As `Wav2Vec2BertForXVector.pooled_frames`.

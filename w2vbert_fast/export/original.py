@@ -29,7 +29,7 @@ from w2vbert_fast.checkpoints.weights import (
     write_checkpoint,
 )
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
-from w2vbert_fast.models.encoder import Wav2Vec2BertModel
+from w2vbert_fast.models.model import Wav2Vec2BertModel
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 # fairseq2's names beside the reference's, of the parts in front of the layers ...

@@ -23,13 +23,15 @@ from torch import Tensor
 from w2vbert_fast import ops
 from w2vbert_fast.layout import half_frames
 from w2vbert_fast.models.adapter import Wav2Vec2BertAdapter, Wav2Vec2BertAdapterLayer
-from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder, Wav2Vec2BertModel
+from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.layers import (
     Wav2Vec2BertConvolutionModule,
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertSelfAttention,
     apply_linear,
 )
+from w2vbert_fast.models.model import Wav2Vec2BertModel
+from w2vbert_fast.models.pooling import left_aligned
 
 
 def encode(
@@ -88,17 +90,6 @@ def finish(
     if model.adapter is not None:
         x, mask, tokens = _adapter(model.adapter, x, mask, tokens)
     return x, mask, tokens
-
-
-def left_aligned(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows shifted so that their first token comes first: `[batch, T, C]` and int64 numbers of
-    tokens `[batch]`. What lies behind an utterance's end is zero."""
-    frames = torch.arange(x.shape[1], device=x.device)
-    start = tokens.to(torch.int64).argmax(dim=1)
-    lengths = tokens.sum(dim=1)
-    rows = (frames + start[:, None]).clamp(max=x.shape[1] - 1)
-    x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
-    return x.masked_fill((frames >= lengths[:, None])[..., None], 0.0), lengths
 
 
 def _layer(

@@ -44,11 +44,10 @@ def _with_config(save: Callable[..., None]) -> Callable[..., None]:
         output_dir: str | os.PathLike[str] | None = None,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
-
         save(trainer, output_dir, state_dict)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if isinstance(model, Wav2Vec2BertPreTrainedModel) and trainer.args.should_save:
+        # Of the class: PEFT's models hand on the attributes of what they wrap.
+        if hasattr(type(model), "config_to_save") and trainer.args.should_save:
             model.config_to_save().save_pretrained(output_dir or trainer.args.output_dir)
 
     save_with_config.writes_config_of_w2vbert = True  # type: ignore[attr-defined]

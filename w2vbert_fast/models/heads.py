@@ -6,7 +6,7 @@ gets the answer that the reference gives for it alone.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +15,161 @@ from torch import Tensor, nn
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
-from w2vbert_fast.models.encoder import HiddenStatesRequest, PackedEncoding, Wav2Vec2BertModel
+from w2vbert_fast.models.layers import Initial
+from w2vbert_fast.models.model import HiddenStatesRequest, PackedEncoding, Wav2Vec2BertModel
 from w2vbert_fast.models.outputs import (
     CausalLMOutput,
+    ModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
     XVectorOutput,
     as_requested,
 )
-from w2vbert_fast.models.pooling import Statistics, mean_over_frames
+from w2vbert_fast.models.pooling import Statistics, left_aligned, mean_over_frames, without_padding
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
+from w2vbert_fast.ops.ctc import IGNORED_LABEL
 
 BLANK_LOGIT = 100.0
 """Logit of the blank in padded frames, beside 0 for every other token."""
 
-HeadOutput = TypeVar(
-    "HeadOutput", CausalLMOutput, SequenceClassifierOutput, TokenClassifierOutput, XVectorOutput
-)
+Output = TypeVar("Output", bound=ModelOutput)
 
 
-class _WithEncoder(Wav2Vec2BertPreTrainedModel):
-    """What the four heads share."""
+class Wav2Vec2BertHead(Wav2Vec2BertPreTrainedModel, Generic[Output]):
+    """The encoder with a head: what all heads share. A head of its own is a class of these members.
 
-    wav2vec2_bert: Wav2Vec2BertModel
+    Attributes:
+        OUTPUT: the class of what `forward` returns.
+        HEAD: names of the modules that are not the encoder.
+        MAY_MIX_LAYERS: it reads a learned average of all layers if the configuration says so
+            (`use_weighted_layer_sum`).
+        MAY_HAVE_ADAPTER: an adapter may stand between encoder and head.
+    """
+
+    OUTPUT: ClassVar[type[ModelOutput]]
+    MAY_MIX_LAYERS: ClassVar[bool] = True
+    MAY_HAVE_ADAPTER: ClassVar[bool] = True
+    INITIAL: ClassVar[Initial] = {
+        "layer_weights": lambda weights: weights.fill_(1.0 / weights.numel())
+    }
+
+    def __init__(self, config: Wav2Vec2BertConfig) -> None:
+        super().__init__(config)
+        config = self.config
+        if config.add_adapter and not self.MAY_HAVE_ADAPTER:
+            name = type(self).__name__
+            raise ValueError(f"config.add_adapter is True; {name} works without an adapter only")
+        self.wav2vec2_bert = Wav2Vec2BertModel(config)
+        if self.MAY_MIX_LAYERS and config.use_weighted_layer_sum:
+            num_states = config.num_hidden_layers + 1
+            self.layer_weights = nn.Parameter(torch.full((num_states,), 1.0 / num_states))
+
+    def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
+        """The tensors of `OUTPUT`, from what the encoder gives: `[N, C]`, packed."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
+        """The scalar loss of a batch, as the reference computes it for utterances alone.
+
+        Args:
+            logits: as `forward` returns them.
+            labels: as the class says.
+            layout: of what `compute` was given.
+        """
+        raise NotImplementedError
+
+    def utterance_losses(
+        self, logits: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A loss for each utterance, so that a bad one can be told and dropped.
+
+        Args:
+            logits: as `forward` returns them, valid frames first.
+            lengths: int64 `[batch]`, valid frames.
+            labels: class ids; -100 is ignored.
+
+        Returns:
+            fp32 `[batch]` each: losses, and weights. The loss of a batch is the ratio of the sums.
+        """
+        raise NotImplementedError
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        """fp32 scores of the same shape; the decision is the class with the highest."""
+        return logits.float()
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Look at labels before anything is computed. Raises `ValueError` for impossible ones."""
+
+    def forward(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: HiddenStatesRequest = None,
+        return_dict: bool | None = None,
+    ) -> Output | tuple[Any, ...]:
+        """What the head makes of a padded batch, and with labels its loss; see the class for both.
+
+        Args:
+            input_features: floating `[batch, T, feature_projection_input_dim]`.
+            attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
+            labels: the targets.
+            output_attentions: also return attention maps.
+            output_hidden_states: `True`, or the indices to keep.
+            return_dict: `False` for a plain tuple.
+
+        Raises:
+            ValueError: a shape or a label does not fit, or an utterance is too short for the head.
+        """
+        if labels is not None:
+            self.check_labels(labels)
+        x, encoding = self._encode(
+            input_features, attention_mask, output_attentions, output_hidden_states
+        )
+        tensors = self.compute(x, encoding.layout)
+        loss = None
+        if labels is not None:
+            logits = tensors["logits"]
+            loss = self.loss(logits, labels.to(logits.device), encoding.layout)
+        base = self.wav2vec2_bert
+        output: Any = self.OUTPUT(
+            loss=loss,
+            **tensors,
+            hidden_states=base.unpack_hidden_states(encoding, output_hidden_states),
+            attentions=base.unpack_attentions(encoding, output_attentions),
+        )
+        return as_requested(output, return_dict, self.config.return_dict)
+
+    def _encode(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool | None,
+        output_hidden_states: HiddenStatesRequest,
+    ) -> tuple[Tensor, PackedEncoding]:
+        mixes = self.MAY_MIX_LAYERS and self.config.use_weighted_layer_sum
+        encoding = self.wav2vec2_bert.encode_packed(
+            input_features,
+            attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=True if mixes else output_hidden_states,
+        )
+        if not mixes:
+            return encoding.hidden_state, encoding
+        if self.wav2vec2_bert.adapter is not None:
+            # hidden_states are the encoder's; the adapter's output has another length.
+            encoding.layout = encoding.input_layout
+        weights = torch.softmax(self.layer_weights, dim=-1)
+        states = [state for _, state in sorted(encoding.hidden_states.items())]
+        if len(states) != len(weights):
+            raise ValueError(
+                f"layer_weights has {len(weights)} weights; an encoder of {len(states) - 1} layers "
+                f"has {len(states)} hidden states. Whoever cuts encoder.layers cuts layer_weights "
+                "with them"
+            )
+        mixed = torch.einsum("l,lbtc->btc", weights, torch.stack(states))
+        return encoding.input_layout.pack(mixed), encoding
 
     def freeze_base_model(self) -> None:
         """Exclude the encoder's parameters from training."""
@@ -62,268 +194,207 @@ class _WithEncoder(Wav2Vec2BertPreTrainedModel):
             input_features, attention_mask, layer=layer, stats=stats, pool=pool
         )
 
-    def _finish(
-        self,
-        output: HeadOutput,
-        encoding: PackedEncoding,
-        output_attentions: bool | None,
-        output_hidden_states: HiddenStatesRequest,
-        return_dict: bool | None,
-    ) -> HeadOutput | tuple[Any, ...]:
-        base = self.wav2vec2_bert
-        hidden_states = base.unpack_hidden_states(encoding, output_hidden_states)
-        attentions = base.unpack_attentions(encoding, output_attentions)
-        output.hidden_states, output.attentions = hidden_states, attentions
-        return as_requested(output, return_dict, self.config.return_dict)
 
+class Wav2Vec2BertForCTC(Wav2Vec2BertHead[CausalLMOutput]):
+    """The encoder with a linear layer over the vocabulary, trained with CTC.
 
-class _Classifier(_WithEncoder):
-    """Heads that may read a learned mix of all layers."""
+    It returns `logits` `[batch, T', vocab_size]`. In padded frames the blank stands out
+    (`BLANK_LOGIT`, 0 elsewhere), so that a plain argmax over a padded batch decodes to the right
+    text. Labels are int64 `[batch, U]`, each below `vocab_size`; -100 is ignored.
+    """
 
-    def __init__(self, config: Wav2Vec2BertConfig) -> None:
-        super().__init__(config)
-        self.wav2vec2_bert = Wav2Vec2BertModel(config)
-        if config.use_weighted_layer_sum:
-            num_states = config.num_hidden_layers + 1
-            self.layer_weights = nn.Parameter(torch.full((num_states,), 1.0 / num_states))
-
-    def _encode(
-        self,
-        input_features: Tensor,
-        attention_mask: Tensor | None,
-        output_attentions: bool | None,
-        output_hidden_states: HiddenStatesRequest,
-    ) -> tuple[Tensor, PackedEncoding]:
-        mixes = self.config.use_weighted_layer_sum
-        encoding = self.wav2vec2_bert.encode_packed(
-            input_features,
-            attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=True if mixes else output_hidden_states,
-        )
-        if not mixes:
-            return encoding.hidden_state, encoding
-        if self.wav2vec2_bert.adapter is not None:
-            # hidden_states are the encoder's; the adapter's output has another length.
-            encoding.layout = encoding.input_layout
-        weights = torch.softmax(self.layer_weights, dim=-1)
-        states = [state for _, state in sorted(encoding.hidden_states.items())]
-        if len(states) != len(weights):
-            raise ValueError(
-                f"layer_weights has {len(weights)} weights; an encoder of {len(states) - 1} layers "
-                f"has {len(states)} hidden states. Whoever cuts encoder.layers cuts layer_weights "
-                "with them"
-            )
-        mixed = torch.einsum("l,lbtc->btc", weights, torch.stack(states))
-        return encoding.input_layout.pack(mixed), encoding
-
-
-class Wav2Vec2BertForCTC(_WithEncoder):
-    """The encoder with a linear layer over the vocabulary, trained with CTC."""
+    OUTPUT = CausalLMOutput
+    HEAD = ("lm_head",)
+    EXPORTED = ("logits", "lengths")
+    MAY_MIX_LAYERS = False
 
     def __init__(self, config: Wav2Vec2BertConfig, target_lang: str | None = None) -> None:
         super().__init__(config)
+        config = self.config
         if config.vocab_size is None:
             raise ValueError(
                 "config.vocab_size is None; Wav2Vec2BertForCTC needs the size of the vocabulary, "
                 "for example from_pretrained(..., vocab_size=len(tokenizer))"
             )
         self.target_lang = target_lang
-        self.wav2vec2_bert = Wav2Vec2BertModel(config)
         self.dropout = nn.Dropout(config.final_dropout)
         width = config.output_hidden_size if config.add_adapter else config.hidden_size
         assert width is not None
         self.lm_head = nn.Linear(width, config.vocab_size)
         self.post_init()
 
-    def forward(
-        self,
-        input_features: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: HiddenStatesRequest = None,
-        return_dict: bool | None = None,
-    ) -> CausalLMOutput | tuple[Any, ...]:
-        """Token logits and, with labels, the CTC loss.
+    @property
+    def _vocab_size(self) -> int:
+        size = self.config.vocab_size
+        assert size is not None
+        return size
 
-        Args:
-            input_features: floating `[batch, T, feature_projection_input_dim]`.
-            attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
-            labels: int64 `[batch, U]`; -100 is ignored.
-            output_attentions: also return attention maps.
-            output_hidden_states: `True`, or the indices to keep.
-            return_dict: `False` for a plain tuple.
-
-        Returns:
-            `logits` `[batch, T', vocab_size]`. In padded frames the blank stands out
-            (`BLANK_LOGIT`, 0 elsewhere), so that a plain argmax over a padded batch decodes to the
-            right text.
-
-        Raises:
-            ValueError: a label is not below `vocab_size`, or a shape does not fit.
-        """
-        vocab_size = self.config.vocab_size
-        assert vocab_size is not None
-        largest = int(labels.max()) if labels is not None and labels.numel() > 0 else -1
-        if largest >= vocab_size:
+    def check_labels(self, labels: Tensor) -> None:
+        """They are below `vocab_size`, and there is a blank."""
+        largest = int(labels.max()) if labels.numel() > 0 else -1
+        if largest >= self._vocab_size:
             raise ValueError(
-                f"labels holds {largest}; every label must be below vocab_size, {vocab_size}"
+                f"labels holds {largest}; every label must be below vocab_size, {self._vocab_size}"
             )
-        encoding = self.wav2vec2_bert.encode_packed(
-            input_features,
-            attention_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        hidden_state, layout = self.dropout(encoding.hidden_state), encoding.layout
-        token_logits = self.lm_head(hidden_state)
+
+    def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
+        """`logits`."""
+        token_logits = self.lm_head(self.dropout(x))
         logits = layout.unpack(token_logits)
-        blank = self.config.pad_token_id
-        if blank is not None and 0 <= blank < vocab_size and layout.token_positions is not None:
+        if layout.token_positions is not None:
             padding = layout.unpack(token_logits.new_ones(layout.num_tokens, 1)) == 0
-            column = torch.arange(vocab_size, device=logits.device) == blank
-            logits = logits.masked_fill(padding & column, BLANK_LOGIT)
-        loss = None
-        if labels is not None:
-            # The loss reads every utterance from its row's first frame; padding may be in front.
-            from_first = (
-                logits[:, : layout.max_seqlen]
-                if layout.is_right_padded
-                else layout.right_padded().unpack(layout.pack(logits))
-            )
-            loss = ops.ctc_loss(
-                from_first,
-                torch.tensor(layout.valid_lengths, device=logits.device),
-                labels,
-                blank=_checked_blank(blank, vocab_size),
-                reduction=self.config.ctc_loss_reduction,
-                zero_infinity=self.config.ctc_zero_infinity,
-            )
-        output = CausalLMOutput(loss=loss, logits=logits)
-        return self._finish(output, encoding, output_attentions, output_hidden_states, return_dict)
+            logits = self._with_blanks(logits, padding)
+        return {"logits": logits}
 
+    def padded_outputs(self, x: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """`logits` and `lengths`."""
+        logits = without_padding(self.lm_head(x), tokens)
+        return self._with_blanks(logits, ~tokens[..., None]), mask.sum(1)
 
-def _checked_blank(blank: int | None, vocab_size: int) -> int:
-    if blank is None or not 0 <= blank < vocab_size:
-        raise ValueError(
-            f"config.pad_token_id is {blank}; the CTC loss needs the id of the blank, "
-            f"0 to {vocab_size - 1}"
+    def _with_blanks(self, logits: Tensor, padding: Tensor) -> Tensor:
+        blank = self.config.pad_token_id
+        if blank is None or not 0 <= blank < logits.shape[-1]:
+            return logits
+        column = torch.arange(logits.shape[-1], device=logits.device) == blank
+        return logits.masked_fill(padding & column, BLANK_LOGIT)
+
+    def loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
+        """CTC's, with the reduction of the configuration."""
+        # The loss reads every utterance from its row's first frame; padding may be in front.
+        from_first = (
+            logits[:, : layout.max_seqlen]
+            if layout.is_right_padded
+            else layout.right_padded().unpack(layout.pack(logits))
         )
-    return blank
+        return ops.ctc_loss(
+            from_first,
+            torch.tensor(layout.valid_lengths, device=logits.device),
+            labels,
+            blank=self._blank,
+            reduction=self.config.ctc_loss_reduction,
+            zero_infinity=self.config.ctc_zero_infinity,
+        )
+
+    def utterance_losses(
+        self, logits: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood over the number of tokens; each counts the same."""
+        losses = ops.ctc_loss(logits, lengths, labels, blank=self._blank, reduction="none")
+        losses = losses / (labels != IGNORED_LABEL).sum(-1).clamp(min=1)
+        return losses, torch.ones_like(losses)
+
+    @property
+    def _blank(self) -> int:
+        blank, size = self.config.pad_token_id, self._vocab_size
+        if blank is None or not 0 <= blank < size:
+            raise ValueError(
+                f"config.pad_token_id is {blank}; the CTC loss needs the id of the blank, "
+                f"0 to {size - 1}"
+            )
+        return blank
 
 
-class Wav2Vec2BertForSequenceClassification(_Classifier):
-    """The encoder, a projection, the mean over an utterance's frames, a linear classifier."""
+class Wav2Vec2BertForSequenceClassification(Wav2Vec2BertHead[SequenceClassifierOutput]):
+    """The encoder, a projection, the mean over an utterance's frames, a linear classifier.
+
+    It returns `logits` `[batch, num_labels]`. Labels are `[batch]`: class ids (cross-entropy), or
+    with `num_labels == 1` targets of a regression (mean squared error).
+    """
+
+    OUTPUT = SequenceClassifierOutput
+    HEAD = ("projector", "classifier")
+    EXPORTED = ("logits",)
+    MAY_HAVE_ADAPTER = False
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
-        _reject_adapter(config, "Wav2Vec2BertForSequenceClassification")
         super().__init__(config)
+        config = self.config
         self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_features: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: HiddenStatesRequest = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """One row of logits per utterance.
+    def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
+        """`logits`."""
+        return {"logits": self.classifier(mean_over_frames(self.projector(x), layout))}
 
-        Args:
-            input_features: floating `[batch, T, feature_projection_input_dim]`.
-            attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
-            labels: `[batch]`; class ids (cross-entropy), or with `num_labels == 1` targets of a
-                regression (mean squared error).
-            output_attentions: also return attention maps.
-            output_hidden_states: `True`, or the indices to keep.
-            return_dict: `False` for a plain tuple.
+    def padded_outputs(self, x: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """`logits`."""
+        projected = without_padding(self.projector(x), mask)
+        mean = projected.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return (self.classifier(mean),)
 
-        Returns:
-            `logits` `[batch, num_labels]`.
-        """
-        hidden_state, encoding = self._encode(
-            input_features, attention_mask, output_attentions, output_hidden_states
-        )
-        pooled = mean_over_frames(self.projector(hidden_state), encoding.layout)
-        logits = self.classifier(pooled)
-        loss = None
-        if labels is not None:
-            labels = labels.to(logits.device).flatten()
-            if self.config.num_labels == 1:
-                loss = F.mse_loss(logits.flatten(), labels.to(logits.dtype))
-            else:
-                loss = F.cross_entropy(logits, labels)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return self._finish(output, encoding, output_attentions, output_hidden_states, return_dict)
+    def loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
+        """Cross-entropy or mean squared error."""
+        labels = labels.flatten()
+        if self.config.num_labels == 1:
+            return F.mse_loss(logits.flatten(), labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+    def utterance_losses(
+        self, logits: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy; each counts the same."""
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        return losses, torch.ones_like(losses)
 
 
-class Wav2Vec2BertForAudioFrameClassification(_Classifier):
-    """The encoder with a linear classifier on every frame (diarisation)."""
+class Wav2Vec2BertForAudioFrameClassification(Wav2Vec2BertHead[TokenClassifierOutput]):
+    """The encoder with a linear classifier on every frame (diarisation).
+
+    It returns `logits` `[batch, T, num_labels]`, zero in padding. Labels are one-hot
+    `[batch, T, num_labels]`, or class ids `[batch, T]` with -100 ignored; with `num_labels == 1`
+    targets of a regression. The loss is a mean over valid frames; the reference averages over
+    padding too.
+    """
+
+    OUTPUT = TokenClassifierOutput
+    HEAD = ("classifier",)
+    EXPORTED = ("logits", "lengths")
+    MAY_HAVE_ADAPTER = False
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
-        _reject_adapter(config, "Wav2Vec2BertForAudioFrameClassification")
         super().__init__(config)
+        config = self.config
         self.num_labels = config.num_labels
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_features: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: HiddenStatesRequest = None,
-        return_dict: bool | None = None,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
-        """One row of logits per frame.
+    def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
+        """`logits`."""
+        return {"logits": layout.unpack(self.classifier(x))}
 
-        Args:
-            input_features: floating `[batch, T, feature_projection_input_dim]`.
-            attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
-            labels: one-hot `[batch, T, num_labels]`, or class ids `[batch, T]` with -100 ignored;
-                with `num_labels == 1` targets of a regression. The loss is a mean over valid
-                frames; the reference averages over padding too.
-            output_attentions: also return attention maps.
-            output_hidden_states: `True`, or the indices to keep.
-            return_dict: `False` for a plain tuple.
+    def padded_outputs(self, x: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """`logits` and `lengths`."""
+        return without_padding(self.classifier(x), tokens), mask.sum(1)
 
-        Returns:
-            `logits` `[batch, T, num_labels]`, zero in padding.
-        """
-        hidden_state, encoding = self._encode(
-            input_features, attention_mask, output_attentions, output_hidden_states
-        )
-        layout = encoding.layout
-        logits = layout.unpack(self.classifier(hidden_state))
-        loss = None
-        if labels is not None:
-            # Of the logits that are returned, which the loss's gradient has to reach.
-            loss = self._loss(layout.pack(logits), labels.to(logits.device), layout)
-        output = TokenClassifierOutput(loss=loss, logits=logits)
-        return self._finish(output, encoding, output_attentions, output_hidden_states, return_dict)
-
-    def _loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
+        """Mean over the valid frames."""
         frames = (layout.batch_size, layout.padded_length)
         if tuple(labels.shape) not in (frames, (*frames, self.num_labels)):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}; it must be {frames} class ids or "
                 f"{(*frames, self.num_labels)} one-hot"
             )
-        packed, logits = (layout.valid_part(x)[0] for x in (layout.pack(labels), logits))
+        # Of the logits that are returned, which the loss's gradient has to reach.
+        logits, targets = (layout.valid_part(layout.pack(y))[0] for y in (logits, labels))
         if self.num_labels == 1:
-            return F.mse_loss(logits.flatten(), packed.flatten().to(logits.dtype))
-        targets = packed if labels.dim() == 2 else packed.argmax(-1)
-        return F.cross_entropy(logits, targets, ignore_index=ops.ctc.IGNORED_LABEL)
+            return F.mse_loss(logits.flatten(), targets.flatten().to(logits.dtype))
+        targets = targets if labels.dim() == 2 else targets.argmax(-1)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED_LABEL)
+
+    def utterance_losses(
+        self, logits: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the frames' cross-entropies; it counts as many times as frames are labelled."""
+        scores = logits.float().transpose(1, 2)
+        per_frame = F.cross_entropy(scores, labels, ignore_index=IGNORED_LABEL, reduction="none")
+        return per_frame.sum(-1), (labels != IGNORED_LABEL).sum(-1).float()
 
 
 class AMSoftmaxLoss(nn.Module):
     """Additive-margin softmax over cosine similarities (Wang et al. 2018)."""
+
+    INITIAL: ClassVar[Initial] = {"weight": nn.init.normal_}
 
     def __init__(
         self, input_dim: int, num_labels: int, scale: float = 30.0, margin: float = 0.4
@@ -375,11 +446,20 @@ class TDNNLayer(nn.Module):
         return F.relu(y.transpose(1, 2))
 
 
-class Wav2Vec2BertForXVector(_Classifier):
-    """The encoder with a TDNN and statistics pooling: speaker embeddings (Snyder et al. 2018)."""
+class Wav2Vec2BertForXVector(Wav2Vec2BertHead[XVectorOutput]):
+    """The encoder with a TDNN and statistics pooling: speaker embeddings (Snyder et al. 2018).
+
+    It returns `embeddings` and `logits`, `[batch, xvector_output_dim]` each. Labels are int64
+    `[batch]`, speaker ids. An utterance that the TDNN leaves fewer than two frames of is an error.
+    """
+
+    OUTPUT = XVectorOutput
+    HEAD = ("projector", "tdnn", "feature_extractor", "classifier", "objective")
+    EXPORTED = ("logits", "embeddings")
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__(config)
+        config = self.config
         self.projector = nn.Linear(config.hidden_size, config.tdnn_dim[0])
         self.tdnn = nn.ModuleList(TDNNLayer(config, i) for i in range(len(config.tdnn_dim)))
         self.feature_extractor = nn.Linear(config.tdnn_dim[-1] * 2, config.xvector_output_dim)
@@ -387,40 +467,49 @@ class Wav2Vec2BertForXVector(_Classifier):
         self.objective = AMSoftmaxLoss(config.xvector_output_dim, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_features: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: HiddenStatesRequest = None,
-        return_dict: bool | None = None,
-    ) -> XVectorOutput | tuple[Any, ...]:
-        """A speaker embedding per utterance.
+    def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
+        """`logits` and `embeddings`."""
+        embeddings = self.feature_extractor(self._statistics(self.projector(x), layout))
+        return {"logits": self.classifier(embeddings), "embeddings": embeddings}
 
-        Args:
-            input_features: floating `[batch, T, feature_projection_input_dim]`.
-            attention_mask: `[batch, T]`, non-zero where a frame is valid; `None`: all are.
-            labels: int64 `[batch]`, speaker ids.
-            output_attentions: also return attention maps.
-            output_hidden_states: `True`, or the indices to keep.
-            return_dict: `False` for a plain tuple.
+    def padded_outputs(self, x: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """`logits` and `embeddings`; NaN where a row is too short: a program cannot raise."""
+        x, lengths = left_aligned(self.projector(x), tokens)
+        for layer in self.tdnn:
+            x = layer(x)
+        # As `pooled_frames`.
+        valid = mask.sum(1) - self.undilated_context
+        lengths = torch.minimum(lengths - self.context, valid)
+        frames = torch.arange(x.shape[1], device=x.device)
+        padding = (frames >= lengths[:, None])[..., None]
+        count = lengths[:, None].to(x.dtype)
+        mean = x.masked_fill(padding, 0.0).sum(1) / count
+        centred = (x - mean[:, None]).masked_fill(padding, 0.0)
+        std = torch.sqrt((centred * centred).sum(1) / (count - 1.0))
+        embeddings = self.feature_extractor(torch.cat((mean, std), dim=-1))
+        return self.classifier(embeddings), embeddings
 
-        Returns:
-            `embeddings` and `logits`, `[batch, xvector_output_dim]` each.
+    def loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
+        """Additive-margin softmax."""
+        loss: Tensor = self.objective(logits, labels)
+        return loss
 
-        Raises:
-            ValueError: an utterance is too short for the TDNN to leave two frames.
-        """
-        hidden_state, encoding = self._encode(
-            input_features, attention_mask, output_attentions, output_hidden_states
-        )
-        pooled = self._statistics(self.projector(hidden_state), encoding.layout)
-        embeddings = self.feature_extractor(pooled)
-        logits = self.classifier(embeddings)
-        loss = None if labels is None else self.objective(logits, labels.to(logits.device))
-        output = XVectorOutput(loss=loss, logits=logits, embeddings=embeddings)
-        return self._finish(output, encoding, output_attentions, output_hidden_states, return_dict)
+    def utterance_losses(
+        self, logits: Tensor, lengths: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Additive-margin softmax; each counts the same."""
+        losses = self.objective(logits.float(), labels, reduction="none")
+        return losses, torch.ones_like(losses)
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        """The cosine to each speaker's direction, `[batch, num_labels]`."""
+        scores: Tensor = self.objective.cosines(logits.float())
+        return scores
+
+    @property
+    def fewest_frames(self) -> int:
+        """Two more than the TDNN takes: one frame has no deviation."""
+        return 2 + self.context
 
     @property
     def context(self) -> int:
@@ -460,8 +549,3 @@ class Wav2Vec2BertForXVector(_Classifier):
         mean = torch.stack([utterance.mean(0) for utterance in frames])
         std = torch.stack([utterance.std(0) for utterance in frames])
         return torch.cat((mean, std), dim=-1)
-
-
-def _reject_adapter(config: Wav2Vec2BertConfig, name: str) -> None:
-    if getattr(config, "add_adapter", False):
-        raise ValueError(f"config.add_adapter is True; {name} works without an adapter only")

@@ -1,4 +1,8 @@
-"""Initial values of the parameters, drawn from the reference's distributions."""
+"""Initial values of the parameters, drawn from the reference's distributions.
+
+A module of this package that holds parameters itself says in `INITIAL` how each of them begins: a
+function that draws it in place.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection, Wav2Vec2BertSelfAttention
+from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection
 
 
 @torch.no_grad()
@@ -25,6 +29,9 @@ def initialize_weights(
         names: full state-dict names of the parameters to set; `None` for all. Naming a few is what
             loading a checkpoint without a head does.
         std: standard deviation of the linear layers; `None`: `initializer_range` of `model.config`.
+
+    Raises:
+        ValueError: a module of this package does not say how a parameter begins.
     """
     if std is None:
         std = float(getattr(getattr(model, "config", None), "initializer_range", 0.02))
@@ -44,33 +51,24 @@ def initialize_weights(
 def _initialize(
     module: nn.Module, name: str, parameter: nn.Parameter, std: float, uniform: bool
 ) -> None:
-    if isinstance(module, nn.LayerNorm):
+    draw = getattr(module, "INITIAL", {}).get(name)
+    if draw is not None:
+        draw(parameter)
+    elif isinstance(module, nn.LayerNorm):
         parameter.fill_(1.0 if name == "weight" else 0.0)
     elif isinstance(module, nn.Linear) and uniform:
         bound = math.sqrt(1.0 / module.in_features)
         parameter.uniform_(-bound, bound)
-    elif isinstance(module, nn.Linear):
-        _normal_or_zero(name, parameter, std)
-    elif isinstance(module, nn.Conv1d):
-        if name == "weight":
-            nn.init.kaiming_normal_(parameter)
-        else:
-            bound = math.sqrt(module.groups / (module.in_channels * module.kernel_size[0]))
-            parameter.uniform_(-bound, bound)
-    elif isinstance(module, nn.Embedding):
-        parameter.normal_(0.0, std)
-    elif isinstance(module, Wav2Vec2BertSelfAttention):  # pos_bias_u, pos_bias_v
-        nn.init.xavier_uniform_(parameter)
-    elif name == "masked_spec_embed":
-        parameter.uniform_()
-    elif name == "layer_weights":
-        parameter.fill_(1.0 / parameter.numel())
-    elif type(module).__module__.startswith(f"{__package__}."):  # the AM-softmax prototypes
-        parameter.normal_()
-
-
-def _normal_or_zero(name: str, parameter: nn.Parameter, std: float) -> None:
-    if name == "weight":
-        parameter.normal_(0.0, std)
-    else:
+    elif isinstance(module, nn.Linear) and name == "bias":
         parameter.zero_()
+    elif isinstance(module, nn.Linear | nn.Embedding) and name == "weight":
+        parameter.normal_(0.0, std)
+    elif isinstance(module, nn.Conv1d) and name == "weight":
+        nn.init.kaiming_normal_(parameter)
+    elif isinstance(module, nn.Conv1d) and name == "bias":
+        bound = math.sqrt(module.groups / (module.in_channels * module.kernel_size[0]))
+        parameter.uniform_(-bound, bound)
+    elif type(module).__module__.startswith(f"{__package__}."):
+        raise ValueError(
+            f"{type(module).__name__}.INITIAL does not say how its parameter {name!r} begins"
+        )

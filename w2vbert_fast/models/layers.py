@@ -6,8 +6,8 @@ Shapes: N packed tokens, C hidden, H heads of D channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,12 @@ from torch import Tensor, nn
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
-from w2vbert_fast.models.packed_weights import (
-    PackedLinear,
-    StackedLinear,
-    packed_feed_forward,
-    stacked_projections,
-)
-from w2vbert_fast.models.packing import lay_end_to_end
-from w2vbert_fast.models.quantization import Int8Linear, int8_feed_forward, int8_projections
-from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 Activation = str | Callable[[Tensor], Tensor]
+Initial = Mapping[str, Callable[[Tensor], object]]
+"""How parameters begin: by name what draws one in place (`initialization`)."""
 
 
 def apply_linear(
@@ -41,24 +34,26 @@ def apply_linear(
     """
     if is_untouched(module, nn.Linear):
         return ops.linear(x, module.weight, module.bias, activation, fast=fast)
-    y: Tensor
-    kind = PackedLinear if isinstance(module, PackedLinear) else Int8Linear
-    if is_untouched(module, kind) and not callable(activation):
-        y = module(x, activation)
-        return y
-    y = module(x)
+    y: Tensor = module(x)
     return y if activation is None else ops.get_activation(activation)(y)
 
 
 def is_untouched(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
-    """No subclass, no hooks, and no `forward` of its own (as offloading libraries put in)."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
+    """No subclass, and not watched."""
+    return type(module) is kind and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: it has hooks, or a `forward` of its
+    own (as offloading libraries put in)."""
+    own = module.__dict__  # a third of the time that attributes take
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
     )
 
 
@@ -126,16 +121,15 @@ class Wav2Vec2BertFeedForward(nn.Module):
         fast = self.use_fast_kernels
         first, second, activation = self.intermediate_dense, self.output_dense, self.activation
         drops = self.training and self.intermediate_dropout.p > 0.0
-        if isinstance(activation, str) and not drops:
-            if is_untouched(first, nn.Linear) and is_untouched(second, nn.Linear):
-                weights = (first.weight, first.bias, activation, second.weight, second.bias)
-                return apply_dropout(self.output_dropout, ops.feed_forward(x, *weights, fast=fast))
-            if is_untouched(first, Int8Linear) and is_untouched(second, Int8Linear):
-                return int8_feed_forward(x, first, second, activation)
-            if is_untouched(first, PackedLinear) and is_untouched(second, PackedLinear):
-                return packed_feed_forward(x, first, second, activation)
-        x = apply_linear(self.intermediate_dense, x, self.activation, fast=fast)
-        x = apply_linear(self.output_dense, apply_dropout(self.intermediate_dropout, x), fast=fast)
+        plain = is_untouched(first, nn.Linear) and is_untouched(second, nn.Linear)
+        if plain and isinstance(activation, str) and not drops:
+            weights = (first.weight, first.bias, activation, second.weight, second.bias)
+            x = ops.feed_forward(x, *weights, fast=fast)
+        else:
+            x = apply_dropout(
+                self.intermediate_dropout, apply_linear(first, x, activation, fast=fast)
+            )
+            x = apply_linear(second, x, fast=fast)
         return apply_dropout(self.output_dropout, x)
 
 
@@ -171,28 +165,28 @@ class Wav2Vec2BertConvolutionModule(nn.Module):
         `taps` is the depthwise weight `[C, K]` in another layout (`ops.tap_major`).
         """
         fast = self.use_fast_kernels
-        first, last = self.pointwise_conv1, self.pointwise_conv2
-        if isinstance(first, PackedLinear):
-            x = first.glu(x)
-        else:
-            x = ops.linear_glu(x, first.weight.squeeze(-1), fast=fast)
-        norm = self.depthwise_layer_norm
-        x = ops.conv_norm_act(
-            x,
-            self.depthwise_weight() if taps is None else taps,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            self.activation,
-            layout.cu_seqlens,
-            layout.seqused_k,
-            fast=fast,
-        )
-        if isinstance(last, PackedLinear):
-            x = last(x)
-        else:
-            x = ops.linear(x, last.weight.squeeze(-1), fast=fast)
+        x = ops.linear_glu(x, self.pointwise_conv1.weight.squeeze(-1), fast=fast)
+        x = depthwise(self, x, layout, taps)
+        x = ops.linear(x, self.pointwise_conv2.weight.squeeze(-1), fast=fast)
         return apply_dropout(self.dropout, x)
+
+
+def depthwise(
+    module: Wav2Vec2BertConvolutionModule, x: Tensor, layout: PackedBatch, taps: Tensor | None
+) -> Tensor:
+    """A convolution module between its pointwise convolutions; arguments as in its `forward`."""
+    norm = module.depthwise_layer_norm
+    return ops.conv_norm_act(
+        x,
+        module.depthwise_weight() if taps is None else taps,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        module.activation,
+        layout.cu_seqlens,
+        layout.seqused_k,
+        fast=module.use_fast_kernels,
+    )
 
 
 class Wav2Vec2BertSelfAttention(nn.Module):
@@ -202,6 +196,10 @@ class Wav2Vec2BertSelfAttention(nn.Module):
     """
 
     use_fast_kernels = False
+    INITIAL: ClassVar[Initial] = {
+        "pos_bias_u": nn.init.xavier_uniform_,
+        "pos_bias_v": nn.init.xavier_uniform_,
+    }
 
     def __init__(self, config: Wav2Vec2BertConfig, is_adapter_attention: bool = False) -> None:
         super().__init__()
@@ -297,43 +295,9 @@ class Wav2Vec2BertSelfAttention(nn.Module):
             )
         return apply_linear(self.linear_out, output.flatten(1), fast=fast), probabilities
 
-    @property
-    def projections_of_one_input(self) -> tuple[str, ...]:
-        """Names of the layers that `forward` gives the same input."""
-        rotary = self.position_embeddings_type == "rotary"
-        return ("linear_q", "linear_k") if rotary else ("linear_q", "linear_k", "linear_v")
-
     def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
-        """Each layer's output `[N, C]` for one input: of one product where that pays.
-
-        On a CPU three products cost what one of three times the width does, unless the weights are
-        packed.
-        """
-        fast = self.use_fast_kernels
-        stacked = [layer for layer in layers if is_untouched(layer, StackedLinear)]
-        if len(stacked) == len(layers):
-            return stacked_projections(x, stacked)
-        if all(is_untouched(layer, Int8Linear) for layer in layers):
-            return int8_projections(x, layers)
-        plain = [layer for layer in layers if is_untouched(layer, nn.Linear)]
-        weights = [layer.weight for layer in plain]
-        biases = [layer.bias for layer in plain if layer.bias is not None]
-        one_product = (
-            len(plain) == len(layers) > 1
-            and len(biases) in (0, len(plain))
-            and all(weight.shape == weights[0].shape for weight in weights)
-            and fast
-            and on_triton_device(x)
-            and not records_gradient(x, *weights, *biases)
-        )
-        if not one_product:
-            return [apply_linear(layer, x, fast=fast) for layer in layers]
-        if not torch.compiler.is_compiling():
-            lay_end_to_end(weights)
-            if biases:
-                lay_end_to_end(biases)
-        outputs = ops.linear_stacked(x, weights, biases, fast=fast)
-        return list(outputs.chunk(len(layers), dim=1))
+        """The output `[N, C]` of each layer for one input."""
+        return [apply_linear(layer, x, fast=self.use_fast_kernels) for layer in layers]
 
 
 class Wav2Vec2BertEncoderLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""What is done to hidden states after the encoder: statistics' normalisation, mean over frames."""
+"""What is done to hidden states behind the encoder: normalisation by statistics, means, masks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def mean_over_frames(x: Tensor, layout: PackedBatch) -> Tensor:
     total = x.new_zeros(layout.batch_size, x.shape[1], dtype=wide).index_add(0, ids, x.to(wide))
     counts = layout.cu_seqlens.diff().clamp(min=1)
     return (total / counts.to(wide)[:, None]).to(x.dtype)
+
+
+def left_aligned(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows shifted so that their first token comes first: `[batch, T, C]` and int64 numbers of
+    tokens `[batch]`. What lies behind an utterance's end is zero."""
+    frames = torch.arange(x.shape[1], device=x.device)
+    start = tokens.to(torch.int64).argmax(dim=1)
+    lengths = tokens.sum(dim=1)
+    rows = (frames + start[:, None]).clamp(max=x.shape[1] - 1)
+    x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+    return x.masked_fill((frames >= lengths[:, None])[..., None], 0.0), lengths
+
+
+def without_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """`[batch, T, C]` with zeros where bool `[batch, T]` is `False`."""
+    return x.masked_fill(~mask[..., None], 0.0)
 
 
 def checked_statistics(stats: Statistics, width: int) -> tuple[Tensor, Tensor]:

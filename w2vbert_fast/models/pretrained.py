@@ -24,17 +24,19 @@ from w2vbert_fast.models.adapter import conv_output_length
 from w2vbert_fast.models.beside_transformers import join_transformers
 from w2vbert_fast.models.config_checks import floating_dtype
 from w2vbert_fast.models.configuration import CONFIG_NAME, Wav2Vec2BertConfig
-from w2vbert_fast.models.graphs import LayerGraphs
 from w2vbert_fast.models.initialization import initialize_weights
-from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection
-from w2vbert_fast.models.outputs import ModelOutput
-from w2vbert_fast.models.packed_weights import pack_encoder
-from w2vbert_fast.models.quantization import (
+from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection, Wav2Vec2BertSelfAttention
+from w2vbert_fast.models.optimized.graphs import LayerGraphs
+from w2vbert_fast.models.optimized.int8 import (
     check_int8,
     dtype_beside_int8,
     keep_ctc_head,
     quantize_encoder,
 )
+from w2vbert_fast.models.optimized.opaque import swap
+from w2vbert_fast.models.optimized.packed import pack_encoder
+from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
+from w2vbert_fast.models.outputs import ModelOutput
 from w2vbert_fast.models.recompute import Checkpointing, Policy
 from w2vbert_fast.models.tracing import recorder
 from w2vbert_fast.ops.dispatch import packed_kernels
@@ -110,6 +112,11 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     supports_gradient_checkpointing: ClassVar[bool] = True
 
     config: Wav2Vec2BertConfig
+
+    HEAD: ClassVar[tuple[str, ...]] = ()
+    """Names of the modules that are not the encoder."""
+    EXPORTED: ClassVar[tuple[str, ...]] = ()
+    """Names of what `padded_outputs` returns; none where a class cannot be exported."""
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
@@ -190,10 +197,9 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     ) -> _Model:
         """Load a model from a folder or the hub.
 
-        Reads `config.json` and the weights (see `w2vbert_fast.checkpoints.weights`). A checkpoint
-        of the encoder alone, or with another kind of head, can be loaded into a model with a head,
-        which is newly initialised with a warning, and a checkpoint with a head into the encoder
-        alone.
+        Reads `config.json` and the weights (see `w2vbert_fast.checkpoint`). A checkpoint of the
+        encoder alone, or with another kind of head, can be loaded into a model with a head, which
+        is newly initialised with a warning, and a checkpoint with a head into the encoder alone.
         The same goes for what the caller's `config` or overrides add or take away, such as
         `add_adapter=True` or `num_hidden_layers=12`. Nothing is loaded unless everything else fits;
         memory stays near the size of the weights.
@@ -394,6 +400,24 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         config.dtype = self.dtype
         return config
 
+    def padded_outputs(self, x: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        """What an exported program computes of the encoder's output, on padded tensors.
+
+        Args:
+            x: `[batch, T', C']`; padding may hold anything.
+            mask: bool `[batch, T']`, valid frames, contiguous in a row.
+            tokens: `mask` with the half frames (`layout`).
+
+        Returns:
+            The outputs that `EXPORTED` names; `lengths` are int64 `[batch]`.
+        """
+        raise NotImplementedError
+
+    @property
+    def fewest_frames(self) -> int:
+        """Output frames that an utterance must have at least."""
+        return 1
+
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(f"torch.jit.script {_NOT_RECORDED}")
 
@@ -542,6 +566,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         self._use_fast_kernels = bool(value)
         for module in self._parts_with("use_fast_kernels"):
             module.use_fast_kernels = bool(value)
+            if value and type(module) is Wav2Vec2BertSelfAttention:
+                swap(module, StackedSelfAttention)
 
     def _check_call(self, input_features: Any, attention_mask: Tensor | None) -> None:
         """What every call of a model looks at first.

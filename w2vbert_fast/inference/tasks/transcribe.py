@@ -23,7 +23,7 @@ from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, find_device, l
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Classification, Embedding, Segment, Transcription
 from w2vbert_fast.inference.tasks.base import Piece, Task, file_digest, head_of, identity, source_of
-from w2vbert_fast.models.encoder import hidden_state_index
+from w2vbert_fast.models.model import hidden_state_index
 from w2vbert_fast.ops import greedy_decode
 from w2vbert_fast.ops.dispatch import packed_kernels
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor

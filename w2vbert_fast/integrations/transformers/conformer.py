@@ -23,6 +23,7 @@ from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models import adapter, layers, positions
 from w2vbert_fast.models.layers import is_untouched
+from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.ops.dispatch import on_triton_device
 
 _ACTIVATIONS = {
@@ -128,7 +129,7 @@ class _SelfAttention:
             self.right_max_position_embeddings = module.right_max_position_embeddings
             self.distance_embedding = parts["distance_embedding"]
 
-    _project: Any = layers.Wav2Vec2BertSelfAttention._project
+    _project: Any = StackedSelfAttention._project
     forward: Any = layers.Wav2Vec2BertSelfAttention.forward
 
     def __call__(self, *args: Any) -> Any:

@@ -15,29 +15,28 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from w2vbert_fast.layout import PackedBatch
-from w2vbert_fast.models.cuda_graphs import CudaGraphs, GraphDevice
 from w2vbert_fast.models.layers import (
     Wav2Vec2BertConvolutionModule,
     Wav2Vec2BertEncoderLayer,
     Wav2Vec2BertFeedForward,
     Wav2Vec2BertSelfAttention,
     has_global_hooks,
+    is_watched,
 )
+from w2vbert_fast.models.optimized.cuda_graphs import CudaGraphs, GraphDevice
+from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.models.positions import (
     Wav2Vec2BertRelPositionalEmbedding,
     Wav2Vec2BertRotaryPositionalEmbedding,
 )
 from w2vbert_fast.ops.attention import MAX_TRITON_HEAD_SIZE
-
-if TYPE_CHECKING:
-    from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +57,7 @@ _KNOWN = frozenset(
         Wav2Vec2BertFeedForward,
         Wav2Vec2BertConvolutionModule,
         Wav2Vec2BertSelfAttention,
+        StackedSelfAttention,
         Wav2Vec2BertRotaryPositionalEmbedding,
         Wav2Vec2BertRelPositionalEmbedding,
         nn.Conv1d,
@@ -132,7 +132,7 @@ class _State:
                 (encoder.training, encoder.__dict__.get("use_fast_kernels")),
                 *[(own["training"], own.get("use_fast_kernels")) for own in attributes],
             ],
-            [_is_watched(own) for own in attributes],
+            [is_watched(module) for module in modules],
             [(id(p), p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters],
         )
 
@@ -154,23 +154,11 @@ class _State:
             if type(module) is Wav2Vec2BertRelPositionalEmbedding:
                 return 'position_embeddings_type "relative" has no kernel'
             if (
-                type(module) is Wav2Vec2BertSelfAttention
+                isinstance(module, Wav2Vec2BertSelfAttention)
                 and module.head_size > MAX_TRITON_HEAD_SIZE
             ):
                 return f"attention heads of {module.head_size} channels have no kernel"
         return None
-
-
-def _is_watched(own: dict[str, Any]) -> bool:
-    """`not is_untouched`, from a module's `__dict__` and in a third of the time."""
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +255,7 @@ class LayerGraphs:
 
     def run(
         self,
-        encoder: Wav2Vec2BertEncoder,
+        encoder: Any,
         x: Tensor,
         layout: PackedBatch,
         wanted: set[int],
@@ -276,7 +264,7 @@ class LayerGraphs:
         """The encoder's layers by a graph.
 
         Args:
-            encoder: always the same one.
+            encoder: the `Wav2Vec2BertEncoder`, always the same one.
             x: `[N, C]`.
             layout: the utterances.
             wanted: indices of the hidden states to keep.
@@ -335,7 +323,7 @@ class LayerGraphs:
     def _captured(
         self,
         key: tuple[Any, ...],
-        encoder: Wav2Vec2BertEncoder,
+        encoder: Any,
         x: Tensor,
         kept: list[int],
         stop: int,

@@ -1,4 +1,4 @@
-"""Parameters that lie end to end in one buffer, so that several products become one.
+"""Projections of one input whose weights lie end to end in one buffer, as one product.
 
 The parameters stay what they were to everybody else: the state dict has the same names, and an
 optimiser or `load_state_dict` writes into the buffer through them. What is moved, converted, copied
@@ -13,7 +13,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from w2vbert_fast import ops
+from w2vbert_fast.models.layers import Wav2Vec2BertSelfAttention, is_untouched
+from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
 from w2vbert_fast.ops.linear import lie_end_to_end
+
+
+class StackedSelfAttention(Wav2Vec2BertSelfAttention):
+    """Self-attention whose projections of one input are one product on the Triton kernels.
+
+    `use_fast_kernels` puts it in place of the class that it derives from. It does as that class
+    wherever the projections are no plain linear layers, differ, or are trained.
+    """
+
+    def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
+        fast = self.use_fast_kernels
+        parameters = parameters_of(layers) if fast and on_triton_device(x) else None
+        if parameters is None or records_gradient(x, *parameters[0], *parameters[1]):
+            return Wav2Vec2BertSelfAttention._project(self, x, *layers)
+        weights, biases = parameters
+        if not torch.compiler.is_compiling():
+            lay_end_to_end(weights)
+            if biases:
+                lay_end_to_end(biases)
+        return list(ops.linear_stacked(x, weights, biases, fast=fast).chunk(len(layers), dim=1))
+
+
+def parameters_of(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Weights and biases of several layers that can be one: plain linear layers, all alike.
+
+    There is a bias for each, or none. `None` for a single layer, and for any others.
+    """
+    plain = [layer for layer in layers if is_untouched(layer, nn.Linear)]
+    weights: list[Tensor] = [layer.weight for layer in plain]
+    biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
+    alike = len(biases) in (0, len(plain)) and len({weight.shape for weight in weights}) == 1
+    return (weights, biases) if alike and len(plain) == len(layers) > 1 else None
 
 
 def lay_end_to_end(parameters: Sequence[Tensor]) -> bool:

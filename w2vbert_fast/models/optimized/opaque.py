@@ -1,31 +1,34 @@
-"""What linear layers share whose weight is in a form that only a CPU's kernels read."""
+"""What layers and blocks share whose weights are in a form that only a CPU's kernels read."""
 
 from __future__ import annotations
 
 from copy import deepcopy
 from typing import Any, ClassVar, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
+
+from w2vbert_fast.models.layers import Wav2Vec2BertFeedForward, is_untouched
 
 
 class OpaqueLinear(nn.Module):
     """A linear layer for inference without a `weight`: copied by sharing, not saved, not pickled.
 
     Attributes:
-        WEIGHT: name of the attribute that holds the weight, which nothing writes to.
         STATE: what happened to the layer, for messages.
+        matrix: the weight, which nothing writes to.
+        bias: `[out_features]` or `None`.
     """
 
-    WEIGHT: ClassVar[str]
     STATE: ClassVar[str]
 
     in_features: int
     out_features: int
+    matrix: Any
+    bias: Tensor | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpaqueLinear:
         copied = type(self).__new__(type(self))
-        weight = getattr(self, self.WEIGHT)
-        memo[id(self)], memo[id(weight)] = copied, weight
+        memo[id(self)], memo[id(self.matrix)] = copied, self.matrix
         copied.__dict__.update({key: deepcopy(value, memo) for key, value in vars(self).items()})
         return copied
 
@@ -41,3 +44,22 @@ class OpaqueLinear(nn.Module):
             f"{name} is {self.STATE} and has no weight that a checkpoint could hold; save the "
             "model as it was before"
         )
+
+
+def is_one_operation(block: Wav2Vec2BertFeedForward, kind: type[OpaqueLinear]) -> bool:
+    """Whether a feed-forward block is two layers of this kind that nobody has touched."""
+    return (
+        is_untouched(block.intermediate_dense, kind)
+        and is_untouched(block.output_dense, kind)
+        and isinstance(block.activation, str)
+        and not block.training
+    )
+
+
+def swap(block: nn.Module, faster: type[nn.Module]) -> None:
+    """Make a block one of another class, which computes the same of the same parts, and faster.
+
+    The block stays the same object, with its parts, hooks and names (`fully_shard` of PyTorch does
+    the like).
+    """
+    block.__class__ = faster

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from w2vbert_fast.models.opaque_linear import OpaqueLinear
+from w2vbert_fast.models.layers import (
+    Wav2Vec2BertFeedForward,
+    Wav2Vec2BertSelfAttention,
+    is_untouched,
+)
+from w2vbert_fast.models.optimized.opaque import OpaqueLinear, is_one_operation, swap
+from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.ops import dispatch
 
 
@@ -49,26 +55,56 @@ class Int8Linear(OpaqueLinear):
         linear: the layer to quantise; its bias is taken over.
     """
 
-    WEIGHT = "quantized"
     STATE = "quantised to int8"
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quantized = dispatch.int8_kernels().quantize_weight(linear.weight.detach())
+        self.matrix = dispatch.int8_kernels().quantize_weight(linear.weight.detach())
         self.bias = linear.bias
 
-    def forward(self, x: Any, activation: str | None = None) -> Tensor:
-        """`act(x @ weight.T + bias)`: `[num_tokens, in_features]` -> `[num_tokens, out_features]`.
+    def forward(self, x: Any) -> Tensor:
+        """`x @ weight.T + bias`: `[num_tokens, in_features]` -> `[num_tokens, out_features]`.
 
         Args:
             x: floating, or what the kernels' `quantize_tokens` made of it.
-            activation: a name of `ops.activations.ACTIVATIONS` or `None`.
         """
         with torch.no_grad():
-            kernels = dispatch.int8_kernels()
-            y: Tensor = kernels.linear_int8(x, self.quantized, self.bias, activation)
+            y: Tensor = dispatch.int8_kernels().linear_int8(x, self.matrix, self.bias, None)
         return y
+
+
+class Int8FeedForward(Wav2Vec2BertFeedForward):
+    """A feed-forward block of two `Int8Linear`, a block of tokens at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class that it was."""
+        if not is_one_operation(self, Int8Linear):
+            return super().forward(x)
+        first: Any = self.intermediate_dense
+        second: Any = self.output_dense
+        with torch.no_grad():
+            y: Tensor = dispatch.int8_kernels().feed_forward_int8(
+                x, first.matrix, first.bias, self.activation, second.matrix, second.bias
+            )
+        return y
+
+
+class Int8SelfAttention(Wav2Vec2BertSelfAttention):
+    """Self-attention whose projections are `Int8Linear`: their input is quantised once."""
+
+    def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
+        if not all(is_untouched(layer, Int8Linear) for layer in layers):
+            return super()._project(x, *layers)
+        tokens = dispatch.int8_kernels().quantize_tokens(x)
+        return [layer(tokens) for layer in layers]
+
+
+_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    Wav2Vec2BertFeedForward: Int8FeedForward,
+    Wav2Vec2BertSelfAttention: Int8SelfAttention,
+    StackedSelfAttention: Int8SelfAttention,
+}
 
 
 class WideLinear(nn.Linear):
@@ -98,24 +134,7 @@ def keep_ctc_head(model: nn.Module) -> Iterator[None]:
         model.add_module("lm_head", WideLinear(head) if type(head) is nn.Linear else head)
 
 
-def int8_projections(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """The output of each layer for one input, which is quantised once."""
-    tokens = dispatch.int8_kernels().quantize_tokens(x)
-    return [layer(tokens) for layer in layers]
-
-
-def int8_feed_forward(
-    x: Tensor, first: Int8Linear, second: Int8Linear, activation: str | None
-) -> Tensor:
-    """`second(first(x, activation))`, a block of tokens at a time."""
-    with torch.no_grad():
-        y: Tensor = dispatch.int8_kernels().feed_forward_int8(
-            x, first.quantized, first.bias, activation, second.quantized, second.bias
-        )
-    return y
-
-
-def quantize_encoder(model: nn.Module) -> int:
+def quantize_encoder(model: nn.Module) -> None:
     """Replace the linear layers of a model's encoder by `Int8Linear`, one after the other.
 
     Those of its Conformer layers only: the feature projection, the convolutions, the adapter and
@@ -123,14 +142,11 @@ def quantize_encoder(model: nn.Module) -> int:
 
     Args:
         model: what has the encoder, on the CPU.
-
-    Returns:
-        How many layers were replaced.
     """
     encoder: Any = model.base_model.encoder  # type: ignore[union-attr]
-    linears = [name for name, module in encoder.named_modules() if type(module) is nn.Linear]
-    for name in linears:
-        path, _, leaf = name.rpartition(".")
-        parent = encoder.get_submodule(path)
-        setattr(parent, leaf, Int8Linear(getattr(parent, leaf)))
-    return len(linears)
+    for block in list(encoder.modules()):
+        for name, layer in list(block.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(block, name, Int8Linear(layer))
+        if type(block) in _BLOCKS:
+            swap(block, _BLOCKS[type(block)])
