@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
+from w2vbert_fast.models.fields import fields_of
 
 # The keys of a published ASR fine-tune of 2024 that differ from the defaults or are not fields.
 PUBLISHED = {
@@ -66,6 +68,29 @@ def test_positional_arguments_are_in_the_documented_order() -> None:
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (32, 64, 2)
     assert (config.num_attention_heads, config.intermediate_size) == (4, 128)
     assert (config.feature_projection_input_dim, config.hidden_act) == (80, "gelu")
+
+
+def test_the_constructor_is_what_the_rows_say() -> None:
+    parameters = inspect.signature(Wav2Vec2BertConfig).parameters
+    rows = fields_of(Wav2Vec2BertConfig)
+    assert [*parameters] == [*rows, "kwargs"]
+    assert len(rows) > 50
+    assert {name: p.default for name, p in parameters.items() if name in rows} == {
+        name: row.default for name, row in rows.items()
+    }
+    by_name_only = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert by_name_only[0] == "output_hidden_states"
+    assert "conformer_conv_dropout" not in by_name_only
+    assert parameters["kwargs"].kind is inspect.Parameter.VAR_KEYWORD
+    # What is given as one type and read as another.
+    assert parameters["hidden_size"].annotation == "int"
+    assert parameters["dtype"].annotation == "torch.dtype | str | None"
+    documented = Wav2Vec2BertConfig.__doc__ or ""
+    assert all(f"\n        {name}: {row.__doc__}\n" in documented for name, row in rows.items())
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        Wav2Vec2BertConfig(*range(len(rows)))
+    with pytest.raises(TypeError, match="multiple values for argument 'vocab_size'"):
+        Wav2Vec2BertConfig(3, vocab_size=3)
 
 
 def test_json_of_the_defaults_is_that_of_the_reference() -> None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -22,22 +23,37 @@ from w2vbert_fast.checkpoints.files import make_folder, write_text
 from w2vbert_fast.checkpoints.hub import HubMixin, upload_arguments, upload_folder
 from w2vbert_fast.checkpoints.keywords import LOADING, take
 from w2vbert_fast.checkpoints.repository import Repository
-from w2vbert_fast.models import config_checks as checks
+from w2vbert_fast.models.fields import (
+    FloatingDtype,
+    LabelCount,
+    LabelIndices,
+    LabelNames,
+    activation,
+    boolean,
+    choice,
+    configuration,
+    fail,
+    fields_of,
+    floating_dtype,
+    integer,
+    integers,
+    real,
+    share,
+    strings,
+    text,
+    token_id,
+)
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 
 _Config = TypeVar("_Config", bound="Wav2Vec2BertConfig")
+Activation = str | Callable[[torch.Tensor], torch.Tensor]
 
-# Besides the fields with a check of their own: other names, and fields of all models of the
-# reference, which are kept.
-_FURTHER_FIELDS = (
+# Besides the rows: an older name, and keys of all models of the reference, which are kept.
+_FURTHER_KEYS = (
     "torch_dtype",
-    "num_labels",
-    "id2label",
-    "label2id",
-    "name_or_path",
     "finetuning_task",
     "gradient_checkpointing",
     "task_specific_params",
@@ -45,7 +61,14 @@ _FURTHER_FIELDS = (
     "use_cache",
 )
 
+# What a file leaves out where both are so.
+_USUAL_LABELS = {
+    "id2label": {0: "LABEL_0", 1: "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+}
 
+
+@configuration
 class Wav2Vec2BertConfig(HubMixin):
     """All that determines a Wav2Vec2-BERT model besides its weights.
 
@@ -55,210 +78,174 @@ class Wav2Vec2BertConfig(HubMixin):
     become attributes and survive a round trip through `to_dict` or a file.
 
     Args:
-        vocab_size: number of CTC classes, blank included; needed by `Wav2Vec2BertForCTC` only.
-        hidden_size: width of the encoder; a multiple of `num_attention_heads`.
-        num_hidden_layers: number of Conformer layers.
-        num_attention_heads: attention heads of every layer, the adapter's too.
-        intermediate_size: inner width of the feed-forward blocks.
-        feature_projection_input_dim: width of `input_features`: mel bins times stacked frames.
-        hidden_act: activation of the feed-forward and convolution blocks: a name or a callable
-            from tensor to tensor. A configuration with a callable cannot be written to a file.
-        hidden_dropout: dropout after each block.
-        activation_dropout: dropout inside the feed-forward blocks.
-        attention_dropout: dropout of the attention probabilities.
-        feat_proj_dropout: dropout after the feature projection.
-        final_dropout: dropout before the CTC head.
-        layerdrop: probability that training skips a layer.
-        initializer_range: standard deviation of newly initialised linear layers.
-        layer_norm_eps: epsilon of every LayerNorm.
-        apply_spec_augment: whether training masks its inputs (SpecAugment).
-        mask_time_prob: share of the frames to mask, before overlaps.
-        mask_time_length: frames in one span.
-        mask_time_min_masks: least number of spans for one utterance.
-        mask_feature_prob: share of the hidden channels to mask, before overlaps.
-        mask_feature_length: channels in one span.
-        mask_feature_min_masks: least number of channel spans for one utterance.
-        ctc_loss_reduction: `"sum"`, `"mean"` or `"none"`.
-        ctc_zero_infinity: whether an infinite CTC loss and its gradient count as zero.
-        use_weighted_layer_sum: whether classifiers read a learned average of all layers.
-        classifier_proj_size: width of the classifiers' projection.
-        tdnn_dim: output channels of the TDNN layers of `Wav2Vec2BertForXVector`.
-        tdnn_kernel: their kernel sizes in frames.
-        tdnn_dilation: their dilations in frames.
-        xvector_output_dim: width of the speaker embedding.
-        pad_token_id: id of the padding token, which is the CTC blank.
-        bos_token_id: id of the beginning-of-sequence token.
-        eos_token_id: id (or ids) of the end-of-sequence token.
-        add_adapter: whether a downsampling adapter follows the encoder.
-        adapter_kernel_size: kernel of the adapter's convolutions in frames.
-        adapter_stride: frames that one adapter layer turns into one.
-        num_adapter_layers: number of adapter layers.
-        adapter_act: activation of the adapter's feed-forward blocks, as `hidden_act`.
-        use_intermediate_ffn_before_adapter: whether a feed-forward block stands before the
-            adapter; needs `add_adapter`.
-        output_hidden_size: width of the adapter's output; None for `hidden_size`.
-        position_embeddings_type: `"relative_key"` (Shaw et al. 2018), `"relative"`
-            (Transformer-XL), `"rotary"`, or None for no position embeddings.
-        rotary_embedding_base: base of the rotary frequencies.
-        max_source_positions: frames for which the `"relative"` table is made beforehand.
-        left_max_position_embeddings: farthest distinct distance to the left, in frames
-            (`"relative_key"`).
-        right_max_position_embeddings: farthest distinct distance to the right, in frames
-            (`"relative_key"`).
-        conv_depthwise_kernel_size: taps of the causal depthwise convolution; odd.
-        conformer_conv_dropout: dropout of the convolution blocks.
-        output_hidden_states: whether models return all hidden states unless told otherwise.
-        output_attentions: whether models return attention probabilities unless told otherwise.
-        return_dict: whether models return named outputs (True or None) or tuples (False) unless
-            told otherwise.
-        dtype: dtype of the weights: a `torch.dtype` or its name.
-        num_labels: number of classes of a classifier; makes the names `LABEL_0`, `LABEL_1`, ...
-        id2label: names of the classes by index; the indices may be strings, as in JSON.
-        label2id: indices of the classes by name; by default the inverse of `id2label`.
-        problem_type: `"regression"`, `"single_label_classification"`,
-            `"multi_label_classification"`, or None to infer it from `num_labels` and the labels.
-        architectures: class names of the models that the weights are for.
-        name_or_path: where the configuration was loaded from; not written to files.
+        ...: the rows below.
         **kwargs: further keys, kept as they are; `torch_dtype` is the older name of `dtype`.
 
     Raises:
         ValueError: a value that no model can have; the message names the field.
     """
 
+    vocab_size: int | None = integer(
+        None,
+        1,
+        "number of CTC classes, blank included; needed by `Wav2Vec2BertForCTC` only.",
+        optional=True,
+    )
+    hidden_size: int = integer(
+        1024, 1, "width of the encoder; a multiple of `num_attention_heads`."
+    )
+    num_hidden_layers: int = integer(24, 0, "number of Conformer layers.")
+    num_attention_heads: int = integer(16, 1, "attention heads of every layer, the adapter's too.")
+    intermediate_size: int = integer(4096, 1, "inner width of the feed-forward blocks.")
+    feature_projection_input_dim: int = integer(
+        160, 1, "width of `input_features`: mel bins times stacked frames."
+    )
+    hidden_act: Activation = activation(
+        "swish",
+        "activation of the feed-forward and convolution blocks: a name or a callable from tensor "
+        "to tensor. A configuration with a callable cannot be written to a file.",
+    )
+    hidden_dropout: float = share(0.0, "dropout after each block.")
+    activation_dropout: float = share(0.0, "dropout inside the feed-forward blocks.")
+    attention_dropout: float = share(0.0, "dropout of the attention probabilities.")
+    feat_proj_dropout: float = share(0.0, "dropout after the feature projection.")
+    final_dropout: float = share(0.1, "dropout before the CTC head.")
+    layerdrop: float = share(0.1, "probability that training skips a layer.")
+    initializer_range: float = real(
+        0.02, 0, "standard deviation of newly initialised linear layers."
+    )
+    layer_norm_eps: float = real(1e-5, 0, "epsilon of every LayerNorm.", exclusive=True)
+    apply_spec_augment: bool = boolean(True, "whether training masks its inputs (SpecAugment).")
+    mask_time_prob: float = share(0.05, "share of the frames to mask, before overlaps.")
+    mask_time_length: int = integer(10, 1, "frames in one span.")
+    mask_time_min_masks: int = integer(2, 0, "least number of spans for one utterance.")
+    mask_feature_prob: float = share(0.0, "share of the hidden channels to mask, before overlaps.")
+    mask_feature_length: int = integer(10, 1, "channels in one span.")
+    mask_feature_min_masks: int = integer(0, 0, "least number of channel spans for one utterance.")
+    ctc_loss_reduction: str = choice(
+        "sum", ("sum", "mean", "none"), '`"sum"`, `"mean"` or `"none"`.'
+    )
+    ctc_zero_infinity: bool = boolean(
+        False, "whether an infinite CTC loss and its gradient count as zero."
+    )
+    use_weighted_layer_sum: bool = boolean(
+        False, "whether classifiers read a learned average of all layers."
+    )
+    classifier_proj_size: int = integer(768, 1, "width of the classifiers' projection.")
+    tdnn_dim: Sequence[int] = integers(
+        (512, 512, 512, 512, 1500),
+        1,
+        "output channels of the TDNN layers of `Wav2Vec2BertForXVector`.",
+    )
+    tdnn_kernel: Sequence[int] = integers((5, 3, 3, 1, 1), 1, "their kernel sizes in frames.")
+    tdnn_dilation: Sequence[int] = integers((1, 2, 3, 1, 1), 1, "their dilations in frames.")
+    xvector_output_dim: int = integer(512, 1, "width of the speaker embedding.")
+    pad_token_id: int | None = integer(
+        0, None, "id of the padding token, which is the CTC blank.", optional=True
+    )
+    bos_token_id: int | None = integer(
+        1, None, "id of the beginning-of-sequence token.", optional=True
+    )
+    eos_token_id: int | list[int] | None = token_id(2, "id (or ids) of the end-of-sequence token.")
+    add_adapter: bool = boolean(False, "whether a downsampling adapter follows the encoder.")
+    adapter_kernel_size: int = integer(3, 1, "kernel of the adapter's convolutions in frames.")
+    adapter_stride: int = integer(2, 1, "frames that one adapter layer turns into one.")
+    num_adapter_layers: int = integer(1, 0, "number of adapter layers.")
+    adapter_act: Activation = activation(
+        "relu", "activation of the adapter's feed-forward blocks, as `hidden_act`."
+    )
+    use_intermediate_ffn_before_adapter: bool = boolean(
+        False, "whether a feed-forward block stands before the adapter; needs `add_adapter`."
+    )
+    output_hidden_size: int | None = integer(
+        None, 1, "width of the adapter's output; None for `hidden_size`."
+    )
+    position_embeddings_type: str | None = choice(
+        "relative_key",
+        ("relative_key", "relative", "rotary", None),
+        '`"relative_key"` (Shaw et al. 2018), `"relative"` (Transformer-XL), `"rotary"`, or None '
+        "for no position embeddings.",
+    )
+    rotary_embedding_base: int = integer(10000, 1, "base of the rotary frequencies.")
+    max_source_positions: int = integer(
+        5000, 1, 'frames for which the `"relative"` table is made beforehand.'
+    )
+    left_max_position_embeddings: int = integer(
+        64, 0, 'farthest distinct distance to the left, in frames (`"relative_key"`).'
+    )
+    right_max_position_embeddings: int = integer(
+        8, 0, 'farthest distinct distance to the right, in frames (`"relative_key"`).'
+    )
+    conv_depthwise_kernel_size: int = integer(
+        31, 1, "taps of the causal depthwise convolution; odd."
+    )
+    conformer_conv_dropout: float = share(0.1, "dropout of the convolution blocks.")
+    _: KW_ONLY
+    output_hidden_states: bool | None = boolean(
+        False,
+        "whether models return all hidden states unless told otherwise.",
+        optional=True,
+        common=True,
+    )
+    output_attentions: bool | None = boolean(
+        False,
+        "whether models return attention probabilities unless told otherwise.",
+        optional=True,
+        common=True,
+    )
+    return_dict: bool | None = boolean(
+        True,
+        "whether models return named outputs (True or None) or tuples (False) unless told "
+        "otherwise.",
+        optional=True,
+        common=True,
+    )
+    dtype: FloatingDtype = FloatingDtype("dtype of the weights: a `torch.dtype` or its name.")
+    num_labels: LabelCount = LabelCount(
+        "number of classes of a classifier; makes the names `LABEL_0`, `LABEL_1`, ..."
+    )
+    id2label: LabelNames = LabelNames(
+        "names of the classes by index; the indices may be strings, as in JSON."
+    )
+    label2id: LabelIndices = LabelIndices(
+        "indices of the classes by name; by default the inverse of `id2label`."
+    )
+    problem_type: str | None = choice(
+        None,
+        ("regression", "single_label_classification", "multi_label_classification", None),
+        '`"regression"`, `"single_label_classification"`, `"multi_label_classification"`, or None '
+        "to infer it from `num_labels` and the labels.",
+        common=True,
+    )
+    architectures: Sequence[str] | None = strings(
+        "class names of the models that the weights are for.", common=True
+    )
+    name_or_path: str = text("", "where the configuration was loaded from; not written to files.")
+    is_encoder_decoder: bool = boolean(
+        False, "of all models of the reference; without a meaning here.", common=True
+    )
+    chunk_size_feed_forward: int = integer(
+        0, 0, "of all models of the reference; without a meaning here.", common=True
+    )
+
     model_type: ClassVar[str] = "wav2vec2-bert"
     # Two configurations are equal by value, and values can be changed.
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(
-        self,
-        vocab_size: int | None = None,
-        hidden_size: int = 1024,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        intermediate_size: int = 4096,
-        feature_projection_input_dim: int = 160,
-        hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = "swish",
-        hidden_dropout: float = 0.0,
-        activation_dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        feat_proj_dropout: float = 0.0,
-        final_dropout: float = 0.1,
-        layerdrop: float = 0.1,
-        initializer_range: float = 0.02,
-        layer_norm_eps: float = 1e-5,
-        apply_spec_augment: bool = True,
-        mask_time_prob: float = 0.05,
-        mask_time_length: int = 10,
-        mask_time_min_masks: int = 2,
-        mask_feature_prob: float = 0.0,
-        mask_feature_length: int = 10,
-        mask_feature_min_masks: int = 0,
-        ctc_loss_reduction: str = "sum",
-        ctc_zero_infinity: bool = False,
-        use_weighted_layer_sum: bool = False,
-        classifier_proj_size: int = 768,
-        tdnn_dim: Sequence[int] = (512, 512, 512, 512, 1500),
-        tdnn_kernel: Sequence[int] = (5, 3, 3, 1, 1),
-        tdnn_dilation: Sequence[int] = (1, 2, 3, 1, 1),
-        xvector_output_dim: int = 512,
-        pad_token_id: int | None = 0,
-        bos_token_id: int | None = 1,
-        eos_token_id: int | list[int] | None = 2,
-        add_adapter: bool = False,
-        adapter_kernel_size: int = 3,
-        adapter_stride: int = 2,
-        num_adapter_layers: int = 1,
-        adapter_act: str | Callable[[torch.Tensor], torch.Tensor] = "relu",
-        use_intermediate_ffn_before_adapter: bool = False,
-        output_hidden_size: int | None = None,
-        position_embeddings_type: str | None = "relative_key",
-        rotary_embedding_base: int = 10000,
-        max_source_positions: int = 5000,
-        left_max_position_embeddings: int = 64,
-        right_max_position_embeddings: int = 8,
-        conv_depthwise_kernel_size: int = 31,
-        conformer_conv_dropout: float = 0.1,
-        *,
-        output_hidden_states: bool | None = False,
-        output_attentions: bool | None = False,
-        return_dict: bool | None = True,
-        dtype: torch.dtype | str | None = None,
-        num_labels: int | None = None,
-        id2label: Mapping[int, str] | Mapping[str, str] | None = None,
-        label2id: Mapping[str, int] | None = None,
-        problem_type: str | None = None,
-        architectures: Sequence[str] | None = None,
-        name_or_path: str = "",
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.feature_projection_input_dim = feature_projection_input_dim
-        self.hidden_act = hidden_act
-        self.hidden_dropout = hidden_dropout
-        self.activation_dropout = activation_dropout
-        self.attention_dropout = attention_dropout
-        self.feat_proj_dropout = feat_proj_dropout
-        self.final_dropout = final_dropout
-        self.layerdrop = layerdrop
-        self.initializer_range = initializer_range
-        self.layer_norm_eps = layer_norm_eps
-        self.apply_spec_augment = apply_spec_augment
-        self.mask_time_prob = mask_time_prob
-        self.mask_time_length = mask_time_length
-        self.mask_time_min_masks = mask_time_min_masks
-        self.mask_feature_prob = mask_feature_prob
-        self.mask_feature_length = mask_feature_length
-        self.mask_feature_min_masks = mask_feature_min_masks
-        self.ctc_loss_reduction = ctc_loss_reduction
-        self.ctc_zero_infinity = ctc_zero_infinity
-        self.use_weighted_layer_sum = use_weighted_layer_sum
-        self.classifier_proj_size = classifier_proj_size
-        self.tdnn_dim: list[int] = checks.FIELD_CHECKS["tdnn_dim"]("tdnn_dim", tdnn_dim)
-        self.tdnn_kernel: list[int] = checks.FIELD_CHECKS["tdnn_kernel"]("tdnn_kernel", tdnn_kernel)
-        self.tdnn_dilation: list[int] = checks.FIELD_CHECKS["tdnn_dilation"](
-            "tdnn_dilation", tdnn_dilation
-        )
-        self.xvector_output_dim = xvector_output_dim
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
-        self.add_adapter = add_adapter
-        self.adapter_kernel_size = adapter_kernel_size
-        self.adapter_stride = adapter_stride
-        self.num_adapter_layers = num_adapter_layers
-        self.adapter_act = adapter_act
-        self.use_intermediate_ffn_before_adapter = use_intermediate_ffn_before_adapter
-        self.output_hidden_size = hidden_size if output_hidden_size is None else output_hidden_size
-        self.position_embeddings_type = position_embeddings_type
-        self.rotary_embedding_base = rotary_embedding_base
-        self.max_source_positions = max_source_positions
-        self.left_max_position_embeddings = left_max_position_embeddings
-        self.right_max_position_embeddings = right_max_position_embeddings
-        self.conv_depthwise_kernel_size = conv_depthwise_kernel_size
-        self.conformer_conv_dropout = conformer_conv_dropout
-        self.output_hidden_states = output_hidden_states
-        self.output_attentions = output_attentions
-        self.return_dict = return_dict
-        older_dtype = kwargs.pop("torch_dtype", None)
-        self.dtype: torch.dtype | None = checks.floating_dtype(
-            "dtype", older_dtype if dtype is None else dtype
-        )
-        self.problem_type = problem_type
-        self.architectures: list[str] | None = checks.strings("architectures", architectures)
-        self.is_encoder_decoder: bool = kwargs.pop("is_encoder_decoder", False)
-        self.chunk_size_feed_forward: int = kwargs.pop("chunk_size_feed_forward", 0)
-        self.name_or_path = str(name_or_path or kwargs.pop("_name_or_path", None) or "")
-        self._set_labels(num_labels, id2label, label2id)
-        self._set_unknown(kwargs)
+    def _begin(self, values: dict[str, Any], further: dict[str, Any]) -> None:
+        """The constructor's work: see `fields.configuration`."""
+        older_dtype, older_name = further.pop("torch_dtype", None), further.pop("_name_or_path", "")
+        if values["dtype"] is None:
+            values["dtype"] = older_dtype
+        if values["output_hidden_size"] is None:
+            values["output_hidden_size"] = values["hidden_size"]
+        values["name_or_path"] = str(values["name_or_path"] or older_name or "")
+        labels = {name: values.pop(name) for name in ("num_labels", "id2label", "label2id")}
+        for name, value in values.items():
+            setattr(self, name, value)
+        self._set_labels(**labels)
+        self._set_unknown(further)
         self.validate()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = checks.FIELD_CHECKS.get(name)
-        object.__setattr__(self, name, value if check is None else check(name, value))
 
     def _set_labels(
         self,
@@ -302,37 +289,30 @@ class Wav2Vec2BertConfig(HubMixin):
         Raises:
             ValueError: values that no model can have together; the message names the fields.
         """
-        checks.check_together(self)
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Names of the classes by index. Setting it sets `label2id` to its inverse."""
-        return self._id2label
-
-    @id2label.setter
-    def id2label(self, value: Mapping[int, str] | Mapping[str, str]) -> None:
-        self._id2label = checks.label_names("id2label", value)
-        self._label2id = {label: index for index, label in self._id2label.items()}
-
-    @property
-    def label2id(self) -> dict[str, int]:
-        """Indices of the classes by name."""
-        return self._label2id
-
-    @label2id.setter
-    def label2id(self, value: Mapping[str, int]) -> None:
-        self._label2id = checks.label_indices("label2id", value)
-
-    @property
-    def num_labels(self) -> int:
-        """Number of classes. Setting another number makes the names `LABEL_0`, `LABEL_1`, ..."""
-        return len(self._id2label)
-
-    @num_labels.setter
-    def num_labels(self, value: int) -> None:
-        count: int = checks.integer(1)("num_labels", value)
-        if count != len(self.__dict__.get("_id2label", ())):
-            self.id2label = {index: f"LABEL_{index}" for index in range(count)}
+        heads = self.num_attention_heads
+        multiple = f"a multiple of num_attention_heads ({heads})"
+        if self.hidden_size % heads:
+            raise fail("hidden_size", self.hidden_size, multiple)
+        width = self.output_hidden_size
+        if self.add_adapter and (width is None or width % heads):
+            raise fail("output_hidden_size", width, multiple)
+        if self.position_embeddings_type == "rotary" and (self.hidden_size // heads) % 2:
+            needed = f"an even multiple of num_attention_heads ({heads}) for rotary positions"
+            raise fail("hidden_size", self.hidden_size, needed)
+        if self.position_embeddings_type == "relative" and self.hidden_size % 2:
+            raise fail("hidden_size", self.hidden_size, "even for relative positions")
+        if self.conv_depthwise_kernel_size % 2 == 0:
+            raise fail("conv_depthwise_kernel_size", self.conv_depthwise_kernel_size, "odd")
+        if self.use_intermediate_ffn_before_adapter and not self.add_adapter:
+            needed = "False unless add_adapter is True"
+            raise fail("use_intermediate_ffn_before_adapter", True, needed)
+        for name in ("tdnn_kernel", "tdnn_dilation"):
+            if len(getattr(self, name)) != len(self.tdnn_dim):
+                needed = f"of the same length as tdnn_dim ({len(self.tdnn_dim)})"
+                raise fail(name, getattr(self, name), needed)
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            needed = "another type for one label: 'regression', or num_labels must be at least 2"
+            raise fail("problem_type", self.problem_type, needed)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -341,7 +321,7 @@ class Wav2Vec2BertConfig(HubMixin):
 
     @torch_dtype.setter
     def torch_dtype(self, value: torch.dtype | str | None) -> None:
-        self.dtype = checks.floating_dtype("torch_dtype", value)
+        self.dtype = floating_dtype("torch_dtype", value)
 
     @property
     def use_return_dict(self) -> bool | None:
@@ -425,7 +405,7 @@ class Wav2Vec2BertConfig(HubMixin):
         Raises:
             ValueError: `model_type` is not `"wav2vec2-bert"`, or an impossible value.
         """
-        return cls(model_type=model_type, **fields)
+        return cls(**{"model_type": model_type, **fields})
 
     @classmethod
     def from_any(cls: type[_Config], config: object) -> _Config:
@@ -489,7 +469,7 @@ class Wav2Vec2BertConfig(HubMixin):
     def _can_override(cls, name: str, entries: Mapping[str, Any]) -> bool:
         # A class that derives from this may have further fields.
         own = name in inspect.signature(cls).parameters
-        return own or name in checks.FIELD_CHECKS or name in _FURTHER_FIELDS or name in entries
+        return own or name in fields_of(cls) or name in _FURTHER_KEYS or name in entries
 
     @classmethod
     def from_dict(cls: type[_Config], config_dict: Mapping[str, Any], **overrides: Any) -> _Config:
@@ -507,7 +487,7 @@ class Wav2Vec2BertConfig(HubMixin):
         entries = copy.deepcopy(dict(config_dict))
         for name in overrides:
             if not cls._can_override(name, entries):
-                known = {*checks.FIELD_CHECKS, *_FURTHER_FIELDS}
+                known = {*fields_of(cls), *_FURTHER_KEYS}
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"{name!r} is no field of {cls.__name__}{hint}")
@@ -549,17 +529,16 @@ class Wav2Vec2BertConfig(HubMixin):
         for name in ("hidden_act", "adapter_act"):
             if not isinstance(entries[name], str):
                 needed = "the name of an activation to be written to a file"
-                raise checks.fail(name, entries[name], needed)
+                raise fail(name, entries[name], needed)
         if use_diff:
-            labels = ("id2label", "label2id")
-            common = [name for name in labels if entries[name] != checks.UNWRITTEN_DEFAULTS[name]]
-            entries = {
-                name: value
-                for name, value in entries.items()
-                if (name in labels and common)
-                or name not in checks.UNWRITTEN_DEFAULTS
-                or value != checks.UNWRITTEN_DEFAULTS[name]
+            unwritten = {
+                name: row.default for name, row in fields_of(type(self)).items() if row.common
             }
+            if {name: entries[name] for name in _USUAL_LABELS} == _USUAL_LABELS:
+                unwritten |= _USUAL_LABELS
+            for name, default in unwritten.items():
+                if entries[name] == default:
+                    del entries[name]
         return json.dumps(entries, indent=2, sort_keys=True) + "\n"
 
     def to_diff_dict(self) -> dict[str, Any]:

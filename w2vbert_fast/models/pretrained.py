@@ -22,8 +22,8 @@ from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.checkpoints.weights import find_checkpoint, write_checkpoint
 from w2vbert_fast.models.adapter import conv_output_length
 from w2vbert_fast.models.beside_transformers import join_transformers
-from w2vbert_fast.models.config_checks import floating_dtype
 from w2vbert_fast.models.configuration import CONFIG_NAME, Wav2Vec2BertConfig
+from w2vbert_fast.models.fields import floating_dtype
 from w2vbert_fast.models.initialization import initialize_weights
 from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection, Wav2Vec2BertSelfAttention
 from w2vbert_fast.models.optimized.graphs import LayerGraphs
