@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.table import Table
 from csrc_triton import architectures
-from w2vbert_fast.models.recompute import Checkpointing
+from w2vbert_fast.models.recompute import Recompute
 from w2vbert_fast.ops import dispatch
 
 from .cost import Cost
@@ -76,7 +76,7 @@ def trace_training(path: str, policy: str, workload: Workload) -> StepTrace:
         stack.enter_context(
             patch.object(architectures, "architecture", lambda device: workload.arch)
         )
-        stack.enter_context(patch.object(Checkpointing, "run", staticmethod(again)))
+        stack.enter_context(patch.object(Recompute, "run", staticmethod(again)))
         place(model, "meta", workload.torch_dtype, training=True)
         width = model.config.feature_projection_input_dim
         inputs = workload.inputs(width, "meta", reference=path != OURS)

@@ -17,7 +17,7 @@ from tests.helpers.reference import TINY, padded_batch, pair
 from tests.helpers.training import make_model
 from w2vbert_fast.models import recompute as checkpointing
 from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, Wav2Vec2BertSelfAttention
-from w2vbert_fast.models.recompute import Checkpointing, LayerPlan, SavedBytes, layer_policies
+from w2vbert_fast.models.recompute import LayerPlan, Recompute, SavedBytes, layer_policies
 from w2vbert_fast.training import FinetuneConfig
 from w2vbert_fast.training.model import make_parts
 
@@ -246,7 +246,7 @@ def test_budget_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = nn.Linear(8, 8, bias=False)
     size = parameters.weight.nbytes
     monkeypatch.setattr(checkpointing, "free_memory", lambda device: 100 * size)
-    settings = Checkpointing("auto")
+    settings = Recompute("auto")
     device = torch.device("cpu")
     assert settings.budget(parameters, device) == int(0.9 * 97 * size)
     parameters.weight.grad = torch.zeros_like(parameters.weight)  # a second batch before the step
@@ -257,7 +257,7 @@ def test_budget_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.budget(parameters, device) == int(0.9 * 100 * size)
     monkeypatch.setattr(checkpointing, "free_memory", lambda device: 0)
     assert settings.budget(parameters, device) == 0
-    assert Checkpointing("auto", 7).budget(parameters, device) == 7
+    assert Recompute("auto", 7).budget(parameters, device) == 7
 
 
 def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_as_transformers_and_its_trainer_call_it() -> None:
         ),
     ):
         call()
-        assert ours.base_model.encoder.checkpointing.policy == "layer"
+        assert ours.base_model.encoder.recompute.policy == "layer"
         assert same_bits(step(ours), expected)
     ours.activation_checkpointing_disable()
     assert not ours.is_gradient_checkpointing
@@ -295,7 +295,7 @@ def test_settings_survive_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     ours.gradient_checkpointing_enable(policy="attention")
     expected = step(ours)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert other.base_model.encoder.checkpointing.policy == "attention"
+        assert other.base_model.encoder.recompute.policy == "attention"
         assert same_bits(step(other), expected)
     assert sorted(ours.state_dict()) == sorted(model(apply_spec_augment=False).state_dict())
 
@@ -322,7 +322,7 @@ def test_fine_tuning_takes_a_policy(tmp_path: Path, given: Any, policy: str | No
     core: Any = make_parts(FinetuneConfig(source, "t", "e", "o", gradient_checkpointing=given)).core
     assert core.is_gradient_checkpointing == (policy is not None)
     if policy is not None:
-        assert core.base_model.encoder.checkpointing.policy == policy
+        assert core.base_model.encoder.recompute.policy == policy
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_moments_count_until_the_gradients_have_been_taken_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checkpointing, "free_memory", lambda device: 1_000_000)
-    model, settings = nn.Linear(100, 50, bias=False), Checkpointing("auto")
+    model, settings = nn.Linear(100, 50, bias=False), Recompute("auto")
     size, device = model.weight.nbytes, torch.device("cpu")
     model.weight.grad = torch.zeros_like(model.weight)  # accumulated: no step was made yet
     budgets = [settings.budget(model, device) for _ in range(2)]
@@ -364,9 +364,9 @@ def test_moments_count_until_the_gradients_have_been_taken_away(
 
 
 def test_the_first_of_every_n_layers_recomputes() -> None:
-    plan = LayerPlan(Checkpointing("layer", every_n_layers=3), nn.Identity(), 7)
+    plan = LayerPlan(Recompute("layer", every_n_layers=3), nn.Identity(), 7)
     assert [i for i in range(1, 8) if not plan.takes_apart(i)] == [1, 4, 7]
-    plan = LayerPlan(Checkpointing("attention", every_n_layers=3), nn.Identity(), 7)
+    plan = LayerPlan(Recompute("attention", every_n_layers=3), nn.Identity(), 7)
     assert [i for i in range(1, 8) if plan.run_attention(i) is not None] == [1, 4, 7]
 
 
@@ -374,7 +374,7 @@ def test_auto_recomputes_each_layer_of_code_that_is_being_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    plan = LayerPlan(Checkpointing("auto", budget_bytes=1 << 40), nn.Identity(), 3)
+    plan = LayerPlan(Recompute("auto", budget_bytes=1 << 40), nn.Identity(), 3)
     assert not any(plan.takes_apart(i) for i in (1, 2, 3))
 
 
@@ -386,7 +386,7 @@ def test_auto_asks_about_the_layers_that_are_left() -> None:
     assert saved.total == 2 * x.nbytes
     # One byte less, and neither fits beside what computing one of them again takes.
     for budget, apart in ((2 * saved.total, True), (2 * saved.total - 1, False)):
-        plan = LayerPlan(Checkpointing("auto", budget_bytes=budget), layer, 3)
+        plan = LayerPlan(Recompute("auto", budget_bytes=budget), layer, 3)
         assert not plan.takes_apart(1)
         plan.run(1, layer, x)
         assert [plan.takes_apart(i) for i in (2, 3)] == [apart, apart]
@@ -394,7 +394,7 @@ def test_auto_asks_about_the_layers_that_are_left() -> None:
 
 def test_auto_measures_the_first_layer_that_is_not_dropped() -> None:
     layer, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
-    plan = LayerPlan(Checkpointing("auto", budget_bytes=1), layer, 4)
+    plan = LayerPlan(Recompute("auto", budget_bytes=1), layer, 4)
     plan.run(2, layer, x)
     assert [plan.takes_apart(i) for i in (2, 3, 4)] == [True, False, False]
 

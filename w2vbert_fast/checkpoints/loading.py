@@ -28,19 +28,6 @@ _RENAMED_SUFFIXES = ((".gamma", ".weight"), (".beta", ".bias"))
 
 _MASK_EMBEDDING = "masked_spec_embed"
 
-# What the heads of this model family keep their weights in.
-_HEAD_MODULES = frozenset(
-    (
-        "classifier",
-        "feature_extractor",
-        "layer_weights",
-        "lm_head",
-        "objective",
-        "projector",
-        "tdnn",
-    )
-)
-
 NamesAsStored = Callable[[], set[str] | None]
 """Names of the tensors that the model would have by the checkpoint's own configuration, if any."""
 
@@ -89,6 +76,7 @@ def load_weights(
     checkpoint: Checkpoint,
     *,
     base_model_prefix: str,
+    heads: Collection[str],
     dtype: torch.dtype,
     device: torch.device,
     strict: bool = True,
@@ -106,6 +94,7 @@ def load_weights(
         model: a model on the meta device.
         checkpoint: the stored tensors.
         base_model_prefix: name of the encoder within a model with a head.
+        heads: what the heads of this model family keep their weights in.
         dtype: floating point tensors are converted to it.
         device: where the tensors go.
         strict: whether missing and unexpected tensors are an error; else they are warned of, and
@@ -119,7 +108,7 @@ def load_weights(
     Raises:
         CheckpointError: the checkpoint does not fit the model or cannot be read.
     """
-    plan = _match(model, checkpoint, base_model_prefix)
+    plan = _match(model, checkpoint, base_model_prefix, heads)
     name = type(model).__name__
     wanted = model.state_dict(keep_vars=True)
     if plan.missing or plan.unexpected:
@@ -215,7 +204,9 @@ def _raise_problems(
     raise CheckpointError(f"{checkpoint} does not fit {model}:\n  {lines}")
 
 
-def _match(model: nn.Module, checkpoint: Checkpoint, base_model_prefix: str) -> _Plan:
+def _match(
+    model: nn.Module, checkpoint: Checkpoint, base_model_prefix: str, heads: Collection[str]
+) -> _Plan:
     wanted = model.state_dict(keep_vars=True)
     stored = checkpoint.tensors
     base = base_model_prefix + "."
@@ -226,7 +217,7 @@ def _match(model: nn.Module, checkpoint: Checkpoint, base_model_prefix: str) -> 
     }
     plan = _Plan()
 
-    stored_heads = {name.partition(".")[0] for name in stored} & _HEAD_MODULES
+    stored_heads = {name.partition(".")[0] for name in stored} & set(heads)
     other_head = model_has_head and not stored_heads & head_modules
 
     # Names of the stored tensors as the model would have them.

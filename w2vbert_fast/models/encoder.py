@@ -21,7 +21,7 @@ from w2vbert_fast.models.positions import (
     Wav2Vec2BertRelPositionalEmbedding,
     Wav2Vec2BertRotaryPositionalEmbedding,
 )
-from w2vbert_fast.models.recompute import Checkpointing, LayerPlan
+from w2vbert_fast.models.recompute import LayerPlan, Recompute
 from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
 
 
@@ -47,7 +47,7 @@ class Wav2Vec2BertEncoder(nn.Module):
             Wav2Vec2BertEncoderLayer(config) for _ in range(config.num_hidden_layers)
         )
         self.gradient_checkpointing = False
-        self.checkpointing = Checkpointing()
+        self.recompute = Recompute()
 
     @property
     def num_layers(self) -> int:
@@ -120,7 +120,7 @@ class Wav2Vec2BertEncoder(nn.Module):
         layout, taps = self._once_for_all_layers(hidden_states, layout)
         normed: Tensor | None = None  # the next layer's normalised input, if the last one made it
         stop = self.num_layers if num_layers is None else num_layers
-        settings = self.checkpointing if self.gradient_checkpointing and self.training else None
+        settings = self.recompute if self.gradient_checkpointing and self.training else None
         plan = LayerPlan(settings, self, stop)
         for index, layer in enumerate(islice(self.layers, stop), start=1):
             drops = self.training and self.config.layerdrop > 0.0

@@ -29,6 +29,13 @@ from w2vbert_fast.models.pooling import Statistics, left_aligned, mean_over_fram
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
 from w2vbert_fast.ops.ctc import IGNORED_LABEL
 
+__all__ = [
+    "Wav2Vec2BertForAudioFrameClassification",
+    "Wav2Vec2BertForCTC",
+    "Wav2Vec2BertForSequenceClassification",
+    "Wav2Vec2BertForXVector",
+]
+
 BLANK_LOGIT = 100.0
 """Logit of the blank in padded frames, beside 0 for every other token."""
 

@@ -37,7 +37,7 @@ from w2vbert_fast.models.optimized.opaque import swap
 from w2vbert_fast.models.optimized.packed import pack_encoder
 from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.models.outputs import ModelOutput
-from w2vbert_fast.models.recompute import Checkpointing, Policy
+from w2vbert_fast.models.recompute import Policy, Recompute
 from w2vbert_fast.models.tracing import recorder
 from w2vbert_fast.ops.dispatch import packed_kernels
 
@@ -117,6 +117,12 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     """Names of the modules that are not the encoder."""
     EXPORTED: ClassVar[tuple[str, ...]] = ()
     """Names of what `padded_outputs` returns; none where a class cannot be exported."""
+    _heads: ClassVar[set[str]] = {"layer_weights"}
+    """What the heads of all classes keep their weights in."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._heads.update(cls.HEAD)
 
     def __init__(self, config: Wav2Vec2BertConfig) -> None:
         super().__init__()
@@ -291,6 +297,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             model := _on_meta(make, config),
             checkpoint,
             base_model_prefix=cls.base_model_prefix,
+            heads=cls._heads,
             dtype=config.dtype or torch.get_default_dtype(),
             device=target,
             strict=strict,
@@ -720,9 +727,9 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             )
         given = (policy, budget_bytes, gradient_checkpointing_kwargs or {}, every_n_layers)
         parts = self._checkpointed_parts()
-        settings = [Checkpointing(*given) for _ in parts]
+        settings = [Recompute(*given) for _ in parts]
         for module, own in zip(parts, settings, strict=True):
-            module.checkpointing = own
+            module.recompute = own
             module.gradient_checkpointing = own.policy != "none"
 
     def gradient_checkpointing_disable(self) -> None:

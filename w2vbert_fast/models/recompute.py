@@ -30,7 +30,7 @@ _SHARE = 0.9
 
 
 @dataclass
-class Checkpointing:
+class Recompute:
     """A policy, and what it is carried out with.
 
     Attributes:
@@ -130,7 +130,7 @@ class LayerPlan:
         layers: how many there are.
     """
 
-    def __init__(self, settings: Checkpointing | None, model: nn.Module, layers: int) -> None:
+    def __init__(self, settings: Recompute | None, model: nn.Module, layers: int) -> None:
         self._settings = settings
         self._model = model
         self._layers = layers
@@ -164,7 +164,7 @@ class LayerPlan:
         return layer(x, *arguments, **_attention_option(layer, run))
 
     def _run_and_choose(
-        self, settings: Checkpointing, index: int, layer: nn.Module, x: Tensor, *arguments: Any
+        self, settings: Recompute, index: int, layer: nn.Module, x: Tensor, *arguments: Any
     ) -> Any:
         saved = SavedBytes(layer)
         with saved.hooks():
