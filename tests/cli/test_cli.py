@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 import w2vbert_fast
 from tests.helpers.signals import speech_like, stereo, write_container
 from w2vbert_fast.cli import app as cli
+from w2vbert_fast.cli import messages
 from w2vbert_fast.inference import Pipeline, Transcript, load_audio, load_pipeline, transcribe
 
 DEMO = Path(w2vbert_fast.__file__).parent / "demo"
@@ -33,7 +34,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
 def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli._build_app(), [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.build_app(), [str(argument) for argument in arguments])
 
 
 def run(*arguments: str | bytes | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -269,7 +270,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
 
 def test_an_error_of_several_lines_becomes_one(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli._fail(ValueError("missing parameters:\n  a.weight\n  b\x1b[31m"))
+        messages.fail(ValueError("missing parameters:\n  a.weight\n  b\x1b[31m"))
     expected = "w2vbert-fast: missing parameters: a.weight b\\x1b[31m\n"
     assert capfd.readouterr() == ("", expected)
 

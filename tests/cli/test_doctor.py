@@ -14,7 +14,8 @@ from torch import Tensor
 
 import w2vbert_fast
 from w2vbert_fast import doctor, ops
-from w2vbert_fast.cli import app as cli
+from w2vbert_fast.cli.doctor import Printing, command
+from w2vbert_fast.cli.messages import ITEMS_FAILED
 
 OPERATIONS = {
     "conv_norm_act",
@@ -77,7 +78,7 @@ def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch, capfd: Any) ->
     assert {(check.operation, check.dtype) for check in failed} >= {("linear", "float32")}
     assert {check.operation for check in failed} == {"linear"}
     assert "is above" in str(failed[0].failure)
-    assert cli._doctor(as_json=False) == cli.ITEMS_FAILED
+    assert command(Printing(as_json=False)) == ITEMS_FAILED
     assert "FAILED linear, cpu, float32: error" in capfd.readouterr().out
 
 
@@ -93,7 +94,7 @@ def test_an_operation_that_raises_is_told_beside_the_others(
     assert checks["layer_norm"].failure == "RuntimeError: no such instruction"
     assert checks["layer_norm"].error is None
     assert checks["shaw_attention"].passed
-    assert cli._doctor(as_json) == cli.ITEMS_FAILED
+    assert command(Printing(as_json=as_json)) == ITEMS_FAILED
     assert "no such instruction" in capfd.readouterr().out
 
 

@@ -12,12 +12,12 @@ from typer.testing import CliRunner, Result
 from tests.helpers.offline import clips, table, write_manifest
 from tests.helpers.training import make_model
 from w2vbert_fast.cli import app as cli
-from w2vbert_fast.cli.running import transcribe_options
+from w2vbert_fast.cli.transcribe import Decoding
 from w2vbert_fast.inference import Embedder, load_pipeline, transcribe
 
 
 def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli._build_app(), [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.build_app(), [str(argument) for argument in arguments])
 
 
 def test_transcribe_into_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -88,11 +88,11 @@ def test_classify(tmp_path: Path, head: str, columns: set[str], table_format: st
 
 
 def test_a_hotword_with_a_slash_is_no_file(tmp_path: Path) -> None:
-    words = {"hotwords": ["and/or, a b", str(tmp_path / "words")]}
+    decoding = Decoding(hotwords=["and/or, a b", str(tmp_path / "words")])
     with pytest.raises(FileNotFoundError):
-        transcribe_options(words, [])
+        decoding.of_task([])
     (tmp_path / "words").write_text("c d\n\ne\n")
-    assert transcribe_options(words, [])["hotwords"] == ["and/or", "a b", "c d", "e"]
+    assert decoding.of_task([])["hotwords"] == ["and/or", "a b", "c d", "e"]
 
 
 @pytest.mark.parametrize(

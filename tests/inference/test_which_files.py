@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers.offline import encoded, run, table, write_manifest
 from tests.helpers.signals import write_container
-from w2vbert_fast.cli.running import run_job
+from w2vbert_fast.cli.jobs import Job, run_job
 from w2vbert_fast.inference.jobs import which_files
 from w2vbert_fast.inference.jobs.inputs import open_inputs
 from w2vbert_fast.recordings.rows import Row
@@ -105,11 +105,9 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     # In the summary, and at the end of the run; a second run that has nothing to do says it too.
     for _ in range(2):
-        lines: list[str] = []
-        status = run_job(
-            "transcribe", [str(tmp_path / "in")], str(tmp_path / "out"),
-            task_options={"model": "demo"}, frame_budget="1000", report=lines.append,
-        )  # fmt: skip
+        names, out = [str(tmp_path / "in")], str(tmp_path / "out")
+        status = run_job("transcribe", names, out, {"model": "demo"}, Job(frame_budget="1000"))
+        lines = capsys.readouterr().err.splitlines()
         assert status == 1
         assert "passed over: 6 hold no audio (code.ts, notes, notes.txt, ...)" in lines[-1]
         assert "1 are empty (nothing)" in lines[-1]

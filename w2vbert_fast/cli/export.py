@@ -1,16 +1,18 @@
 """The command `w2vbert-fast export`: a checkpoint to a file of another runtime."""
 
-# No `from __future__ import annotations`: typer reads the annotations of the command.
+from __future__ import annotations
+
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
+
+from w2vbert_fast.cli.options import argument, option
 
 if TYPE_CHECKING:
-    import typer
-
     from w2vbert_fast.export import Exported
 
+SHORT = "Write a model for another runtime."
 HELP = (
     "Write a model as a file that runs without this package, for any batch size and length: ONNX, "
     "an AOTInductor package (CPU), or a program of torch.export.\n\n"
@@ -19,75 +21,47 @@ HELP = (
 )
 
 
-def register(
-    app: "typer.Typer", report: Callable[[str], None], fail: Callable[[Exception], Any]
-) -> None:
-    """Add the command to a typer app; the arguments are those of the other commands' `register`."""
-    import typer
-
-    def option(help_text: str, *names: str, **more: Any) -> Any:
-        return typer.Option(*names, help=help_text, **more)
-
-    @app.command("export", short_help="Write a model for another runtime.", help=HELP)
-    def export_command(
-        model: Annotated[
-            str, typer.Argument(metavar="demo|PATH|HUB_ID", help="The model to export.")
-        ],
-        out: Annotated[
-            Path, typer.Argument(metavar="OUT", help="The file: .onnx, or .pt2 for aoti and torch.")
-        ],
-        format_name: Annotated[
-            str, option("onnx, aoti or torch.", "--format", metavar="FORMAT")
-        ] = "onnx",
-        waveform: Annotated[
-            bool, option("Waveforms go in: the features are part of the file.", "--waveform")
-        ] = False,
-        layer: Annotated[
-            int | None, option("Export hidden_states[K], no layer behind it.", metavar="K")
-        ] = None,
-        stats: Annotated[
-            Path | None,
-            option(
-                "With --layer: a file with mean and var, as wav2vec2bert_stats.pt.", metavar="PT"
-            ),
-        ] = None,
-        opset: Annotated[int, option("Of ONNX, 18 or later.")] = 18,
-        check: Annotated[
-            bool, option("Compare the file with the model.", "--check/--no-check")
-        ] = True,
-        as_json: Annotated[bool, option("Print one JSON object.", "--json")] = False,
-    ) -> None:
-        try:
-            exported = _export(model, out, format_name, waveform, layer, stats, opset, check)
-        except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
-            fail(error)
-            return
-        _print(exported, as_json)
+@dataclass(kw_only=True)
+class Paths:
+    model: str = argument("The model to export.", metavar="demo|PATH|HUB_ID")
+    out: Path = argument("The file: .onnx, or .pt2 for aoti and torch.", metavar="OUT")
 
 
-def _export(
-    model: str,
-    out: Path,
-    format_name: str,
-    waveform: bool,
-    layer: int | None,
-    stats: Path | None,
-    opset: int,
-    check: bool,
-) -> "Exported":
+@dataclass(kw_only=True)
+class Settings:
+    format_name: str = option("onnx", "onnx, aoti or torch.", "--format", metavar="FORMAT")
+    waveform: bool = option(False, "Waveforms go in: the features are part of the file.")
+    layer: int | None = option(None, "Export hidden_states[K], no layer behind it.", metavar="K")
+    stats: Path | None = option(
+        None, "With --layer: a file with mean and var, as wav2vec2bert_stats.pt.", metavar="PT"
+    )
+    opset: int = option(18, "Of ONNX, 18 or later.")
+    check: bool = option(True, "Compare the file with the model.", "--check/--no-check")
+    as_json: bool = option(False, "Print one JSON object.", "--json")
+
+
+def command(paths: Paths, settings: Settings) -> int:
+    """Export, and print what the file holds; the exit status."""
+    _print(_export(paths, settings), settings.as_json)
+    return 0
+
+
+def _export(paths: Paths, settings: Settings) -> Exported:
     import torch
 
     import w2vbert_fast
     from w2vbert_fast.export import FORMATS, export
     from w2vbert_fast.export.formats import OLDEST_OPSET, SUFFIXES
 
+    model, out, kind = paths.model, paths.out, settings.format_name
+    layer, stats = settings.layer, settings.stats
     # What can be known without the model is said before it is loaded.
-    if format_name not in FORMATS:
-        raise ValueError(f"--format is {format_name!r}; it must be one of {', '.join(FORMATS)}")
-    if out.suffix != SUFFIXES[format_name]:
-        raise ValueError(f"OUT is {out}; for {format_name} it must end in {SUFFIXES[format_name]}")
-    if opset < OLDEST_OPSET:
-        raise ValueError(f"--opset is {opset}; it must be at least {OLDEST_OPSET}")
+    if kind not in FORMATS:
+        raise ValueError(f"--format is {kind!r}; it must be one of {', '.join(FORMATS)}")
+    if out.suffix != SUFFIXES[kind]:
+        raise ValueError(f"OUT is {out}; for {kind} it must end in {SUFFIXES[kind]}")
+    if settings.opset < OLDEST_OPSET:
+        raise ValueError(f"--opset is {settings.opset}; it must be at least {OLDEST_OPSET}")
     if stats is not None and layer is None:
         raise ValueError("--stats needs --layer, whose hidden state it normalises")
     statistics = None
@@ -108,9 +82,9 @@ def _export(
         raise ValueError(f"{model} is a {name}, which cannot be exported; {', '.join(names)} can")
     loaded = getattr(w2vbert_fast, name).from_pretrained(folder, dtype=torch.float32)
     extractor = None
-    if waveform:
+    if settings.waveform:
         extractor = w2vbert_fast.SeamlessM4TFeatureExtractor.from_pretrained(folder)
-    checked: Any = format_name
+    checked: Any = kind
     return export(
         loaded,
         out,
@@ -118,12 +92,12 @@ def _export(
         feature_extractor=extractor,
         layer=layer,
         stats=statistics,
-        opset=opset,
-        check=check,
+        opset=settings.opset,
+        check=settings.check,
     )
 
 
-def _print(exported: "Exported", as_json: bool) -> None:
+def _print(exported: Exported, as_json: bool) -> None:
     sizes = [file.stat().st_size for file in exported.files]
     if as_json:
         content = {

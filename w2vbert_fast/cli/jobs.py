@@ -1,271 +1,258 @@
-"""Options of the commands that run jobs. Nothing here imports torch: `--help` answers at once."""
+"""Options and body of the commands that run jobs: `transcribe --out`, `embed`, `classify`."""
 
-# No `from __future__ import annotations`: typer reads the annotations of the commands.
-import functools
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, report
+from w2vbert_fast.cli.options import REQUIRED, argument, given, option
 
 if TYPE_CHECKING:
-    import typer
+    from w2vbert_fast.inference.jobs.job import Summary
 
-INPUT_HELP = (
-    "Files, folders, patterns such as 'calls/**/*.wav', WebDataset shards (.tar), or manifests "
-    "(.jsonl, .csv, .tsv, .parquet) with a column audio_filepath."
-)
-JOB_HELP = (
+HELP = (
     "Results go to tables in the folder, part-*; rows with errors to errors-*.jsonl. A command "
     "that was stopped, by whatever, goes on when it is given again. Exit status: 0 all went well, "
     "1 some rows failed, 2 the job did."
 )
-EMBED_HELP = "Write the hidden states of a layer for every recording.\n\n" + JOB_HELP
-CLASSIFY_HELP = (
-    "Write the class of every recording, the classes of its frames, or its x-vector, as the "
-    "model's head has it.\n\n" + JOB_HELP
-)
-
-_BOOKS = ("shard_rows", "max_errors", "retry_errors", "overwrite", "log_json")
-_OF_ENGINES = ("engine", "actors", "gpus_per_actor", "cpus_per_actor")
-OF_JOBS = ("shard_rows", "max_errors", "retry_errors", "log_json", *_OF_ENGINES)
-"""Options that mean nothing without a job's folder."""
-
-OF_ALL_TASKS = ("max_seconds", "overlap_seconds", "vad")
+_AUTO = "auto"
+# Hidden states of so much audio, 24 layers of the published model in float32, are 120 MB.
+_EMBEDDING_WINDOW_SECONDS = 600.0
 
 
-def _option(kind: Any, default: Any, help_text: str, *names: str, **more: Any) -> tuple[Any, Any]:
-    """An option's annotated type and its default."""
-    import typer
+class Dtype(str, enum.Enum):
+    """Types of the weights that a model runs with."""
 
-    return Annotated[kind, typer.Option(*names, help=help_text, **more)], default
-
-
-def _shared() -> dict[str, tuple[Any, Any]]:
-    """Options of every job by name."""
-    return {
-        "formats": _option(
-            list[str] | None,
-            None,
-            "jsonl or parquet; srt, vtt and txt of transcripts (json too, beside the recordings); "
-            "npy or safetensors of embeddings. Can be repeated.",
-            "--format",
-            metavar="NAME",
-        ),
-        "max_seconds": _option(
-            float, 300.0, "Recordings up to this length are computed whole, longer ones in chunks."
-        ),
-        "overlap_seconds": _option(
-            float | None, None, "What neighbouring chunks have in common. Default: 4."
-        ),
-        "vad": _option(bool, False, "Cut long recordings at silences.", "--vad"),
-        "frame_budget": _option(
-            str, "auto", "20 ms frames in a batch; auto: found by a probe.", metavar="N|auto"
-        ),
-        "workers": _option(int | None, None, "Threads that decode. Default: the CPUs, at most 8."),
-        "longest": _option(
-            float | None,
-            None,
-            "Recordings of more seconds are errors. Default: 14400.",
-            "--longest-seconds",
-        ),
-        "shard_rows": _option(int, 1000, "Rows of a table."),
-        "max_errors": _option(int | None, None, "End the job when more rows have failed."),
-        "retry_errors": _option(
-            bool, False, "Do the rows again that have failed.", "--retry-errors"
-        ),
-        "overwrite": _option(
-            bool, False, "Replace files, or another job's results in the folder.", "--overwrite"
-        ),
-        "log_json": _option(
-            bool, False, "Report progress as JSON lines on standard error.", "--log-json"
-        ),
-        "engine": _option(
-            str,
-            "local",
-            "ray: models live in the actors of a Ray cluster; the options below are for that.",
-            metavar="local|ray",
-        ),
-        "actors": _option(
-            str | None,
-            None,
-            "How many, or between how many. Default: from 1 to as many as there is room for.",
-            metavar="N|MIN:MAX",
-        ),
-        "gpus_per_actor": _option(
-            float | None, None, "Up to 1. Default: 1 where the cluster has GPUs, else 0."
-        ),
-        "cpus_per_actor": _option(float, 1.0, "Threads that decode, or compute without a GPU."),
-    }
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
 
 
-def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of jobs; it takes them as keyword arguments."""
-    shared = _shared()
-    signature = inspect.signature(command)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in shared.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-    kinds = {name: kind for name, (kind, _) in shared.items()}
-    command.__annotations__ = {**command.__annotations__, **kinds}
-    return command
+@dataclass(kw_only=True)
+class Inputs:
+    inputs: list[str] = argument(
+        "Files, folders, patterns such as 'calls/**/*.wav', WebDataset shards (.tar), or manifests "
+        "(.jsonl, .csv, .tsv, .parquet) with a column audio_filepath.",
+        metavar="INPUT...",
+    )
 
 
-def given_options(own: dict[str, Any], shared: dict[str, Any]) -> list[str]:
-    """Options that were given: those of `own` that are not None, and `shared` ones not as usual."""
-    defaults = {name: default for name, (_, default) in _shared().items()}
-    names = [name for name, value in own.items() if value is not None]
-    # An option that can be repeated is an empty list where it is not given.
-    names += [n for n, value in shared.items() if value != defaults[n] and value != []]
-    flags = {"formats": "format", "longest": "longest-seconds"}
-    return [f"--{flags.get(name, name).replace('_', '-')}" for name in names]
+@dataclass(kw_only=True)
+class Model:
+    """The model of a job."""
+
+    model: str = option(REQUIRED, "Folder or hub id.", metavar="PATH|HUB_ID")
+    device: str | None = option(None, "cpu, cuda or cuda:N.")
+    dtype: Dtype | None = option(None, "Of the weights.")
 
 
-def register(
-    app: "typer.Typer",
-    report: Callable[[str], None],
-    fail: Callable[[Exception], Any],
-    dtypes: Any,
-) -> None:
-    """Add the commands `embed` and `classify` to a typer app.
+@dataclass(kw_only=True)
+class Out:
+    """The folder of a job."""
 
-    Args:
-        app: the app.
-        report: prints a message for the user.
-        fail: reports an error that leaves nothing to do, and ends the program.
-        dtypes: enumeration of the dtypes of weights.
-    """
-    import typer
-
-    inputs_type = Annotated[list[str], typer.Argument(metavar="INPUT...", help=INPUT_HELP)]
-    model_type = Annotated[str, typer.Option(metavar="PATH|HUB_ID", help="Folder or hub id.")]
-    out_type = Annotated[str, typer.Option(metavar="DIR", help="Folder for results.")]
-    device_type = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
-    dtype_type = Annotated[dtypes | None, typer.Option(help="Of the weights.")]
-
-    @app.command("embed", short_help="Write hidden states of recordings.", help=EMBED_HELP)
-    @with_job_options
-    def embed_command(
-        *,
-        inputs: inputs_type,
-        model: model_type,
-        out: out_type,
-        device: device_type = None,
-        dtype: dtype_type = None,
-        layer: Annotated[int, typer.Option(help="Index into hidden_states; -1: the last.")] = -1,
-        stats: Annotated[
-            str | None, typer.Option(metavar="FILE", help="Mean and variance to normalise with.")
-        ] = None,
-        pool: Annotated[str, typer.Option(metavar="mean|none", help="Over frames.")] = "none",
-        embedding_dtype: Annotated[
-            str, typer.Option(metavar="float32|float16", help="Of what is written.")
-        ] = "float32",
-        **shared: Any,
-    ) -> None:
-        options = {
-            "model": model,
-            "device": device,
-            "dtype": None if dtype is None else dtype.value,
-            "layer": layer,
-            "stats": stats,
-            "pool": pool,
-            "embedding_dtype": embedding_dtype,
-        }
-        raise typer.Exit(start("embed", inputs, out, options, shared, report, fail))
-
-    @app.command("classify", short_help="Write classes of recordings.", help=CLASSIFY_HELP)
-    @with_job_options
-    def classify_command(
-        *,
-        inputs: inputs_type,
-        model: model_type,
-        out: out_type,
-        device: device_type = None,
-        dtype: dtype_type = None,
-        **shared: Any,
-    ) -> None:
-        options = {
-            "model": model,
-            "device": device,
-            "dtype": None if dtype is None else dtype.value,
-        }
-        raise typer.Exit(start("classify", inputs, out, options, shared, report, fail))
+    out: str = option(REQUIRED, "Folder for results.", metavar="DIR")
 
 
-def start(
-    task: str,
-    inputs: list[str],
-    out: str,
-    task_options: dict[str, Any],
-    shared: dict[str, Any],
-    report: Callable[[str], None],
-    fail: Callable[[Exception], Any],
+@dataclass(kw_only=True)
+class Chunks:
+    """What is done with long recordings, whatever is made of them."""
+
+    max_seconds: float = option(
+        300.0, "Recordings up to this length are computed whole, longer ones in chunks."
+    )
+    overlap_seconds: float | None = option(
+        None, "What neighbouring chunks have in common. Default: 4."
+    )
+    vad: bool = option(False, "Cut long recordings at silences.")
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """How recordings are read and batched."""
+
+    frame_budget: str = option(
+        _AUTO, "20 ms frames in a batch; auto: found by a probe.", metavar="N|auto"
+    )
+    workers: int | None = option(None, "Threads that decode. Default: the CPUs, at most 8.")
+    longest: float | None = option(
+        None, "Recordings of more seconds are errors. Default: 14400.", "--longest-seconds"
+    )
+
+    def flow(self) -> dict[str, Any]:
+        """Arguments of `Flow`."""
+        budget: int | str = _AUTO
+        if self.frame_budget != _AUTO:
+            try:
+                budget = int(self.frame_budget)
+            except ValueError:
+                raise ValueError(
+                    f"--frame-budget must be a number or {_AUTO}, got {self.frame_budget!r}"
+                ) from None
+        longest = {} if self.longest is None else {"longest": self.longest}
+        return {"frame_budget": budget, "workers": self.workers, **longest}
+
+
+@dataclass(kw_only=True)
+class Files:
+    """What is written."""
+
+    formats: list[str] | None = option(
+        None,
+        "jsonl or parquet; srt, vtt and txt of transcripts (json too, beside the recordings); "
+        "npy or safetensors of embeddings. Can be repeated.",
+        "--format",
+        metavar="NAME",
+    )
+    overwrite: bool = option(False, "Replace files, or another job's results in the folder.")
+
+
+@dataclass(kw_only=True)
+class Books:
+    """What means nothing without a job's folder."""
+
+    shard_rows: int = option(1000, "Rows of a table.")
+    max_errors: int | None = option(None, "End the job when more rows have failed.")
+    retry_errors: bool = option(False, "Do the rows again that have failed.")
+    log_json: bool = option(False, "Report progress as JSON lines on standard error.")
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """Where a job computes; nor does this."""
+
+    engine: str = option(
+        "local",
+        "ray: models live in the actors of a Ray cluster; the options below are for that.",
+        metavar="local|ray",
+    )
+    actors: str | None = option(
+        None,
+        "How many, or between how many. Default: from 1 to as many as there is room for.",
+        metavar="N|MIN:MAX",
+    )
+    gpus_per_actor: float | None = option(
+        None, "Up to 1. Default: 1 where the cluster has GPUs, else 0."
+    )
+    cpus_per_actor: float = option(1.0, "Threads that decode, or compute without a GPU.")
+
+    def make_runner(self, device: str | None) -> Callable[..., Any]:
+        """What makes the runner of a task and a flow."""
+        if self.engine == "local":
+            from w2vbert_fast.inference.runner import Runner
+
+            for name in given(self, Engine):
+                raise ValueError(f"{name} is for --engine ray")
+            return Runner
+        if self.engine != "ray":
+            raise ValueError(f"--engine must be local or ray, got {self.engine!r}")
+        if device is not None:
+            raise ValueError("--device is for --engine local; with ray there is --gpus-per-actor")
+        from w2vbert_fast.integrations.ray import job_runner
+
+        gpus, cpus = self.gpus_per_actor, self.cpus_per_actor
+        return partial(job_runner, num_gpus=gpus, num_cpus=cpus, concurrency=self._concurrency())
+
+    def _concurrency(self) -> int | tuple[int, int] | None:
+        """A number of actors, or the fewest and the most."""
+        if self.actors is None:
+            return None
+        try:
+            numbers = [int(part) for part in self.actors.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2):
+            raise ValueError(f"--actors must be a number or MIN:MAX, got {self.actors!r}")
+        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+@dataclass(kw_only=True)
+class Job(Engine, Books, Files, Reading):
+    """What all jobs have, beside their input, their model and their folder."""
+
+
+def run_job(
+    task: str, inputs: Sequence[str], out: str, task_options: dict[str, Any], job: Job
 ) -> int:
-    """Run a job; the exit status.
+    """Run a job as the command line asks for it; the exit status.
 
     Args:
         task: "transcribe", "embed" or "classify".
         inputs: files, folders, patterns, tar files and manifests.
         out: the job's folder.
-        task_options: of the task alone, with its model, device and dtype.
-        shared: the options of `with_job_options`.
-        report: prints a message for the user.
-        fail: reports an error that leaves nothing to do, and ends the program.
+        task_options: of the task's class.
+        job: how it is run.
+
+    Raises:
+        JobError, OSError, ValueError, TypeError, ImportError: the job has failed.
     """
-    try:
-        from w2vbert_fast.cli.running import run_job
+    from w2vbert_fast.inference.jobs.inputs import open_inputs
+    from w2vbert_fast.inference.jobs.job import Job as Run
+    from w2vbert_fast.inference.jobs.job import JobOptions
+    from w2vbert_fast.inference.runner import Flow
+    from w2vbert_fast.inference.tasks.transcribe import Classify, Embed, Transcribe
 
-        return run_job(
-            task,
-            inputs,
-            out,
-            task_options={**task_options, **{name: shared[name] for name in OF_ALL_TASKS}},
-            formats=shared["formats"] or (),
-            frame_budget=shared["frame_budget"],
-            workers=shared["workers"],
-            longest=shared["longest"],
-            job_options={name: shared[name] for name in _BOOKS},
-            report=report,
-            **_engine(shared, task_options["device"]),
+    make_runner = job.make_runner(task_options.get("device"))
+    options = JobOptions(
+        shard_rows=job.shard_rows,
+        max_errors=job.max_errors,
+        retry_errors=job.retry_errors,
+        overwrite=job.overwrite,
+        log_json=job.log_json,
+    )
+    flow = {**job.flow(), "window_rows": min(Flow.window_rows, options.shard_rows)}
+    if task == "embed":
+        flow["window_seconds"] = _EMBEDDING_WINDOW_SECONDS
+    kind: Any = {"transcribe": Transcribe, "embed": Embed, "classify": Classify}[task]
+    runner = make_runner(kind(**task_options), Flow(**flow))
+    run = Run(runner, open_inputs(inputs), out, job.formats or (), options)
+    with _stoppable(), log_shown("w2vbert_fast.inference", below_progress=True):
+        summary = run.run()
+    if not options.log_json:
+        report(_ending(summary, out))
+    return ITEMS_FAILED if summary.errors else 0
+
+
+def _ending(summary: Summary, out: str) -> str:
+    from w2vbert_fast.inference.jobs.which_files import PassedOver
+
+    run = summary.content["this_run"]
+    text = f"{summary.rows} rows, {summary.content['audio_hours']:.2f} h of audio"
+    if run["rows"]:
+        text += (
+            f"; {run['rows']} in {run['seconds']:.1f} s now, "
+            f"{run['audio_hours_per_hour']:.0f} h of audio an hour"
         )
-    except (OSError, RuntimeError, ValueError, TypeError, ImportError, MemoryError) as error:
-        fail(error)
-        return 2
+    passed_over = PassedOver.from_json(summary.content["passed_over"])
+    if passed_over.counts:
+        text += f"; passed over: {passed_over}"
+    count = sum(summary.errors.values())
+    if count:
+        kinds = ", ".join(f"{number} {name}" for name, number in summary.errors.items())
+        text += f"; {count} errors ({kinds}), see {os.path.join(out, 'errors-*.jsonl')}"
+    return text
 
 
-def _engine(shared: dict[str, Any], device: str | None) -> dict[str, Any]:
-    """What makes `run_job` run a job on another engine than its own."""
-    own = {name: shared[name] for name in _OF_ENGINES[1:]}
-    engine = shared["engine"]
-    if engine == "local":
-        for option in given_options({}, own):
-            raise ValueError(f"{option} is for --engine ray")
-        return {}
-    if engine != "ray":
-        raise ValueError(f"--engine must be local or ray, got {engine!r}")
-    if device is not None:
-        raise ValueError("--device is for --engine local; with ray there is --gpus-per-actor")
-    from w2vbert_fast.integrations.ray import job_runner
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM end the job as Ctrl-C does: what is done is kept."""
 
-    return {
-        "make_runner": functools.partial(
-            job_runner,
-            num_gpus=own["gpus_per_actor"],
-            num_cpus=own["cpus_per_actor"],
-            concurrency=_actors(own["actors"]),
-        )
-    }
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
 
-
-def _actors(text: str | None) -> int | tuple[int, int] | None:
-    """A number of actors, or the fewest and the most."""
-    if text is None:
-        return None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        numbers = [int(part) for part in text.split(":")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 2):
-        raise ValueError(f"--actors must be a number or MIN:MAX, got {text!r}")
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

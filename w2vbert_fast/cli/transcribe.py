@@ -1,0 +1,292 @@
+"""The command `w2vbert-fast transcribe`: texts to print, files beside the recordings, or a job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from w2vbert_fast.cli import jobs
+from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, one_line, report, write_line
+from w2vbert_fast.cli.options import given, option, values
+
+if TYPE_CHECKING:
+    from w2vbert_fast.inference.batching import Batcher
+    from w2vbert_fast.inference.transcripts import Transcript
+
+SHORT = "Print what is said in audio files."
+DEMO_NOTICE = (
+    "the model 'demo' knows English telephone prompts only; "
+    "for open speech: --model hf-audio/wav2vec2-bert-CV16-en"
+)
+SIDECAR_FORMATS = ("srt", "vtt", "txt", "json")
+HELP = (
+    "Print what is said in recordings: for every one its name, the text, the seconds of audio, "
+    "and the real-time factor (seconds of processing per second of audio).\n\n"
+    "Where the output is not a terminal, these are four columns separated by tabs. A recording "
+    "that cannot be read is reported and the others go on; the exit status is then 1.\n\n"
+    "With --format srt, vtt, txt or json a file is written beside each recording instead "
+    "(talk.mp4: talk.srt), or for a single one to --out FILE. Files that are there are not "
+    "replaced without --overwrite.\n\n"
+    "With --out DIR it is a job. " + jobs.HELP
+)
+
+
+@dataclass(kw_only=True)
+class Model(jobs.Model):
+    """The model, which is there without one."""
+
+    model: str = option(
+        "demo",
+        "The model in this package, a folder, or a model of the Hugging Face hub.",
+        metavar="demo|PATH|HUB_ID",
+    )
+    device: str | None = option(
+        None, "cpu, cuda or cuda:N. Default: a CUDA device if there is one."
+    )
+    dtype: jobs.Dtype | None = option(
+        None, "Default: the checkpoint's own on a GPU, float32 on a CPU; int8 is for CPUs."
+    )
+
+
+@dataclass(kw_only=True)
+class Printing:
+    """What means nothing in a job."""
+
+    as_json: bool = option(False, "Print one JSON object a line.", "--json")
+
+
+@dataclass(kw_only=True)
+class Target:
+    out: str | None = option(
+        None,
+        "Folder of a job, which can be resumed; or a file such as talk.srt.",
+        metavar="DIR|FILE",
+    )
+
+
+@dataclass(kw_only=True)
+class Decoding:
+    timestamps: str | None = option(
+        None,
+        "Times and confidences. Default: word for srt, vtt and json, else none.",
+        metavar="none|word|character",
+    )
+    beam: int = option(0, "Hypotheses of the beam search; 0 decodes greedily.")
+    lm: str | None = option(
+        None,
+        "n-gram model of the beam search. Default: in the model's language_model/.",
+        metavar="FILE|none",
+    )
+    lm_weight: float | None = option(None, "Weight of its score.")
+    word_bonus: float | None = option(None, "Score of every word.")
+    unigrams: str | None = option(
+        None, "Words that the n-gram model knows, where it does not say so.", metavar="FILE"
+    )
+    hotwords: list[str] | None = option(
+        None,
+        "Words and phrases to prefer: separated by commas, or a file of lines.",
+        metavar="WORDS|FILE",
+    )
+    hotword_weight: float | None = option(None, "How much.")
+
+    def of_task(self, formats: list[str]) -> dict[str, Any]:
+        """Arguments of `Transcribe`: times as the formats need them.
+
+        Hotwords are phrases separated by commas, or files with one a line.
+
+        Raises:
+            OSError: a file of hotwords cannot be read.
+            ValueError: it is not UTF-8, or there are no hotwords where some are given.
+        """
+        from w2vbert_fast.inference.ctc.language_model import read_words
+
+        timestamps = self.timestamps
+        if timestamps is None:
+            timestamps = "word" if {"srt", "vtt", "json"} & set(formats) else "none"
+        hotwords: list[str] = []
+        for text in self.hotwords or ():
+            # A word may have a slash; what is in a folder that is there is a name.
+            in_folder = os.path.isdir(os.path.dirname(text))
+            if text.endswith(".txt") or os.path.isfile(text) or in_folder:
+                hotwords += read_words(text)
+                continue
+            phrases = [phrase for part in text.split(",") if (phrase := part.strip())]
+            if not phrases:
+                raise ValueError(f"--hotwords {text!r} holds no words")
+            hotwords += phrases
+        return {**values(self), "timestamps": timestamps, "hotwords": hotwords}
+
+
+def command(
+    source: jobs.Inputs,
+    model: Model,
+    printing: Printing,
+    target: Target,
+    decoding: Decoding,
+    chunks: jobs.Chunks,
+    job: jobs.Job,
+) -> int:
+    """Run a job, or transcribe and print; the exit status."""
+    formats = list(dict.fromkeys(job.formats or ()))
+    is_job = target.out is not None and _file_format(target.out) is None
+    if is_job:
+        _refuse(given(printing), "is for printing; a job has --log-json")
+    else:
+        formats = _formats_beside(formats, target.out)
+        _refuse([f"--format {f}" for f in formats if f not in SIDECAR_FORMATS], "needs --out DIR")
+        _refuse(given(job, jobs.Books, jobs.Engine), "needs --out DIR")
+        if job.overwrite and not formats:
+            _refuse(["--overwrite"], "needs --format or --out")
+        if decoding.timestamps not in (None, "none") and not (formats or printing.as_json):
+            more = "add --json, --format or --out DIR"
+            _refuse(["--timestamps"], f"has no effect on what is printed; {more}")
+    if model.model == "demo":
+        report(DEMO_NOTICE)
+    task = {**values(model, chunks), **decoding.of_task(formats)}
+    if target.out is not None and is_job:
+        return jobs.run_job("transcribe", source.inputs, target.out, task, job)
+    return _print(source.inputs, task, job, formats, target.out, printing.as_json)
+
+
+def _refuse(options: list[str], why: str) -> None:
+    import typer
+
+    for name in options:
+        raise typer.BadParameter(f"{name} {why}")
+
+
+def _formats_beside(formats: list[str], out: str | None) -> list[str]:
+    """The formats of files, one of which may be named."""
+    if out is None:
+        return formats
+    of_file = str(_file_format(out))
+    if formats not in ([], [of_file]):
+        _refuse([f"--out {out}"], f"is not of --format {', '.join(formats)}")
+    return [of_file]
+
+
+def _file_format(out: str) -> str | None:
+    """The format of a file that `--out` names; None: it names a folder."""
+    kind = os.path.splitext(out)[1][1:].lower()
+    return kind if kind in SIDECAR_FORMATS and not os.path.isdir(out) else None
+
+
+def _print(
+    names: list[str],
+    task: dict[str, Any],
+    job: jobs.Job,
+    formats: list[str],
+    out: str | None,
+    as_json: bool,
+) -> int:
+    """Transcribe and print, or write a file for each recording; the exit status."""
+    from rich.console import Console
+
+    from w2vbert_fast.inference.jobs import sidecars
+    from w2vbert_fast.inference.jobs.inputs import open_inputs
+    from w2vbert_fast.inference.jobs.shard import Formats
+    from w2vbert_fast.inference.runner import Flow, Transcriber
+    from w2vbert_fast.inference.transcripts import transcripts
+
+    readable = sys.stdout.isatty() and not as_json
+    console = Console(stderr=not readable, highlight=False)
+    status = 0
+    flow = job.flow()
+    # A probe takes longer than most of what is printed.
+    if isinstance(flow["frame_budget"], str):
+        flow["frame_budget"] = None
+    runner = Transcriber(**task, flow=Flow(**flow, window_rows=1))
+    Formats.of_task(runner.task, [name for name in formats if name != "json"])
+    inputs = open_inputs(names)
+    files = None
+    if formats:
+        files = sidecars.plan(inputs, formats, out, overwrite=job.overwrite)
+    characters = task["timestamps"] == "character"
+    rows = transcripts(runner, inputs.rows())
+    if readable or (sys.stderr.isatty() and not sys.stdout.isatty()):
+        rows = _with_progress(rows, inputs.total, runner.batcher, console)
+    with contextlib.closing(rows), log_shown("w2vbert_fast.inference"):
+        for row in rows:
+            if row.error is not None:
+                status = ITEMS_FAILED
+            elif files is not None:
+                sidecars.write(row, files[row.file], characters=characters)
+            if as_json:
+                write_line(sidecars.to_json(row, characters))
+            elif row.error is not None:
+                report(f"{one_line(row.file)}: {one_line(row.error)}")
+            elif files is not None:
+                for path in files[row.file]:
+                    write_line(one_line(str(path)))
+            elif readable:
+                _print_readably(row, console)
+            else:
+                write_line(_as_columns(row))
+    if inputs.passed_over.counts:
+        report(f"passed over: {inputs.passed_over}")
+    return status
+
+
+def _with_progress(
+    rows: Generator[Transcript, None, None], total: int | None, batcher: Batcher, console: Any
+) -> Generator[Transcript, None, None]:
+    """Pass the rows on, and show on the last line of the console how many are done.
+
+    Of a single recording it is shown how far it is, once that is more than one batch.
+    """
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("transcribing"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn() if total == 1 else progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    # What goes to another place than this console must not be drawn into it.
+    bar = progress.Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=sys.stderr.isatty(),
+    )
+    task = bar.add_task("transcribing", total=total)
+    done = 0
+
+    def watch(seconds: float, of: float) -> None:
+        if seconds < of:
+            bar.start()
+        bar.update(task, completed=done + seconds / of)
+
+    batcher.watch = watch
+    if total != 1:
+        bar.start()
+    try:
+        for row in rows:
+            done += 1
+            bar.update(task, completed=done)
+            yield row
+    finally:
+        bar.stop()
+
+
+def _print_readably(row: Transcript, console: Any) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    heading = Text.assemble(
+        (one_line(row.file), "bold"),
+        (f"  {row.audio_seconds:.2f} s, real-time factor {row.real_time_factor:.3f}", "dim"),
+    )
+    console.print(heading)
+    console.print(Padding(Text(row.text or "(no speech)"), (0, 0, 0, 2)))
+
+
+def _as_columns(row: Transcript) -> str:
+    text = one_line(row.text or "")
+    return f"{one_line(row.file)}\t{text}\t{row.audio_seconds:.2f}\t{row.real_time_factor:.4f}"
