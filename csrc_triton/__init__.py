@@ -16,8 +16,6 @@ from .gemm import (
     linear_backward,
     linear_glu,
     linear_glu_backward,
-    linear_residual,
-    linear_residual_backward,
 )
 from .norm import (
     layer_norm,
@@ -40,8 +38,6 @@ __all__ = [
     "linear_backward",
     "linear_glu",
     "linear_glu_backward",
-    "linear_residual",
-    "linear_residual_backward",
     "log_mel_filterbank",
     "normalize_and_stack",
     "residual_double_layer_norm",

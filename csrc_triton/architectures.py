@@ -93,12 +93,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sm_75": _nvidia(40, warps=32, blocks=16, shared_kib=64, block_kib=64),
     "sm_80": _nvidia(108, warps=64, blocks=32, shared_kib=164, block_kib=163),
     "sm_86": _nvidia(84, warps=48, blocks=16, shared_kib=100, block_kib=99, nearest="sm_80"),
-    "sm_89": _nvidia(128, warps=48, blocks=24, shared_kib=100, block_kib=99, nearest="sm_80"),
+    "sm_89": _nvidia(128, warps=48, blocks=24, shared_kib=100, block_kib=99, nearest="sm_86"),
     "sm_90": _nvidia(132, warps=64, blocks=32, shared_kib=228, block_kib=227),
     "sm_100": _nvidia(
         148, warps=64, blocks=32, shared_kib=228, block_kib=227, columns=512, nearest="sm_90"
     ),
-    "sm_120": _nvidia(170, warps=48, blocks=24, shared_kib=100, block_kib=99, nearest="sm_80"),
+    "sm_120": _nvidia(170, warps=48, blocks=24, shared_kib=100, block_kib=99, nearest="sm_89"),
     "gfx942": _cdna(304, shared_kib=64),
     "gfx950": _cdna(256, shared_kib=160, nearest="gfx942"),
 }

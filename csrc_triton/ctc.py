@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .architectures import architecture
 from .launch import check_device, check_tensor
-from .specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from .specs import KernelSpec, kernel_spec
 
 NO_TOKEN = -1
 """What stands in `token_ids` after the last token of an utterance."""
@@ -190,59 +190,40 @@ def ctc_greedy(
 
 
 def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The CTC kernels, for a vocabulary of characters and one of word pieces.
-
-    Args:
-        arch: such as `"sm_90"` or `"gfx942"`.
-        dtype: "float16", "bfloat16" or "float32".
-    """
+    """The CTC kernels, for a vocabulary of characters and one of word pieces."""
     specs = []
     for vocabulary in (32, 32_000):
         config = ctc_config(vocabulary, arch)
         specs.append(
-            KernelSpec(
-                name=f"ctc_argmax/{vocabulary}",
-                kernel=_ctc_argmax_kernel,
-                signature={
-                    "logits_ptr": f"*{TRITON_TYPES[dtype]}",
-                    "best_ptr": "*i32",
-                    "num_frames": "i32",
-                    "vocabulary": "i32",
-                    "stride_logits_row": "i32",
-                },
-                constants={"BLOCK_T": config.block_frames, "BLOCK_V": config.block_vocabulary},
-                kind="pointwise",
-                dtype=dtype,
+            kernel_spec(
+                f"ctc_argmax/{vocabulary}",
+                _ctc_argmax_kernel,
+                {"BLOCK_T": config.block_frames, "BLOCK_V": config.block_vocabulary},
+                dtype,
                 num_warps=config.num_warps,
                 num_stages=3,
-                divisible_by_16=frozenset(
-                    {"logits_ptr", "best_ptr", "vocabulary", "stride_logits_row"}
-                ),
                 outputs_per_program=config.block_frames,
+                blocks=3,
                 # Two steps over the vocabulary where it takes more than one, the second not full.
-                proof=ProofLaunch(
-                    3,
-                    {
-                        "num_frames": 2 * config.block_frames + 1,
-                        "vocabulary": min(vocabulary, config.block_vocabulary + 16),
-                        "stride_logits_row": vocabulary,
-                    },
-                ),
+                scalars={
+                    "num_frames": 2 * config.block_frames + 1,
+                    "vocabulary": min(vocabulary, config.block_vocabulary + 16),
+                },
+                stride=vocabulary,
             )
         )
-    pointers = ("best_ptr", "cu_seqlens_ptr", "token_ids_ptr", "counts_ptr")
     specs.append(
-        KernelSpec(
-            name="ctc_collapse",
-            kernel=_ctc_collapse_kernel,
-            signature={**dict.fromkeys(pointers, "*i32"), "blank": "i32"},
-            constants={"NO_TOKEN": NO_TOKEN, "BLOCK_T": config.block_collapse},
-            kind="pointwise",
-            dtype=dtype,
+        kernel_spec(
+            "ctc_collapse",
+            _ctc_collapse_kernel,
+            {"NO_TOKEN": NO_TOKEN, "BLOCK_T": config.block_collapse},
+            dtype,
             num_warps=config.num_warps,
             num_stages=3,
-            divisible_by_16=frozenset(pointers),
-            proof=ProofLaunch(2, {"blank": 0}, {"cu_seqlens_ptr": (0, 3, 1100)}),
+            blocks=2,
+            scalars={"blank": 0},
+            stride=0,
+            arrays={"cu_seqlens_ptr": (0, 3, 1100)},
         )
     )
     return specs

@@ -82,21 +82,6 @@ def check_offsets(cu_seqlens: Tensor, seqused_k: Tensor | None) -> None:
         check_tensor("seqused_k", seqused_k, (cu_seqlens.numel() - 1,), (torch.int32,))
 
 
-def check_dropout(dropout_p: float, dropout_seed: Tensor | None) -> None:
-    """Checks the dropout arguments of an attention launcher.
-
-    Raises:
-        ValueError: the probability is not in [0, 1), or dropout has no seed.
-    """
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
-    if dropout_seed is None:
-        if dropout_p > 0.0:
-            raise ValueError("dropout_seed is None; dropout needs int64 [2], seed and offset")
-        return
-    check_tensor("dropout_seed", dropout_seed, (2,), (torch.int64,))
-
-
 def num_blocks(num_rows: int, batch: int, block: int) -> int:
     """Number of blocks of `block` rows over a packed batch of `num_rows` rows."""
     return num_rows // block + batch

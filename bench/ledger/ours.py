@@ -21,7 +21,7 @@ from csrc_triton.attention.config import (
 )
 from csrc_triton.conv.config import conv_backward_config
 from csrc_triton.fbank.config import normalize_config
-from csrc_triton.gemm.backward import _products
+from csrc_triton.gemm.backward import products
 from csrc_triton.gemm.config import epilogue_backward_config
 from csrc_triton.launch import num_blocks
 from csrc_triton.norm.config import norm_backward_config
@@ -132,8 +132,7 @@ def _again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Cost:
 
 def _vendor(call: Call, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> Cost:
     """The two products of a linear layer's gradient, of the vendor's library."""
-    wanted = (needs[0], needs[1], False)
-    return call.count(lambda: _products(grad, x, weight, 1.0, wanted))
+    return call.count(lambda: products(grad, x, weight, needs))
 
 
 @_operation

@@ -1,6 +1,6 @@
 """Gradients of attention with Shaw relative keys over packed utterances.
 
-With the scores s and probabilities p of `attention_kernel`, the output o, its gradient g, and the
+With the scores s and probabilities p of `forward`, the output o, its gradient g, and the
 row of position scores P = q E^T:
 
     delta_i  = o_i . g_i
@@ -25,7 +25,7 @@ As in the forward kernel, blocks wholly left or right of the band -L < j - i < R
 attention (Dao 2023), with a number for each row; only blocks that touch the band read P.
 
 P lies in memory with rows `ROW_STRIDE + 1` apart, so that a block's `P[i, j - i + L]` is a strided
-tile with row stride `ROW_STRIDE` (`attention_kernel`). Utterance s begins at row
+tile with row stride `ROW_STRIDE` (`forward`). Utterance s begins at row
 `16 (start // 16 + s)`, so that every tile is aligned.
 
 Per token and layer, with T frames and 16-bit elements: 14 C T + 6 C (L + R + 1) FLOPs; 16 C bytes
@@ -36,7 +36,7 @@ of q, k, v, o, g and the three gradients, 8 H (L + R + 1) bytes of P and dP writ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
@@ -44,14 +44,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..functions import kept_weights
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..specs import KernelSpec, kernel_spec
 from .config import (
     AttentionBackwardConfig,
     ScoresLayout,
     attention_backward_config,
     scores_layout,
 )
-from .forward import LOG2_E, check_attention
+from .forward import LOG2_E, absent_arguments, check_attention
 from .tile_map import checked_tile_map
 
 
@@ -174,7 +174,6 @@ def shaw_attention_bwd_prepare_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     sequence, start, length, first_row, head = locate_tile(
         tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
@@ -215,7 +214,7 @@ def shaw_attention_bwd_prepare_kernel(
             vectors = load_rows(
                 distance_ptr, offs_p, stride_e_row, channels, is_distance, HEAD_DIM
             )  # [BLOCK_P, BLOCK_D]
-            shift = tl.dot(query, tl.trans(vectors), input_precision=INPUT_PRECISION)
+            shift = tl.dot(query, tl.trans(vectors), input_precision="ieee")
             shift = shift * scale_log2 - lse[:, None]  # [BLOCK_M, BLOCK_P]
             tl.store(
                 score_rows[:, None] + offs_p[None, :],
@@ -246,12 +245,11 @@ def _key_step(
     first_token,  # of the block of queries, in the batch
     first_key,  # of the tile of keys, in the utterance
     HAS_DROPOUT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     """What a block of queries adds to the gradients of a tile of keys and values."""
-    scores = tl.dot(key, tl.trans(query), input_precision=INPUT_PRECISION)
+    scores = tl.dot(key, tl.trans(query), input_precision="ieee")
     probabilities = tl.math.exp2(scores * scale_log2 + shift)  # [BLOCK_N, BLOCK_M]
-    dp = tl.dot(value, tl.trans(grad), input_precision=INPUT_PRECISION)
+    dp = tl.dot(value, tl.trans(grad), input_precision="ieee")
     weights = probabilities
     if HAS_DROPOUT:
         kept = tl.trans(
@@ -261,9 +259,9 @@ def _key_step(
         )
         weights = tl.where(kept, probabilities * (1.0 / (1.0 - dropout_p)), 0.0)
         dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
-    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=INPUT_PRECISION)
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
     ds = probabilities * (dp - delta[None, :])
-    dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=INPUT_PRECISION)
+    dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -315,7 +313,6 @@ def shaw_attention_bwd_keys_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FAR_STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     sequence, start, length, first_key, head = locate_tile(
         tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_N
@@ -366,7 +363,7 @@ def shaw_attention_bwd_keys_kernel(
         dk, dv = _key_step(
             dk, dv, key, value, query, grad, shift[None, :], delta, scale_log2,
             seed_ptr, dropout_p, wide_head, start + first_row, first_key,
-            HAS_DROPOUT, INPUT_PRECISION,
+            HAS_DROPOUT,
         )  # fmt: skip
 
     # The queries after the last whole block, wherever the band is, are the last step.
@@ -402,7 +399,7 @@ def shaw_attention_bwd_keys_kernel(
         dk, dv = _key_step(
             dk, dv, key, value, query, grad, shift, delta, scale_log2,
             seed_ptr, dropout_p, wide_head, start + first_row, first_key,
-            HAS_DROPOUT, INPUT_PRECISION,
+            HAS_DROPOUT,
         )  # fmt: skip
 
     if HAS_SEQUSED:  # tokens that are no keys have no gradients as such
@@ -433,19 +430,18 @@ def _query_step(
     first_token,  # of the tile of queries, in the batch
     first_key,  # of the block of keys, in the utterance
     HAS_DROPOUT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     """What a block of keys adds to the gradients of a tile of queries, and the scores' gradient."""
-    scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     probabilities = tl.math.exp2(scores * scale_log2 + shift)  # [BLOCK_M, BLOCK_N]
-    dp = tl.dot(grad, tl.trans(value), input_precision=INPUT_PRECISION)
+    dp = tl.dot(grad, tl.trans(value), input_precision="ieee")
     if HAS_DROPOUT:
         kept = kept_weights(
             seed_ptr, head, first_token, first_key, dropout_p, query.shape[0], key.shape[0]
         )
         dp = tl.where(kept, dp * (1.0 / (1.0 - dropout_p)), 0.0)
     ds = probabilities * (dp - delta[:, None])
-    dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=INPUT_PRECISION)
+    dq = tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee")
     return dq, ds
 
 
@@ -468,7 +464,6 @@ def _position_gradients(
     RIGHT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     """Adds `dP E` to dq, and stores the tile's share of dE, `dP^T q`."""
     for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
@@ -483,8 +478,8 @@ def _position_gradients(
         dp += tl.where((offs_p == LEFT + RIGHT)[None, :], right_sum[:, None], 0.0)
         dp = tl.where((rows < length)[:, None], dp, 0.0).to(query.dtype)  # [BLOCK_M, BLOCK_P]
         vectors = load_rows(distance_ptr, offs_p, stride_e_row, channels, is_distance, HEAD_DIM)
-        dq = tl.dot(dp, vectors, dq, input_precision=INPUT_PRECISION)
-        share = tl.dot(tl.trans(dp), query, input_precision=INPUT_PRECISION)
+        dq = tl.dot(dp, vectors, dq, input_precision="ieee")
+        share = tl.dot(tl.trans(dp), query, input_precision="ieee")
         tl.store(
             share_ptr + offs_p[:, None] * HEAD_DIM + channels[None, :],
             share * scale,
@@ -542,7 +537,6 @@ def shaw_attention_bwd_queries_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     FAR_STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     sequence, start, length, first_row, head = locate_tile(
         tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
@@ -606,7 +600,7 @@ def shaw_attention_bwd_queries_kernel(
         dq, ds = _query_step(
             dq, query, grad, key, value, shift[:, None], delta, scale_log2,
             seed_ptr, dropout_p, wide_head, start + first_row, first_key,
-            HAS_DROPOUT, INPUT_PRECISION,
+            HAS_DROPOUT,
         )  # fmt: skip
         if HAS_POSITIONS:
             row_sum = tl.sum(ds, 1)
@@ -641,7 +635,7 @@ def shaw_attention_bwd_queries_kernel(
         dq, ds = _query_step(
             dq, query, grad, key, value, shift, delta, scale_log2,
             seed_ptr, dropout_p, wide_head, start + first_row, first_key,
-            HAS_DROPOUT, INPUT_PRECISION,
+            HAS_DROPOUT,
         )  # fmt: skip
         if HAS_POSITIONS:
             is_left = keys[None, :] <= (rows - LEFT)[:, None]
@@ -657,7 +651,7 @@ def shaw_attention_bwd_queries_kernel(
         dq = _position_gradients(
             dq, query, distance_ptr, share_base, scores_base + rows * (ROW_STRIDE + 1) - LEFT,
             rows, length, num_keys, left_sum, right_sum, channels, stride_e_row, scale,
-            LEFT, RIGHT, HEAD_DIM, BLOCK_P, INPUT_PRECISION,
+            LEFT, RIGHT, HEAD_DIM, BLOCK_P,
         )  # fmt: skip
     dq_ptrs = dq_ptr + wide_head * stride_dq_head + (start + rows)[:, None] * stride_dq_row
     tl.store(
@@ -685,7 +679,6 @@ def shaw_attention_backward(
     tile_map: Tensor | None = None,
     seqused_k: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
-    precision: str = "ieee",
     config: AttentionBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `shaw_attention` with respect to query, key, value and distance embedding.
@@ -695,24 +688,23 @@ def shaw_attention_backward(
     Args:
         grad_output: gradient of the output, `[num_tokens, num_heads, D]` in the dtype of `query`;
             like all tensors of this shape at any strides but the last, which is 1.
-        query: `[num_tokens, num_heads, D]`, D from 1 to 128.
+        query: as in the forward pass, and so are those that are not named here.
         key: like `query`.
         value: like `query`.
         output: what `shaw_attention` returned.
         log_sum_exp: float32 `[num_heads, num_tokens]`, of the same call.
-        cu_seqlens: int32 `[batch + 1]`, cumulative lengths in frames, starting at 0.
+        cu_seqlens: int32 `[batch + 1]`.
         max_seqlen: frames of the longest utterance.
-        distance_embedding: E, `[L + R + 1, D]` in the dtype of `query`; `None` for no positions.
+        distance_embedding: E, `[L + R + 1, D]`, or `None`.
         left_max_position: L.
         right_max_position: R.
         dropout_p: probability with which the forward pass dropped an attention weight.
-        dropout_seed: int64 `[2]`, seed and offset of its random numbers (`dropout`).
+        dropout_seed: int64 `[2]` of the forward pass.
         tile_map: of `build_tile_map` with the configuration's `tile`, which may be that of the
             forward pass; computed when `None`.
-        seqused_k: int32 `[batch]` or `None`, of the forward pass.
+        seqused_k: int32 `[batch]` or `None`.
         out: where the gradients of query, key and value go, such as views of one buffer; allocated
             when `None`.
-        precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
         config: launch configuration; that of `attention_backward_config` when `None`.
 
     Returns:
@@ -742,13 +734,10 @@ def shaw_attention_backward(
         dropout_seed,
         tile_map,
         seqused_k,
-        precision,
     )
     num_tokens, num_heads, head_dim = query.shape
     if config is None:
-        config = attention_backward_config(
-            head_dim, query.dtype, arch, precision=precision, has_dropout=dropout_p > 0.0
-        )
+        config = attention_backward_config(head_dim, query.dtype, arch, has_dropout=dropout_p > 0.0)
     batch_size = cu_seqlens.numel() - 1
     if num_tokens == 0 or num_heads == 0 or batch_size == 0:
         empty = None
@@ -780,9 +769,16 @@ def shaw_attention_backward(
     scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E)
     has_dropout, has_seqused = dropout_p > 0.0, seqused_k is not None
     dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
-    special = (has_positions, has_dropout, has_seqused)
-    kernels = _kernels(config, layout, head_dim, *special, left, right, precision)
-    prepare, keys, queries = kernels
+    prepare, keys, queries = _kernels(
+        config,
+        layout,
+        head_dim,
+        left,
+        right,
+        has_positions=has_positions,
+        has_dropout=has_dropout,
+        has_seqused=has_seqused,
+    )
     grad_query, grad_key, grad_value = out
     with torch.cuda.device_of(query):
         for first_head in range(0, num_heads, heads):
@@ -892,12 +888,12 @@ def _kernels(
     config: AttentionBackwardConfig,
     layout: ScoresLayout,
     head_dim: int,
+    left: int,
+    right: int,
+    *,
     has_positions: bool,
     has_dropout: bool,
     has_seqused: bool,
-    left: int,
-    right: int,
-    precision: str,
 ) -> tuple[_Launch, _Launch, _Launch]:
     common: dict[str, bool | int | str] = {
         "HAS_POSITIONS": has_positions,
@@ -906,7 +902,6 @@ def _kernels(
         "ROW_STRIDE": layout.row_stride,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
-        "INPUT_PRECISION": precision,
     }
     queries = {"num_warps": config.query_warps, "num_stages": config.query_stages}
     keys = {"num_warps": config.key_warps, "num_stages": config.key_stages}
@@ -941,126 +936,65 @@ def _kernels(
 
 
 def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The kernels of the attention gradients, for 16 heads of 64, L = 64, R = 8.
-
-    Args:
-        arch: such as `"sm_90"`.
-        dtype: name of the activations' dtype: "float32", "float16" or "bfloat16".
-    """
-    nvidia = not arch.startswith("gfx")
+    """The kernels of the attention gradients, for 16 heads of 64, L = 64, R = 8."""
     specs = []
-    for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
-        suffix = f"/{precision}" if dtype == "float32" else ""
-        variants = ("relative_key", "relative_key_dropout", "no_positions", "relative_key_seqused")
-        for variant in variants:
-            positions = variant != "no_positions"
-            left, right = (64, 8) if positions else (0, 0)
-            dropout, seqused = variant.endswith("dropout"), variant.endswith("seqused")
-            config = attention_backward_config(
-                64, getattr(torch, dtype), arch, precision=precision, has_dropout=dropout
-            )
-            layout = scores_layout(config, 1, 16, left, right)
-            special = (positions, dropout, seqused)
-            launches = _kernels(config, layout, 64, *special, left, right, precision)
-            for step, launch in zip(("prepare", "keys", "queries"), launches, strict=True):
-                if step == "prepare" and (dropout or seqused):
-                    continue  # has neither
-                # The preparation without positions has no product; NVIDIA's tensor cores have none
-                # of float32 in full precision.
-                product = (step != "prepare" or positions) and not (suffix == "/ieee" and nvidia)
-                specs.append(
-                    _kernel_spec(
-                        f"shaw_attention_bwd_{step}/{variant}{suffix}",
-                        launch,
-                        dtype,
-                        "gemm" if product else "pointwise",
-                        config,
-                    )
+    for variant in ("relative_key", "relative_key_dropout", "no_positions", "relative_key_seqused"):
+        has_positions = variant != "no_positions"
+        has_dropout, has_seqused = variant.endswith("dropout"), variant.endswith("seqused")
+        left, right = (64, 8) if has_positions else (0, 0)
+        config = attention_backward_config(64, getattr(torch, dtype), arch, has_dropout=has_dropout)
+        length = config.tile + 22
+        layout = scores_layout(config, 1, length, left, right)
+        launches = _kernels(
+            config,
+            layout,
+            64,
+            left,
+            right,
+            has_positions=has_positions,
+            has_dropout=has_dropout,
+            has_seqused=has_seqused,
+        )
+        for step, launch in zip(("prepare", "keys", "queries"), launches, strict=True):
+            if step == "prepare" and (has_dropout or has_seqused):
+                continue  # has neither
+            names = launch.kernel.arg_names
+            absent = [n for n in absent_arguments(has_dropout, has_seqused) if n in names]
+            # The preparation without positions has no product; NVIDIA's tensor cores have none of
+            # float32 in full precision.
+            product = step != "prepare" or has_positions
+            product = product and (dtype != "float32" or arch.startswith("gfx"))
+            specs.append(
+                kernel_spec(
+                    f"shaw_attention_bwd_{step}/{variant}",
+                    launch.kernel,
+                    launch.constants,
+                    dtype,
+                    absent=absent,
+                    kind="gemm" if product else "pointwise",
+                    num_warps=launch.options["num_warps"],
+                    num_stages=launch.options["num_stages"],
+                    # One head of an utterance of two tiles, the second a ragged one. The
+                    # utterance's last token is no key where `seqused_k` is read.
+                    blocks=2,
+                    scalars={
+                        **{n: 64 for n in names if n.startswith("stride_") and n.endswith("_head")},
+                        "stride_e_row": 64,
+                        "stride_lse_head": length,
+                        "stride_row_head": length,
+                        "head_blocks": layout.head_blocks,
+                        "first_head": 3,
+                        "num_heads": 1,
+                        "scale": 0.125,
+                        "scale_log2": 0.125,
+                        "dropout_p": 0.125,
+                    },
+                    stride=1024,
+                    arrays={
+                        "cu_seqlens_ptr": (0, length),
+                        "tile_map_ptr": (0, 0, 0, 1),
+                        "seqused_k_ptr": (length - 1,),
+                    },
                 )
-    return specs
-
-
-def _kernel_spec(
-    name: str,
-    launch: _Launch,
-    dtype: str,
-    kind: Literal["gemm", "pointwise"],
-    config: AttentionBackwardConfig,
-) -> KernelSpec:
-    constants: dict[str, Any] = dict(launch.constants)
-    names = launch.kernel.arg_names
-    if not constants.get("HAS_DROPOUT") and "seed_ptr" in names:
-        constants |= {"seed_ptr": None, "dropout_p": None}
-    if not constants.get("HAS_SEQUSED") and "seqused_k_ptr" in names:
-        constants |= {"seqused_k_ptr": None}
-    signature = {}
-    for argument in names:
-        if argument in constants:
-            continue
-        if argument in ("scratch_ptr", "shift_ptr", "delta_ptr", "lse_ptr", "share_ptr"):
-            signature[argument] = "*fp32"
-        elif argument in ("cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr"):
-            signature[argument] = "*i32"
-        elif argument == "seed_ptr":
-            signature[argument] = "*i64"
-        elif argument.endswith("_ptr"):
-            signature[argument] = "*" + TRITON_TYPES[dtype]
-        else:
-            signature[argument] = (
-                "fp32" if argument in ("scale", "scale_log2", "dropout_p") else "i32"
             )
-    unaligned = {
-        "cu_seqlens_ptr",
-        "seqused_k_ptr",
-        "tile_map_ptr",
-        "lse_ptr",
-        "seed_ptr",
-        "first_head",
-        "num_heads",
-    }
-    unaligned |= {"stride_lse_head", "stride_row_head", "head_blocks"}
-    aligned = {name for name in signature if signature[name] != "fp32"} - unaligned
-    return KernelSpec(
-        name=name,
-        kernel=launch.kernel,
-        signature=signature,
-        constants=constants,
-        kind=kind,
-        dtype=dtype,
-        num_warps=launch.options["num_warps"],
-        num_stages=launch.options["num_stages"],
-        divisible_by_16=frozenset(aligned),
-        proof=_proof_launch(signature, constants, config),
-    )
-
-
-def _proof_launch(
-    signature: dict[str, str], constants: dict[str, Any], config: AttentionBackwardConfig
-) -> ProofLaunch:
-    """One head of an utterance of two tiles, the second a ragged one.
-
-    Where `seqused_k` is read, the utterance's last token is no key.
-    """
-    length = config.tile + 22
-    layout = scores_layout(config, 1, length, constants["LEFT"], constants["RIGHT"])
-    scalars = {
-        **{name: 64 if name.endswith("_head") else 1024 for name in signature},
-        "stride_e_row": 64,
-        "stride_lse_head": length,
-        "stride_row_head": length,
-        "head_blocks": layout.head_blocks,
-        "first_head": 3,
-        "num_heads": 1,
-        "scale": 0.125,
-        "scale_log2": 0.125,
-        "dropout_p": 0.125,
-    }
-    return ProofLaunch(
-        2,
-        {name: value for name, value in scalars.items() if signature.get(name, "*")[0] != "*"},
-        {
-            "cu_seqlens_ptr": (0, length),
-            "tile_map_ptr": (0, 0, 0, 1),
-            **({"seqused_k_ptr": (length - 1,)} if "seqused_k_ptr" in signature else {}),
-        },
-    )
+    return specs

@@ -38,111 +38,6 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class ScratchLayout:
-    """Where a program keeps the position scores of its tile, counted in fp32 elements.
-
-    The score of row i and distance d (-L to R) lies at `start + i * (row_stride + 1) + d`, so that
-    the score of row i and column j = i + d, both relative to the tile's first row, lies at
-    `start + i * row_stride + j`.
-
-    Attributes:
-        row_stride: a multiple of 16, so that a block of columns is an aligned tile.
-        start: a multiple of 16 that leaves room for the columns left of the band.
-        size: elements of a program.
-        read_limit: first column of the last block that is ever read: where a block begins further
-            right, all its scores are replaced, and this block is read instead.
-    """
-
-    row_stride: int
-    start: int
-    size: int
-    read_limit: int
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def scratch_layout(
-    block_m: int, block_n: int, left_max_position: int, right_max_position: int
-) -> ScratchLayout:
-    """Scratch memory of one program.
-
-    Args:
-        block_m: query rows of a tile.
-        block_n: keys of a block.
-        left_max_position: L.
-        right_max_position: R.
-    """
-    row_stride = _round_up(max(left_max_position + right_max_position, 1), 16)
-    start = _round_up(left_max_position + block_n, 16)
-    read_limit = _round_up(block_m + right_max_position, 16)
-    size = _round_up(start + (block_m - 1) * row_stride + read_limit + block_n, 32)
-    return ScratchLayout(row_stride, start, size, read_limit)
-
-
-# By architecture, bytes of an element and head size (the first that is large enough).
-_CONFIGS: dict[str, dict[int, dict[int, AttentionConfig]]] = {
-    "sm_75": {
-        2: {64: AttentionConfig(32, 32, 16, 8, 1), 128: AttentionConfig(32, 16, 16, 8, 1)},
-        4: {64: AttentionConfig(32, 32, 16, 8, 1), 128: AttentionConfig(32, 16, 16, 8, 1)},
-    },
-    "sm_80": {
-        # 32 rows a warp: half the reads of keys and values from shared memory that 16 rows need.
-        2: {64: AttentionConfig(128, 32, 16, 4, 3), 128: AttentionConfig(128, 32, 16, 8, 2)},
-        4: {64: AttentionConfig(32, 32, 16, 8, 2), 128: AttentionConfig(32, 16, 16, 8, 2)},
-    },
-    "sm_90": {
-        # 128 registers: two blocks of eight warps a multiprocessor, so that one's products overlap
-        # the other's softmax.
-        2: {
-            64: AttentionConfig(128, 64, 16, 8, 3, max_registers=128),
-            128: AttentionConfig(128, 64, 16, 8, 2),
-        },
-        4: {64: AttentionConfig(32, 32, 16, 8, 2), 128: AttentionConfig(32, 16, 16, 8, 2)},
-    },
-    "sm_100": {
-        2: {64: AttentionConfig(128, 64, 16, 8, 3), 128: AttentionConfig(128, 64, 16, 8, 2)},
-        4: {64: AttentionConfig(32, 32, 16, 8, 2), 128: AttentionConfig(32, 16, 16, 8, 2)},
-    },
-    "gfx942": {
-        2: {64: AttentionConfig(128, 64, 32, 4, 1), 128: AttentionConfig(128, 32, 32, 4, 1)},
-        4: {64: AttentionConfig(32, 32, 32, 4, 1), 128: AttentionConfig(32, 16, 16, 4, 1)},
-    },
-    "interpreter": {
-        2: {128: AttentionConfig(32, 32, 32, 1, 1)},
-        4: {128: AttentionConfig(32, 32, 32, 1, 1)},
-    },
-}
-
-
-def attention_config(head_dim: int, dtype: torch.dtype, arch: str) -> AttentionConfig:
-    """The launch configuration for a head size, a dtype and an architecture.
-
-    Args:
-        head_dim: channels D of a head, 1 to 128.
-        dtype: float32, float16 or bfloat16.
-        arch: such as `"sm_90"`, `"gfx942"` or `"interpreter"`.
-
-    Raises:
-        ValueError: no kernel for this head size or architecture.
-    """
-    by_head_dim = tiles_for(_CONFIGS, arch)[dtype.itemsize]
-    for limit, config in by_head_dim.items():
-        if 1 <= head_dim <= limit:
-            return config
-    raise ValueError(f"head_dim is {head_dim}; it must be 1 to {max(by_head_dim)}")
-
-
-def with_dropout(config: AttentionConfig) -> AttentionConfig:
-    """The configuration for attention with dropout, whose random numbers take registers.
-
-    The tile stays, so that one tile map serves both.
-    """
-    return replace(config, block_n=min(config.block_n, 32), max_registers=None)
-
-
-@dataclass(frozen=True)
 class AttentionBackwardConfig:
     """How the kernels of the attention gradients are launched.
 
@@ -167,6 +62,264 @@ class AttentionBackwardConfig:
     query_stages: int
     key_stages: int
     scratch_limit: int = SCRATCH_LIMIT
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """The tiles of both passes; where `tile` is `block_m`, one list of tiles serves both.
+
+    Attributes:
+        forward: of attention.
+        backward: of its gradients.
+    """
+
+    forward: AttentionConfig
+    backward: AttentionBackwardConfig
+
+
+_FP32_BACKWARD = AttentionBackwardConfig(
+    tile=32,
+    key_step=16,
+    query_step=16,
+    block_p=16,
+    query_warps=8,
+    key_warps=8,
+    query_stages=2,
+    key_stages=2,
+)
+_FP32 = {
+    64: AttentionTiles(
+        AttentionConfig(block_m=32, block_n=32, block_p=16, num_warps=8, num_stages=2),
+        _FP32_BACKWARD,
+    ),
+    128: AttentionTiles(
+        AttentionConfig(block_m=32, block_n=16, block_p=16, num_warps=8, num_stages=2),
+        _FP32_BACKWARD,
+    ),
+}
+# Without asynchronous copies nothing is pipelined.
+_TURING_BACKWARD = replace(_FP32_BACKWARD, query_stages=1, key_stages=1)
+_TURING = {
+    head_dim: AttentionTiles(replace(tiles.forward, num_stages=1), _TURING_BACKWARD)
+    for head_dim, tiles in _FP32.items()
+}
+_HOPPER_BACKWARD = AttentionBackwardConfig(
+    tile=128,
+    key_step=64,
+    query_step=64,
+    block_p=16,
+    query_warps=8,
+    key_warps=8,
+    query_stages=2,
+    key_stages=2,
+)
+_HOPPER_128 = AttentionTiles(
+    AttentionConfig(block_m=128, block_n=64, block_p=16, num_warps=8, num_stages=2),
+    replace(_HOPPER_BACKWARD, key_step=32, query_step=32),
+)
+_CDNA_BACKWARD = AttentionBackwardConfig(
+    tile=128,
+    key_step=32,
+    query_step=32,
+    block_p=32,
+    query_warps=4,
+    key_warps=4,
+    query_stages=1,
+    key_stages=1,
+)
+_CDNA_FP32_BACKWARD = replace(_CDNA_BACKWARD, tile=32, key_step=16, query_step=16, block_p=16)
+_INTERPRETER = {
+    128: AttentionTiles(
+        AttentionConfig(block_m=32, block_n=32, block_p=32, num_warps=1, num_stages=1),
+        AttentionBackwardConfig(
+            tile=32,
+            key_step=32,
+            query_step=32,
+            block_p=32,
+            query_warps=1,
+            key_warps=1,
+            query_stages=1,
+            key_stages=1,
+        ),
+    )
+}
+
+# By architecture, arithmetic and head size (the first that is large enough). An architecture
+# without a row takes that of the nearest.
+TILES: dict[str, dict[str, dict[int, AttentionTiles]]] = {
+    "sm_75": {"half": _TURING, "fp32": _TURING},
+    "sm_80": {
+        "half": {
+            64: AttentionTiles(
+                # 32 rows a warp: half the reads of keys and values from shared memory that 16 rows
+                # need.
+                AttentionConfig(block_m=128, block_n=32, block_p=16, num_warps=4, num_stages=3),
+                AttentionBackwardConfig(
+                    tile=128,
+                    key_step=32,
+                    query_step=32,
+                    block_p=16,
+                    query_warps=8,
+                    key_warps=8,
+                    query_stages=3,
+                    key_stages=2,
+                ),
+            ),
+            128: AttentionTiles(
+                AttentionConfig(block_m=128, block_n=32, block_p=16, num_warps=8, num_stages=2),
+                AttentionBackwardConfig(
+                    tile=64,
+                    key_step=32,
+                    query_step=32,
+                    block_p=16,
+                    query_warps=4,
+                    key_warps=4,
+                    query_stages=2,
+                    key_stages=2,
+                ),
+            ),
+        },
+        "fp32": _FP32,
+    },
+    "sm_90": {
+        "half": {
+            64: AttentionTiles(
+                # 128 registers: two blocks of eight warps a multiprocessor, so that one's products
+                # overlap the other's softmax.
+                AttentionConfig(
+                    block_m=128,
+                    block_n=64,
+                    block_p=16,
+                    num_warps=8,
+                    num_stages=3,
+                    max_registers=128,
+                ),
+                _HOPPER_BACKWARD,
+            ),
+            128: _HOPPER_128,
+        },
+        "fp32": _FP32,
+    },
+    "sm_100": {
+        "half": {
+            64: AttentionTiles(
+                AttentionConfig(block_m=128, block_n=64, block_p=16, num_warps=8, num_stages=3),
+                _HOPPER_BACKWARD,
+            ),
+            128: _HOPPER_128,
+        },
+        "fp32": _FP32,
+    },
+    "gfx942": {
+        "half": {
+            64: AttentionTiles(
+                AttentionConfig(block_m=128, block_n=64, block_p=32, num_warps=4, num_stages=1),
+                _CDNA_BACKWARD,
+            ),
+            128: AttentionTiles(
+                AttentionConfig(block_m=128, block_n=32, block_p=32, num_warps=4, num_stages=1),
+                _CDNA_BACKWARD,
+            ),
+        },
+        "fp32": {
+            64: AttentionTiles(
+                AttentionConfig(block_m=32, block_n=32, block_p=32, num_warps=4, num_stages=1),
+                _CDNA_FP32_BACKWARD,
+            ),
+            128: AttentionTiles(
+                AttentionConfig(block_m=32, block_n=16, block_p=16, num_warps=4, num_stages=1),
+                _CDNA_FP32_BACKWARD,
+            ),
+        },
+    },
+    "interpreter": {"half": _INTERPRETER, "fp32": _INTERPRETER},
+}
+
+
+def _tiles(head_dim: int, dtype: torch.dtype, arch: str) -> AttentionTiles:
+    by_head_dim = tiles_for(TILES, arch)["fp32" if dtype == torch.float32 else "half"]
+    for limit, tiles in by_head_dim.items():
+        if 1 <= head_dim <= limit:
+            return tiles
+    raise ValueError(f"head_dim is {head_dim}; it must be 1 to {max(by_head_dim)}")
+
+
+def attention_config(
+    head_dim: int, dtype: torch.dtype, arch: str, *, has_dropout: bool = False
+) -> AttentionConfig:
+    """The launch configuration for a head size, a dtype and an architecture.
+
+    Dropout, whose random numbers take registers, does not change the tile, so that one list of
+    tiles serves both.
+
+    Args:
+        head_dim: channels D of a head, 1 to 128.
+        dtype: float32, float16 or bfloat16.
+        arch: such as `"sm_90"`, `"gfx942"` or `"interpreter"`.
+        has_dropout: whether attention weights are dropped.
+
+    Raises:
+        ValueError: no kernel for this head size or architecture.
+    """
+    config = _tiles(head_dim, dtype, arch).forward
+    if has_dropout:
+        config = replace(config, block_n=min(config.block_n, 32), max_registers=None)
+    return config
+
+
+def attention_backward_config(
+    head_dim: int, dtype: torch.dtype, arch: str, *, has_dropout: bool = False
+) -> AttentionBackwardConfig:
+    """The launch configuration of the gradients; arguments and errors as of `attention_config`."""
+    config = _tiles(head_dim, dtype, arch).backward
+    if has_dropout:
+        key_step, query_step = max(config.key_step // 2, 16), max(config.query_step // 2, 16)
+        config = replace(config, key_step=key_step, query_step=query_step)
+    return config
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ScratchLayout:
+    """Where a program keeps the position scores of its tile, counted in fp32 elements.
+
+    The score of row i and distance d (-L to R) lies at `start + i * (row_stride + 1) + d`, so that
+    the score of row i and column j = i + d, both relative to the tile's first row, lies at
+    `start + i * row_stride + j`.
+
+    Attributes:
+        row_stride: a multiple of 16, so that a block of columns is an aligned tile.
+        start: a multiple of 16 that leaves room for the columns left of the band.
+        size: elements of a program.
+        read_limit: first column of the last block that is ever read: where a block begins further
+            right, all its scores are replaced, and this block is read instead.
+    """
+
+    row_stride: int
+    start: int
+    size: int
+    read_limit: int
+
+
+def scratch_layout(
+    block_m: int, block_n: int, left_max_position: int, right_max_position: int
+) -> ScratchLayout:
+    """Scratch memory of one program.
+
+    Args:
+        block_m: query rows of a tile.
+        block_n: keys of a block.
+        left_max_position: L.
+        right_max_position: R.
+    """
+    row_stride = _round_up(max(left_max_position + right_max_position, 1), 16)
+    start = _round_up(left_max_position + block_n, 16)
+    read_limit = _round_up(block_m + right_max_position, 16)
+    size = _round_up(start + (block_m - 1) * row_stride + read_limit + block_n, 32)
+    return ScratchLayout(row_stride, start, size, read_limit)
 
 
 @dataclass(frozen=True)
@@ -213,80 +366,3 @@ def scores_layout(
     queries, keys = max(config.tile, config.query_step), max(config.tile, config.key_step)
     back = queries * (row_stride + 1) + keys
     return ScoresLayout(row_stride, front, blocks, 16 * blocks * (row_stride + 1), back)
-
-
-_FULL = {128: AttentionBackwardConfig(32, 16, 16, 16, 8, 8, 2, 2)}
-# Each operand is held twice, as its tf32 value and as what that value leaves.
-_TF32X3 = {128: AttentionBackwardConfig(16, 32, 32, 16, 4, 4, 2, 1)}
-
-# By architecture, arithmetic and head size (the first that is large enough).
-_BACKWARD: dict[str, dict[str, dict[int, AttentionBackwardConfig]]] = {
-    "sm_75": {
-        "half": {128: AttentionBackwardConfig(32, 16, 16, 16, 8, 8, 1, 1)},
-        "ieee": {128: AttentionBackwardConfig(32, 16, 16, 16, 8, 8, 1, 1)},
-    },
-    "sm_80": {
-        "half": {
-            64: AttentionBackwardConfig(128, 32, 32, 16, 8, 8, 3, 2),
-            128: AttentionBackwardConfig(64, 32, 32, 16, 4, 4, 2, 2),
-        },
-        "ieee": _FULL,
-        "tf32x3": _TF32X3,
-    },
-    "sm_90": {
-        "half": {
-            64: AttentionBackwardConfig(128, 64, 64, 16, 8, 8, 2, 2),
-            128: AttentionBackwardConfig(128, 32, 32, 16, 8, 8, 2, 2),
-        },
-        "ieee": _FULL,
-        "tf32x3": _TF32X3,
-    },
-    "gfx942": {
-        "half": {128: AttentionBackwardConfig(128, 32, 32, 32, 4, 4, 1, 1)},
-        "ieee": {128: AttentionBackwardConfig(32, 16, 16, 16, 4, 4, 1, 1)},
-    },
-    "interpreter": {
-        "half": {128: AttentionBackwardConfig(32, 32, 32, 32, 1, 1, 1, 1)},
-        "ieee": {128: AttentionBackwardConfig(32, 32, 32, 32, 1, 1, 1, 1)},
-        "tf32x3": {128: AttentionBackwardConfig(32, 32, 32, 32, 1, 1, 1, 1)},
-    },
-}
-
-
-_STEPS = ("key_step", "query_step")
-
-
-def attention_backward_config(
-    head_dim: int,
-    dtype: torch.dtype,
-    arch: str,
-    *,
-    precision: str = "ieee",
-    has_dropout: bool = False,
-) -> AttentionBackwardConfig:
-    """The launch configuration for a head size, a dtype and an architecture.
-
-    Dropout changes the steps and not the tile, so one tile map serves both.
-
-    Args:
-        head_dim: channels D of a head, 1 to 128.
-        dtype: float32, float16 or bfloat16.
-        arch: such as `"sm_90"`, `"gfx942"` or `"interpreter"`.
-        precision: of float32 products, "ieee" or "tf32x3"; without effect on the others.
-        has_dropout: whether attention weights were dropped.
-
-    Raises:
-        ValueError: no kernel for this head size, architecture or precision.
-    """
-    rows = tiles_for(_BACKWARD, arch)
-    arithmetic = precision if dtype == torch.float32 else "half"
-    if arithmetic not in rows:
-        raise ValueError(f"precision is {precision!r}; on {arch} it must be 'ieee'")
-    by_head_dim = rows[arithmetic]
-    for limit, config in by_head_dim.items():
-        if 1 <= head_dim <= limit:
-            if has_dropout:  # a step's random numbers take registers of their own
-                halves = {name: max(getattr(config, name) // 2, 16) for name in _STEPS}
-                config = replace(config, **halves)
-            return config
-    raise ValueError(f"head_dim is {head_dim}; it must be 1 to {max(by_head_dim)}")

@@ -36,7 +36,6 @@ and output, 4 H (L + R + 1) bytes written to scratch and read back (mostly in th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -45,9 +44,9 @@ from torch import Tensor
 
 from ..architectures import architecture
 from ..functions import kept_weights
-from ..launch import check_device, check_dropout, check_offsets, check_tensor
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
-from .config import AttentionConfig, ScratchLayout, attention_config, scratch_layout, with_dropout
+from ..launch import check_device, check_offsets, check_tensor
+from ..specs import KernelSpec, kernel_spec
+from .config import AttentionConfig, ScratchLayout, attention_config, scratch_layout
 from .tile_map import checked_tile_map
 
 LOG2_E = 1.4426950408889634
@@ -66,7 +65,6 @@ def _position_scores(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     """Writes `query E^T` to scratch; returns its first and its last column."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -79,7 +77,7 @@ def _position_scores(
             mask=(offs_p <= LEFT + RIGHT)[:, None] & (offs_d < HEAD_DIM)[None, :],
             other=0.0,
         )  # [BLOCK_P, BLOCK_D]
-        scores = tl.dot(query, tl.trans(vectors), input_precision=INPUT_PRECISION)
+        scores = tl.dot(query, tl.trans(vectors), input_precision="ieee")
         # Picked from the product, not computed apart, so that they lie in registers as the
         # far loop's rows do.
         left_term += tl.sum(tl.where((offs_p == 0)[None, :], scores, 0.0), 1)
@@ -125,7 +123,6 @@ def _attend(
     first_key,  # of the block, in the utterance
     HAS_ROW_TERM: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     """One step of the online softmax; maxima are of scores in units of log 2."""
     block_max = tl.max(scores, 1)
@@ -144,7 +141,7 @@ def _attend(
         )
         probabilities = tl.where(kept, probabilities, 0.0)
     acc = acc * correction[:, None]
-    acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision=INPUT_PRECISION)
+    acc = tl.dot(probabilities.to(value.dtype), value, acc, input_precision="ieee")
     return acc, row_sum, new_max
 
 
@@ -201,7 +198,6 @@ def shaw_attention_fwd_kernel(
     READ_LIMIT: tl.constexpr,
     FAR_STAGES: tl.constexpr,
     BAND_STAGES: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
 ):
     work = first_work + tl.program_id(0)
     tile = work // num_heads
@@ -257,7 +253,6 @@ def shaw_attention_fwd_kernel(
             BLOCK_D,
             BLOCK_M,
             BLOCK_P,
-            INPUT_PRECISION,
         )
         tl.debug_barrier()  # the scores were written by other threads than those that will read
         # A block is left of the band when its last key is, as seen from the first row; right of it
@@ -284,7 +279,7 @@ def shaw_attention_fwd_kernel(
         else:
             key = tl.load(key_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
             value = tl.load(value_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         acc, row_sum, row_max = _attend(
             acc,
             row_sum,
@@ -300,7 +295,6 @@ def shaw_attention_fwd_kernel(
             key_start,
             HAS_POSITIONS,
             HAS_DROPOUT,
-            INPUT_PRECISION,
         )
 
     # The keys after the last whole block, wherever the band is, are the last step.
@@ -328,9 +322,9 @@ def shaw_attention_fwd_kernel(
                 LEFT,
                 RIGHT,
             )
-            scores = tl.dot(query, tl.trans(key), near, input_precision=INPUT_PRECISION)
+            scores = tl.dot(query, tl.trans(key), near, input_precision="ieee")
         else:
-            scores = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
             scores = tl.where((offs_n < num_keys - key_start)[None, :], scores, -float("inf"))
         acc, row_sum, row_max = _attend(
             acc,
@@ -347,7 +341,6 @@ def shaw_attention_fwd_kernel(
             key_start,
             False,
             HAS_DROPOUT,
-            INPUT_PRECISION,
         )
 
     if HAS_DROPOUT:
@@ -365,21 +358,17 @@ def shaw_attention_fwd_kernel(
     )
 
 
-def _next_power_of_2(value: int) -> int:
-    return 1 << (value - 1).bit_length()
-
-
 def _constants(
     config: AttentionConfig,
     layout: ScratchLayout,
     head_dim: int,
-    has_positions: bool,
     left: int,
     right: int,
     same_row_stride: bool,
-    precision: str,
-    has_dropout: bool = False,
-    has_seqused: bool = False,
+    *,
+    has_positions: bool,
+    has_dropout: bool,
+    has_seqused: bool,
 ) -> dict[str, bool | int | str]:
     return {
         "HAS_DROPOUT": has_dropout,
@@ -389,7 +378,7 @@ def _constants(
         "RIGHT": right,
         "HEAD_DIM": head_dim,
         "SAME_ROW_STRIDE": same_row_stride,
-        "BLOCK_D": max(_next_power_of_2(head_dim), 16),
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_P": config.block_p,
@@ -399,7 +388,6 @@ def _constants(
         "READ_LIMIT": layout.read_limit,
         "FAR_STAGES": config.num_stages,
         "BAND_STAGES": config.band_stages,
-        "INPUT_PRECISION": precision,
     }
 
 
@@ -412,7 +400,7 @@ def _options(config: AttentionConfig) -> dict[str, int]:
 
 def check_attention(
     query: Tensor,
-    tensors: Mapping[str, Tensor],
+    like_query: Mapping[str, Tensor],
     log_sum_exp: Tensor | None,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -423,24 +411,11 @@ def check_attention(
     dropout_seed: Tensor | None,
     tile_map: Tensor | None,
     seqused_k: Tensor | None,
-    precision: str,
 ) -> str:
-    """The checks that `shaw_attention` and its gradient share.
+    """The checks that `shaw_attention` and its gradient share, but for the shape of the tile map.
 
-    Args:
-        query: `[num_tokens, num_heads, D]`.
-        tensors: by name, those of the shape and dtype of `query`.
-        log_sum_exp: `None` where it is not an argument.
-        cu_seqlens: as of `shaw_attention`, and so are the others.
-        max_seqlen: frames of the longest utterance.
-        distance_embedding: E, or `None`.
-        left: L.
-        right: R.
-        dropout_p: probability with which a weight is dropped.
-        dropout_seed: of its random numbers, or `None`.
-        tile_map: checked by `checked_tile_map`; here only where it lies.
-        seqused_k: number of keys of each utterance, or `None`.
-        precision: of float32 products.
+    `like_query` are, by name, the tensors of the shape and dtype of `query`; `log_sum_exp` is
+    `None` where it is no argument.
 
     Returns:
         The architecture, as of `architectures.architecture`.
@@ -450,7 +425,7 @@ def check_attention(
         RuntimeError: CPU tensors outside Triton's interpreter.
     """
     check_tensor("query", query, (None, None, None))
-    for name, tensor in tensors.items():
+    for name, tensor in like_query.items():
         check_tensor(name, tensor, query.shape, (query.dtype,))
     if log_sum_exp is not None:
         shape = (query.shape[1], query.shape[0])
@@ -463,10 +438,15 @@ def check_attention(
     if distance_embedding is not None:
         shape = (left + right + 1, query.shape[2])
         check_tensor("distance_embedding", distance_embedding, shape, (query.dtype,))
-    check_dropout(dropout_p, dropout_seed)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1")
+    if dropout_seed is not None:
+        check_tensor("dropout_seed", dropout_seed, (2,), (torch.int64,))
+    elif dropout_p > 0.0:
+        raise ValueError("dropout_seed is None; dropout needs int64 [2], seed and offset")
     check_device(
         query=query,
-        **tensors,
+        **like_query,
         log_sum_exp=log_sum_exp,
         cu_seqlens=cu_seqlens,
         distance_embedding=distance_embedding,
@@ -476,12 +456,7 @@ def check_attention(
     )
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen is {max_seqlen}; it must be 0 or more")
-    if precision not in ("ieee", "tf32x3"):
-        raise ValueError(f"precision is {precision!r}; it must be 'ieee' or 'tf32x3'")
-    arch = architecture(query.device)
-    if precision == "tf32x3" and arch.startswith("gfx"):
-        raise ValueError(f"precision is 'tf32x3'; on {arch} it must be 'ieee'")
-    return arch
+    return architecture(query.device)
 
 
 def shaw_attention(
@@ -499,10 +474,10 @@ def shaw_attention(
     tile_map: Tensor | None = None,
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
-    precision: str = "ieee",
     config: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention within each utterance, with Shaw relative keys or without positions.
+    """Attention within each utterance, with Shaw relative keys or without positions, as
+    `ops.shaw_attention`; float32 is multiplied in full precision.
 
     Args:
         query: `[num_tokens, num_heads, D]`, D from 1 to 128; any strides but the last, which is 1.
@@ -520,7 +495,6 @@ def shaw_attention(
         seqused_k: int32 `[batch]`, the first so many tokens of each utterance are its keys, at
             least one where there are tokens; `None`: all are.
         out: where the output goes; allocated when `None`.
-        precision: of float32 products, "ieee" or "tf32x3" (tensor cores, three passes).
         config: launch configuration; that of `attention_config` when `None`.
 
     Returns:
@@ -546,18 +520,15 @@ def shaw_attention(
         dropout_seed,
         tile_map,
         seqused_k,
-        precision,
     )
     num_tokens, num_heads, head_dim = query.shape
+    has_positions, has_dropout = distance_embedding is not None, dropout_p > 0.0
     if config is None:
-        config = attention_config(head_dim, query.dtype, arch)
-        if dropout_p > 0.0:
-            config = with_dropout(config)
+        config = attention_config(head_dim, query.dtype, arch, has_dropout=has_dropout)
     tile_map = checked_tile_map(tile_map, cu_seqlens, config.block_m, num_tokens, max_seqlen)
     num_tiles = tile_map.shape[0]
     log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
 
-    has_positions = distance_embedding is not None
     left, right = (left_max_position, right_max_position) if has_positions else (0, 0)
     layout = scratch_layout(config.block_m, config.block_n, left, right)
     num_work = num_tiles * num_heads
@@ -571,15 +542,14 @@ def shaw_attention(
         config,
         layout,
         head_dim,
-        has_positions,
         left,
         right,
         key.stride(0) == value.stride(0),
-        precision,
-        dropout_p > 0.0,
-        seqused_k is not None,
+        has_positions=has_positions,
+        has_dropout=has_dropout,
+        has_seqused=seqused_k is not None,
     )
-    dropout = (dropout_seed, dropout_p) if dropout_p > 0.0 else (None, None)
+    dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query):
         for first_work in range(0, num_work, max(per_launch, 1)):
@@ -615,106 +585,63 @@ def shaw_attention(
 
 
 def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The attention kernels of an encoder of width 1024 (16 heads of 64, L = 64, R = 8).
-
-    Args:
-        arch: such as `"sm_90"`.
-        dtype: name of the activations' dtype: "float32", "float16" or "bfloat16".
-    """
-    element = "*" + TRITON_TYPES[dtype]
-    pointers = dict.fromkeys(
-        ("q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr", "lse_ptr"), element
-    )
-    pointers |= {"scratch_ptr": "*fp32", "lse_ptr": "*fp32"}
-    pointers |= {"cu_seqlens_ptr": "*i32", "seqused_k_ptr": "*i32"}
-    pointers |= {"tile_map_ptr": "*i32", "seed_ptr": "*i64"}
-    aligned = {"q_ptr", "k_ptr", "v_ptr", "distance_ptr", "scratch_ptr", "out_ptr"}
+    """The attention kernels of an encoder of width 1024 (16 heads of 64, L = 64, R = 8)."""
     specs = []
-    # AMD's tensor cores multiply float32 as it is; NVIDIA's need three passes.
-    nvidia = not arch.startswith("gfx")
-    for precision in ("ieee", "tf32x3") if dtype == "float32" and nvidia else ("ieee",):
-        suffix = f"/{precision}" if dtype == "float32" else ""
-        variants = ("relative_key", "no_positions", "relative_key_dropout", "relative_key_seqused")
-        for variant in variants:
-            has_positions, has_dropout = variant != "no_positions", variant.endswith("dropout")
-            has_seqused = variant.endswith("seqused")
-            config = attention_config(64, getattr(torch, dtype), arch)
-            config = with_dropout(config) if has_dropout else config
-            left, right = (64, 8) if has_positions else (0, 0)
-            layout = scratch_layout(config.block_m, config.block_n, left, right)
-            constants: dict[str, Any] = dict(
+    for variant in ("relative_key", "no_positions", "relative_key_dropout", "relative_key_seqused"):
+        has_positions, has_dropout = variant != "no_positions", variant.endswith("dropout")
+        has_seqused = variant.endswith("seqused")
+        config = attention_config(64, getattr(torch, dtype), arch, has_dropout=has_dropout)
+        left, right = (64, 8) if has_positions else (0, 0)
+        length = config.block_m + 22
+        specs.append(
+            kernel_spec(
+                f"shaw_attention_fwd/{variant}",
+                shaw_attention_fwd_kernel,
                 _constants(
                     config,
-                    layout,
+                    scratch_layout(config.block_m, config.block_n, left, right),
                     64,
-                    has_positions,
                     left,
                     right,
                     True,
-                    precision,
-                    has_dropout,
-                    has_seqused,
-                )
+                    has_positions=has_positions,
+                    has_dropout=has_dropout,
+                    has_seqused=has_seqused,
+                ),
+                dtype,
+                absent=absent_arguments(has_dropout, has_seqused),
+                # NVIDIA's tensor cores have no product of float32 in full precision; AMD's do.
+                kind="pointwise" if dtype == "float32" and arch[:3] != "gfx" else "attention",
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                plain_twin=(
+                    "shaw_attention_fwd/no_positions" if has_positions and not has_dropout else None
+                ),
+                max_registers=config.max_registers,
+                # The last head of an utterance's first tile and the first head of its second, a
+                # ragged one. The utterance's last token is no key where `seqused_k` is read.
+                blocks=2,
+                scalars={
+                    "first_work": 15,
+                    "num_heads": 16,
+                    "scale_log2": 0.125,
+                    "dropout_p": 0.1,
+                    **dict.fromkeys(("stride_q_head", "stride_k_head", "stride_v_head"), 64),
+                    **dict.fromkeys(("stride_e_row", "stride_out_head"), 64),
+                    "stride_lse_head": length,
+                },
+                stride=1024,
+                arrays={
+                    "cu_seqlens_ptr": (0, length),
+                    "tile_map_ptr": (0, 0, 0, 1),
+                    "seqused_k_ptr": (length - 1,),
+                },
             )
-            if not has_dropout:
-                constants |= {"seed_ptr": None, "dropout_p": None}
-            if not has_seqused:
-                constants |= {"seqused_k_ptr": None}
-            signature = {}
-            for name in shaw_attention_fwd_kernel.arg_names:
-                if name not in constants:
-                    signature[name] = pointers.get(name, "i32")
-            signature["scale_log2"] = "fp32"
-            if has_dropout:
-                signature["dropout_p"] = "fp32"
-            strides = {name for name in signature if name.startswith("stride_")}
-            specs.append(
-                KernelSpec(
-                    name=f"shaw_attention_fwd/{variant}{suffix}",
-                    kernel=shaw_attention_fwd_kernel,
-                    signature=signature,
-                    constants=constants,
-                    # NVIDIA's tensor cores have no product of float32 in full precision.
-                    kind="pointwise" if suffix == "/ieee" and nvidia else "attention",
-                    dtype=dtype,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    divisible_by_16=frozenset(
-                        aligned | (strides - {"stride_lse_head"}) | {"num_heads"}
-                    ),
-                    plain_twin=(
-                        f"shaw_attention_fwd/no_positions{suffix}"
-                        if variant in ("relative_key", "relative_key_seqused")
-                        else None
-                    ),
-                    max_registers=config.max_registers,
-                    proof=_proof_launch(signature, config.block_m),
-                )
-            )
+        )
     return specs
 
 
-def _proof_launch(signature: dict[str, str], block_m: int) -> ProofLaunch:
-    """The last head of an utterance's first tile and the first head of its second, a ragged one.
-
-    Where `seqused_k` is read, the utterance's last token is no key.
-    """
-    length = block_m + 22
-    scalars = {
-        **{name: 64 if name.endswith("_head") else 1024 for name in signature},
-        "stride_e_row": 64,
-        "stride_lse_head": length,
-        "first_work": 15,
-        "num_heads": 16,
-        "scale_log2": 0.125,
-        "dropout_p": 0.1,
-    }
-    return ProofLaunch(
-        2,
-        {n: v for n, v in scalars.items() if n in signature and signature[n][0] != "*"},
-        {
-            "cu_seqlens_ptr": (0, length),
-            "tile_map_ptr": (0, 0, 0, 1),
-            **({"seqused_k_ptr": (length - 1,)} if "seqused_k_ptr" in signature else {}),
-        },
-    )
+def absent_arguments(has_dropout: bool, has_seqused: bool) -> tuple[str, ...]:
+    """Arguments of an attention kernel that are `None`."""
+    dropout = () if has_dropout else ("seed_ptr", "dropout_p")
+    return dropout if has_seqused else (*dropout, "seqused_k_ptr")

@@ -26,8 +26,6 @@ element: 9 C e bytes through memory, 4 K C / CHUNK of shares, and 6 K C FLOPs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -42,10 +40,10 @@ from ..functions import (
     standardize,
     used_end,
 )
-from ..launch import check_device, check_offsets, check_tensor, num_blocks
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..launch import num_blocks
+from ..specs import KernelSpec, kernel_spec
 from .config import ConvBackwardConfig, conv_backward_config
-from .forward import check_weight, slide_window
+from .forward import check_conv, slide_window, tap_by_tap
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])
@@ -224,14 +222,14 @@ def conv_norm_act_backward(
     Args:
         grad_output: gradient of the output, `[num_tokens, channels]` in the dtype of `x`, rows at
             any stride.
-        x: `[num_tokens, channels]`, as in the forward pass, and so are the others.
-        conv_weight: `[channels, K]`, K from 3 to 63, at any strides.
+        x: as in the forward pass, and so are the others.
+        conv_weight: `[channels, K]`.
         norm_weight: `[channels]`.
         norm_bias: `[channels]`.
         eps: added to the variance.
-        activation: a name of `functions.ACTIVATIONS`, or `None`.
-        cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
-        seqused_k: int32 `[batch]` or `None`, of the forward pass.
+        activation: a name or `None`.
+        cu_seqlens: int32 `[batch + 1]`.
+        seqused_k: int32 `[batch]` or `None`.
         out: where to write the gradient of `x`, like `x`.
 
     Returns:
@@ -241,19 +239,11 @@ def conv_norm_act_backward(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    check_tensor("x", x, (None, None))
-    num_tokens, channels = x.shape
-    check_tensor("grad_output", grad_output, x.shape, (x.dtype,))
-    check_weight(conv_weight, channels)
-    check_tensor("norm_weight", norm_weight, (channels,))
-    check_tensor("norm_bias", norm_bias, (channels,))
-    check_offsets(cu_seqlens, seqused_k)
-    if out is not None:
-        check_tensor("out", out, x.shape, (x.dtype,))
-    check_device(
-        x=x, grad_output=grad_output, conv_weight=conv_weight, norm_weight=norm_weight,
-        norm_bias=norm_bias, cu_seqlens=cu_seqlens, seqused_k=seqused_k, out=out,
+    check_conv(
+        x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k,
+        grad_output=grad_output, out=out,
     )  # fmt: skip
+    num_tokens, channels = x.shape
     kernel_size = conv_weight.shape[1]
     config = conv_backward_config(channels, kernel_size, x.dtype, architecture(x.device))
     constant = activation_constant(activation)
@@ -262,9 +252,7 @@ def conv_norm_act_backward(
     if num_tokens == 0 or batch < 1:
         norms = x.new_zeros(2, channels, dtype=torch.float32)
         return out, x.new_zeros(channels, kernel_size, dtype=torch.float32), norms[0], norms[1]
-    taps = conv_weight.t()
-    if taps.stride(1) != 1:
-        taps = taps.contiguous()
+    taps = tap_by_tap(conv_weight)
     dy = torch.empty_like(x, memory_format=torch.contiguous_format)
     has_seqused = seqused_k is not None
     slide, norm, weights = _constants(channels, kernel_size, constant, config, has_seqused)
@@ -357,75 +345,43 @@ def kernel_specs(
 ) -> list[KernelSpec]:
     """The kernels as they ship for `channels` channels and `kernel_size` taps."""
     config = conv_backward_config(channels, kernel_size, getattr(torch, dtype), arch)
-    specs = []
+    channel_blocks = triton.cdiv(channels, config.block_channels)
+    _, norm, _ = _constants(channels, kernel_size, "silu", config, False)
+    specs = [
+        kernel_spec(
+            "conv_norm_act_bwd_norm",
+            _norm_act_bwd_kernel,
+            norm,
+            dtype,
+            num_warps=config.norm.num_warps,
+            # The first program goes round twice, the second time over one row.
+            blocks=2,
+            scalars={"num_rows": 2 * config.norm.rows + 1, "eps": 2.0**-17},
+            stride=channels,
+        )
+    ]
     for has_seqused in (False, True):
-        slide, norm, weight = _constants(channels, kernel_size, "silu", config, has_seqused)
-        steps: list[tuple[str, Any, dict[str, Any], int]] = [
-            ("conv_again", _slide_kernel, {**slide, "BACKWARDS": False}, config.num_warps),
-            ("input", _slide_kernel, {**slide, "BACKWARDS": True}, config.num_warps),
-            ("weight", _conv_bwd_weight_kernel, dict(weight), config.num_warps),
-        ]
-        if not has_seqused:  # the norm's is the same
-            steps.insert(1, ("norm", _norm_act_bwd_kernel, dict(norm), config.norm.num_warps))
-        proofs = _proof_launches(channels, config, has_seqused)
-        for step, kernel, constants, num_warps in steps:
-            if "seqused_k_ptr" in kernel.arg_names and not has_seqused:
-                constants["seqused_k_ptr"] = None
-            run_time = [name for name in kernel.arg_names if name not in constants]
-            pointers = [name for name in run_time if name.endswith("_ptr")]
-            strides = [name for name in run_time if name.startswith("stride_")]
-            types = {
-                **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
-                **dict.fromkeys(strides, "i32"),
-                "share_ptr": "*fp32",
-                "cu_seqlens_ptr": "*i32",
-                "seqused_k_ptr": "*i32",
-                "num_rows": "i32",
-                "num_sequences": "i32",
-                "eps": "fp32",
-            }
+        slide, _, weight = _constants(channels, kernel_size, "silu", config, has_seqused)
+        for step, kernel, constants, rows, taps in (
+            ("conv_again", _slide_kernel, {**slide, "BACKWARDS": False}, config.rows, 1),
+            ("input", _slide_kernel, {**slide, "BACKWARDS": True}, config.rows, 1),
+            # The first taps and, of a second program, the next ones.
+            ("weight", _conv_bwd_weight_kernel, weight, config.chunk, 2),
+        ):
+            # An utterance of 3 frames and one that ends 5 frames into a block of its own.
+            num_rows = 2 * rows + 5
             specs.append(
-                KernelSpec(
-                    name=f"conv_norm_act_bwd_{step}{'/seqused' if has_seqused else ''}",
-                    kernel=kernel,
-                    signature={name: types[name] for name in run_time},
-                    constants=constants,
-                    kind="pointwise",
-                    dtype=dtype,
-                    num_warps=num_warps,
-                    num_stages=1,
-                    divisible_by_16=frozenset(pointers + strides),
-                    proof=proofs[step],
+                kernel_spec(
+                    f"conv_norm_act_bwd_{step}{'/seqused' if has_seqused else ''}",
+                    kernel,
+                    constants,
+                    dtype,
+                    absent=() if has_seqused else ("seqused_k_ptr",),
+                    num_warps=config.num_warps,
+                    blocks=(num_blocks(num_rows, 2, rows), channel_blocks, taps),
+                    scalars={"num_rows": num_rows, "num_sequences": 2},
+                    stride=channels,
+                    arrays={"cu_seqlens_ptr": (0, 3, num_rows), "seqused_k_ptr": (2, num_rows - 4)},
                 )
             )
     return specs
-
-
-def _proof_launches(
-    channels: int, config: ConvBackwardConfig, has_seqused: bool
-) -> dict[str, ProofLaunch]:
-    """By step. An utterance of 3 frames and one that ends 5 frames into a block of its own."""
-    channel_blocks = triton.cdiv(channels, config.block_channels)
-
-    def launch(rows: int, strides: tuple[str, ...], *grid: int) -> ProofLaunch:
-        num_rows = 2 * rows + 5
-        return ProofLaunch(
-            (num_blocks(num_rows, 2, rows), channel_blocks, *grid),
-            {**dict.fromkeys(strides, channels), "num_rows": num_rows, "num_sequences": 2},
-            {
-                "cu_seqlens_ptr": (0, 3, num_rows),
-                **({"seqused_k_ptr": (2, num_rows - 4)} if has_seqused else {}),
-            },
-        )
-
-    slide = launch(config.rows, ("stride_x_row", "stride_weight_tap", "stride_out_row"))
-    # The first program of the norm goes round twice, the second time over one row.
-    norm = {"num_rows": 2 * config.norm.rows + 1, "eps": 2.0**-17}
-    norm |= {"stride_grad_row": channels, "stride_y_row": channels}
-    return {
-        "conv_again": slide,
-        "input": slide,
-        "norm": ProofLaunch((2,), norm),
-        # The first taps and, of a second program, the next ones.
-        "weight": launch(config.chunk, ("stride_dy_row", "stride_x_row"), 2),
-    }

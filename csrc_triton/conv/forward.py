@@ -17,8 +17,6 @@ bf16) and 2 K C FLOPs (63 thousand), plus about 12 C for the norm and the activa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +25,7 @@ from torch import Tensor
 from ..architectures import architecture
 from ..functions import activate, activation_constant, locate_block, used_end
 from ..launch import FLOAT_DTYPES, check_device, check_offsets, check_tensor, num_blocks
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..specs import KernelSpec, kernel_spec
 from .config import ConvConfig, conv_config
 
 
@@ -207,7 +205,7 @@ def conv_norm_act(
     seqused_k: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`activation(LN(causal_depthwise_conv(x)))` over packed utterances.
+    """`activation(LN(causal_depthwise_conv(x)))` over packed utterances, as `ops.conv_norm_act`.
 
     Args:
         x: `[num_tokens, channels]`, fp32, fp16 or bf16, packed; at most 2048 channels, rows at any
@@ -229,28 +227,17 @@ def conv_norm_act(
 
     Raises:
         ValueError: an argument does not fit; the message names it.
+        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
     """
-    check_tensor("x", x, (None, None))
+    check_conv(x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k, out=out)
     num_tokens, channels = x.shape
-    check_weight(conv_weight, channels)
-    check_tensor("norm_weight", norm_weight, (channels,))
-    check_tensor("norm_bias", norm_bias, (channels,))
-    check_offsets(cu_seqlens, seqused_k)
-    if out is not None:
-        check_tensor("out", out, x.shape, (x.dtype,))
-    check_device(
-        x=x, conv_weight=conv_weight, norm_weight=norm_weight, norm_bias=norm_bias,
-        cu_seqlens=cu_seqlens, seqused_k=seqused_k, out=out,
-    )  # fmt: skip
     config = conv_config(channels, conv_weight.shape[1], x.dtype, architecture(x.device))
     constant = activation_constant(activation)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     batch = cu_seqlens.shape[0] - 1
     if num_tokens == 0 or batch < 1:
         return out
-    taps = conv_weight.t()
-    if taps.stride(1) != 1:
-        taps = taps.contiguous()
+    taps = tap_by_tap(conv_weight)
     with torch.cuda.device_of(x):
         _conv_norm_act_fwd_kernel[(num_blocks(num_tokens, batch, config.rows),)](
             x,
@@ -272,18 +259,51 @@ def conv_norm_act(
     return out
 
 
-def check_weight(weight: Tensor, channels: int) -> None:
-    """A convolution's weight is `[channels, K]` of a dtype that the kernels take.
+def check_conv(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    cu_seqlens: Tensor,
+    seqused_k: Tensor | None,
+    **like_x: Tensor | None,
+) -> None:
+    """The checks that `conv_norm_act` and its gradient share; `like_x` are optional tensors.
 
     Raises:
-        ValueError: it is not.
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
     """
-    if weight.dim() != 2 or weight.shape[0] != channels:
-        raise ValueError(
-            f"conv_weight has shape {tuple(weight.shape)}; it must be ({channels}, kernel size)"
-        )
-    if weight.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"conv_weight is {weight.dtype}; it must be float32, float16, bfloat16")
+    check_tensor("x", x, (None, None))
+    channels = x.shape[1]
+    for name, tensor in like_x.items():
+        if tensor is not None:
+            check_tensor(name, tensor, x.shape, (x.dtype,))
+    # Not by `check_tensor`: the weight may have any strides.
+    if conv_weight.dim() != 2 or conv_weight.shape[0] != channels:
+        shape = tuple(conv_weight.shape)
+        raise ValueError(f"conv_weight has shape {shape}; it must be ({channels}, kernel size)")
+    if conv_weight.dtype not in FLOAT_DTYPES:
+        dtype = conv_weight.dtype
+        raise ValueError(f"conv_weight is {dtype}; it must be float32, float16, bfloat16")
+    check_tensor("norm_weight", norm_weight, (channels,))
+    check_tensor("norm_bias", norm_bias, (channels,))
+    check_offsets(cu_seqlens, seqused_k)
+    check_device(
+        x=x,
+        **like_x,
+        conv_weight=conv_weight,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        cu_seqlens=cu_seqlens,
+        seqused_k=seqused_k,
+    )
+
+
+def tap_by_tap(conv_weight: Tensor) -> Tensor:
+    """`[channels, K]` as `[K, channels]` with contiguous rows, copied only where it must be."""
+    taps = conv_weight.t()
+    return taps if taps.stride(1) == 1 else taps.contiguous()
 
 
 def _constants(
@@ -306,51 +326,20 @@ def kernel_specs(
 ) -> list[KernelSpec]:
     """The kernel as it ships for `channels` channels and `kernel_size` taps."""
     config = conv_config(channels, kernel_size, getattr(torch, dtype), arch)
-    specs = []
-    for has_seqused in (False, True):
-        constants: dict[str, Any] = dict(
-            _constants(channels, kernel_size, "silu", config, has_seqused)
+    num_rows = 2 * config.rows + 5
+    return [
+        kernel_spec(
+            "conv_norm_act_fwd/seqused" if has_seqused else "conv_norm_act_fwd",
+            _conv_norm_act_fwd_kernel,
+            _constants(channels, kernel_size, "silu", config, has_seqused),
+            dtype,
+            absent=() if has_seqused else ("seqused_k_ptr",),
+            num_warps=config.num_warps,
+            outputs_per_program=config.rows * channels,
+            blocks=num_blocks(num_rows, 2, config.rows),
+            scalars={"num_rows": num_rows, "num_sequences": 2, "eps": 2.0**-17},
+            stride=channels,
+            arrays={"cu_seqlens_ptr": (0, 3, num_rows), "seqused_k_ptr": (2, num_rows - 4)},
         )
-        if not has_seqused:
-            constants["seqused_k_ptr"] = None
-        names = [name for name in _conv_norm_act_fwd_kernel.arg_names if name not in constants]
-        pointers = [name for name in names if name.endswith("_ptr")]
-        strides = [name for name in names if name.startswith("stride_")]
-        types = {
-            **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
-            **dict.fromkeys(strides, "i32"),
-            "cu_seqlens_ptr": "*i32",
-            "seqused_k_ptr": "*i32",
-            "num_rows": "i32",
-            "num_sequences": "i32",
-            "eps": "fp32",
-        }
-        num_rows = 2 * config.rows + 5
-        arrays: dict[str, tuple[int, ...]] = {"cu_seqlens_ptr": (0, 3, num_rows)}
-        if has_seqused:
-            arrays["seqused_k_ptr"] = (2, num_rows - 4)
-        specs.append(
-            KernelSpec(
-                name="conv_norm_act_fwd/seqused" if has_seqused else "conv_norm_act_fwd",
-                kernel=_conv_norm_act_fwd_kernel,
-                signature={name: types[name] for name in names},
-                constants=constants,
-                kind="pointwise",
-                dtype=dtype,
-                num_warps=config.num_warps,
-                num_stages=1,
-                divisible_by_16=frozenset(pointers + strides),
-                outputs_per_program=config.rows * channels,
-                proof=ProofLaunch(
-                    num_blocks(num_rows, 2, config.rows),
-                    {
-                        **dict.fromkeys(strides, channels),
-                        "num_rows": num_rows,
-                        "num_sequences": 2,
-                        "eps": 2.0**-17,
-                    },
-                    arrays,
-                ),
-            )
-        )
-    return specs
+        for has_seqused in (False, True)
+    ]

@@ -38,7 +38,7 @@ from torch import Tensor
 from ..architectures import architecture
 from ..functions import locate_block
 from ..launch import check_device, check_tensor, num_blocks
-from ..specs import KernelSpec, ProofLaunch
+from ..specs import KernelSpec, kernel_spec
 from .config import MAX_MEL_BINS, FbankConfig, NormalizeConfig, fbank_config, normalize_config
 from .tables import (
     FOLDED,
@@ -437,67 +437,49 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
     specs = []
     for compute_dtype, name in ((torch.float64, "fp64"), (torch.float32, "fp32")):
         config = fbank_config(compute_dtype, arch)
-        types = {
-            "window_ptr": "*" + name,
-            "basis_ptr": "*" + name,
-            "num_samples": "i32",
-        }
+        types = {"window_ptr": "*" + name, "basis_ptr": "*" + name}
         constants = _log_mel_constants(80, config)
-        specs.append(_spec(f"log_mel_fwd/{name}", _log_mel_fwd_kernel, types, constants, config))
+        specs.append(_spec(f"log_mel_fwd/{name}", _log_mel_fwd_kernel, constants, config, types))
     normalize = normalize_config(arch)
     constants = _normalize_constants(80, normalize)
-    types = {"sums_ptr": "*fp64"}
-    specs.append(_spec("sum_blocks", _sum_blocks_kernel, types, constants, normalize))
-    constants["STRIDE"] = 2
-    types["num_stacked"] = "i32"
-    specs.append(_spec("normalize_stack", _normalize_stack_kernel, types, constants, normalize))
+    specs.append(_spec("sum_blocks", _sum_blocks_kernel, constants, normalize))
+    constants = {**constants, "STRIDE": 2}
+    specs.append(_spec("normalize_stack", _normalize_stack_kernel, constants, normalize))
     return specs
 
 
 def _spec(
     name: str,
     kernel: triton.JITFunction,
-    types: dict[str, str],
     constants: dict[str, int],
     config: FbankConfig | NormalizeConfig,
+    types: dict[str, str] | None = None,
 ) -> KernelSpec:
-    pointers = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
-    strides = [argument for argument in kernel.arg_names if argument.startswith("stride_")]
-    offsets = [argument for argument in pointers if "cu_seqlens" in argument]
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        signature={
-            **dict.fromkeys(pointers, "*fp32"),
-            **types,
-            **dict.fromkeys(offsets, "*i32"),
-            **dict.fromkeys(strides, "i32"),
-            "num_frames": "i32",
-            "num_sequences": "i32",
-        },
-        constants=dict(constants),
-        kind="pointwise",
-        dtype="float32",
+    """Its launch: an utterance of 3 frames and one that ends 5 frames into a block of its own."""
+    block = config.frames
+    frames = (0, 3, 2 * block + 5)
+    samples = (0, 1000, 1000 + FRAME_LENGTH + (2 * block + 1) * FRAME_SHIFT)
+    of_samples = kernel is _log_mel_fwd_kernel
+    normalizes = kernel is _normalize_stack_kernel
+    return kernel_spec(
+        name,
+        kernel,
+        constants,
+        "float32",
+        types=types,
         num_warps=config.num_warps,
-        num_stages=1,
-        divisible_by_16=frozenset(pointers + strides),
-        proof=_proof_launch(kernel, types, strides, config.frames),
+        blocks=triton.cdiv(frames[-1], block) if of_samples else num_blocks(frames[-1], 2, block),
+        scalars={
+            "num_samples": samples[-1],
+            "num_frames": frames[-1],
+            "num_sequences": 2,
+            "num_stacked": 2 + block,
+            "stride_out_row": 160 if normalizes else 80,
+        },
+        stride=80,
+        arrays={
+            "cu_seqlens_ptr": samples if of_samples else frames,
+            "frame_cu_seqlens_ptr": frames,
+            "out_cu_seqlens_ptr": (0, 1, 2 + block),
+        },
     )
-
-
-def _proof_launch(
-    kernel: triton.JITFunction, types: dict[str, str], strides: list[str], block: int
-) -> ProofLaunch:
-    """An utterance of 3 frames and one that ends 5 frames into a block of its own."""
-    frames: tuple[int, ...] = (0, 3, 2 * block + 5)
-    samples: tuple[int, ...] = (0, 1000, 1000 + FRAME_LENGTH + (2 * block + 1) * FRAME_SHIFT)
-    scalars = {"num_frames": frames[-1], "num_sequences": 2, **dict.fromkeys(strides, 80)}
-    if kernel is _log_mel_fwd_kernel:
-        offsets = {"cu_seqlens_ptr": samples, "frame_cu_seqlens_ptr": frames}
-        scalars["num_samples"] = samples[-1]
-        return ProofLaunch(triton.cdiv(frames[-1], block), scalars, offsets)
-    offsets = {"cu_seqlens_ptr": frames}
-    if "num_stacked" in types:
-        scalars |= {"num_stacked": 2 + block, "stride_out_row": 160}
-        offsets["out_cu_seqlens_ptr"] = (0, 1, 2 + block)
-    return ProofLaunch(num_blocks(frames[-1], 2, block), scalars, offsets)

@@ -1,19 +1,20 @@
 """Linear layers with what follows them, and their gradients."""
 
 from .backward import (
+    activation_backward,
     feed_forward_backward,
+    glu_backward,
     linear_backward,
     linear_glu_backward,
-    linear_residual_backward,
 )
-from .forward import linear, linear_glu, linear_residual
+from .forward import linear, linear_glu
 
 __all__ = [
+    "activation_backward",
     "feed_forward_backward",
+    "glu_backward",
     "linear",
     "linear_backward",
     "linear_glu",
     "linear_glu_backward",
-    "linear_residual",
-    "linear_residual_backward",
 ]

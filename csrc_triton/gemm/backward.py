@@ -2,9 +2,8 @@
 
 For x `[N, K]`, weight `[M, K]`, y = x @ weight.T + bias and the gradient g of the output:
 
-    linear           dy = g * act'(y)
-    linear_glu       dy = [g * s, g * a * s * (1 - s)]    [a, b] = y, s = sigmoid(b)
-    linear_residual  dy = scale * g, and the residual's gradient is g
+    linear      dy = g * act'(y)
+    linear_glu  dy = [g * s, g * a * s * (1 - s)]    [a, b] = y, s = sigmoid(b)
 
     dx = dy @ weight,  dweight = dy.T @ x,  dbias = sum over rows of dy
 
@@ -13,14 +12,16 @@ not read for it again; where it is wanted, it writes the epilogue's output too, 
 layer's dweight needs and the forward pass then need not keep. The shares are added up in a fixed
 order. The two products are the vendor library's.
 
-y is an argument or is computed again, x @ weight.T + bias: a forward pass that keeps x alone pays 2
-K M FLOPs a token, one that keeps y pays M elements.
+The forward pass keeps x alone: y is computed again, for 2 K M FLOPs a token, where keeping it would
+take M elements.
 
 Per token `activation_backward` moves 3 M elements, 4 M with the output; `glu_backward` 5 M / 2 and
 3 M.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -30,9 +31,9 @@ from torch import Tensor
 from ..architectures import architecture
 from ..functions import activate, activation_constant, activation_derivative
 from ..launch import check_device, check_tensor
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..specs import KernelSpec, kernel_spec
 from .config import EpilogueBackwardConfig, epilogue_backward_config
-from .forward import linear
+from .forward import check_linear, linear
 
 
 @triton.jit
@@ -137,19 +138,8 @@ def glu_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `a * sigmoid(b)` with respect to `[a, b] = x @ weight.T + bias` and to the bias.
 
-    Args:
-        grad_output: `[num_tokens, features]` in the dtype of `preactivation`.
-        preactivation: `[a, b]`, `[num_tokens, 2 * features]`.
-        needs_bias: whether the bias's gradient is wanted.
-        out: where the gradient of `[a, b]` goes; it may be `preactivation` itself.
-        activated: where `a * sigmoid(b)` goes, if that is wanted.
-
-    Returns:
-        The gradient of `[a, b]`, in its dtype, and that of the bias, float32 `[2 * features]`, or
-        `None`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+    `preactivation` is `[a, b]`, `[num_tokens, 2 * features]`, and so is its gradient; all else as
+    of `activation_backward`.
     """
     return _epilogue(grad_output, preactivation, "identity", True, needs_bias, out, activated)
 
@@ -194,7 +184,7 @@ def _epilogue(
             preactivation.stride(0),
             out.stride(0),
             0 if activated is None else activated.stride(0),
-            **_constants(activation, gated, activated, shares, config),
+            **_constants(activation, gated, activated is not None, needs_bias, config),
             num_warps=config.num_warps,
         )
     return out, None if shares is None else shares.sum(0)
@@ -207,10 +197,9 @@ def linear_backward(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
-    preactivation: Tensor | None = None,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear`.
+    """Gradients of `linear`. y = x @ weight.T + bias is computed again where they need it.
 
     Args:
         grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
@@ -218,8 +207,6 @@ def linear_backward(
         weight: `[out_features, in_features]`.
         bias: `[out_features]` or `None`.
         activation: as in the forward pass.
-        preactivation: `x @ weight.T + bias`; computed again when `None` and the activation needs
-            it.
         needs: which of the gradients of x, weight and bias are wanted.
 
     Returns:
@@ -229,19 +216,14 @@ def linear_backward(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    constant = activation_constant(activation)
-    _check_linear(grad_output, x, weight, bias, preactivation, False)
+    _check(grad_output, x, weight, bias, False)
     needs_bias = needs[2] and bias is not None
-    if constant == "identity":
+    if activation_constant(activation) == "identity":
         grad_bias = grad_output.sum(0, dtype=torch.float32) if needs_bias else None
-        return *_products(grad_output, x, weight, 1.0, needs), grad_bias
-    out = None
-    if preactivation is None:  # which the gradient then replaces
-        preactivation = out = linear(x, weight, bias)
-    grad, grad_bias = activation_backward(
-        grad_output, preactivation, activation, needs_bias=needs_bias, out=out
-    )
-    return *_products(grad, x, weight, 1.0, needs), grad_bias
+        return *products(grad_output, x, weight, needs), grad_bias
+    y = linear(x, weight, bias)  # which its gradient then replaces
+    dy, grad_bias = activation_backward(grad_output, y, activation, needs_bias=needs_bias, out=y)
+    return *products(dy, x, weight, needs), grad_bias
 
 
 def linear_glu_backward(
@@ -250,64 +232,14 @@ def linear_glu_backward(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    preactivation: Tensor | None = None,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear_glu`.
-
-    Args:
-        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
-        x: `[num_tokens, in_features]`.
-        weight: `[2 * out_features, in_features]`.
-        bias: `[2 * out_features]` or `None`.
-        preactivation: `x @ weight.T + bias`; computed again when `None`.
-        needs: which of the gradients of x, weight and bias are wanted.
-
-    Returns:
-        As `linear_backward`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
-    """
-    _check_linear(grad_output, x, weight, bias, preactivation, True)
-    out = None
-    if preactivation is None:  # which the gradient then replaces
-        preactivation = out = linear(x, weight, bias)
+    """Gradients of `linear_glu`; arguments, results and errors as of `linear_backward`."""
+    _check(grad_output, x, weight, bias, True)
+    y = linear(x, weight, bias)  # which its gradient then replaces
     needs_bias = needs[2] and bias is not None
-    grad, grad_bias = glu_backward(grad_output, preactivation, needs_bias=needs_bias, out=out)
-    return *_products(grad, x, weight, 1.0, needs), grad_bias
-
-
-def linear_residual_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear_residual`; the residual's is `grad_output` itself.
-
-    Args:
-        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
-        x: `[num_tokens, in_features]`.
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]` or `None`.
-        scale: as in the forward pass.
-        needs: which of the gradients of x, weight and bias are wanted.
-
-    Returns:
-        As `linear_backward`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
-    """
-    _check_linear(grad_output, x, weight, bias, None, False)
-    grad_bias = None
-    if needs[2] and bias is not None:
-        grad_bias = grad_output.sum(0, dtype=torch.float32) * scale
-    return *_products(grad_output, x, weight, scale, needs), grad_bias
+    dy, grad_bias = glu_backward(grad_output, y, needs_bias=needs_bias, out=y)
+    return *products(dy, x, weight, needs), grad_bias
 
 
 def feed_forward_backward(
@@ -328,7 +260,7 @@ def feed_forward_backward(
 
     Args:
         grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
-        x: `[num_tokens, in_features]`, fp16, bf16 or fp32; rows may be strided.
+        x: `[num_tokens, in_features]`, and the others as in the forward pass.
         weight1: `[inner, in_features]`.
         bias1: `[inner]` or `None`.
         activation: as in the forward pass.
@@ -362,70 +294,43 @@ def feed_forward_backward(
         grad_bias2 = grad_output.sum(0, dtype=torch.float32)
     if needs[3] or needs[0] or needs[1] or needs_bias:
         inner = linear(x, weight1, bias1)
-        hidden, _ = _products(grad_output, x, weight2, 1.0, (True, False, False))
+        hidden, _ = products(grad_output, x, weight2, (True, False))
         assert hidden is not None
         # Elementwise, so the results take the place of what they are computed from.
         dy, grad_bias1 = activation_backward(
             hidden, inner, activation, needs_bias=needs_bias, out=hidden, activated=inner
         )
         if needs[3]:
-            _, grad_weight2 = _products(grad_output, inner, weight2, 1.0, (False, True, False))
+            _, grad_weight2 = products(grad_output, inner, weight2, (False, True))
         del inner
-        first = _products(dy, x, weight1, 1.0, (needs[0], needs[1], False))
+        first = products(dy, x, weight1, needs)
     return *first, grad_bias1, grad_weight2, grad_bias2
 
 
-def _products(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: float, needs: tuple[bool, bool, bool]
+def products(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`scale * grad @ weight` and `scale * grad.T @ x`."""
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        if scale == 1.0:
-            return torch.mm(a, b)
-        out = a.new_zeros(1, b.shape[1])
-        return torch.addmm(out, a, b, beta=0, alpha=scale)
-
-    return product(grad, weight) if needs[0] else None, product(grad.t(), x) if needs[1] else None
+    """`grad @ weight` where `needs[0]`, and `grad.T @ x` where `needs[1]`."""
+    grad_x = torch.mm(grad, weight) if needs[0] else None
+    return grad_x, torch.mm(grad.t(), x) if needs[1] else None
 
 
-def _check_linear(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    preactivation: Tensor | None,
-    gated: bool,
+def _check(
+    grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool
 ) -> None:
-    check_tensor("x", x, (None, None))
-    num_tokens, in_features = x.shape
-    check_tensor("weight", weight, (None, in_features), (x.dtype,))
-    width = weight.shape[0]
-    if gated and width % 2 != 0:
-        raise ValueError(f"weight has {width} rows; a gated unit needs an even number")
-    shape = (num_tokens, width // 2 if gated else width)
-    check_tensor("grad_output", grad_output, shape, (x.dtype,))
-    if bias is not None:
-        check_tensor("bias", bias, (width,), (x.dtype,))
-    if preactivation is not None:
-        check_tensor("preactivation", preactivation, (num_tokens, width), (x.dtype,))
-    check_device(
-        x=x, weight=weight, grad_output=grad_output, bias=bias, preactivation=preactivation
-    )
+    out_features = check_linear(x, weight, bias, gated)
+    check_tensor("grad_output", grad_output, (x.shape[0], out_features), (x.dtype,))
+    check_device(x=x, weight=weight, grad_output=grad_output, bias=bias)
 
 
 def _constants(
-    activation: str,
-    gated: bool,
-    activated: object | None,
-    shares: object | None,
-    config: EpilogueBackwardConfig,
+    activation: str, gated: bool, has_out: bool, has_bias: bool, config: EpilogueBackwardConfig
 ) -> dict[str, int | str | bool]:
     return {
         "ACTIVATION": activation,
         "GATED": gated,
-        "HAS_OUT": activated is not None,
-        "HAS_BIAS": shares is not None,
+        "HAS_OUT": has_out,
+        "HAS_BIAS": has_bias,
         "ROWS": config.rows,
         "BLOCK_COLUMNS": config.block_columns,
     }
@@ -433,46 +338,32 @@ def _constants(
 
 # (name, activation, gated, output, bias, columns)
 _SHIPPED = (
-    ("linear_bwd/bias_silu", "silu", False, None, "share", 4096),
-    ("linear_bwd/bias_silu_output", "silu", False, "out", "share", 4096),
-    ("linear_glu_bwd", "identity", True, None, None, 1024),
+    ("linear_bwd/bias_silu", "silu", False, False, True, 4096),
+    ("linear_bwd/bias_silu_output", "silu", False, True, True, 4096),
+    ("linear_glu_bwd", "identity", True, False, False, 1024),
 )
 
 
 def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
     """The kernels of an encoder of width 1024 and feed-forward width 4096."""
     specs = []
-    for name, activation, gated, output, share, columns in _SHIPPED:
+    for name, activation, gated, has_out, has_bias, columns in _SHIPPED:
         config = epilogue_backward_config(columns, getattr(torch, dtype), arch)
-        constants: dict[str, object] = dict(_constants(activation, gated, output, share, config))
-        constants |= {} if output else {"out_ptr": None}
-        constants |= {} if share else {"share_ptr": None}
-        names = [arg for arg in _epilogue_bwd_kernel.arg_names if arg not in constants]
-        signature = {
-            arg: "*" + TRITON_TYPES[dtype] if arg.endswith("_ptr") else "i32" for arg in names
-        }
-        if share:
-            signature["share_ptr"] = "*fp32"
         specs.append(
-            KernelSpec(
-                name=name,
-                kernel=_epilogue_bwd_kernel,
-                signature=signature,
-                constants=constants,
-                kind="pointwise",
-                dtype=dtype,
+            kernel_spec(
+                name,
+                _epilogue_bwd_kernel,
+                _constants(activation, gated, has_out, has_bias, config),
+                dtype,
+                absent=[n for n, has in (("out_ptr", has_out), ("share_ptr", has_bias)) if not has],
                 num_warps=config.num_warps,
-                num_stages=1,
-                divisible_by_16=frozenset(names) - {"num_rows"},
                 # Two blocks of columns; the first programs go round twice, then over one row.
-                proof=ProofLaunch(
-                    (2, 2),
-                    {
-                        **{arg: columns for arg in names if arg.startswith("stride_")},
-                        "num_columns": 2 * config.block_columns,
-                        "num_rows": 2 * config.rows + 1,
-                    },
-                ),
+                blocks=(2, 2),
+                scalars={
+                    "num_columns": 2 * config.block_columns,
+                    "num_rows": 2 * config.rows + 1,
+                },
+                stride=columns,
             )
         )
     return specs

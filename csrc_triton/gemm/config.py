@@ -1,9 +1,9 @@
-"""Tiles of the linear kernels, by architecture and arithmetic.
+"""Tiles of the linear layers by architecture, and how the gradient of their epilogue is launched.
 
-Each entry of the table lists tiles from large to small. A large tile moves the least data for a
-product; the small one is for batches whose large tiles would leave multiprocessors without work.
-That choice is the only thing here that looks at the number of tokens, so a layer is compiled at
-most once for each tile of its entry, whatever lengths come.
+Tiles are listed from large to small. A large tile moves the least data for a product; the small one
+is for batches whose large tiles would leave multiprocessors without work. That choice is the only
+thing here that looks at the number of tokens, so a layer is compiled at most once for each tile,
+whatever lengths come.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import listed_architecture, multiprocessors, warp_size
-
-PRECISIONS = ("ieee", "tf32x3")
-"""How fp32 is multiplied: by fp32 multiply-adds, or as three tf32 products on tensor cores."""
+from ..architectures import multiprocessors, tiles_for, warp_size
 
 
 @dataclass(frozen=True)
@@ -39,84 +36,95 @@ class LinearConfig:
     group_m: int = 8
 
 
-# fp16 and bf16. 128 x 256 fp32 accumulators are the most that 8 warps hold; the pipeline is as deep
-# as shared memory allows (227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89, sm_120).
-_HALF_LARGE = (LinearConfig(128, 256, 64, 8, 4), LinearConfig(64, 64, 64, 4, 4))
-# Accumulators of tcgen05 lie in memory of their own: more warps only share the epilogue.
-_HALF_TCGEN05 = (LinearConfig(128, 256, 64, 8, 4), LinearConfig(64, 64, 64, 8, 4))
-_HALF_SMALL = (LinearConfig(128, 128, 64, 8, 4), LinearConfig(64, 64, 64, 4, 3))
-_HALF_AMD = (LinearConfig(256, 128, 64, 8, 2), LinearConfig(64, 64, 64, 4, 2))
-# Without matrix instructions, operands and accumulators share the registers of a thread.
-_NO_MATRIX_UNIT = (LinearConfig(64, 32, 16, 4, 1),)
-_IEEE = (LinearConfig(128, 128, 16, 8, 3), LinearConfig(64, 64, 16, 4, 3))
-_IEEE_AMD = (LinearConfig(128, 128, 32, 8, 2), LinearConfig(64, 64, 32, 4, 2))
-# Each operand is held twice, as its tf32 value and as what that value leaves.
-_TF32X3 = (LinearConfig(64, 128, 32, 8, 3), LinearConfig(64, 64, 32, 4, 3))
-# With 4 warps the small tile spills two registers on sm_89.
-_TF32X3_ADA = (LinearConfig(64, 128, 32, 8, 3), LinearConfig(64, 64, 32, 8, 3))
-_TF32X3_WGMMA = (LinearConfig(128, 128, 32, 8, 3), LinearConfig(64, 64, 32, 4, 3))
-_INTERPRETER = (LinearConfig(32, 32, 32, 1, 1, group_m=2),)
+@dataclass(frozen=True)
+class LinearTiles:
+    """The tiles of an architecture, from large to small.
 
-TILES: dict[tuple[str, str], tuple[LinearConfig, ...]] = {
-    ("sm_75", "half"): _NO_MATRIX_UNIT,
-    ("sm_75", "ieee"): (LinearConfig(64, 64, 16, 8, 2),),
-    ("sm_80", "half"): _HALF_LARGE,
-    ("sm_80", "ieee"): _IEEE,
-    ("sm_80", "tf32x3"): _TF32X3,
-    ("sm_86", "half"): _HALF_SMALL,
-    ("sm_86", "ieee"): _IEEE,
-    ("sm_86", "tf32x3"): _TF32X3,
-    ("sm_89", "half"): _HALF_SMALL,
-    ("sm_89", "ieee"): _IEEE,
-    ("sm_89", "tf32x3"): _TF32X3_ADA,
-    ("sm_90", "half"): _HALF_LARGE,
-    ("sm_90", "ieee"): _IEEE,
-    ("sm_90", "tf32x3"): _TF32X3_WGMMA,
-    ("sm_100", "half"): _HALF_TCGEN05,
-    ("sm_100", "ieee"): _IEEE,
-    ("sm_100", "tf32x3"): _TF32X3,
-    ("sm_120", "half"): _HALF_SMALL,
-    ("sm_120", "ieee"): _IEEE,
-    ("sm_120", "tf32x3"): _TF32X3,
-    ("gfx942", "half"): _HALF_AMD,
-    ("gfx942", "ieee"): _IEEE_AMD,
-    ("gfx950", "half"): _HALF_AMD,
-    ("gfx950", "ieee"): _IEEE_AMD,
-    ("interpreter", "half"): _INTERPRETER,
-    ("interpreter", "ieee"): _INTERPRETER,
-    ("interpreter", "tf32x3"): _INTERPRETER,
+    Attributes:
+        half: for fp16 and bf16.
+        fp32: for fp32, which is multiplied in full precision.
+    """
+
+    half: tuple[LinearConfig, ...]
+    fp32: tuple[LinearConfig, ...]
+
+
+_FP32 = (
+    LinearConfig(block_m=128, block_n=128, block_k=16, num_warps=8, num_stages=3),
+    LinearConfig(block_m=64, block_n=64, block_k=16, num_warps=4, num_stages=3),
+)
+_INTERPRETER = (
+    LinearConfig(block_m=32, block_n=32, block_k=32, num_warps=1, num_stages=1, group_m=2),
+)
+
+# fp16 and bf16: 128 x 256 fp32 accumulators are the most that 8 warps hold; the pipeline is as deep
+# as shared memory allows.
+TILES: dict[str, LinearTiles] = {
+    # Without matrix instructions, operands and accumulators share the registers of a thread.
+    "sm_75": LinearTiles(
+        half=(LinearConfig(block_m=64, block_n=32, block_k=16, num_warps=4, num_stages=1),),
+        fp32=(LinearConfig(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),),
+    ),
+    "sm_80": LinearTiles(
+        half=(
+            LinearConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
+            LinearConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
+        ),
+        fp32=_FP32,
+    ),
+    "sm_86": LinearTiles(
+        half=(
+            LinearConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4),
+            LinearConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3),
+        ),
+        fp32=_FP32,
+    ),
+    "sm_90": LinearTiles(
+        half=(
+            LinearConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
+            LinearConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
+        ),
+        fp32=_FP32,
+    ),
+    # Accumulators of tcgen05 lie in memory of their own: more warps only share the epilogue.
+    "sm_100": LinearTiles(
+        half=(
+            LinearConfig(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4),
+            LinearConfig(block_m=64, block_n=64, block_k=64, num_warps=8, num_stages=4),
+        ),
+        fp32=_FP32,
+    ),
+    "gfx942": LinearTiles(
+        half=(
+            LinearConfig(block_m=256, block_n=128, block_k=64, num_warps=8, num_stages=2),
+            LinearConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=2),
+        ),
+        fp32=(
+            LinearConfig(block_m=128, block_n=128, block_k=32, num_warps=8, num_stages=2),
+            LinearConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=2),
+        ),
+    ),
+    "interpreter": LinearTiles(half=_INTERPRETER, fp32=_INTERPRETER),
 }
-"""Tiles from large to small, by (architecture, "half" or the precision of fp32)."""
+"""By architecture; one that has no row takes that of the nearest."""
 
 
-def linear_candidates(
-    dtype: torch.dtype, arch: str, precision: str = "ieee"
-) -> tuple[LinearConfig, ...]:
+def linear_candidates(dtype: torch.dtype, arch: str) -> tuple[LinearConfig, ...]:
     """All configurations that `linear_config` chooses from, the largest tile first.
 
     Args:
         dtype: of the inputs: float16, bfloat16 or float32.
         arch: such as `"sm_90"`, `"gfx942"` or `"interpreter"`.
-        precision: `"ieee"` or `"tf32x3"`, for float32; without effect on the others.
 
     Raises:
-        ValueError: unknown `arch`, or a `precision` that it does not have.
+        ValueError: unknown `arch`.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be one of {PRECISIONS}")
-    arch = listed_architecture(arch)
-    arithmetic = precision if dtype == torch.float32 else "half"
-    if (arch, arithmetic) not in TILES:
-        raise ValueError(f'precision is "{precision}", which {arch} does not have; use "ieee"')
-    return TILES[arch, arithmetic]
+    tiles = tiles_for(TILES, arch)
+    return tiles.fp32 if dtype == torch.float32 else tiles.half
 
 
 def linear_config(
-    num_tokens: int,
-    product_columns: int,
-    dtype: torch.dtype,
-    arch: str,
-    precision: str = "ieee",
+    num_tokens: int, product_columns: int, dtype: torch.dtype, arch: str
 ) -> LinearConfig:
     """The largest tile of which the product has enough to give each multiprocessor one.
 
@@ -125,12 +133,11 @@ def linear_config(
         product_columns: columns of the product: rows of the weight.
         dtype: of the inputs.
         arch: such as `"sm_90"`, `"gfx942"` or `"interpreter"`.
-        precision: `"ieee"` or `"tf32x3"`, for float32; without effect on the others.
 
     Raises:
-        ValueError: unknown `arch`, or a `precision` that it does not have.
+        ValueError: unknown `arch`.
     """
-    candidates = linear_candidates(dtype, arch, precision)
+    candidates = linear_candidates(dtype, arch)
     wanted = multiprocessors(arch)
     for config in candidates:
         blocks_m = -(-num_tokens // config.block_m)
@@ -164,7 +171,7 @@ def epilogue_backward_config(columns: int, dtype: torch.dtype, arch: str) -> Epi
     Args:
         columns: outputs of a row, at least 1.
         dtype: of the activations.
-        arch: as of `architectures.architecture`.
+        arch: as of `linear_config`.
     """
     if arch == "interpreter":
         return EpilogueBackwardConfig(rows=16, block_columns=32, num_warps=1, programs=2)

@@ -1,15 +1,14 @@
-"""Linear layers with what follows them: bias, activation, gated linear unit, residual.
+"""Linear layers with what follows them: bias, activation, gated linear unit.
 
 For x `[N, K]`, weight `[M, K]` and y = x @ weight.T + bias:
 
-    linear           out = act(y)
-    linear_glu       out = y[:, :M/2] * sigmoid(y[:, M/2:])
-    linear_residual  out = residual + scale * y
+    linear      out = act(y)
+    linear_glu  out = y[:, :M/2] * sigmoid(y[:, M/2:])
 
 A program owns one tile of the output, runs over K once with fp32 accumulators, finishes the tile in
 registers and stores every element once. So a token costs 2 K M FLOPs and, beyond the weight, K
-elements read and M written (M/2 for the gated unit; M more read for the residual): the activation,
-the gate and the sum move nothing through memory that has to be read back.
+elements read and M written (M/2 for the gated unit): the activation and the gate move nothing
+through memory that has to be read back. fp32 is multiplied in full precision ("ieee").
 
 The gated unit interleaves the two halves of the weight: columns 2j and 2j + 1 of the product's tile
 are output j and its gate. A thread of a matrix instruction holds neighbouring columns, so value and
@@ -21,8 +20,6 @@ of the weight in L2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,33 +28,8 @@ from torch import Tensor
 from ..architectures import architecture
 from ..functions import activate, activation_constant
 from ..launch import check_device, check_tensor
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
-from .config import PRECISIONS, LinearConfig, linear_candidates, linear_config
-
-
-@triton.jit
-def _store_tile(
-    result,  # [BLOCK_M, WIDTH], fp32
-    rows,  # [BLOCK_M]
-    columns,  # [WIDTH]
-    residual_ptr,
-    out_ptr,
-    num_tokens,
-    out_features,
-    stride_residual_row,
-    stride_out_row,
-    scale,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Adds the residual, then stores what lies inside the output."""
-    wide_rows = rows.to(tl.int64)[:, None]
-    inside = (rows[:, None] < num_tokens) & (columns[None, :] < out_features)
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + wide_rows * stride_residual_row + columns[None, :]
-        residual = tl.load(residual_ptrs, mask=inside, other=0.0)
-        result = residual.to(tl.float32) + scale * result
-    out_ptrs = out_ptr + wide_rows * stride_out_row + columns[None, :]
-    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
+from ..specs import KernelSpec, kernel_spec
+from .config import LinearConfig, linear_candidates, linear_config
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -65,21 +37,16 @@ def _linear_kernel(
     x_ptr,  # [num_tokens, in_features]
     weight_ptr,  # [out_features, in_features], GATED: [2 * out_features, in_features]
     bias_ptr,  # [out_features], GATED: [2 * out_features]
-    residual_ptr,  # [num_tokens, out_features]
     out_ptr,  # [num_tokens, out_features]
     num_tokens,
     out_features,
     in_features,
     stride_x_row,
     stride_weight_row,
-    stride_residual_row,
     stride_out_row,
-    scale,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -88,7 +55,6 @@ def _linear_kernel(
 ):
     # BLOCK_N counts columns of the product: a gated tile yields half as many of the output.
     OUT_N: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    HALVES: tl.constexpr = HAS_RESIDUAL and OUT_N >= 256
 
     program = tl.program_id(0)
     num_blocks_m = tl.cdiv(num_tokens, BLOCK_M)
@@ -125,7 +91,7 @@ def _linear_kernel(
             left = in_features - start
             x = tl.load(x_ptrs, mask=inner[None, :] < left, other=0.0)
             weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
-        product = tl.dot(x, weight, product, input_precision=PRECISION)
+        product = tl.dot(x, weight, product, input_precision="ieee")
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
@@ -137,24 +103,9 @@ def _linear_kernel(
         result = value / (1.0 + tl.exp(-gate))
     else:
         result = activate(product, ACTIVATION)
-    if HALVES:
-        # The residual's tile on top of all accumulators is more than the registers hold.
-        pairs = tl.permute(tl.reshape(result, [BLOCK_M, 2, OUT_N // 2]), [0, 2, 1])
-        left, right = tl.split(pairs)  # [BLOCK_M, OUT_N / 2] each
-        columns = block_n * OUT_N + tl.arange(0, OUT_N // 2)
-        _store_tile(
-            left, rows, columns, residual_ptr, out_ptr, num_tokens, out_features,
-            stride_residual_row, stride_out_row, scale, HAS_RESIDUAL,
-        )  # fmt: skip
-        _store_tile(
-            right, rows, columns + OUT_N // 2, residual_ptr, out_ptr, num_tokens, out_features,
-            stride_residual_row, stride_out_row, scale, HAS_RESIDUAL,
-        )  # fmt: skip
-    else:
-        _store_tile(
-            result, rows, columns, residual_ptr, out_ptr, num_tokens, out_features,
-            stride_residual_row, stride_out_row, scale, HAS_RESIDUAL,
-        )  # fmt: skip
+    inside = (rows[:, None] < num_tokens) & (columns[None, :] < out_features)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_out_row + columns[None, :]
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def linear(
@@ -163,32 +114,24 @@ def linear(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
-    precision: str | None = None,
     out: Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> Tensor:
-    """`act(x @ weight.T + bias)`.
+    """`act(x @ weight.T + bias)`: arguments and result as of `ops.linear`, rows at any stride.
 
     Args:
-        x: `[num_tokens, in_features]`, fp16, bf16 or fp32; rows may be strided, as in all of these.
+        x: fp16, bf16 or fp32, and so the others.
         weight: `[out_features, in_features]`.
         bias: `[out_features]` or `None`.
-        activation: "silu" or "swish", "gelu" (with erf), "gelu_new", "relu", "selu", "linear" or
-            `None`.
-        precision: of fp32 products: "ieee" (the default) or "tf32x3"; without effect on fp16, bf16.
+        activation: a name of `functions.ACTIVATIONS`, or `None`.
         out: `[num_tokens, out_features]` to write to, or `None` for a new tensor.
         config: launch configuration; by default `linear_config` chooses.
-
-    Returns:
-        `[num_tokens, out_features]` in the dtype of `x`.
 
     Raises:
         ValueError: a shape, dtype, device, stride or name that does not fit.
         RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
     """
-    return _launch(
-        x, weight, bias, None, 1.0, activation_constant(activation), False, precision, out, config
-    )
+    return _launch(x, weight, bias, activation_constant(activation), False, out, config)
 
 
 def linear_glu(
@@ -196,142 +139,80 @@ def linear_glu(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    precision: str | None = None,
     out: Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> Tensor:
-    """Gated linear unit `a * sigmoid(b)` with `[a, b] = x @ weight.T + bias` (Dauphin et al. 2017).
-
-    Args:
-        x: `[num_tokens, in_features]`.
-        weight: `[2 * out_features, in_features]`; the first half gives `a`, the second the gate.
-        bias: `[2 * out_features]` or `None`.
-        precision: as in `linear`.
-        out: `[num_tokens, out_features]` to write to, or `None` for a new tensor.
-        config: launch configuration; by default `linear_config` chooses.
-
-    Returns:
-        `[num_tokens, out_features]` in the dtype of `x`.
-
-    Raises:
-        ValueError: a shape, dtype, device, stride or name that does not fit.
-        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
-    """
-    return _launch(x, weight, bias, None, 1.0, "identity", True, precision, out, config)
-
-
-def linear_residual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    *,
-    scale: float = 1.0,
-    precision: str | None = None,
-    out: Tensor | None = None,
-    config: LinearConfig | None = None,
-) -> Tensor:
-    """`residual + scale * (x @ weight.T + bias)`.
-
-    Args:
-        x: `[num_tokens, in_features]`.
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]` or `None`.
-        residual: `[num_tokens, out_features]`.
-        scale: a number; a new one does not recompile.
-        precision: as in `linear`.
-        out: `[num_tokens, out_features]` to write to, or `None` for a new tensor. It may be
-            `residual` itself.
-        config: launch configuration; by default `linear_config` chooses.
-
-    Returns:
-        `[num_tokens, out_features]` in the dtype of `x`.
-
-    Raises:
-        ValueError: a shape, dtype, device, stride or name that does not fit.
-        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
-    """
-    return _launch(x, weight, bias, residual, scale, "identity", False, precision, out, config)
+    """Gated linear unit, as `ops.linear_glu`; `out`, `config` and errors as of `linear`."""
+    return _launch(x, weight, bias, "identity", True, out, config)
 
 
 def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None,
-    scale: float,
     activation: str,
     gated: bool,
-    precision: str | None,
     out: Tensor | None,
     config: LinearConfig | None,
 ) -> Tensor:
-    check_tensor("x", x, (None, None))
+    out_features = check_linear(x, weight, bias, gated)
     num_tokens, in_features = x.shape
-    check_tensor("weight", weight, (None, in_features), (x.dtype,))
-    product_columns = weight.shape[0]
-    if gated and product_columns % 2 != 0:
-        raise ValueError(f"weight has {product_columns} rows; a gated unit needs an even number")
-    out_features = product_columns // 2 if gated else product_columns
-    if bias is not None:
-        check_tensor("bias", bias, (product_columns,), (x.dtype,))
-    if residual is not None:
-        check_tensor("residual", residual, (num_tokens, out_features), (x.dtype,))
-    precision = precision or "ieee"
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; it must be one of {PRECISIONS}")
     if out is None:
         out = torch.empty((num_tokens, out_features), dtype=x.dtype, device=x.device)
     else:
         check_tensor("out", out, (num_tokens, out_features), (x.dtype,))
-    check_device(x=x, weight=weight, bias=bias, residual=residual, out=out)
+    check_device(x=x, weight=weight, bias=bias, out=out)
     if out.numel() == 0:
         return out
 
     if config is None:
-        arch = architecture(x.device)
-        config = linear_config(num_tokens, product_columns, x.dtype, arch, precision)
+        config = linear_config(num_tokens, weight.shape[0], x.dtype, architecture(x.device))
     blocks_m = triton.cdiv(num_tokens, config.block_m)
     # With an even tile, the tiles of a gated product are those of its output.
-    blocks_n = triton.cdiv(product_columns, config.block_n)
+    blocks_n = triton.cdiv(weight.shape[0], config.block_n)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(x):
         _linear_kernel[(blocks_m * blocks_n,)](
             x,
             weight,
             bias,
-            residual,
             out,
             num_tokens,
             out_features,
             in_features,
             x.stride(0),
             weight.stride(0),
-            0 if residual is None else residual.stride(0),
             out.stride(0),
-            float(scale),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            **_constants(config, activation, gated, bias, residual, precision, in_features),
+            **_constants(config, activation, gated, bias is not None, in_features),
         )
     return out
 
 
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> int:
+    """Checks the arguments of a linear layer but for their devices; returns its `out_features`.
+
+    Raises:
+        ValueError: one does not fit; the message names it.
+    """
+    check_tensor("x", x, (None, None))
+    check_tensor("weight", weight, (None, x.shape[1]), (x.dtype,))
+    width = weight.shape[0]
+    if gated and width % 2 != 0:
+        raise ValueError(f"weight has {width} rows; a gated unit needs an even number")
+    if bias is not None:
+        check_tensor("bias", bias, (width,), (x.dtype,))
+    return width // 2 if gated else width
+
+
 def _constants(
-    config: LinearConfig,
-    activation: str,
-    gated: bool,
-    bias: object | None,
-    residual: object | None,
-    precision: str,
-    in_features: int,
+    config: LinearConfig, activation: str, gated: bool, has_bias: bool, in_features: int
 ) -> dict[str, str | bool | int]:
     return {
         "ACTIVATION": activation,
         "GATED": gated,
-        "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None,
-        "PRECISION": precision,
+        "HAS_BIAS": has_bias,
         "EVEN_K": in_features % config.block_k == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -340,93 +221,46 @@ def _constants(
     }
 
 
-# (name, activation, gated, bias, residual, in_features)
+# (name, activation, gated, bias, in_features)
 _SHIPPED = (
-    ("linear/bias", "identity", False, True, False, 1024),
-    ("linear/bias_features", "identity", False, True, False, 160),
-    ("linear/bias_silu", "silu", False, True, False, 1024),
-    ("linear_glu", "identity", True, False, False, 1024),
-    ("linear_residual", "identity", False, False, True, 1024),
-    ("linear_residual/bias", "identity", False, True, True, 4096),
+    ("linear/bias", "identity", False, True, 1024),
+    ("linear/bias_features", "identity", False, True, 160),
+    ("linear/bias_silu", "silu", False, True, 1024),
+    ("linear_glu", "identity", True, False, 1024),
 )
 
 
 def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The linear kernels of an encoder of width 1024, feed-forward width 4096 and 160 features.
-
-    Args:
-        arch: such as `"sm_90"` or `"gfx942"`.
-        dtype: "float16", "bfloat16" or "float32".
-    """
+    """The linear kernels of an encoder of width 1024, feed-forward width 4096 and 160 features."""
+    # sm_75 gets its products from Triton as multiply-adds, and so does fp32 everywhere.
+    matrix_unit = arch != "sm_75" and dtype != "float32"
     specs: list[KernelSpec] = []
-    for precision in PRECISIONS if dtype == "float32" else PRECISIONS[:1]:
-        try:
-            candidates = linear_candidates(getattr(torch, dtype), arch, precision)
-        except ValueError:
-            continue  # tf32x3 where there is no tf32
-        for config in candidates:
-            for variant in _SHIPPED:
-                spec = _kernel_spec(variant, arch, dtype, precision, config)
-                # Where 160 features are whole steps, their kernel is that of 1024.
-                if not any(spec.constants == other.constants for other in specs):
-                    specs.append(spec)
+    for config in linear_candidates(getattr(torch, dtype), arch):
+        for name, activation, gated, has_bias, in_features in _SHIPPED:
+            # The launch: two by two tiles, the last row and 16 columns past the first; a few steps
+            # over K.
+            columns = config.block_n // (2 if gated else 1) + 16
+            inner = in_features if in_features % config.block_k else 4 * config.block_k
+            spec = kernel_spec(
+                f"{name}/{config.block_m}x{config.block_n}x{config.block_k}",
+                _linear_kernel,
+                _constants(config, activation, gated, has_bias, in_features),
+                dtype,
+                absent=() if has_bias else ("bias_ptr",),
+                kind="gemm" if matrix_unit else "pointwise",
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                outputs_per_program=config.block_m * config.block_n // (2 if gated else 1),
+                blocks=4,
+                scalars={
+                    "num_tokens": config.block_m + 1,
+                    "out_features": columns,
+                    "in_features": inner,
+                    "stride_out_row": columns,
+                },
+                stride=inner,
+            )
+            # Where 160 features are whole steps, their kernel is that of 1024.
+            if not any(spec.constants == other.constants for other in specs):
+                specs.append(spec)
     return specs
-
-
-def _proof_launch(
-    signature: dict[str, str], config: LinearConfig, gated: bool, in_features: int
-) -> ProofLaunch:
-    """Two by two tiles, the last row and 16 columns past the first; a few steps over K."""
-    columns = config.block_n // (2 if gated else 1) + 16
-    inner = in_features if in_features % config.block_k else 4 * config.block_k
-    values = {
-        "num_tokens": config.block_m + 1,
-        "out_features": columns,
-        "in_features": inner,
-        "stride_x_row": inner,
-        "stride_weight_row": inner,
-        "stride_residual_row": columns,
-        "stride_out_row": columns,
-        "scale": 0.5,
-    }
-    return ProofLaunch(4, {name: value for name, value in values.items() if name in signature})
-
-
-def _kernel_spec(
-    variant: tuple[str, str, bool, bool, bool, int],
-    arch: str,
-    dtype: str,
-    precision: str,
-    config: LinearConfig,
-) -> KernelSpec:
-    name, activation, gated, has_bias, has_residual, in_features = variant
-    bias, residual = has_bias or None, has_residual or None
-    constants: dict[str, Any] = {
-        **_constants(config, activation, gated, bias, residual, precision, in_features),
-        **({} if has_bias else {"bias_ptr": None}),
-        **({} if has_residual else {"residual_ptr": None}),
-    }
-    pointers = ("x_ptr", "weight_ptr", "bias_ptr", "residual_ptr", "out_ptr")
-    strides = ("stride_x_row", "stride_weight_row", "stride_residual_row", "stride_out_row")
-    types = {
-        **dict.fromkeys(pointers, f"*{TRITON_TYPES[dtype]}"),
-        **dict.fromkeys(("num_tokens", "out_features", "in_features", *strides), "i32"),
-        "scale": "fp32",
-    }
-    signature = {argument: type_ for argument, type_ in types.items() if argument not in constants}
-    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    # sm_75 gets its products from Triton as multiply-adds, and "ieee" asks for them.
-    matrix_unit = arch != "sm_75" and (dtype != "float32" or precision != "ieee")
-    return KernelSpec(
-        name="/".join([name, *([precision] if dtype == "float32" else []), tile]),
-        kernel=_linear_kernel,
-        signature=signature,
-        constants=constants,
-        kind="gemm" if matrix_unit else "pointwise",
-        dtype=dtype,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        divisible_by_16=frozenset(signature) - {"num_tokens", "scale"},
-        outputs_per_program=config.block_m * config.block_n // (2 if gated else 1),
-        proof=_proof_launch(signature, config, gated, in_features),
-    )

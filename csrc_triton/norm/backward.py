@@ -29,7 +29,7 @@ from torch import Tensor
 from ..architectures import architecture
 from ..functions import norm_gradient, standardize
 from ..launch import check_device, check_tensor
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..specs import KernelSpec, kernel_spec
 from .config import NormBackwardConfig, norm_backward_config
 
 
@@ -131,7 +131,7 @@ def layer_norm_backward(
     Args:
         grad_z: gradient of the result, `[num_tokens, hidden]` in the dtype of `x`; rows at any
             stride, as in all of these.
-        x: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192.
+        x: as in the forward pass, and so the others.
         weight: `[hidden]`.
         eps: added to the variance.
         out: where to write the gradient of `x`; it may be `grad_z` itself.
@@ -166,7 +166,7 @@ def residual_layer_norm_backward(
             none.
         grad_z: gradient of z, like `grad_y`.
         y: what the forward pass returned first.
-        scale: of `x`.
+        scale: as in the forward pass, and so the others.
         weight: `[hidden]`.
         eps: added to the variance.
         out: where to write the gradients of `residual` and `x`, both like `y`.
@@ -198,25 +198,13 @@ def residual_double_layer_norm_backward(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `residual_double_layer_norm`.
+    """Gradients of `residual_double_layer_norm`, from the arguments of the forward pass.
 
-    Args:
-        grad_z1: gradient of z1, `[num_tokens, hidden]` in the dtype of `x`; `None` where there is
-            none.
-        grad_z2: gradient of z2, like `grad_z1`.
-        residual: `[num_tokens, hidden]`, as in the forward pass.
-        x: like `residual`.
-        scale: of `x`.
-        weight1: `[hidden]` of the first norm.
-        bias1: `[hidden]`.
-        weight2: `[hidden]` of the second norm.
-        eps: added to both variances.
-        out: where to write the gradients of `residual` and `x`, both like `x`.
+    `grad_z1` and `grad_z2` are the gradients of its results, of which the first may be `None`.
 
     Returns:
-        The gradients of `residual` and of `x`, in their dtype, and of weight1, bias1, weight2 and
-        bias2, float32 `[hidden]`. Without `out`, and when `scale` is 1, the first two are one
-        tensor.
+        The gradients of `residual` and of `x`, as `residual_layer_norm_backward` has them, and of
+        weight1, bias1, weight2 and bias2, float32 `[hidden]`.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -297,7 +285,15 @@ def _launch(
                 0 if tensor is None else tensor.stride(0)
                 for tensor in (x, residual, grad_sum, grad_first, grad_second, dy, dx)
             ),
-            **_constants(width, residual, grad_sum, grad_first, grad_second, dx, config),
+            **_constants(
+                width,
+                config,
+                has_residual=residual is not None,
+                has_grad_sum=grad_sum is not None,
+                has_grad_first=grad_first is not None,
+                is_double=grad_second is not None,
+                has_scaled=dx is not None,
+            ),
             num_warps=config.num_warps,
         )
     return shares.sum(0)
@@ -305,82 +301,66 @@ def _launch(
 
 def _constants(
     width: int,
-    residual: object | None,
-    grad_sum: object | None,
-    grad_first: object | None,
-    grad_second: object | None,
-    dx: object | None,
     config: NormBackwardConfig,
+    *,
+    has_residual: bool = False,
+    has_grad_sum: bool = False,
+    has_grad_first: bool = True,
+    is_double: bool = False,
+    has_scaled: bool = False,
 ) -> dict[str, int | bool]:
     return {
         "WIDTH": width,
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_GRAD_SUM": grad_sum is not None,
-        "HAS_GRAD_FIRST": grad_first is not None,
-        "IS_DOUBLE": grad_second is not None,
-        "HAS_SCALED": dx is not None,
+        "HAS_RESIDUAL": has_residual,
+        "HAS_GRAD_SUM": has_grad_sum,
+        "HAS_GRAD_FIRST": has_grad_first,
+        "IS_DOUBLE": is_double,
+        "HAS_SCALED": has_scaled,
         "ROWS": config.rows,
         "BLOCK_WIDTH": config.block_width,
     }
 
 
-# (name, the tensors that the variant does not have)
-_SHIPPED = (
-    ("layer_norm_bwd", ("residual", "grad_sum", "grad_second", "dx")),
-    ("residual_layer_norm_bwd", ("residual", "grad_second", "dx")),
-    ("residual_layer_norm_bwd/scaled", ("residual", "grad_second")),
-    ("residual_double_layer_norm_bwd", ("grad_sum",)),
-)
+_SHIPPED: dict[str, dict[str, bool]] = {
+    "layer_norm_bwd": {},
+    "residual_layer_norm_bwd": {"has_grad_sum": True},
+    "residual_layer_norm_bwd/scaled": {"has_grad_sum": True, "has_scaled": True},
+    "residual_double_layer_norm_bwd": {
+        "has_residual": True,
+        "is_double": True,
+        "has_scaled": True,
+    },
+}
+# The arguments that a variant has where a constant says so.
+_PARTS = {
+    "residual_ptr": "HAS_RESIDUAL",
+    "grad_sum_ptr": "HAS_GRAD_SUM",
+    "grad_second_ptr": "IS_DOUBLE",
+    "first_bias_ptr": "IS_DOUBLE",
+    "second_weight_ptr": "IS_DOUBLE",
+    "dx_ptr": "HAS_SCALED",
+}
 
 
 def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
     """The kernels as they ship for model width 1024, for the compiler lane."""
     width = 1024
     config = norm_backward_config(width, getattr(torch, dtype), arch)
-    names = _norm_bwd_kernel.arg_names
     specs = []
-    for name, absent in _SHIPPED:
-        residual, grad_sum, grad_second, dx = (
-            None if part in absent else part
-            for part in ("residual", "grad_sum", "grad_second", "dx")
-        )
-        constants: dict[str, object] = dict(
-            _constants(width, residual, grad_sum, "grad_first", grad_second, dx, config)
-        )
-        constants |= {f"{part}_ptr": None for part in absent}
-        if "grad_second" in absent:
-            constants |= {"first_bias_ptr": None, "second_weight_ptr": None}
-        pointers = [arg for arg in names if arg.endswith("_ptr") and arg not in constants]
-        strides = [arg for arg in names if arg.startswith("stride_")]
-        signature = {
-            **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
-            **dict.fromkeys(strides, "i32"),
-            "share_ptr": "*fp32",
-            "num_rows": "i32",
-            "scale": "fp32",
-            "eps": "fp32",
-        }
+    for name, variant in _SHIPPED.items():
+        constants = _constants(width, config, **variant)
         specs.append(
-            KernelSpec(
-                name=name,
-                kernel=_norm_bwd_kernel,
-                signature=signature,
-                constants=constants,
-                kind="pointwise",
-                dtype=dtype,
+            kernel_spec(
+                name,
+                _norm_bwd_kernel,
+                constants,
+                dtype,
+                absent=[part for part, has in _PARTS.items() if not constants[has]],
                 num_warps=config.num_warps,
-                num_stages=1,
-                divisible_by_16=frozenset(pointers + strides),
                 # The first program goes round twice, the second time over one row.
-                proof=ProofLaunch(
-                    2,
-                    {
-                        **dict.fromkeys(strides, width),
-                        "num_rows": 2 * config.rows + 1,
-                        "scale": 0.5,
-                        "eps": 2.0**-17,
-                    },
-                ),
+                blocks=2,
+                scalars={"num_rows": 2 * config.rows + 1, "scale": 0.5, "eps": 2.0**-17},
+                stride=width,
             )
         )
     return specs

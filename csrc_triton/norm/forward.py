@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..architectures import architecture
 from ..launch import check_device, check_tensor
-from ..specs import TRITON_TYPES, KernelSpec, ProofLaunch
+from ..specs import KernelSpec, kernel_spec
 from .config import NormConfig, norm_config
 
 
@@ -92,7 +92,7 @@ def _norm_fwd_kernel(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """`LN(x)` over the last dimension.
+    """`LN(x)` over the last dimension, as `ops.layer_norm`.
 
     Args:
         x: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192, rows at any stride.
@@ -106,6 +106,7 @@ def layer_norm(
 
     Raises:
         ValueError: an argument does not fit; the message names it.
+        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
     """
     _check(x=x, vectors={"weight": weight, "bias": bias}, outputs={"out": out})
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
@@ -123,23 +124,10 @@ def residual_layer_norm(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`y = residual + scale * x` and `z = LN(y)`.
+    """`y = residual + scale * x` and `z = LN(y)`, as `ops.residual_layer_norm`.
 
-    Args:
-        residual: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192, rows at any
-            stride.
-        x: like `residual`.
-        scale: of `x`.
-        weight: `[hidden]`.
-        bias: `[hidden]`.
-        eps: added to the variance.
-        out: where to write y and z, both like `x`. y may be `residual` itself.
-
-    Returns:
-        `(y, z)`, both `[num_tokens, hidden]` in the dtype of `x`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+    `out` is where y and z go, both like `x`, and y may be `residual` itself; all else as of
+    `layer_norm`.
     """
     y, z = (None, None) if out is None else out
     vectors = {"weight": weight, "bias": bias}
@@ -162,25 +150,10 @@ def residual_double_layer_norm(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`z1 = LN1(residual + scale * x)` and `z2 = LN2(z1)`.
+    """`z1 = LN1(residual + scale * x)` and `z2 = LN2(z1)`, as `ops.residual_double_layer_norm`.
 
-    Args:
-        residual: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192, rows at any
-            stride.
-        x: like `residual`.
-        scale: of `x`.
-        weight1: `[hidden]` of the first norm.
-        bias1: `[hidden]`.
-        weight2: `[hidden]` of the second norm.
-        bias2: `[hidden]`.
-        eps: added to both variances.
-        out: where to write z1 and z2, both like `x`.
-
-    Returns:
-        `(z1, z2)`, both `[num_tokens, hidden]` in the dtype of `x`. z2 is the norm of z1 as stored.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+    z2 is the norm of z1 as it is stored. `out` is where they go, both like `x`; all else as of
+    `layer_norm`.
     """
     z1, z2 = (None, None) if out is None else out
     vectors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
@@ -267,35 +240,17 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
     """The kernels as they ship for model width 1024, for the compiler lane."""
     width = 1024
     config = norm_config(width, getattr(torch, dtype), arch)
-    pointers = [name for name in _norm_fwd_kernel.arg_names if name.endswith("_ptr")]
-    strides = [name for name in _norm_fwd_kernel.arg_names if name.startswith("stride_")]
     return [
-        KernelSpec(
-            name=name,
-            kernel=_norm_fwd_kernel,
-            signature={
-                **dict.fromkeys(pointers, "*" + TRITON_TYPES[dtype]),
-                **dict.fromkeys(strides, "i32"),
-                "num_rows": "i32",
-                "scale": "fp32",
-                "eps": "fp32",
-            },
-            constants=_constants(width, has_residual, is_double, config),
-            kind="pointwise",
-            dtype=dtype,
+        kernel_spec(
+            name,
+            _norm_fwd_kernel,
+            _constants(width, has_residual, is_double, config),
+            dtype,
             num_warps=config.num_warps,
-            num_stages=1,
-            divisible_by_16=frozenset(pointers + strides),
             outputs_per_program=config.rows * width * (1 + has_residual),
-            proof=ProofLaunch(
-                3,
-                {
-                    **dict.fromkeys(strides, width),
-                    "num_rows": 2 * config.rows + 1,
-                    "scale": 0.5,
-                    "eps": 2.0**-17,
-                },
-            ),
+            blocks=3,
+            scalars={"num_rows": 2 * config.rows + 1, "scale": 0.5, "eps": 2.0**-17},
+            stride=width,
         )
         for name, has_residual, is_double in (
             ("layer_norm_fwd", False, False),

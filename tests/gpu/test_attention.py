@@ -20,7 +20,6 @@ from .lane import (
     HALF,
     HEAD_DIM,
     HEADS,
-    INTERPRETED,
     LEFT,
     LENGTHS,
     LONG,
@@ -215,17 +214,6 @@ def test_head_sizes(head_dim: int, dtype: torch.dtype, judge: Judge) -> None:
 
 def test_head_size_128_in_fp32(judge: Judge) -> None:
     check(judge, choose([217, 65, 1], [20]), heads=2, head_dim=128, name="/head_size")
-
-
-@pytest.mark.parametrize("positions", [True, False])
-def test_tf32x3(positions: bool, judge: Judge) -> None:
-    """Three tf32 products a product: an order of magnitude nearer than tf32's 2^-11."""
-    if architecture(DEVICE).startswith("gfx") or architecture(DEVICE) == "sm_75":
-        pytest.skip("no tf32 on this architecture")
-    tolerance = 1e-5 if INTERPRETED else 0.1 * 2.0**-11
-    lengths = choose([217, 1500], [33])
-    options = {"positions": positions, "precision": "tf32x3", "tolerance": tolerance}
-    check(judge, lengths, name="/tf32x3", **options)
 
 
 def test_work_over_the_scratch_limit_is_split_into_launches(judge: Judge) -> None:

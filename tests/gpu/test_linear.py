@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.architectures import architecture
-from csrc_triton.gemm import linear, linear_glu, linear_residual
+from csrc_triton.gemm import linear, linear_glu
 from csrc_triton.gemm.config import linear_candidates
 from w2vbert_fast import ops
 
@@ -18,7 +18,6 @@ from .lane import (
     DEVICE,
     DTYPES,
     INNER,
-    INTERPRETED,
     LENGTHS,
     LONG,
     WIDTH,
@@ -32,35 +31,30 @@ from .lane import (
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "relu", "selu")
-KINDS = ("bias", "no_bias", *ACTIVATIONS, "glu", "glu_bias", "residual", "residual_bias")
+KINDS = ("bias", "no_bias", *ACTIVATIONS, "glu", "glu_bias")
 TOKENS = choose([1, 2, 63, 64, 65, 217, sum(LENGTHS), LONG], [1, 2, 65])
 
 
 def make(kind: str, tokens: int, in_features: int, out_features: int, dtype: torch.dtype) -> Any:
-    """x, weight, bias or `None`, residual or `None`."""
+    """x, weight, bias or `None`."""
     rows = out_features * (2 if "glu" in kind else 1)
-    has_bias = kind not in ("no_bias", "glu", "residual")
+    has_bias = kind not in ("no_bias", "glu")
     return (
         strided(random(tokens, in_features, dtype=dtype)),
         strided(random(rows, in_features, dtype=dtype, scale=1 / math.sqrt(in_features))),
         random(rows, dtype=dtype) if has_bias else None,
-        strided(random(tokens, out_features, dtype=dtype)) if "residual" in kind else None,
     )
 
 
-def twin(kind: str, x: Tensor, weight: Tensor, bias: Any, residual: Any) -> Tensor:
+def twin(kind: str, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
     if "glu" in kind:
         return ops.linear_glu(x, weight, bias)
-    if "residual" in kind:
-        return residual + 0.5 * ops.linear(x, weight, bias)
     return ops.linear(x, weight, bias, kind if kind in ACTIVATIONS else None)
 
 
-def kernel(kind: str, x: Tensor, weight: Tensor, bias: Any, residual: Any, **options: Any) -> Any:
+def kernel(kind: str, x: Tensor, weight: Tensor, bias: Any, **options: Any) -> Any:
     if "glu" in kind:
         return linear_glu(x, weight, bias, **options)
-    if "residual" in kind:
-        return linear_residual(x, weight, bias, residual, scale=0.5, **options)
     return linear(x, weight, bias, activation=kind if kind in ACTIVATIONS else None, **options)
 
 
@@ -71,8 +65,8 @@ def check(judge: Judge, kind: str, arguments: Any, **options: Any) -> None:
 
 
 def in_out(kind: str) -> tuple[int, int]:
-    """Features in and out, as in the model: the output of a feed-forward is its residual's."""
-    return (INNER, WIDTH) if "residual" in kind else (WIDTH, WIDTH if "glu" in kind else INNER)
+    """Features in and out, as in the model, where a product without a bias ends the convolution."""
+    return (INNER, WIDTH) if kind == "bias" else (WIDTH, WIDTH if "glu" in kind else INNER)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,7 +79,7 @@ def test_model_size(kind: str, dtype: torch.dtype, judge: Judge) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["silu", "glu", "residual_bias"])
+@pytest.mark.parametrize("kind", ["silu", "glu", "bias"])
 def test_every_tile(kind: str, dtype: torch.dtype, judge: Judge) -> None:
     for config in linear_candidates(dtype, architecture(DEVICE)):
         for tokens in choose([1, 300], [33]):
@@ -93,7 +87,7 @@ def test_every_tile(kind: str, dtype: torch.dtype, judge: Judge) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["bias", "glu", "residual"])
+@pytest.mark.parametrize("kind", ["bias", "glu"])
 @pytest.mark.parametrize(("in_features", "out_features"), [(160, WIDTH), (31, 33), (WIDTH, 1)])
 def test_sizes_that_fill_no_tile(
     kind: str, in_features: int, out_features: int, dtype: torch.dtype, judge: Judge
@@ -101,25 +95,8 @@ def test_sizes_that_fill_no_tile(
     check(judge, kind, make(kind, 37, in_features, out_features, dtype))
 
 
-@pytest.mark.parametrize("tokens", choose([1, 300, 2543], [33]))
-def test_tf32x3(tokens: int, judge: Judge) -> None:
-    """Three tf32 products leave at most a tenth of the error of one."""
-    arguments = make("bias", tokens, WIDTH, INNER, torch.float32)
-    try:
-        linear_candidates(torch.float32, architecture(DEVICE), "tf32x3")
-    except ValueError as error:
-        pytest.skip(str(error))
-    exact = twin("bias", *(None if x is None else x.double() for x in arguments))
-    result = kernel("bias", *arguments, precision="tf32x3")
-    torch.backends.cuda.matmul.allow_tf32 = True  # put back by `full_precision`
-    plain = twin("bias", *arguments)
-    tf32 = float((plain.double() - exact).abs().max() / exact.abs().max())
-    tolerance = 1e-5 if INTERPRETED else 0.1 * tf32
-    judge("linear/tf32x3", result, exact, plain, tolerance=tolerance)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["bias", "glu", "residual"])
+@pytest.mark.parametrize("kind", ["bias", "glu"])
 def test_writes_its_output_and_nothing_else(kind: str, dtype: torch.dtype, judge: Judge) -> None:
     for tokens in (1, choose(217, 33)):
         arguments = make(kind, tokens, 96, 65, dtype)
@@ -129,7 +106,7 @@ def test_writes_its_output_and_nothing_else(kind: str, dtype: torch.dtype, judge
 
 
 def test_nan_stays_in_its_token(judge: Judge) -> None:
-    x, weight, bias, _ = make("bias", 65, WIDTH, INNER, torch.float32)
+    x, weight, bias = make("bias", 65, WIDTH, INNER, torch.float32)
     x[12] = math.nan
     bad = linear(x, weight, bias, activation="relu").isnan()
     assert bad[12].all() and int(bad.sum()) == bad.shape[1]
@@ -137,7 +114,7 @@ def test_nan_stays_in_its_token(judge: Judge) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_runs_are_bit_equal(dtype: torch.dtype) -> None:
-    for kind in ("silu", "glu", "residual_bias"):
+    for kind in ("silu", "glu", "bias"):
         arguments = make(kind, choose(2543, 33), *in_out(kind), dtype)
         assert torch.equal(kernel(kind, *arguments), kernel(kind, *arguments))
 
@@ -145,7 +122,7 @@ def test_two_runs_are_bit_equal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     config = linear_candidates(dtype, architecture(DEVICE))[0]
-    x, weight, bias, _ = make("silu", choose(300, 65), WIDTH, INNER, dtype)
+    x, weight, bias = make("silu", choose(300, 65), WIDTH, INNER, dtype)
     whole = linear(x, weight, bias, activation="silu", config=config)
     # The interpreter's products are NumPy's, which depend on where in a tile a row lies.
     start = choose(17, config.block_m)

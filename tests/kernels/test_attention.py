@@ -195,11 +195,6 @@ def test_head_sizes(head_dim: int) -> None:
     run([37, 5], head_dim=head_dim, positions=False)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-def test_precisions(precision: str) -> None:
-    run([33], precision=precision)
-
-
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
 @pytest.mark.parametrize("positions", [True, False])
 def test_nothing_to_do(lengths: list[int], positions: bool) -> None:
@@ -338,7 +333,6 @@ def arguments() -> dict[str, Any]:
         ("tile_map", torch.zeros(7, 2, dtype=torch.int32)),
         ("tile_map", torch.zeros(1, 2)),
         ("out", torch.zeros(20, 2, 8)),
-        ("precision", "tf32"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(name: str, value: Any) -> None:

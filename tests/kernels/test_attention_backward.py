@@ -185,11 +185,6 @@ def test_head_sizes(head_dim: int) -> None:
     run([37, 5], head_dim=head_dim, left=6, right=3)
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
-def test_precisions(precision: str) -> None:
-    run([33], left=6, precision=precision)
-
-
 def test_heads_over_the_scratch_limit_are_split_into_launches() -> None:
     config = attention_backward_config(16, torch.float32, "interpreter")
     two_heads = 2 * 4 * scores_layout(config, 2, 34, 6, 8).head_size
@@ -437,7 +432,6 @@ def arguments() -> dict[str, Any]:
         ("dropout_p", -0.1),
         ("dropout_seed", torch.zeros(2)),
         ("tile_map", torch.zeros(7, 2, dtype=torch.int32)),
-        ("precision", "tf32"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(name: str, value: Any) -> None:
@@ -454,8 +448,6 @@ def test_other_arguments_that_do_not_fit() -> None:
         shaw_attention_backward(**given, out=(grad, grad[:3], grad))
     with pytest.raises(ValueError, match="head_dim is 136"):
         attention_backward_config(136, torch.float32, "sm_90")
-    with pytest.raises(ValueError, match="precision is 'tf32x3'"):
-        attention_backward_config(64, torch.float32, "gfx942", precision="tf32x3")
 
 
 @pytest.mark.parametrize("name", ["dropout_p", "dropout_seed"])

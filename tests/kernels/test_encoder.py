@@ -41,7 +41,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     for module, name in (
         ("gemm", "linear"),
         ("gemm", "linear_glu"),
-        ("gemm", "linear_residual"),
         ("norm", "layer_norm"),
         ("norm", "residual_layer_norm"),
         ("norm", "residual_double_layer_norm"),

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from csrc_triton.gemm import linear, linear_glu, linear_residual
+from csrc_triton.gemm import linear, linear_glu
 from csrc_triton.gemm.config import LinearConfig
 from w2vbert_fast import ops
 
 LENGTHS = [0, 1, 2, 31, 63, 64, 65, 217, 300]
 ACTIVATIONS = [None, "linear", "silu", "swish", "gelu", "gelu_new", "relu", "selu"]
 DTYPES = [torch.float32, torch.float16]
-KINDS = ["bias", "silu", "glu", "residual"]
+KINDS = ["bias", "silu", "glu"]
 
 
 def padded(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -35,11 +35,9 @@ def inputs(num_tokens: int, in_features: int, rows: int, dtype: torch.dtype) -> 
     return x, weight, torch.randn(rows, dtype=torch.float64).to(dtype)
 
 
-def twin(kind: str, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+def twin(kind: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if kind == "glu":
         return ops.linear_glu(x, weight, bias)
-    if kind == "residual":
-        return residual + 0.5 * ops.linear(x, weight, bias)
     return ops.linear(x, weight, bias, "silu" if kind == "silu" else None)
 
 
@@ -48,14 +46,11 @@ def kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    residual: Tensor,
     out: Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> Tensor:
     if kind == "glu":
         return linear_glu(x, weight, bias, out=out, config=config)
-    if kind == "residual":
-        return linear_residual(x, weight, bias, residual, scale=0.5, out=out, config=config)
     activation = "silu" if kind == "silu" else None
     return linear(x, weight, bias, activation=activation, out=out, config=config)
 
@@ -80,8 +75,7 @@ def check(result: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ragged_lengths(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
     columns = 24
-    x, weight, bias = inputs(num_tokens, 40, columns * (2 if kind == "glu" else 1), dtype)
-    arguments = (x, weight, bias, padded(num_tokens, columns, dtype=dtype))
+    arguments = inputs(num_tokens, 40, columns * (2 if kind == "glu" else 1), dtype)
     exact = twin(kind, *(tensor.double() for tensor in arguments))
     check(kernel(kind, *arguments), exact, dtype)
 
@@ -93,8 +87,7 @@ def test_ragged_lengths(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_size(kind: str, in_features: int, out_features: int, dtype: torch.dtype) -> None:
     rows = out_features * (2 if kind == "glu" else 1)
-    x, weight, bias = inputs(37, in_features, rows, dtype)
-    arguments = (x, weight, bias, padded(37, out_features, dtype=dtype))
+    arguments = inputs(37, in_features, rows, dtype)
     exact = twin(kind, *(tensor.double() for tensor in arguments))
     check(kernel(kind, *arguments), exact, dtype)
 
@@ -104,15 +97,13 @@ def test_any_size(kind: str, in_features: int, out_features: int, dtype: torch.d
     [
         (LinearConfig(16, 16, 16, 1, 1, group_m=3), 40),
         (LinearConfig(32, 16, 64, 1, 1, group_m=100), 40),
-        # Wide enough for the residual to be added in two halves.
         (LinearConfig(32, 256, 32, 1, 1, group_m=1), 300),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_tile(kind: str, config: LinearConfig, out_features: int) -> None:
     rows = out_features * (2 if kind == "glu" else 1)
-    x, weight, bias = inputs(67, 48, rows, torch.float32)
-    arguments = (x, weight, bias, padded(67, out_features, dtype=torch.float32))
+    arguments = inputs(67, 48, rows, torch.float32)
     exact = twin(kind, *(tensor.double() for tensor in arguments))
     check(kernel(kind, *arguments, config=config), exact, torch.float32)
 
@@ -120,8 +111,7 @@ def test_any_tile(kind: str, config: LinearConfig, out_features: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_writes_nothing_beside_its_output(kind: str) -> None:
     sentinel = -77.0
-    x, weight, bias = inputs(65, 40, 66 if kind == "glu" else 33, torch.float32)
-    arguments = (x, weight, bias, padded(65, 33, dtype=torch.float32))
+    arguments = inputs(65, 40, 66 if kind == "glu" else 33, torch.float32)
     buffer = torch.full((70, 50), sentinel)
     out = buffer[2:67, 9:42]
     assert kernel(kind, *arguments, out=out) is out
@@ -137,34 +127,20 @@ def test_touches_nothing_past_an_end(
     kind: str, in_features: int, out_features: int, guarded: Callable[[Tensor], Tensor]
 ) -> None:
     rows = out_features * (2 if kind == "glu" else 1)
-    x, weight, bias = inputs(33, in_features, rows, torch.float32)
-    residual = padded(33, out_features, dtype=torch.float32)
-    arguments = tuple(guarded(tensor) for tensor in (x, weight, bias, residual))
+    arguments = tuple(map(guarded, inputs(33, in_features, rows, torch.float32)))
     out = guarded(torch.zeros(33, out_features))
     exact = twin(kind, *(tensor.double() for tensor in arguments))
     assert error(kernel(kind, *arguments, out=out), exact) <= 1e-6
 
 
-def test_residual_may_be_the_output() -> None:
-    x, weight, bias = inputs(65, 40, 33, torch.float32)
-    residual = padded(65, 33, dtype=torch.float32)
-    exact = residual.double() - 1.75 * ops.linear(x.double(), weight.double(), bias.double())
-    linear_residual(x, weight, bias, residual, scale=-1.75, out=residual)
-    assert error(residual, exact) <= 1e-6
-
-
-@pytest.mark.parametrize("kind", ["linear", "glu", "residual"])
+@pytest.mark.parametrize("kind", ["linear", "glu"])
 def test_without_bias(kind: str) -> None:
     x, weight, _ = inputs(33, 40, 34, torch.float32)
-    residual = padded(33, 34, dtype=torch.float32)
     wide = (x.double(), weight.double())
     if kind == "linear":
         result, exact = linear(x, weight), ops.linear(*wide)
-    elif kind == "glu":
-        result, exact = linear_glu(x, weight), ops.linear_glu(*wide)
     else:
-        result = linear_residual(x, weight, None, residual)
-        exact = residual.double() + ops.linear(*wide)
+        result, exact = linear_glu(x, weight), ops.linear_glu(*wide)
     assert error(result, exact) <= 1e-6
 
 
@@ -225,7 +201,7 @@ def test_rows_beyond_32_bit_offsets(tmp_path: Path) -> None:
     x.copy_(torch.randn(3, 32))
     out = file.as_strided((3, 16), (stride, 1), 32)
     weight = torch.randn(16, 32).half()
-    linear_residual(x, weight, None, out, out=out)
+    linear(x, weight, out=out)
     exact = x.double() @ weight.double().T
     assert error(out, exact) <= 1e-3
 
@@ -236,17 +212,8 @@ def test_no_input_features() -> None:
     torch.testing.assert_close(result, bias.expand(3, 5), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", [None, "ieee", "tf32x3"])
-def test_precisions(precision: str | None) -> None:
-    # The interpreter multiplies in fp32 whatever the precision: this is about the argument.
-    x, weight, bias = inputs(5, 40, 34, torch.float32)
-    exact = ops.linear(x.double(), weight.double(), bias.double())
-    assert error(linear(x, weight, bias, precision=precision), exact) <= 1e-6
-
-
 def test_errors_name_the_argument() -> None:
     x, weight, bias = torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(6)
-    residual = torch.zeros(4, 6)
     with pytest.raises(ValueError, match=r"x has shape \(8,\)"):
         linear(x[0], weight)
     with pytest.raises(ValueError, match=r"weight has shape \(6, 7\)"):
@@ -261,15 +228,11 @@ def test_errors_name_the_argument() -> None:
         linear(torch.zeros(8, 4).T, weight)
     with pytest.raises(ValueError, match=r"weight has strides"):
         linear(x, torch.zeros(8, 6).T)
-    with pytest.raises(ValueError, match=r"residual has shape \(4, 5\)"):
-        linear_residual(x, weight, bias, residual[:, :5])
     with pytest.raises(ValueError, match=r"out has shape \(4, 6\); it must be \(4, 3\)"):
-        linear_glu(x, weight, bias, out=residual)
+        linear_glu(x, weight, bias, out=torch.zeros(4, 6))
     with pytest.raises(ValueError, match=r"weight has 5 rows; a gated unit needs an even number"):
         linear_glu(x, weight[:5])
     with pytest.raises(ValueError, match=r"activation is 'tanh'"):
         linear(x, weight, activation="tanh")
-    with pytest.raises(ValueError, match=r"precision is 'tf32'"):
-        linear(x, weight, precision="tf32")
     with pytest.raises(ValueError, match=r"weight is on meta"):
         linear(x, weight.to("meta"))

@@ -16,7 +16,6 @@ from csrc_triton.gemm import (
     glu_backward,
     linear_backward,
     linear_glu_backward,
-    linear_residual_backward,
 )
 from w2vbert_fast.ops.activations import get_activation
 
@@ -59,8 +58,6 @@ def test_linear(num_tokens: int) -> None:
     grad = torch.randn(num_tokens, 40)
     exact = twin(lambda *given: F.silu(F.linear(*given)), given, grad)
     assert_close(linear_backward(grad, *given, activation="silu"), exact)
-    kept = F.linear(*given)
-    assert_close(linear_backward(grad, *given, activation="silu", preactivation=kept), exact)
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
@@ -133,17 +130,9 @@ def test_glu(num_tokens: int) -> None:
     exact = twin(lambda *given: F.glu(F.linear(*given)), given, grad)
     assert_close(linear_glu_backward(grad, *given), exact)
     kept = F.linear(*given)
-    assert_close(linear_glu_backward(grad, *given, preactivation=kept), exact)
     activated = torch.empty_like(grad)
     glu_backward(grad, kept, needs_bias=False, activated=activated)
     torch.testing.assert_close(activated, F.glu(kept), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_residual(scale: float) -> None:
-    given, grad = tensors(33, 24, 40), torch.randn(33, 40)
-    exact = twin(lambda *given: scale * F.linear(*given), given, grad)
-    assert_close(linear_residual_backward(grad, *given, scale=scale), exact)
 
 
 def test_half_precision_is_as_accurate_as_autograd() -> None:
@@ -183,10 +172,6 @@ def test_only_what_is_needed(index: int) -> None:
         (
             linear_glu_backward(grad[:, :20], *given, needs=needs),
             linear_glu_backward(grad[:, :20], *given),
-        ),
-        (
-            linear_residual_backward(grad, *given, scale=0.5, needs=needs),
-            linear_residual_backward(grad, *given, scale=0.5),
         ),
     ):
         for position, (our, wanted) in enumerate(zip(ours, all_of_them, strict=True)):
@@ -242,7 +227,6 @@ def test_no_tokens() -> None:
         linear_backward(grad, x, weight, bias, activation="silu"),
         linear_backward(grad, x, weight, bias),
         linear_glu_backward(grad[:, :20], x, weight, bias),
-        linear_residual_backward(grad, x, weight, bias, scale=0.5),
     ):
         assert all(gradient is not None for gradient in ours)
         assert [gradient.shape for gradient in ours] == [(0, 24), (40, 24), (40,)]
@@ -259,11 +243,9 @@ def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"grad_output has shape \(9, 39\)"):
         linear_backward(grad[:, :39], x, weight, bias)
     with pytest.raises(ValueError, match=r"grad_output is torch\.float16"):
-        linear_residual_backward(grad.half(), x, weight, bias)
+        linear_glu_backward(grad[:, :20].half(), x, weight, bias)
     with pytest.raises(ValueError, match=r"bias has shape"):
         linear_backward(grad, x, weight, bias[:3])
-    with pytest.raises(ValueError, match=r"preactivation has shape"):
-        linear_backward(grad, x, weight, bias, activation="silu", preactivation=grad[:3])
     with pytest.raises(ValueError, match="activation is 'tanh'"):
         linear_backward(grad, x, weight, bias, activation="tanh")
     with pytest.raises(ValueError, match="weight has 39 rows"):

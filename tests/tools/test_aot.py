@@ -20,14 +20,13 @@ from tools.compile.machine_code import Target, compile_kernel, default_cache
 from tools.compile.occupancy import blocks_per_multiprocessor
 
 # One kernel of each family, with the largest tile of those that have several, and the plain twin of
-# attention. Of the products: the epilogue with an activation, the one with two accumulators and the
-# one that reads a residual. What is left out differs in its epilogue or its tile alone.
+# attention. Of the products: the epilogue with an activation and the one with two accumulators.
+# What is left out differs in its epilogue or its tile alone.
 QUICK = (
     "shaw_attention_fwd/relative_key",
     "shaw_attention_fwd/no_positions",
     "linear/bias_silu/",
     "linear_glu/",
-    "linear_residual/bias/",
     "conv_norm_act_fwd",
     "residual_double_layer_norm_fwd",
     "ctc_argmax/32",

@@ -14,7 +14,6 @@ from csrc_triton.architectures import listed_architecture, multiprocessors
 from csrc_triton.ctc import ctc_config
 from csrc_triton.gemm.config import (
     TILES,
-    LinearConfig,
     linear_candidates,
     linear_config,
 )
@@ -68,9 +67,10 @@ def test_tiles_fit_the_architecture(arch: str, dtype: torch.dtype) -> None:
 
 
 def test_tiles_go_from_large_to_small() -> None:
-    for tiles in TILES.values():
-        sizes = [config.block_m * config.block_n for config in tiles]
-        assert sizes == sorted(set(sizes), reverse=True)
+    for row in TILES.values():
+        for tiles in (row.half, row.fp32):
+            sizes = [config.block_m * config.block_n for config in tiles]
+            assert sizes == sorted(set(sizes), reverse=True)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -89,29 +89,15 @@ def test_the_large_tile_needs_one_for_each_multiprocessor(arch: str) -> None:
 
 def test_model_size_choices() -> None:
     # 16 utterances of 30 s on an H100; one of 3 s.
-    assert linear_config(24_000, 4096, torch.bfloat16, "sm_90") == LinearConfig(128, 256, 64, 8, 4)
-    assert linear_config(150, 4096, torch.bfloat16, "sm_90") == LinearConfig(64, 64, 64, 4, 4)
+    large, small = linear_candidates(torch.bfloat16, "sm_90")
+    assert linear_config(24_000, 4096, torch.bfloat16, "sm_90") == large
+    assert linear_config(150, 4096, torch.bfloat16, "sm_90") == small
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_lengths_bring_no_more_kernels_than_tiles(arch: str) -> None:
     chosen = {linear_config(length, 1024, torch.float16, arch) for length in range(1, 40_000, 13)}
     assert len(chosen) <= len(linear_candidates(torch.float16, arch)) <= 2
-
-
-def test_precision_is_chosen_by_the_caller() -> None:
-    ieee = linear_candidates(torch.float32, "sm_80", "ieee")
-    split = linear_candidates(torch.float32, "sm_80", "tf32x3")
-    assert ieee != split
-    # It says nothing about the others.
-    for precision in ("ieee", "tf32x3"):
-        half = linear_candidates(torch.float16, "sm_80", precision)
-        assert half == linear_candidates(torch.bfloat16, "sm_80")
-    with pytest.raises(ValueError, match="precision is 'tf32'; it must be one of"):
-        linear_candidates(torch.float32, "sm_80", "tf32")
-    for arch in ("sm_75", "gfx942", "gfx950"):
-        with pytest.raises(ValueError, match=f'precision is "tf32x3", which {arch} does not have'):
-            linear_candidates(torch.float32, arch, "tf32x3")
 
 
 @pytest.mark.parametrize(
@@ -168,8 +154,8 @@ def test_specs_cover_each_tile_and_epilogue() -> None:
     for config in linear_candidates(torch.bfloat16, "sm_90"):
         tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
         names = {spec.name.removesuffix(f"/{tile}") for spec in specs if spec.name.endswith(tile)}
-        assert names >= {"linear/bias", "linear/bias_silu", "linear_glu", "linear_residual/bias"}
-    kinds = {spec.kind for spec in linear_specs("sm_90", "float32") if "ieee" in spec.name}
+        assert names >= {"linear/bias", "linear/bias_silu", "linear_glu"}
+    kinds = {spec.kind for spec in linear_specs("sm_90", "float32")}
     assert kinds == {"pointwise"}
 
 
@@ -187,13 +173,13 @@ def test_lengths_do_not_specialise(kernel: object, name: str) -> None:
     assert not parameter.is_constexpr
 
 
-@pytest.mark.parametrize("name", ["linear/bias_silu", "linear_glu", "linear_residual/bias"])
+@pytest.mark.parametrize("name", ["linear/bias_silu", "linear_glu", "linear/bias"])
 def test_each_output_is_stored_once_and_wide(name: str) -> None:
     arch = "sm_90"
-    tile = LinearConfig(64, 64, 64, 4, 4)
-    assert tile in linear_candidates(torch.bfloat16, arch)
+    tile = linear_candidates(torch.bfloat16, arch)[-1]
     specs = linear_specs(arch, "bfloat16")
-    (spec,) = [spec for spec in specs if spec.name == f"{name}/64x64x64"]
+    wanted = f"{name}/{tile.block_m}x{tile.block_n}x{tile.block_k}"
+    (spec,) = [spec for spec in specs if spec.name == wanted]
     ptx = compile_kernel(spec, Target.parse("cuda:90")).asm["ptx"]
 
     assert "wgmma.mma_async" in ptx

@@ -127,14 +127,6 @@ def linear_glu(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     csrc_triton.linear_glu(x, empty(2 * WIDTH, WIDTH, dtype=dtype))
 
 
-def linear_residual(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
-    x, weight = empty(num_tokens, INNER, dtype=dtype), empty(WIDTH, INNER, dtype=dtype)
-    residual = empty(num_tokens, WIDTH, dtype=dtype)
-    # The scale is a number that no compilation knows.
-    scale = 0.5 if num_tokens % 2 else 1.0
-    csrc_triton.linear_residual(x, weight, None, residual, scale=scale)
-
-
 def norm(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     x = empty(num_tokens, WIDTH, dtype=dtype)
     csrc_triton.layer_norm(x, *norm_weights(dtype), 1e-5)
@@ -183,7 +175,6 @@ LAUNCHES: dict[str, tuple[Launch, dict[str, int]]] = {
     ),
     "linear": (linear, {}),
     "linear_glu": (linear_glu, {}),
-    "linear_residual": (linear_residual, {}),
     "layer_norm": (norm, {"_norm_fwd_kernel": 1}),
     "residual_layer_norm": (residual_norm, {"_norm_fwd_kernel": 1}),
     "residual_double_layer_norm": (double_norm, {"_norm_fwd_kernel": 1}),
@@ -223,7 +214,7 @@ def test_every_launcher_is_here() -> None:
 
 
 def test_no_tokens_compile_nothing(compilations: Compilations) -> None:
-    for name in ("linear", "linear_glu", "linear_residual", "layer_norm", "conv_norm_act"):
+    for name in ("linear", "linear_glu", "layer_norm", "conv_norm_act"):
         LAUNCHES[name][0](0, 0, torch.bfloat16)
     attention(0, 1, torch.bfloat16)
     assert not compilations.keys
