@@ -170,7 +170,7 @@ def linear_glu_backward(call: Call) -> Cost:
 
 
 def _lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
-    """As `ops.linear.lie_end_to_end`, for tensors without data, which have no address."""
+    """As `ops.gemm.lie_end_to_end`, for tensors without data, which have no address."""
     first = tensors[0]
     return all(
         tensor.untyped_storage()._cdata == first.untyped_storage()._cdata

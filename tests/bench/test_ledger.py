@@ -27,7 +27,7 @@ from csrc_triton.fbank import forward as fbank
 from csrc_triton.gemm import forward as linear
 from csrc_triton.norm import forward as norm
 from w2vbert_fast.models.optimized.stacked import lay_end_to_end
-from w2vbert_fast.ops.linear import lie_end_to_end
+from w2vbert_fast.ops.gemm import lie_end_to_end
 
 META = torch.device("meta")
 

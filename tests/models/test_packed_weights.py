@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from tests.helpers.reference import relative_error
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertModel, ops
 from w2vbert_fast.export import export
 from w2vbert_fast.models.optimized.packed import PackedLinear, StackedLinear
-from w2vbert_fast.ops.cpu import capability
+from w2vbert_fast.ops.cpu import capability, gemm
 
-linear = importlib.import_module("w2vbert_fast.ops.cpu.linear")  # not the function
 DTYPES = [d for d in (torch.float32, torch.bfloat16) if capability.onednn_linear(d)]
 pytestmark = pytest.mark.skipif(not DTYPES, reason="; ".join(capability.reasons()))
 LIMIT = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
@@ -35,31 +33,31 @@ def tensors(dtype: torch.dtype) -> tuple[Tensor, ...]:
 def test_products_are_those_of_the_weights(
     dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(gemm, "_BLOCK_BYTES", block_bytes)
     weight1, bias1, weight2, bias2 = tensors(dtype)
-    packed1, packed2 = linear.pack_weight(weight1), linear.pack_weight(weight2)
+    packed1, packed2 = gemm.pack_weight(weight1), gemm.pack_weight(weight2)
     assert packed1.shape == (256, 160)
     wide = [part.double() for part in (weight1, bias1, weight2, bias2)]
     for tokens in (0, 1, 63, 300):
         x = torch.randn(tokens, 160).to(dtype)
         for activation in (None, "silu", "selu"):
             expected = ops.linear(x.double(), wide[0], wide[1], activation)
-            got = linear.linear(x, packed1, bias1, activation)
+            got = gemm.linear(x, packed1, bias1, activation)
             assert got.dtype == dtype
             assert relative_error(got, expected) <= LIMIT[dtype]
         expected = ops.linear_glu(x.double(), wide[0], None)
-        assert relative_error(linear.linear_glu(x, packed1, None), expected) <= LIMIT[dtype]
+        assert relative_error(gemm.linear_glu(x, packed1, None), expected) <= LIMIT[dtype]
         expected = ops.feed_forward(x.double(), wide[0], wide[1], "silu", wide[2], wide[3])
-        got = linear.feed_forward(x, packed1, bias1, "silu", packed2, bias2)
+        got = gemm.feed_forward(x, packed1, bias1, "silu", packed2, bias2)
         assert relative_error(got, expected) <= LIMIT[dtype]
 
 
 def test_a_packed_weight_does_not_follow_its_source() -> None:
     weight, x = tensors(torch.float32)[0], torch.randn(7, 160)
-    packed = linear.pack_weight(weight)
-    before = linear.linear(x, packed, None, None)
+    packed = gemm.pack_weight(weight)
+    before = gemm.linear(x, packed, None, None)
     weight.zero_()
-    assert torch.equal(linear.linear(x, packed, None, None), before)
+    assert torch.equal(gemm.linear(x, packed, None, None), before)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +71,14 @@ def test_a_packed_weight_does_not_follow_its_source() -> None:
 )
 def test_weights_that_cannot_be_packed(weight: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        linear.pack_weight(weight)
+        gemm.pack_weight(weight)
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 159), torch.ones(2, 160, dtype=torch.float64)])
 def test_what_does_not_fit_a_packed_weight(x: Tensor) -> None:
-    packed = linear.pack_weight(tensors(torch.float32)[0])
+    packed = gemm.pack_weight(tensors(torch.float32)[0])
     with pytest.raises(ValueError, match=r"packed weight needs torch.float32 \[tokens, 160\]"):
-        linear.linear(x, packed, None, None)
+        gemm.linear(x, packed, None, None)
 
 
 def load(path: Path, dtype: torch.dtype | str = torch.float32) -> Wav2Vec2BertForCTC:

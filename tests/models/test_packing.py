@@ -7,7 +7,6 @@ The launcher is replaced by PyTorch here: these tests look at which memory it is
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import csrc_triton.gemm
 import w2vbert_fast
 from tests.helpers.reference import TINY, padded_batch, pair, relative_error
 from w2vbert_fast.models.optimized import stacked
 from w2vbert_fast.models.optimized.stacked import lay_end_to_end
-from w2vbert_fast.ops.linear import lie_end_to_end
+from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.gemm import lie_end_to_end
 
 LENGTHS = (33, 1, 18)
 
@@ -47,11 +48,15 @@ def launch(
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Linear layers run as on a device with Triton kernels."""
-    module = importlib.import_module("w2vbert_fast.ops.linear")
-    monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
-    kernels = importlib.import_module("csrc_triton.gemm")
-    monkeypatch.setattr(kernels, "linear", launch)
-    monkeypatch.setattr(kernels, "linear_glu", module.linear_glu)
+    monkeypatch.setattr(dispatch, "implementation", lambda tensor: "triton")
+    monkeypatch.setattr(csrc_triton.gemm, "linear", launch)
+    monkeypatch.setattr(csrc_triton.gemm, "linear_glu", w2vbert_fast.ops.linear_glu)
+    for name, limit in (
+        ("attention", "MAX_TRITON_HEAD_SIZE"),
+        ("conv", "MAX_TRITON_CHANNELS"),
+        ("norm", "MAX_TRITON_WIDTH"),
+    ):
+        monkeypatch.setattr(f"w2vbert_fast.ops.{name}.{limit}", 0)
     monkeypatch.setattr(stacked, "on_triton_device", lambda tensor: True)
     products.clear()
     yield

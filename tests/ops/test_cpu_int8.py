@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast import ops
-from w2vbert_fast.ops.cpu import int8
+from w2vbert_fast.ops.cpu import gemm, int8
 
-linear = importlib.import_module("w2vbert_fast.ops.cpu.linear")  # not the function
 pytestmark = pytest.mark.skipif(bool(int8.reasons()), reason="; ".join(int8.reasons()))
 
 
@@ -58,7 +56,7 @@ def test_product_is_that_of_the_rounded_factors(activation: str | None, has_bias
 def test_layers_stay_near_the_unrounded_ones(
     dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(gemm, "_BLOCK_BYTES", block_bytes)
     first, second = torch.randn(256, 160) / 12, torch.randn(40, 256) / 16
     bias1, bias2 = torch.randn(256), torch.randn(40)
     packed1, packed2 = int8.quantize_weight(first), int8.quantize_weight(second)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import subprocess
 import sys
@@ -14,17 +13,13 @@ from torch import Tensor
 
 from w2vbert_fast import ops
 from w2vbert_fast.ops import cpu
+from w2vbert_fast.ops.cpu import attention, capability, conv, gemm, norm
 
-# The functions of the package have the names of their files.
-attention, capability, conv, linear, linear_backward, norm = (
-    importlib.import_module(f"w2vbert_fast.ops.cpu.{name}")
-    for name in ("attention", "capability", "conv", "linear", "linear_backward", "norm")
-)
 FOR_SMALL_INPUTS = (
     (attention, "_FEW_SCORES"),
     (conv, "_FEW_ELEMENTS"),
-    (linear, "_FEW_PRODUCTS"),
-    (linear, "_SMALL_PRODUCTS"),
+    (gemm, "_FEW_PRODUCTS"),
+    (gemm, "_SMALL_PRODUCTS"),
     (norm, "_FEW_ELEMENTS"),
 )
 
@@ -83,16 +78,16 @@ def test_which_library_multiplies(
     taken: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(linear, "onednn_linear", lambda dtype: True)
+    monkeypatch.setattr(gemm, "onednn_linear", lambda dtype: True)
     x, matrix = torch.empty(rows, weight[1], dtype=dtype), torch.empty(weight, dtype=dtype)
-    assert linear._takes_onednn(x, matrix, None, activation) == taken
+    assert gemm._takes_onednn(x, matrix, None, activation) == taken
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "without"])
 def _onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With whatever the machine has, and as on a machine without oneDNN."""
     if not request.param:
-        monkeypatch.setattr(linear, "onednn_linear", lambda dtype: False)
+        monkeypatch.setattr(gemm, "onednn_linear", lambda dtype: False)
         monkeypatch.setattr(attention, "onednn_linear", lambda dtype: False)
 
 
@@ -152,7 +147,7 @@ def test_linear_refuses_an_unknown_activation() -> None:
 def test_linear_glu_and_feed_forward_in_blocks(
     dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(gemm, "_BLOCK_BYTES", block_bytes)
     first, second = random(dtype, 96, 40, scale=0.2), random(dtype, 24, 96, scale=0.2)
     bias1, bias2 = random(dtype, 96), random(dtype, 24)
     for tokens in (0, 1, 63, 217):
@@ -167,11 +162,11 @@ def test_linear_glu_and_feed_forward_in_blocks(
 
 def test_blocks_of_rows_bound_the_intermediate_values() -> None:
     for num_rows in (0, 1, 1500, 15_000):
-        blocks = linear.row_blocks(num_rows, 16_384)
+        blocks = gemm.row_blocks(num_rows, 16_384)
         covered = [i for rows in blocks for i in range(num_rows)[rows]]
         assert covered == list(range(num_rows))
         longest = max(len(range(num_rows)[rows]) for rows in blocks)
-        assert longest * 16_384 <= linear._BLOCK_BYTES
+        assert longest * 16_384 <= gemm._BLOCK_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -396,6 +391,7 @@ def test_not_a_number_stays_in_its_utterance() -> None:
 PEAK = """
 import resource, torch
 from w2vbert_fast.ops import cpu
+from w2vbert_fast.ops.cpu import attention, capability, conv, gemm, norm
 torch.set_grad_enabled(False)
 T, H = 8000, 4
 def attend(q, k, v):
@@ -429,13 +425,13 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_of_gradients_that_onednn_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in fp32 alone, of matrices that fill their memory: others it multiplies slowly."""
     seen: list[Tensor] = []
+    multiply = gemm.matmul_transposed
 
     def record(x: Tensor, weight: Tensor) -> Tensor:
         seen.append(weight)
-        result: Tensor = linear.matmul_transposed(x, weight)
-        return result
+        return multiply(x, weight)
 
-    monkeypatch.setattr(linear_backward, "matmul_transposed", record)
+    monkeypatch.setattr(gemm, "matmul_transposed", record)
     a, wide = torch.randn(30, 96), torch.randn(96, 320)
     for b in (
         wide,
@@ -444,11 +440,11 @@ def test_products_of_gradients_that_onednn_computes(monkeypatch: pytest.MonkeyPa
         wide[:, ::2],
         wide[:, :1].expand(96, 7),
     ):
-        assert relative_error(linear_backward.product(a, b), a.double() @ b.double()) <= FP32
+        assert relative_error(gemm.product(a, b), a.double() @ b.double()) <= FP32
         weight = seen.pop()
         assert weight.is_contiguous() or weight.t().is_contiguous()
     for dtype in (torch.bfloat16, torch.float64):
-        linear_backward.product(a.to(dtype), wide.to(dtype))
+        gemm.product(a.to(dtype), wide.to(dtype))
     assert not seen
 
 
@@ -457,10 +453,9 @@ def test_products_of_gradients_that_onednn_computes(monkeypatch: pytest.MonkeyPa
 def test_few_channels(dtype: torch.dtype, channels: int) -> None:
     # In a process of its own: where oneDNN cannot make a kernel, it does not come back.
     code = f"""
-import importlib
 import torch
 from w2vbert_fast.ops import conv, cpu
-importlib.import_module("w2vbert_fast.ops.cpu.conv")._FEW_ELEMENTS = 0
+cpu.conv._FEW_ELEMENTS = 0
 torch.manual_seed(0)
 x, weight = torch.randn(86, {channels}).to({dtype}), torch.randn({channels}, 31).to({dtype})
 gain, offset = torch.ones({channels}).to({dtype}), torch.zeros({channels}).to({dtype})

@@ -17,7 +17,7 @@ from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops import operation as declaration
 from w2vbert_fast.ops.dispatch import force_triton
-from w2vbert_fast.ops.linear import FUSED_ACTIVATIONS
+from w2vbert_fast.ops.gemm import FUSED_ACTIVATIONS
 
 CU_SEQLENS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
 TOKENS, WIDTH = 12, 8

@@ -82,15 +82,13 @@ all utterances end to end, so that there is no padding and no mask. `cu_seqlens`
 from . import (  # noqa: F401
     autograd_attention,
     autograd_conv,
-    autograd_feed_forward,
-    autograd_linear,
 )
 from .activations import ACTIVATIONS, get_activation
 from .attention import attention_tile_map, relative_attention, rotate, shaw_attention
 from .conv import causal_depthwise_conv, conv_norm_act, tap_major
 from .ctc import ctc_greedy, ctc_loss, greedy_decode
 from .fbank import log_mel_filterbank, normalize_and_stack, normalize_utterances
-from .linear import feed_forward, linear, linear_glu, linear_stacked
+from .gemm import feed_forward, linear, linear_glu, linear_stacked
 from .norm import layer_norm, residual_double_layer_norm, residual_layer_norm
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout import positions_in_sequence, sequence_ids
 from .activations import get_activation
 from .dispatch import cpu_kernels_for, runs_triton
-from .linear import FUSED_ACTIVATIONS
+from .gemm import FUSED_ACTIVATIONS
 from .norm import layer_norm
 from .registry import operation
 

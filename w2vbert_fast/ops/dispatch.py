@@ -158,7 +158,7 @@ def _cpu_problem() -> str | None:
 
 def packed_kernels() -> Any:
     """The linear layers of the CPU path, which take packed weights."""
-    return importlib.import_module(f"{__package__}.cpu.linear")
+    return importlib.import_module(f"{__package__}.cpu.gemm")
 
 
 def int8_kernels() -> Any:

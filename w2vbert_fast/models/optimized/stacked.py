@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from w2vbert_fast import ops
 from w2vbert_fast.models.layers import Wav2Vec2BertSelfAttention, is_untouched
 from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
-from w2vbert_fast.ops.linear import lie_end_to_end
+from w2vbert_fast.ops.gemm import lie_end_to_end
 
 
 class StackedSelfAttention(Wav2Vec2BertSelfAttention):

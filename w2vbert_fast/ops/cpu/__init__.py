@@ -7,7 +7,7 @@ They need nothing but PyTorch; what a machine lacks makes them slower, not wrong
 from .attention import shaw_attention
 from .capability import is_available, reasons
 from .conv import conv_norm_act
-from .linear import feed_forward, linear, linear_glu
+from .gemm import feed_forward, linear, linear_glu
 from .norm import layer_norm, residual_double_layer_norm, residual_layer_norm
 
 __all__ = [

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .capability import onednn_linear
 from .conv import utterances_of
-from .linear import linear, matmul_transposed
+from .gemm import linear, matmul_transposed
 
 _BLOCK_BYTES = 2 << 20
 """Scores in flight where a head is scored by itself: the second-level caches of two cores."""

@@ -33,7 +33,7 @@ from .attention import (
     reached,
     row_sums,
 )
-from .linear import matmul_transposed
+from .gemm import matmul_transposed
 
 
 def shaw_attention_backward(

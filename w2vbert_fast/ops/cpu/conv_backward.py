@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv import convolve, utterances_of
-from .linear_backward import activation_gradient
+from .gemm import activation_gradient
 from .norm import norm_gradient
 
 _BLOCK_ELEMENTS = 1 << 17

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import get_activation
-from .linear import row_blocks
+from .gemm import row_blocks
 
 _ZERO_POINT = 128
 _LEAST = {"silu": -0.2785, "swish": -0.2785, "gelu": -0.17, "gelu_new": -0.1701, "relu": 0.0}

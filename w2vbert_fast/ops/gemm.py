@@ -1,17 +1,23 @@
-"""Linear layers and what follows them in the same breath: activation, gated unit, residual."""
+"""Linear layers and what follows them in the same breath: activation, gated unit, second layer.
+
+The gradients keep `x` alone: what is inside is computed again where the gradient of an activation
+or of the gated unit needs it. The inside of a feed-forward layer is four times as wide as `x`.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import get_activation
-from .dispatch import cpu_kernels_for, on_triton_device, records_gradient, runs_triton
-from .registry import operation
+from .cpu import gemm as cpu
+from .dispatch import on_triton_device, records_gradient
+from .operation import gradient, operation
 
 FUSED_ACTIVATIONS = ("gelu", "gelu_new", "relu", "selu", "silu", "swish")
 """Activations that the fast implementations have; others run after the matrix product."""
@@ -47,7 +53,7 @@ def linear(
         if inside and records_gradient(x, weight, bias) and not on_triton_device(x):
             # The fused form would compute the activation's argument again in the backward pass.
             inside = False
-        y: Tensor = linear_op(x, weight, bias, activation if inside else None)
+        y = linear_op(x, weight, bias, activation if inside else None)
         activation = None if inside else activation
     else:
         y = F.linear(x, weight, bias)
@@ -69,8 +75,7 @@ def linear_glu(
         `[num_tokens, out_features]`.
     """
     if fast and (on_triton_device(x) or not records_gradient(x, weight, bias)):
-        y: Tensor = linear_glu_op(x, weight, bias)
-        return y
+        return linear_glu_op(x, weight, bias)
     return F.glu(linear(x, weight, bias, fast=fast), dim=-1)
 
 
@@ -103,8 +108,7 @@ def feed_forward(
     """
     recorded = records_gradient(x, weight1, bias1, weight2, bias2)
     if fast and recorded == on_triton_device(x) and (not recorded or is_fused(activation)):
-        y: Tensor = feed_forward_op(x, weight1, bias1, activation, weight2, bias2)
-        return y
+        return feed_forward_op(x, weight1, bias1, activation, weight2, bias2)
     return linear(linear(x, weight1, bias1, activation, fast=fast), weight2, bias2, fast=fast)
 
 
@@ -137,8 +141,7 @@ def linear_stacked(
         shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
         raise ValueError(f"weights have shapes {shapes}; they must be equal")
     if fast and not records_gradient(x, *weights, *biases):
-        y: Tensor = linear_stacked_op(x, list(weights), list(biases))
-        return y
+        return linear_stacked_op(x, list(weights), list(biases))
     return _linear_stacked(x, weights, biases, fast)
 
 
@@ -173,51 +176,33 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(tensors) * first.shape[0], *first.shape[1:]), first.stride())
 
 
-def _linear_fake(
+def _linear_on_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    from csrc_triton.gemm import linear as kernel
+
+    return kernel(x, weight, bias, activation=activation)
 
 
-@operation(
+linear_op = operation(
     "linear(Tensor x, Tensor weight, Tensor? bias, str? activation=None) -> Tensor",
-    _linear_fake,
+    linear,
+    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    triton=_linear_on_triton,
+    cpu=cpu.linear,
     autocast="lower",
 )
-def linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
-) -> Tensor:
-    if runs_triton(x):
-        from csrc_triton.gemm import linear as kernel
-
-        return kernel(x, weight, bias, activation=activation)
-    if (fast := cpu_kernels_for(x)) is not None:
-        y: Tensor = fast.linear(x, weight, bias, activation)
-        return y
-    return linear(x, weight, bias, activation)
-
-
-def _linear_glu_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // 2)
-
-
-@operation(
+linear_glu_op = operation(
     "linear_glu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _linear_glu_fake,
+    linear_glu,
+    fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    triton="csrc_triton.gemm:linear_glu",
+    cpu=cpu.linear_glu,
     autocast="lower",
 )
-def linear_glu_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if runs_triton(x):
-        from csrc_triton.gemm import linear_glu as kernel
-
-        return kernel(x, weight, bias)
-    if (fast := cpu_kernels_for(x)) is not None:
-        y: Tensor = fast.linear_glu(x, weight, bias)
-        return y
-    return linear_glu(x, weight, bias)
 
 
-def _feed_forward_fake(
+def _feed_forward_on_triton(
     x: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
@@ -225,44 +210,25 @@ def _feed_forward_fake(
     weight2: Tensor,
     bias2: Tensor | None,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], weight2.shape[0])
+    with torch.no_grad():
+        hidden = linear(x, weight1, bias1, activation, fast=True)
+        return linear(hidden, weight2, bias2, fast=True)
 
 
-@operation(
+feed_forward_op = operation(
     "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, str activation, Tensor weight2, "
     "Tensor? bias2) -> Tensor",
-    _feed_forward_fake,
+    feed_forward,
+    fake=lambda x, weight1, bias1, activation, weight2, *_: x.new_empty(
+        x.shape[0], weight2.shape[0]
+    ),
+    triton=_feed_forward_on_triton,
+    cpu=cpu.feed_forward,
     autocast="lower",
 )
-def feed_forward_op(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    activation: str,
-    weight2: Tensor,
-    bias2: Tensor | None,
-) -> Tensor:
-    if (fast := cpu_kernels_for(x)) is not None:
-        y: Tensor = fast.feed_forward(x, weight1, bias1, activation, weight2, bias2)
-        return y
-    triton = runs_triton(x)
-    with torch.no_grad():
-        hidden = linear(x, weight1, bias1, activation, fast=triton)
-        return linear(hidden, weight2, bias2, fast=triton)
 
 
-def _linear_stacked_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    return x.new_empty(x.shape[0], len(weights) * weights[0].shape[0])
-
-
-@operation(
-    "linear_stacked(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
-    _linear_stacked_fake,
-    autocast="lower",
-)
-def linear_stacked_op(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    if not runs_triton(x):
-        return _linear_stacked(x, weights, biases)
+def _linear_stacked_on_triton(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     from csrc_triton.gemm import linear as kernel
 
     if lie_end_to_end(weights) and (not biases or lie_end_to_end(biases)):
@@ -274,3 +240,78 @@ def linear_stacked_op(x: Tensor, weights: list[Tensor], biases: list[Tensor]) ->
     ):
         kernel(x, weight, bias, out=columns)
     return y
+
+
+linear_stacked_op = operation(
+    "linear_stacked(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
+    _linear_stacked,
+    fake=lambda x, weights, biases: x.new_empty(x.shape[0], len(weights) * weights[0].shape[0]),
+    triton=_linear_stacked_on_triton,
+    autocast="lower",
+)
+
+
+def _wanted(needs: list[bool], *tensors: Tensor | None) -> list[Tensor]:
+    """Empty gradients of the tensors that need one; of biases, sums over tokens, in float32 at
+    least."""
+    return [
+        tensor.new_empty(
+            tensor.shape,
+            dtype=torch.promote_types(tensor.dtype, torch.float32) if tensor.dim() == 1 else None,
+        )
+        for tensor, needed in zip(tensors, needs, strict=True)
+        if needed and tensor is not None
+    ]
+
+
+def _linear_backward_on_triton(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    from csrc_triton.gemm import linear_backward as kernel
+
+    wanted = (needs[0], needs[1], needs[2])
+    return kernel(grad, x, weight, bias, activation=activation, needs=wanted)
+
+
+def _linear_glu_backward_on_triton(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    from csrc_triton.gemm import linear_glu_backward as kernel
+
+    return kernel(grad, x, weight, bias, needs=(needs[0], needs[1], needs[2]))
+
+
+def _feed_forward_backward_on_triton(*args: Any) -> tuple[Tensor | None, ...]:
+    from csrc_triton.gemm import feed_forward_backward as kernel
+
+    return kernel(*args[:-1], needs=tuple(args[-1]))
+
+
+gradient(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str? activation, "
+    "bool[] needs) -> Tensor[]",
+    cpu.linear_backward,
+    fake=lambda grad, x, weight, bias, activation, needs: _wanted(needs, x, weight, bias),
+    triton=_linear_backward_on_triton,
+)
+gradient(
+    "linear_glu_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool[] needs) "
+    "-> Tensor[]",
+    cpu.linear_glu_backward,
+    fake=lambda grad, x, weight, bias, needs: _wanted(needs, x, weight, bias),
+    triton=_linear_glu_backward_on_triton,
+)
+gradient(
+    "feed_forward_backward(Tensor grad, Tensor x, Tensor weight1, Tensor? bias1, str activation, "
+    "Tensor weight2, Tensor? bias2, bool[] needs) -> Tensor[]",
+    cpu.feed_forward_backward,
+    fake=lambda grad, x, weight1, bias1, activation, weight2, bias2, needs: _wanted(
+        needs, x, weight1, bias1, weight2, bias2
+    ),
+    triton=_feed_forward_backward_on_triton,
+)

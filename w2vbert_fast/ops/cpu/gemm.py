@@ -1,14 +1,22 @@
-"""Linear layers on oneDNN, with the activation in its epilogue where it has one.
+"""Linear layers on oneDNN, forward and backward, with the activation in its epilogue.
 
 `F.linear` in fp32 goes to MKL, which on AMD processors reaches less than half of what oneDNN does;
 but a call of it takes 10 microseconds less, which decides for small products.
 oneDNN takes the weight as it is stored and lays it out anew at every call. A weight that is packed
 once (`pack_weight`) saves that: 5 to 20 % in bf16, 2 to 5 % in fp32, far more for few tokens. It
 has to be kept in step with the parameter, so nothing packs it unasked.
+
+The gradients are `dy @ weight` and `dy.T @ x`. oneDNN takes either operand transposed, as the
+linear layer of a transposed input or weight; in fp32 that is twice as fast on AMD processors as the
+product that autograd would call. On other devices the products are PyTorch's.
+
+The functions take and return what the operations of `ops.gemm` do; weights may be packed in the
+forward pass, in the dtype of `x` and of the bias.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +51,8 @@ _SMALL_PRODUCTS = 1 << 25
 
 _ONE_THREAD = 1 << 15
 """Elements up to which PyTorch applies an activation without other threads."""
+
+_SELU = (1.6732632423543772, 1.0507009873554805)  # alpha, scale
 
 
 class PackedWeight(NamedTuple):
@@ -91,19 +101,10 @@ def matmul_transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, activation: str | None
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, activation: str | None = None
 ) -> Tensor:
-    """`act(x @ weight.T + bias)`.
-
-    Args:
-        x: `[num_tokens, in_features]`, any strides.
-        weight: `[out_features, in_features]`; packed, in the dtype of `x`.
-        bias: `[out_features]` or `None`; beside a packed weight in the dtype of `x`.
-        activation: a name of `ops.activations.ACTIVATIONS` or `None`; silu (swish), gelu, gelu_new
-            and relu are part of the product, the others are a pass over its result.
-
-    Returns:
-        `[num_tokens, out_features]` in the dtype of `x`.
+    """As `ops.linear`. silu (swish), gelu, gelu_new and relu are part of the product, the other
+    activations are a pass over its result.
 
     Raises:
         ValueError: no activation has this name, or a packed weight does not fit `x`.
@@ -127,19 +128,10 @@ def linear(
 
 
 def linear_glu(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
-    """`a * sigmoid(g)` with `[a, g] = x @ weight.T + bias`.
+    """As `ops.linear_glu`.
 
     The gate is a pass of its own: two products with a sigmoid and a product in their epilogues take
     longer.
-
-    Args:
-        x: `[num_tokens, in_features]`.
-        weight: `[2 * out_features, in_features]`, the first half for `a`, the second for the gate;
-            may be packed.
-        bias: `[2 * out_features]` or `None`.
-
-    Returns:
-        `[num_tokens, out_features]` in the dtype of `x`.
     """
     blocks = row_blocks(x.shape[0], weight.shape[0] * x.element_size())
     if len(blocks) == 1:
@@ -154,28 +146,14 @@ def feed_forward(
     x: Tensor,
     weight1: Tensor | PackedWeight,
     bias1: Tensor | None,
-    activation: str | None,
+    activation: str,
     weight2: Tensor | PackedWeight,
     bias2: Tensor | None,
 ) -> Tensor:
-    """`linear(linear(x, weight1, bias1, activation), weight2, bias2)`, a block of tokens at a time.
+    """As `ops.feed_forward`, a block of tokens at a time.
 
     The intermediate values of a long batch take hundreds of megabytes, which the allocator fetches
     from the system anew at every call; those of a block stay in cache and in the heap.
-
-    Args:
-        x: `[num_tokens, hidden]`.
-        weight1: `[intermediate, hidden]`; may be packed, as `weight2`.
-        bias1: `[intermediate]` or `None`.
-        activation: as in `linear`.
-        weight2: `[hidden_out, intermediate]`.
-        bias2: `[hidden_out]` or `None`.
-
-    Returns:
-        `[num_tokens, hidden_out]` in the dtype of `x`.
-
-    Raises:
-        ValueError: no activation has this name.
     """
     blocks = row_blocks(x.shape[0], weight1.shape[0] * x.element_size())
     if len(blocks) == 1:
@@ -216,3 +194,105 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     one_pass = activation is None or rows * weight.shape[0] <= _ONE_THREAD
     is_small = size <= _SMALL_WEIGHT and one_pass
     return rows * size > (_SMALL_PRODUCTS if is_small else _FEW_PRODUCTS)
+
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """`grad` times the derivative of an activation at `x`; both of one shape and dtype.
+
+    Raises:
+        ValueError: no derivative is known for this name.
+    """
+    aten = torch.ops.aten
+    result: Tensor
+    if activation in ("silu", "swish"):
+        result = aten.silu_backward(grad, x)
+    elif activation in ("gelu", "gelu_new"):
+        variant = "none" if activation == "gelu" else "tanh"
+        result = aten.gelu_backward(grad, x, approximate=variant)
+    elif activation == "relu":
+        result = aten.threshold_backward(grad, x, 0)
+    elif activation == "selu":
+        result = aten.elu_backward(grad, *_SELU, 1.0, False, x)
+    elif activation == "linear":
+        result = grad
+    else:
+        names = ("gelu", "gelu_new", "linear", "relu", "selu", "silu", "swish")
+        raise ValueError(
+            f"activation is {activation!r}; the fused operation has gradients for {names}"
+        )
+    return result
+
+
+def linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    needs: Sequence[bool],
+) -> _Gradients:
+    """Gradients of x and of weight in their dtype, and of bias in float32 at least; `None` where
+    `needs` does not ask for one, or there is no bias.
+
+    Raises:
+        ValueError: no derivative is known for the activation.
+    """
+    if activation is not None:
+        grad = activation_gradient(grad, _on_any_device(x, weight, bias), activation)
+    return _gradients(grad, x, weight, bias, needs)
+
+
+def linear_glu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> _Gradients:
+    """As `linear_backward`."""
+    grad = torch.ops.aten.glu_backward(grad, _on_any_device(x, weight, bias), 1)
+    return _gradients(grad, x, weight, bias, needs)
+
+
+def feed_forward_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    activation: str,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """As `linear_backward`, of x, weight1, bias1, weight2 and bias2."""
+    inner = get_activation(activation)(F.linear(x, weight1, bias1))
+    grad_inner, *of_second = _gradients(grad, inner, weight2, bias2, (True, *needs[3:]))
+    assert grad_inner is not None
+    # The first layer once more: on this path nothing is gained by the fusion.
+    return *linear_backward(grad_inner, x, weight1, bias1, activation, needs[:3]), *of_second
+
+
+def _on_any_device(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return (linear if x.device.type == "cpu" else F.linear)(x, weight, bias)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> _Gradients:
+    grad_x = product(grad, weight) if needs[0] else None
+    grad_weight = product(grad.t(), x) if needs[1] else None
+    grad_bias = None
+    if needs[2] and bias is not None:
+        grad_bias = grad.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32))
+    return grad_x, grad_weight, grad_bias
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of two matrices of one dtype, at any strides; contiguous."""
+    on_cpu = a.device.type == "cpu" and b.device.type == "cpu"
+    # In bf16 PyTorch's product is oneDNN's too, and takes a transposed operand as it lies.
+    fp32 = a.dtype == torch.float32
+    if fp32 and on_cpu and a.numel() > 0 and b.numel() > 0 and onednn_linear(a.dtype):
+        # See matmul_transposed about strides.
+        fills = b.is_contiguous() or b.t().is_contiguous()
+        return matmul_transposed(a, (b if fills else b.contiguous()).t())
+    return a @ b
