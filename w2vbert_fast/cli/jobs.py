@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, report
 from w2vbert_fast.cli.options import REQUIRED, argument, given, option
+from w2vbert_fast.inference.jobs.formats import help_text
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.jobs.job import Summary
@@ -107,8 +108,7 @@ class Files:
 
     formats: list[str] | None = option(
         None,
-        "jsonl or parquet; srt, vtt and txt of transcripts (json too, beside the recordings); "
-        "npy or safetensors of embeddings. Can be repeated.",
+        help_text(),
         "--format",
         metavar="NAME",
     )
@@ -198,7 +198,7 @@ def run_job(
     from w2vbert_fast.inference.jobs.job import Job as Run
     from w2vbert_fast.inference.jobs.job import JobOptions
     from w2vbert_fast.inference.runner import Flow
-    from w2vbert_fast.inference.tasks.transcribe import Classify, Embed, Transcribe
+    from w2vbert_fast.inference.tasks import TASKS
 
     make_runner = job.make_runner(task_options.get("device"))
     options = JobOptions(
@@ -211,8 +211,7 @@ def run_job(
     flow = {**job.flow(), "window_rows": min(Flow.window_rows, options.shard_rows)}
     if task == "embed":
         flow["window_seconds"] = _EMBEDDING_WINDOW_SECONDS
-    kind: Any = {"transcribe": Transcribe, "embed": Embed, "classify": Classify}[task]
-    runner = make_runner(kind(**task_options), Flow(**flow))
+    runner = make_runner(TASKS[task](**task_options), Flow(**flow))
     run = Run(runner, open_inputs(inputs), out, job.formats or (), options)
     with _stoppable(), log_shown("w2vbert_fast.inference", below_progress=True):
         summary = run.run()

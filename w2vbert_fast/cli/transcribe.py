@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Any
 from w2vbert_fast.cli import jobs
 from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, one_line, report, write_line
 from w2vbert_fast.cli.options import given, option, values
+from w2vbert_fast.inference.jobs.formats import (
+    BESIDE,
+    FORMATS,
+    Formats,
+    listed,
+    usual_timestamps,
+)
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.batching import Batcher
@@ -22,13 +29,12 @@ DEMO_NOTICE = (
     "the model 'demo' knows English telephone prompts only; "
     "for open speech: --model hf-audio/wav2vec2-bert-CV16-en"
 )
-SIDECAR_FORMATS = ("srt", "vtt", "txt", "json")
 HELP = (
     "Print what is said in recordings: for every one its name, the text, the seconds of audio, "
     "and the real-time factor (seconds of processing per second of audio).\n\n"
     "Where the output is not a terminal, these are four columns separated by tabs. A recording "
     "that cannot be read is reported and the others go on; the exit status is then 1.\n\n"
-    "With --format srt, vtt, txt or json a file is written beside each recording instead "
+    f"With --format {listed([*BESIDE], 'or')} a file is written beside each recording instead "
     "(talk.mp4: talk.srt), or for a single one to --out FILE. Files that are there are not "
     "replaced without --overwrite.\n\n"
     "With --out DIR it is a job. " + jobs.HELP
@@ -106,7 +112,7 @@ class Decoding:
 
         timestamps = self.timestamps
         if timestamps is None:
-            timestamps = "word" if {"srt", "vtt", "json"} & set(formats) else "none"
+            timestamps = usual_timestamps(formats)
         hotwords: list[str] = []
         for text in self.hotwords or ():
             # A word may have a slash; what is in a folder that is there is a name.
@@ -137,7 +143,7 @@ def command(
         _refuse(given(printing), "is for printing; a job has --log-json")
     else:
         formats = _formats_beside(formats, target.out)
-        _refuse([f"--format {f}" for f in formats if f not in SIDECAR_FORMATS], "needs --out DIR")
+        _refuse([f"--format {f}" for f in formats if f not in BESIDE], "needs --out DIR")
         _refuse(given(job, jobs.Books, jobs.Engine), "needs --out DIR")
         if job.overwrite and not formats:
             _refuse(["--overwrite"], "needs --format or --out")
@@ -172,7 +178,7 @@ def _formats_beside(formats: list[str], out: str | None) -> list[str]:
 def _file_format(out: str) -> str | None:
     """The format of a file that `--out` names; None: it names a folder."""
     kind = os.path.splitext(out)[1][1:].lower()
-    return kind if kind in SIDECAR_FORMATS and not os.path.isdir(out) else None
+    return kind if kind in BESIDE and not os.path.isdir(out) else None
 
 
 def _print(
@@ -188,7 +194,6 @@ def _print(
 
     from w2vbert_fast.inference.jobs import sidecars
     from w2vbert_fast.inference.jobs.inputs import open_inputs
-    from w2vbert_fast.inference.jobs.shard import Formats
     from w2vbert_fast.inference.runner import Flow, Transcriber
     from w2vbert_fast.inference.transcripts import transcripts
 
@@ -200,7 +205,7 @@ def _print(
     if isinstance(flow["frame_budget"], str):
         flow["frame_budget"] = None
     runner = Transcriber(**task, flow=Flow(**flow, window_rows=1))
-    Formats.of_task(runner.task, [name for name in formats if name != "json"])
+    Formats.of_task(runner.task, [name for name in formats if FORMATS[name].in_jobs])
     inputs = open_inputs(names)
     files = None
     if formats:
@@ -216,7 +221,7 @@ def _print(
             elif files is not None:
                 sidecars.write(row, files[row.file], characters=characters)
             if as_json:
-                write_line(sidecars.to_json(row, characters))
+                write_line(row.to_json(characters))
             elif row.error is not None:
                 report(f"{one_line(row.file)}: {one_line(row.error)}")
             elif files is not None:

@@ -1,8 +1,11 @@
 """Running trained models on recordings: audio in, text, hidden states or classes out."""
 
 from w2vbert_fast.inference.pipeline import Pipeline, load_pipeline
-from w2vbert_fast.inference.rows import Classification, Embedding, Result, Transcription
+from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Classifier, Embedder, Flow, Transcriber
+from w2vbert_fast.inference.tasks.classify import Classification
+from w2vbert_fast.inference.tasks.embed import Embedding
+from w2vbert_fast.inference.tasks.transcribe import Transcription
 from w2vbert_fast.inference.transcripts import Transcript, transcribe
 from w2vbert_fast.recordings.audio import Audio, AudioError, load_audio, to_mono_16khz
 from w2vbert_fast.recordings.rows import Row

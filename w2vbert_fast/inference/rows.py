@@ -1,4 +1,4 @@
-"""What comes out of offline inference, and the rows of what callers hand over."""
+"""What comes of a recording, and the rows of what callers hand over."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import numbers
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from w2vbert_fast.recordings.audio import Audio
 from w2vbert_fast.recordings.rows import Row
-
-if TYPE_CHECKING:
-    from w2vbert_fast.inference.ctc.timestamps import Word
 
 _CONTENT = (bytes, bytearray, memoryview)
 
@@ -53,106 +50,10 @@ class Result:
         """The columns that the task adds to a table."""
         return {}
 
-
-@dataclass(frozen=True)
-class Transcription(Result):
-    """A recording's text.
-
-    Attributes:
-        text: what was said; None after an error.
-        words: words with their characters, where timestamps were asked for.
-        characters: whether tables have the characters too.
-    """
-
-    text: str | None = None
-    words: tuple[Word, ...] | None = None
-    characters: bool = True
-
-    def fields(self) -> dict[str, Any]:
-        if self.words is None:
-            return {"text": self.text}
-        words = [word_fields(word, self.characters) for word in self.words]
-        return {"text": self.text, "words": words}
-
-
-@dataclass(frozen=True)
-class Embedding(Result):
-    """A recording's hidden state.
-
-    Attributes:
-        embedding: `[frames, hidden_size]`, or `[hidden_size]` where frames were pooled; float16 or
-            float32 on the CPU. None after an error.
-    """
-
-    embedding: Tensor | None = None
-
-    def fields(self) -> dict[str, Any]:
-        return {} if self.embedding is None else {"shape": list(self.embedding.shape)}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Successive frames of one class.
-
-    Attributes:
-        start: where it begins, in seconds from the recording's start.
-        end: where it ends.
-        label: the class.
-        score: mean probability of the class over the frames.
-    """
-
-    start: float
-    end: float
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Classification(Result):
-    """A recording's classes.
-
-    Attributes:
-        label: the likeliest class of a sequence classifier.
-        scores: probability of every class of a sequence classifier.
-        segments: stretches of one class, of a frame classifier.
-        embedding: float32 `[xvector_output_dim]` on the CPU, of an x-vector model.
-    """
-
-    label: str | None = None
-    scores: Mapping[str, float] | None = None
-    segments: tuple[Segment, ...] | None = None
-    embedding: Tensor | None = None
-
-    def fields(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if self.scores is not None:
-            found = {"label": self.label, "scores": dict(self.scores)}
-        if self.segments is not None:
-            found["segments"] = [vars(segment).copy() for segment in self.segments]
-        if self.embedding is not None:
-            found["embedding"] = self.embedding.tolist()
-        return found
-
-
-def word_fields(word: Word, characters: bool) -> dict[str, Any]:
-    """A word as tables hold it: times to a millisecond."""
-    entry: dict[str, Any] = {
-        "word": word.text,
-        "start": round(word.start, 3),
-        "end": round(word.end, 3),
-        "confidence": round(word.confidence, 4),
-    }
-    if characters and word.characters:
-        entry["characters"] = [
-            {
-                "character": character.text,
-                "start": round(character.start, 3),
-                "end": round(character.end, 3),
-                "confidence": round(character.confidence, 4),
-            }
-            for character in word.characters
-        ]
-    return entry
+    @property
+    def tensor(self) -> Tensor | None:
+        """What formats hold as numbers, beside the columns or as one; None: nothing."""
+        return None
 
 
 def as_items(items: Any) -> Iterable[Any]:

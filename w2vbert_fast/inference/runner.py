@@ -17,16 +17,11 @@ from w2vbert_fast.inference.reading import (
     overlaps,
     windows,
 )
-from w2vbert_fast.inference.rows import (
-    Classification,
-    Embedding,
-    Result,
-    Transcription,
-    as_items,
-    as_row,
-)
+from w2vbert_fast.inference.rows import Result, as_items, as_row
 from w2vbert_fast.inference.tasks.base import Task
-from w2vbert_fast.inference.tasks.transcribe import Classify, Embed, Transcribe
+from w2vbert_fast.inference.tasks.classify import Classification, Classify
+from w2vbert_fast.inference.tasks.embed import Embed, Embedding
+from w2vbert_fast.inference.tasks.transcribe import Transcribe, Transcription
 from w2vbert_fast.recordings.rows import Row
 
 R = TypeVar("R", bound=Result)

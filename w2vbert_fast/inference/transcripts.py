@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Generator
@@ -10,9 +11,8 @@ from typing import Any
 
 from w2vbert_fast.inference.ctc.timestamps import Word
 from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline
-from w2vbert_fast.inference.rows import Transcription
 from w2vbert_fast.inference.runner import Flow, Runner
-from w2vbert_fast.inference.tasks.transcribe import Transcribe
+from w2vbert_fast.inference.tasks.transcribe import Transcribe, Transcription, word_fields
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,33 @@ class Transcript:
         if self.audio_seconds is None or self.processing_seconds is None:
             return None
         return self.processing_seconds / self.audio_seconds
+
+    def to_json(self, characters: bool = False, *, indent: int | None = None) -> str:
+        """The transcript as JSON that any UTF-8 file can hold.
+
+        Args:
+            characters: whether words have the times of their characters.
+            indent: spaces of an indentation; None: one line.
+        """
+        content: dict[str, Any] = {"file": self.file}
+        if self.error is not None:
+            content["error"] = self.error
+        else:
+            assert self.audio_seconds is not None and self.real_time_factor is not None
+            content["text"] = self.text
+            content["seconds"] = round(self.audio_seconds, 4)
+            content["real_time_factor"] = round(self.real_time_factor, 5)
+            if self.louder_channel is not None:
+                content["louder_channel"] = self.louder_channel
+            if self.words is not None:
+                content["words"] = [word_fields(word, characters) for word in self.words]
+        text = json.dumps(content, ensure_ascii=False, indent=indent)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # A file name that is not UTF-8: escaped, Python and others read the same bytes back.
+            text = json.dumps(content, indent=indent)
+        return text
 
 
 def transcribe(

@@ -1,51 +1,534 @@
-"""What a job writes: tables of rows as JSON lines or Parquet, and a file for each recording.
+"""Formats of results, the one list of them: options, help, tables and clean-up derive from it.
 
-Every writer writes under a temporary name. Nothing has its final name before `commit`.
+A format is a class here and an entry of `FORMATS`. An object of it writes a shard's results, under
+temporary names: nothing has its final name before the shard is committed. PyTorch, NumPy and
+pyarrow are imported where they are needed, so that the command line can name the formats at once.
 """
 
 from __future__ import annotations
 
+import abc
 import base64
 import contextlib
+import functools
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.inference.rows import Embedding, Result, Transcription
-from w2vbert_fast.recordings.rows import Row
 
 if TYPE_CHECKING:
-    from w2vbert_fast.inference.ctc.timestamps import Word
+    from torch import Tensor
 
-TABLE_FORMATS = ("jsonl", "parquet")
-SUBTITLE_FORMATS = ("srt", "vtt", "txt")
-TENSOR_FORMATS = ("npy", "safetensors")
+    from w2vbert_fast.inference.rows import Result
+    from w2vbert_fast.inference.tasks.base import Task
+    from w2vbert_fast.inference.tasks.transcribe import Transcription
+    from w2vbert_fast.inference.transcripts import Transcript
+    from w2vbert_fast.recordings.rows import Row
+
 TEMPORARY = ".tmp"
+PARTS, ERRORS = "part-", "errors-"
+"""What the names of tables begin with: of rows that went well, and of those that did not."""
 
 EXTRA = "extra"
 """Column of Parquet tables with the carried columns, as JSON, that have no column of their own."""
 
-_OWN_COLUMNS = frozenset(
-    (
-        *("index", "id", "audio_filepath", "offset", "seconds", "louder_channel"),
-        *("text", "words", "shape"),
-        *("embedding", "label", "scores", "segments", "error_type", "error", "extra"),
-        *("npy_file", "srt_file", "vtt_file", "txt_file", "safetensors_file"),
-    )
-)
 _FOLDER_ROWS = 1000
 _STEM_LENGTH = 80
 _ROW_GROUP_VALUES = 1 << 24
+
+
+class Format(abc.ABC):
+    """A format; an object of it writes the results of one shard.
+
+    Args:
+        folder: the job's.
+        stem: name of the shard's files, without an ending.
+        columns: types of the carried columns, for tables with types.
+        own: names and Arrow types of the task's columns, for tables with types.
+
+    Attributes:
+        name: what `--format` calls it, the ending of its files, and the name of their folder.
+        of: what it holds, where that is not any result: "transcripts" or "embeddings".
+        is_table: it holds rows. A job has one table; what others hold is named in its rows.
+        is_typed: the columns of the table have types.
+        per_recording: a file for each recording, in a folder of the format's name.
+        in_jobs: jobs write it.
+        beside: it can be written beside the recordings.
+        has_times: it shows when words were said.
+    """
+
+    name: ClassVar[str]
+    of: ClassVar[str] = ""
+    is_table: ClassVar[bool] = False
+    is_typed: ClassVar[bool] = False
+    per_recording: ClassVar[bool] = False
+    in_jobs: ClassVar[bool] = True
+    beside: ClassVar[bool] = False
+    has_times: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        columns: Columns | None = None,
+        own: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self.folder = folder
+        self.path = temporary(folder / f"{stem}.{self.name}")
+
+    @classmethod
+    def goes_with(cls, task: Task) -> bool:
+        """Whether results of a task can be asked for in this format."""
+        return cls.in_jobs
+
+    def stated(self, result: Result) -> dict[str, str]:
+        """Columns of a row that name the files, relative to the folder, which hold more of it."""
+        return {}
+
+    @abc.abstractmethod
+    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
+        """Take results in; `files` is what all formats have `stated` of each."""
+
+    @abc.abstractmethod
+    def close(self) -> list[Path]:
+        """Complete the files; the temporary ones, on the disk."""
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Leave nothing behind."""
+
+
+def temporary(final: Path) -> Path:
+    """The name that a file has before it is complete."""
+    return final.with_name(f".{final.name}{TEMPORARY}")
+
+
+def final_name(path: Path) -> Path:
+    """The name that a complete file gets."""
+    return path.with_name(path.name[1 : -len(TEMPORARY)])
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class JsonTable(Format):
+    """Rows as JSON lines. Beside tensors it is the table without being named."""
+
+    name = "jsonl"
+    is_table = True
+
+    def __init__(self, folder: Path, stem: str, *types: Any, **named: Any) -> None:
+        super().__init__(folder, stem)
+        self._file = self.path.open("w", encoding="utf-8")
+
+    @classmethod
+    def goes_with(cls, task: Task) -> bool:
+        return not task.has_tensors
+
+    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
+        for result, names in zip(results, files, strict=True):
+            self._file.write(to_json(table_row(result, names)))
+
+    def close(self) -> list[Path]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return [self.path]
+
+    def discard(self) -> None:
+        _discard_file(self._file, self.path)
+
+
+class ParquetTable(Format):
+    """Rows as a Parquet file, written group by group.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+
+    name = "parquet"
+    is_table = True
+    is_typed = True
+
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        columns: Columns | None = None,
+        own: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        super().__init__(folder, stem)
+        arrow = require("pyarrow", "offline")
+        parquet = require("pyarrow.parquet", "offline")
+        kinds = {
+            "int": arrow.int64(),
+            "float": arrow.float64(),
+            "bool": arrow.bool_(),
+            "string": arrow.string(),
+        }
+        self._arrow = arrow
+        self._columns = columns or Columns({})
+        self.schema = arrow.schema(
+            [
+                ("index", arrow.int64()),
+                ("id", arrow.string()),
+                ("audio_filepath", arrow.string()),
+                ("offset", arrow.float64()),
+                ("seconds", arrow.float64()),
+                ("louder_channel", arrow.int64()),
+                *own,
+                *((name, kinds[kind]) for name, kind in self._columns.types.items()),
+                (EXTRA, arrow.string()),
+            ]
+        )
+        self._file = self.path.open("wb")
+        self._writer = parquet.ParquetWriter(self._file, self.schema, compression="zstd")
+
+    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
+        """Write row groups of at most some 16 million numbers."""
+        group: list[tuple[Result, dict[str, str]]] = []
+        values = 0
+        for result, names in zip(results, files, strict=True):
+            group.append((result, names))
+            values += 0 if result.tensor is None else result.tensor.numel()
+            if values >= _ROW_GROUP_VALUES:
+                self._write(group)
+                group, values = [], 0
+        if group:
+            self._write(group)
+
+    def _write(self, group: Sequence[tuple[Result, dict[str, str]]]) -> None:
+        rows = []
+        for result, names in group:
+            typed, extra = self._columns.split(result.columns)
+            row = table_row(result, names)
+            row.update(typed)
+            row.update({EXTRA: extra, "id": utf8(result.id), "audio_filepath": utf8(result.audio)})
+            rows.append(row)
+        tensors = [result.tensor for result, _ in group if result.tensor is not None]
+        arrays = [
+            self._embeddings(tensors, field.type)
+            if field.name == "embedding" and tensors
+            else self._arrow.array([row.get(field.name) for row in rows], type=field.type)
+            for field in self.schema
+        ]
+        self._writer.write_table(self._arrow.Table.from_arrays(arrays, schema=self.schema))
+
+    def _embeddings(self, tensors: Sequence[Tensor], kind: Any) -> Any:
+        import numpy as np
+
+        arrow = self._arrow
+        tensors = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+        flat = np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors])
+        width = tensors[0].shape[1]
+        vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(flat), width)
+        if arrow.types.is_fixed_size_list(kind):
+            return vectors
+        offsets = np.cumsum([0, *(len(tensor) for tensor in tensors)], dtype=np.int32)
+        return arrow.ListArray.from_arrays(arrow.array(offsets), vectors)
+
+    def close(self) -> list[Path]:
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return [self.path]
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError, ValueError, self._arrow.ArrowException):
+            self._writer.close()
+        _discard_file(self._file, self.path)
+
+
+class FilePerRecording(Format):
+    """A file for each recording. A row that is computed again writes the same file again."""
+
+    per_recording = True
+
+    def __init__(self, folder: Path, stem: str, *types: Any, **named: Any) -> None:
+        super().__init__(folder, stem)
+        self._written: list[Path] = []
+
+    @classmethod
+    def goes_with(cls, task: Task) -> bool:
+        return cls.in_jobs and task.name == "transcribe"
+
+    @classmethod
+    def content(cls, result: Any, characters: bool = False) -> str:
+        """What the file holds.
+
+        Args:
+            result: of a recording that went well.
+            characters: whether characters have times too.
+        """
+        raise NotImplementedError
+
+    def stated(self, result: Result) -> dict[str, str]:
+        """A thousand files share a folder."""
+        stem = re.sub(r"[^\w.-]+", "_", utf8(os.path.basename(result.audio)))
+        stem = os.path.splitext(stem)[0][:_STEM_LENGTH]
+        group = f"{result.index // _FOLDER_ROWS:06d}"
+        name = f"{self.name}/{group}/{result.index:09d}_{stem}.{self.name}"
+        return {f"{self.name}_file": name}
+
+    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
+        for result, names in zip(results, files, strict=True):
+            final = self.folder / names[f"{self.name}_file"]
+            final.parent.mkdir(parents=True, exist_ok=True)
+            path = temporary(final)
+            self._written.append(path)
+            self.write(path, result)
+
+    def write(self, path: Path, result: Any) -> None:
+        """Write the file of a result."""
+        path.write_text(self.content(result), encoding="utf-8")
+
+    def close(self) -> list[Path]:
+        for path in self._written:
+            to_disk(path)
+        return self._written
+
+    def discard(self) -> None:
+        for path in self._written:
+            path.unlink(missing_ok=True)
+
+
+class Text(FilePerRecording):
+    """What was said, as plain text: a line a cue where words have times, else one line."""
+
+    name = "txt"
+    of = "transcripts"
+    beside = True
+
+    @classmethod
+    def content(cls, result: Transcription | Transcript, characters: bool = False) -> str:
+        from w2vbert_fast.inference.ctc import subtitles
+
+        text = result.text or ""
+        if result.words is not None:
+            text = getattr(subtitles, cls.name)(result.words)
+        return text if text.endswith("\n") else text + "\n"
+
+
+class SubRip(Text):
+    """Subtitles as SubRip."""
+
+    name = "srt"
+    has_times = True
+
+
+class WebVtt(Text):
+    """Subtitles as WebVTT."""
+
+    name = "vtt"
+    has_times = True
+
+
+class JsonFile(FilePerRecording):
+    """A transcript as JSON, beside its recording: a job's table has it."""
+
+    name = "json"
+    of = "transcripts"
+    in_jobs = False
+    beside = True
+    has_times = True
+
+    @classmethod
+    def content(cls, result: Transcript, characters: bool = False) -> str:
+        return result.to_json(characters, indent=2) + "\n"
+
+
+class Npy(FilePerRecording):
+    """An embedding as a file of NumPy."""
+
+    name = "npy"
+    of = "embeddings"
+
+    @classmethod
+    def goes_with(cls, task: Task) -> bool:
+        return task.has_tensors
+
+    def write(self, path: Path, result: Result) -> None:
+        import numpy as np
+
+        assert result.tensor is not None
+        with path.open("wb") as file:
+            np.save(file, result.tensor.numpy())
+
+
+class Safetensors(Format):
+    """The embeddings of a shard in one file; a row's key is its index."""
+
+    name = "safetensors"
+    of = "embeddings"
+
+    def __init__(self, folder: Path, stem: str, *types: Any, **named: Any) -> None:
+        super().__init__(folder, stem)
+        self._tensors: dict[str, Tensor] = {}
+
+    @classmethod
+    def goes_with(cls, task: Task) -> bool:
+        return task.has_tensors
+
+    def stated(self, result: Result) -> dict[str, str]:
+        return {f"{self.name}_file": final_name(self.path).name}
+
+    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
+        for result in results:
+            assert result.tensor is not None
+            self._tensors[str(result.index)] = result.tensor.contiguous()
+
+    def close(self) -> list[Path]:
+        import safetensors.torch
+
+        try:
+            safetensors.torch.save_file(self._tensors, self.path)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{self.path}: {error}") from error  # a full disk, for instance
+        self._tensors = {}
+        to_disk(self.path)
+        return [self.path]
+
+    def discard(self) -> None:
+        self._tensors = {}
+        self.path.unlink(missing_ok=True)
+
+
+FORMATS: dict[str, type[Format]] = {
+    kind.name: kind
+    for kind in (JsonTable, ParquetTable, SubRip, WebVtt, Text, JsonFile, Npy, Safetensors)
+}
+"""All formats by name, tables first."""
+
+BESIDE: dict[str, type[FilePerRecording]] = {
+    name: kind
+    for name, kind in FORMATS.items()
+    if kind.beside and issubclass(kind, FilePerRecording)
+}
+"""Those that can be written beside the recordings."""
+
+
+def help_text() -> str:
+    """What the option `--format` says of the formats."""
+
+    def names(of: str, in_jobs: bool = True) -> list[str]:
+        return [n for n, kind in FORMATS.items() if kind.of == of and kind.in_jobs == in_jobs]
+
+    return (
+        f"{listed(names(''), 'or')}; {listed(names('transcripts'), 'and')} of transcripts "
+        f"({listed(names('transcripts', False), 'and')} too, beside the recordings); "
+        f"{listed(names('embeddings'), 'or')} of embeddings. Can be repeated."
+    )
+
+
+def listed(names: Sequence[str], last: str) -> str:
+    """Names in a sentence: "a, b and c"."""
+    return f" {last} ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
+
+
+def usual_timestamps(names: Sequence[str]) -> str:
+    """The timestamps that formats are usually wanted with: "word" or "none"."""
+    return "word" if any(FORMATS[n].has_times for n in names if n in FORMATS) else "none"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """In which formats a job writes.
+
+    Attributes:
+        names: a table's, "jsonl" or "parquet", and others that the task has.
+
+    Raises:
+        ValueError: a format is unknown, or does not go with the task or with another format.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of_task(cls, task: Task, names: Sequence[str]) -> Formats:
+        """Formats of a task; without names, its usual one."""
+        known = {name: kind for name, kind in FORMATS.items() if kind.goes_with(task)}
+        for name in names:
+            if name not in known:
+                raise ValueError(f"format {name!r} is not one of {task.name}'s: {', '.join(known)}")
+        tables = [name for name, kind in known.items() if kind.is_table]
+        chosen = list(dict.fromkeys(names)) or tables[:1]
+        if task.has_tensors and len(chosen) > 1:
+            raise ValueError(f"embeddings have one format, got {', '.join(chosen)}")
+        if not any(FORMATS[name].is_table for name in chosen):
+            chosen.insert(0, JsonTable.name)
+        if sum(FORMATS[name].is_table for name in chosen) > 1:
+            raise ValueError(f"the table is either {listed(tables, 'or')}, got both")
+        timed = [name for name in chosen if FORMATS[name].has_times]
+        if timed and getattr(task, "timestamps", None) == "none":
+            raise ValueError(f"format {timed[0]!r} needs timestamps 'word' or 'character'")
+        return cls(tuple(chosen))
+
+    @property
+    def table(self) -> type[Format]:
+        """The format of the table."""
+        return next(FORMATS[name] for name in self.names if FORMATS[name].is_table)
+
+    def writers(self, folder: Path, number: int, task: Task, columns: Columns) -> list[Format]:
+        """What writes a shard.
+
+        Args:
+            folder: the job's.
+            number: the shard's.
+            task: the task, loaded.
+            columns: types of the carried columns.
+        """
+        own: list[tuple[str, Any]] = []
+        if self.table.is_typed:
+            string = require("pyarrow", "offline").string()
+            others = [name for name in self.names if not FORMATS[name].is_table]
+            own = [*task.columns(), *((f"{name}_file", string) for name in others)]
+        stem = f"{PARTS}{number:06d}"
+        return [FORMATS[name](folder, stem, columns, own) for name in self.names]
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what a job's shards have written into a folder, in whatever formats."""
+    for prefix in (PARTS, ERRORS):
+        for pattern in (f"{prefix}*", f".{prefix}*{TEMPORARY}"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    for name, kind in FORMATS.items():
+        if kind.per_recording:
+            for group in folder.glob(f"{name}/" + "[0-9]" * 6):
+                shutil.rmtree(group)
+
+
+@functools.cache
+def own_columns() -> frozenset[str]:
+    """Names of columns that a table may have by itself, whatever the task and the formats."""
+    from w2vbert_fast.inference.tasks import TASKS
+
+    return frozenset(
+        (
+            *("index", "id", "audio_filepath", "offset", "seconds", "louder_channel"),
+            *("error_type", "error", EXTRA),
+            *(name for task in TASKS.values() for name in task.column_names),
+            *(
+                f"{name}_file"
+                for name, kind in FORMATS.items()
+                if kind.in_jobs and not kind.is_table
+            ),
+        )
+    )
 
 
 def table_row(result: Result, files: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -70,7 +553,7 @@ def table_row(result: Result, files: Mapping[str, str] | None = None) -> dict[st
 def carried(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Carried columns under the names that they have in tables."""
     return {
-        f"input_{name}" if name in _OWN_COLUMNS else name: value for name, value in columns.items()
+        f"input_{name}" if name in own_columns() else name: value for name, value in columns.items()
     }
 
 
@@ -103,63 +586,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-class Writer(Protocol):
-    """Writes a part of the results, under temporary names."""
-
-    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
-        """Take results in. `files` are names, relative to the folder, that rows have to state."""
-        ...
-
-    def close(self) -> list[Path]:
-        """Complete the files; the temporary ones, on the disk."""
-        ...
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        ...
-
-
-def temporary(final: Path) -> Path:
-    """The name that a file has before it is complete."""
-    return final.with_name(f".{final.name}{TEMPORARY}")
-
-
-def final_name(path: Path) -> Path:
-    """The name that a complete file gets."""
-    return path.with_name(path.name[1 : -len(TEMPORARY)])
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class JsonTable:
-    """Rows as JSON lines."""
-
-    def __init__(self, final: Path) -> None:
-        self.path = temporary(final)
-        self._file = self.path.open("w", encoding="utf-8")
-
-    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
-        for result, names in zip(results, files, strict=True):
-            self._file.write(to_json(table_row(result, names)))
-
-    def close(self) -> list[Path]:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return [self.path]
-
-    def discard(self) -> None:
-        discard_file(self._file, self.path)
-
-
-def discard_file(file: Any, path: Path) -> None:
+def _discard_file(file: Any, path: Path) -> None:
     """Close and remove a file; what it still held may not fit on the disk any more."""
     with contextlib.suppress(OSError, ValueError):
         file.close()
@@ -220,176 +647,3 @@ def _kind(value: Any) -> str:
 def utf8(text: str) -> str:
     """Text that Parquet can hold: bytes of a name that are not UTF-8 become escapes, as \\xff."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-class ParquetTable:
-    """Rows as a Parquet file, written group by group.
-
-    Args:
-        final: name of the complete file.
-        columns: the carried columns.
-        task_columns: names and Arrow types of the task's own columns.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-    """
-
-    def __init__(self, final: Path, columns: Columns, task_columns: Sequence[Any]) -> None:
-        arrow = require("pyarrow", "offline")
-        parquet = require("pyarrow.parquet", "offline")
-        kinds = {
-            "int": arrow.int64(),
-            "float": arrow.float64(),
-            "bool": arrow.bool_(),
-            "string": arrow.string(),
-        }
-        self._arrow = arrow
-        self._columns = columns
-        self.schema = arrow.schema(
-            [
-                ("index", arrow.int64()),
-                ("id", arrow.string()),
-                ("audio_filepath", arrow.string()),
-                ("offset", arrow.float64()),
-                ("seconds", arrow.float64()),
-                ("louder_channel", arrow.int64()),
-                *task_columns,
-                *((name, kinds[kind]) for name, kind in columns.types.items()),
-                (EXTRA, arrow.string()),
-            ]
-        )
-        self.path = temporary(final)
-        self._file = self.path.open("wb")
-        self._writer = parquet.ParquetWriter(self._file, self.schema, compression="zstd")
-
-    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
-        """Write row groups of at most some 16 million numbers."""
-        group: list[tuple[Result, dict[str, str]]] = []
-        values = 0
-        for result, names in zip(results, files, strict=True):
-            group.append((result, names))
-            if isinstance(result, Embedding) and result.embedding is not None:
-                values += result.embedding.numel()
-            if values >= _ROW_GROUP_VALUES:
-                self._write(group)
-                group, values = [], 0
-        if group:
-            self._write(group)
-
-    def _write(self, group: Sequence[tuple[Result, dict[str, str]]]) -> None:
-        rows = []
-        for result, names in group:
-            typed, extra = self._columns.split(result.columns)
-            row = table_row(result, names)
-            row.update(typed)
-            row.update({EXTRA: extra, "id": utf8(result.id), "audio_filepath": utf8(result.audio)})
-            rows.append(row)
-        arrays = [
-            self._embeddings([result for result, _ in group], field.type)
-            if field.name == "embedding" and isinstance(group[0][0], Embedding)
-            else self._arrow.array([row.get(field.name) for row in rows], type=field.type)
-            for field in self.schema
-        ]
-        self._writer.write_table(self._arrow.Table.from_arrays(arrays, schema=self.schema))
-
-    def _embeddings(self, results: Sequence[Result], kind: Any) -> Any:
-        arrow = self._arrow
-        values = [r.embedding for r in results if isinstance(r, Embedding)]
-        tensors = [value.reshape(-1, value.shape[-1]) for value in values if value is not None]
-        flat = np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors])
-        width = tensors[0].shape[1]
-        vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(flat), width)
-        if arrow.types.is_fixed_size_list(kind):
-            return vectors
-        offsets = np.cumsum([0, *(len(tensor) for tensor in tensors)], dtype=np.int32)
-        return arrow.ListArray.from_arrays(arrow.array(offsets), vectors)
-
-    def close(self) -> list[Path]:
-        self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return [self.path]
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError, ValueError, self._arrow.ArrowException):
-            self._writer.close()
-        discard_file(self._file, self.path)
-
-
-class TensorShard:
-    """Embeddings in one safetensors file; a row's key is its index."""
-
-    def __init__(self, final: Path) -> None:
-        self.path = temporary(final)
-        self._tensors: dict[str, Tensor] = {}
-
-    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
-        for result in results:
-            assert isinstance(result, Embedding) and result.embedding is not None
-            self._tensors[str(result.index)] = result.embedding.contiguous()
-
-    def close(self) -> list[Path]:
-        try:
-            safetensors.torch.save_file(self._tensors, self.path)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{self.path}: {error}") from error  # a full disk, for instance
-        self._tensors = {}
-        to_disk(self.path)
-        return [self.path]
-
-    def discard(self) -> None:
-        self._tensors = {}
-        self.path.unlink(missing_ok=True)
-
-
-class FilePerRecording:
-    """A file for each recording: an embedding as .npy, or subtitles.
-
-    A row that is computed again writes the same file again.
-    """
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder = folder
-        self.kind = kind
-        self._written: list[Path] = []
-
-    def name(self, result: Result) -> str:
-        """The file of a row, relative to the job's folder; a thousand of them share a folder."""
-        stem = re.sub(r"[^\w.-]+", "_", utf8(os.path.basename(result.audio)))
-        stem = os.path.splitext(stem)[0][:_STEM_LENGTH]
-        group = f"{result.index // _FOLDER_ROWS:06d}"
-        return f"{self.kind}/{group}/{result.index:09d}_{stem}.{self.kind}"
-
-    def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
-        for result, names in zip(results, files, strict=True):
-            final = self.folder / names[f"{self.kind}_file"]
-            final.parent.mkdir(parents=True, exist_ok=True)
-            path = temporary(final)
-            self._written.append(path)
-            if isinstance(result, Embedding):
-                assert result.embedding is not None
-                with path.open("wb") as file:
-                    np.save(file, result.embedding.numpy())
-            else:
-                assert isinstance(result, Transcription)
-                text = subtitles_of(result.text or "", result.words, self.kind)
-                path.write_text(text, encoding="utf-8")
-
-    def close(self) -> list[Path]:
-        for path in self._written:
-            to_disk(path)
-        return self._written
-
-    def discard(self) -> None:
-        for path in self._written:
-            path.unlink(missing_ok=True)
-
-
-def subtitles_of(text: str, words: Sequence[Word] | None, kind: str) -> str:
-    """The content of a file of subtitles; of a text without words, for "txt", the text."""
-    from w2vbert_fast.inference.ctc import subtitles
-
-    if words is not None:
-        text = getattr(subtitles, kind)(words)
-    return text if text.endswith("\n") else text + "\n"

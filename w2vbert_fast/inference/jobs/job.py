@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +20,11 @@ from typing import Any, TextIO, cast
 from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder
 from w2vbert_fast.checkpoints.json_files import read_json, write_json
-from w2vbert_fast.inference.jobs.formats import Columns, to_disk
+from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results, to_disk
 from w2vbert_fast.inference.jobs.inputs import Inputs
 from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Journal, differences
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
-from w2vbert_fast.inference.jobs.shard import Formats, Shard
+from w2vbert_fast.inference.jobs.shard import Shard
 from w2vbert_fast.inference.jobs.which_files import PassedOver
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
@@ -295,7 +294,7 @@ class Job:
         path = self.folder / JOB_FILE
         if path.exists():
             return
-        if self.formats.table == "parquet":
+        if self.formats.table.is_typed:
             # Without the audio: only the columns are looked at.
             head = (replace(row, audio=None) for row in self.inputs.rows())
             self.columns = Columns.of_rows(list(islice(head, _COLUMN_ROWS)))
@@ -325,12 +324,7 @@ class Job:
         # The journal first: from then on nothing of the old job counts.
         for name in (JOURNAL_FILE, JOB_FILE, SUMMARY_FILE):
             (self.folder / name).unlink(missing_ok=True)
-        for pattern in ("part-*", "errors-*", ".part-*.tmp", ".errors-*.tmp"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-        for kind in ("npy", "srt", "vtt", "txt"):
-            for group in self.folder.glob(f"{kind}/" + "[0-9]" * 6):
-                shutil.rmtree(group)
+        remove_results(self.folder)
 
     def _known_passed_over(self) -> PassedOver:
         """What the last run has passed over; one that has nothing to do does not read tar files."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.inference.jobs.formats import to_disk
+from w2vbert_fast.inference.jobs.formats import ERRORS, PARTS, to_disk
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -133,8 +133,8 @@ class Journal:
         known = self.files()
         for path in self.folder.iterdir():
             name = path.name
-            unfinished = name.startswith((".part-", ".errors-"))
-            if unfinished or (name.startswith(("part-", "errors-")) and name not in known):
+            unfinished = name.startswith((f".{PARTS}", f".{ERRORS}"))
+            if unfinished or (name.startswith((PARTS, ERRORS)) and name not in known):
                 path.unlink()
 
     def files(self) -> dict[str, int]:
@@ -149,7 +149,7 @@ class Journal:
 
     def error_tables(self) -> list[str]:
         """Tables of errors that count."""
-        return [name for name in self.files() if name.startswith("errors-")]
+        return [name for name in self.files() if name.startswith(ERRORS)]
 
     def next_shard(self) -> int:
         """Number of the next shard."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from w2vbert_fast.checkpoints.files import write_text
 from w2vbert_fast.inference.jobs.folders import Folder
-from w2vbert_fast.inference.jobs.formats import subtitles_of
+from w2vbert_fast.inference.jobs.formats import BESIDE
 from w2vbert_fast.inference.jobs.inputs import Files, Inputs
-from w2vbert_fast.inference.rows import word_fields
 from w2vbert_fast.inference.transcripts import Transcript
 
 
@@ -23,7 +20,7 @@ def plan(
 
     Args:
         inputs: files and folders.
-        formats: "srt", "vtt", "txt", "json".
+        formats: names of `formats.BESIDE`.
         out: the file of the only recording; None: beside each, with the format as its ending.
         overwrite: replace files that are there.
 
@@ -88,39 +85,4 @@ def write(row: Transcript, paths: Sequence[Path], *, characters: bool = False) -
     """
     assert row.text is not None
     for path in paths:
-        kind = path.suffix[1:].lower()
-        if kind == "json":
-            text = to_json(row, characters, indent=2) + "\n"
-        else:
-            text = subtitles_of(row.text, row.words, kind)
-        write_text(path, text)
-
-
-def fields(row: Transcript, characters: bool = False) -> dict[str, Any]:
-    """A transcript as JSON has it."""
-    if row.error is not None:
-        return {"file": row.file, "error": row.error}
-    assert row.audio_seconds is not None and row.real_time_factor is not None
-    content: dict[str, Any] = {
-        "file": row.file,
-        "text": row.text,
-        "seconds": round(row.audio_seconds, 4),
-        "real_time_factor": round(row.real_time_factor, 5),
-    }
-    if row.louder_channel is not None:
-        content["louder_channel"] = row.louder_channel
-    if row.words is not None:
-        content["words"] = [word_fields(word, characters) for word in row.words]
-    return content
-
-
-def to_json(row: Transcript, characters: bool = False, *, indent: int | None = None) -> str:
-    """A transcript as JSON that any UTF-8 file can hold; in one line without `indent`."""
-    content = fields(row, characters)
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # A file name that is not UTF-8: escaped, Python and others read the same bytes back.
-        text = json.dumps(content, indent=indent)
-    return text
+        write_text(path, BESIDE[path.suffix[1:].lower()].content(row, characters))

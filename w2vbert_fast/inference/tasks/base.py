@@ -13,17 +13,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from w2vbert_fast import models
 from w2vbert_fast.checkpoints.hub import resolve_file
 from w2vbert_fast.inference.ctc.chunks import Chunk, split
-from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL
+from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL, find_device
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
+from w2vbert_fast.ops.dispatch import packed_kernels
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 _OVERLAP_SECONDS = 4.0
@@ -57,6 +59,10 @@ class Task(abc.ABC):
         overlap_seconds: what neighbouring chunks have in common; None: 4, or half of `max_seconds`
             if that is less.
         vad: cut long recordings at silences instead, without an overlap.
+        name: of the class, as the command line and job folders have it.
+        result: of the class, what comes of a row.
+        column_names: of the class, the columns of tables that it may add.
+        has_tensors: of the class, results are tensors, which tables of text do not hold.
     """
 
     model: str | os.PathLike[str] = DEMO_MODEL
@@ -67,7 +73,10 @@ class Task(abc.ABC):
     overlap_seconds: float | None = None
     vad: bool = False
 
-    name = "task"
+    name: ClassVar[str] = "task"
+    result: ClassVar[type[Result]] = Result
+    column_names: ClassVar[tuple[str, ...]] = ()
+    has_tensors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.max_seconds >= 1:
@@ -104,9 +113,17 @@ class Task(abc.ABC):
     def finish(self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]) -> Result:
         """Put together what came of a recording's chunks."""
 
-    @abc.abstractmethod
     def failed(self, loaded: Loaded, error_type: str, error: str) -> Result:
         """The result of a row with an error."""
+        return self.result(**identity(loaded), error_type=error_type, error=error)
+
+    @abc.abstractmethod
+    def columns(self) -> list[tuple[str, Any]]:
+        """Names and Arrow types of the columns that results have in tables of typed columns.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
 
     @abc.abstractmethod
     def options(self) -> dict[str, Any]:
@@ -179,6 +196,63 @@ class Task(abc.ABC):
             "overlap_seconds": self.overlap,
             "vad": self.vad,
         }
+
+
+@dataclass
+class EncoderTask(Task):
+    """A model that is no CTC model, with its feature extractor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._network: models.Wav2Vec2BertPreTrainedModel | None = None
+        self._extractor: SeamlessM4TFeatureExtractor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _network=None, _extractor=None)
+
+    @abc.abstractmethod
+    def class_name(self) -> str:
+        """The class to load."""
+
+    def load(self) -> None:
+        if self._network is not None:
+            return
+        source = source_of(self.model)
+        device = find_device(self.device)
+        dtype = self.dtype or ("float32" if device.type == "cpu" else None)
+        self._extractor = SeamlessM4TFeatureExtractor.from_pretrained(
+            source, revision=self.revision
+        )
+        network: models.Wav2Vec2BertPreTrainedModel = getattr(
+            models, self.class_name()
+        ).from_pretrained(
+            source, revision=self.revision, dtype=dtype, device=device, use_fast_kernels=True
+        )
+        self.check(network)
+        pack(network)
+        self._network = network
+
+    def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
+        """Raise ValueError for options that do not fit the model."""
+
+    @property
+    def extractor(self) -> SeamlessM4TFeatureExtractor:
+        self.load()
+        assert self._extractor is not None
+        return self._extractor
+
+    @property
+    def network(self) -> models.Wav2Vec2BertPreTrainedModel:
+        self.load()
+        assert self._network is not None
+        return self._network
+
+
+def pack(network: models.Wav2Vec2BertPreTrainedModel) -> None:
+    """Weights as a CPU multiplies them, where it can: nobody else has a task's model."""
+    parameter = next(network.parameters())
+    if parameter.device.type == "cpu" and packed_kernels().onednn_linear(parameter.dtype):
+        network.pack_weights()
 
 
 def source_of(model: str | os.PathLike[str]) -> str | os.PathLike[str]:

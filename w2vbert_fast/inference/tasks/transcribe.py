@@ -1,37 +1,34 @@
-"""The tasks of offline inference: transcribing, embedding, classifying."""
+"""Transcribing: recordings to text, with times where they are asked for."""
 
 from __future__ import annotations
 
-import abc
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from w2vbert_fast import models
+from w2vbert_fast._extras import require
 from w2vbert_fast.inference.ctc.chunks import Chunk, merge
 from w2vbert_fast.inference.ctc.language_model import FOLDER as LANGUAGE_MODEL_FOLDER
 from w2vbert_fast.inference.ctc.language_model import LanguageModel, find_language_model
 from w2vbert_fast.inference.ctc.pauses import split_at_pauses
-from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, find_device, load_pipeline
+from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, load_pipeline
 from w2vbert_fast.inference.reading import Loaded
-from w2vbert_fast.inference.rows import Classification, Embedding, Segment, Transcription
-from w2vbert_fast.inference.tasks.base import Piece, Task, file_digest, head_of, identity, source_of
-from w2vbert_fast.models.model import hidden_state_index
+from w2vbert_fast.inference.rows import Result
+from w2vbert_fast.inference.tasks.base import Piece, Task, file_digest, identity, pack, source_of
+from w2vbert_fast.models import Wav2Vec2BertForCTC
 from w2vbert_fast.ops import greedy_decode
-from w2vbert_fast.ops.dispatch import packed_kernels
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.processing.scripts import is_unspaced
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.ctc.beam import BeamDecoder
-    from w2vbert_fast.inference.ctc.timestamps import Delay
+    from w2vbert_fast.inference.ctc.timestamps import Delay, Word
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +40,48 @@ NO_LANGUAGE_MODEL = "none"
 _OF_LANGUAGE_MODELS = ("lm_weight", "word_bonus", "unigrams")
 
 TIMESTAMPS = ("none", "word", "character")
-CLASSIFIERS = (
-    "Wav2Vec2BertForSequenceClassification",
-    "Wav2Vec2BertForAudioFrameClassification",
-    "Wav2Vec2BertForXVector",
-)
+
+
+@dataclass(frozen=True)
+class Transcription(Result):
+    """A recording's text.
+
+    Attributes:
+        text: what was said; None after an error.
+        words: words with their characters, where timestamps were asked for.
+        characters: whether tables have the characters too.
+    """
+
+    text: str | None = None
+    words: tuple[Word, ...] | None = None
+    characters: bool = True
+
+    def fields(self) -> dict[str, Any]:
+        if self.words is None:
+            return {"text": self.text}
+        words = [word_fields(word, self.characters) for word in self.words]
+        return {"text": self.text, "words": words}
+
+
+def word_fields(word: Word, characters: bool) -> dict[str, Any]:
+    """A word as tables hold it: times to a millisecond."""
+    entry: dict[str, Any] = {
+        "word": word.text,
+        "start": round(word.start, 3),
+        "end": round(word.end, 3),
+        "confidence": round(word.confidence, 4),
+    }
+    if characters and word.characters:
+        entry["characters"] = [
+            {
+                "character": character.text,
+                "start": round(character.start, 3),
+                "end": round(character.end, 3),
+                "confidence": round(character.confidence, 4),
+            }
+            for character in word.characters
+        ]
+    return entry
 
 
 @dataclass
@@ -79,6 +113,8 @@ class Transcribe(Task):
     hotword_weight: float | None = None
 
     name = "transcribe"
+    result = Transcription
+    column_names = ("text", "words")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,7 +210,7 @@ class Transcribe(Task):
         pipeline = load_pipeline(
             self.model, revision=self.revision, device=self.device, dtype=self.dtype
         )
-        _pack(pipeline.model)
+        pack(pipeline.model)
         self._use(pipeline)
 
     def _use(self, pipeline: Pipeline) -> None:
@@ -231,7 +267,7 @@ class Transcribe(Task):
         return self.pipeline.processor.feature_extractor
 
     @property
-    def network(self) -> models.Wav2Vec2BertForCTC:
+    def network(self) -> Wav2Vec2BertForCTC:
         return self.pipeline.model
 
     def chunks(self, samples: Tensor) -> list[Chunk]:
@@ -297,8 +333,17 @@ class Transcribe(Task):
         characters = self.timestamps == "character"
         return Transcription(**identity(loaded), text=text, words=words, characters=characters)
 
-    def failed(self, loaded: Loaded, error_type: str, error: str) -> Transcription:
-        return Transcription(**identity(loaded), error_type=error_type, error=error)
+    def columns(self) -> list[tuple[str, Any]]:
+        arrow = require("pyarrow", "offline")
+        string, number = arrow.string(), arrow.float64()
+        if self.timestamps == "none":
+            return [("text", string)]
+        times = [("start", number), ("end", number), ("confidence", number)]
+        word = [("word", string), *times]
+        if self.timestamps == "character":
+            characters = arrow.struct([("character", string), *times])
+            word.append(("characters", arrow.list_(characters)))
+        return [("text", string), ("words", arrow.list_(arrow.struct(word)))]
 
     def options(self) -> dict[str, Any]:
         model = self.language_model
@@ -321,232 +366,3 @@ class Transcribe(Task):
             "word_bonus": None if model is None else model.word_bonus,
             **{name: value for name, value in more.items() if value},
         }
-
-
-@dataclass
-class _Encoding(Task):
-    """A model that is no CTC model, with its feature extractor."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._network: models.Wav2Vec2BertPreTrainedModel | None = None
-        self._extractor: SeamlessM4TFeatureExtractor | None = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _network=None, _extractor=None)
-
-    @abc.abstractmethod
-    def class_name(self) -> str:
-        """The class to load."""
-
-    def load(self) -> None:
-        if self._network is not None:
-            return
-        source = source_of(self.model)
-        device = find_device(self.device)
-        dtype = self.dtype or ("float32" if device.type == "cpu" else None)
-        self._extractor = SeamlessM4TFeatureExtractor.from_pretrained(
-            source, revision=self.revision
-        )
-        network: models.Wav2Vec2BertPreTrainedModel = getattr(
-            models, self.class_name()
-        ).from_pretrained(
-            source, revision=self.revision, dtype=dtype, device=device, use_fast_kernels=True
-        )
-        self.check(network)
-        _pack(network)
-        self._network = network
-
-    def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
-        """Raise ValueError for options that do not fit the model."""
-
-    @property
-    def extractor(self) -> SeamlessM4TFeatureExtractor:
-        self.load()
-        assert self._extractor is not None
-        return self._extractor
-
-    @property
-    def network(self) -> models.Wav2Vec2BertPreTrainedModel:
-        self.load()
-        assert self._network is not None
-        return self._network
-
-
-def _pack(network: models.Wav2Vec2BertPreTrainedModel) -> None:
-    """Weights as a CPU multiplies them, where it can: nobody else has a task's model."""
-    parameter = next(network.parameters())
-    if parameter.device.type == "cpu" and packed_kernels().onednn_linear(parameter.dtype):
-        network.pack_weights()
-
-
-@dataclass
-class Embed(_Encoding):
-    """Hidden states.
-
-    Attributes:
-        layer: index into `hidden_states`; -1: the last.
-        stats: file of mean and variance, such as `wav2vec2bert_stats.pt`, or a mapping.
-        pool: "mean" or "none".
-        embedding_dtype: "float32" or "float16", of the result.
-    """
-
-    layer: int = -1
-    stats: str | os.PathLike[str] | dict[str, Tensor] | None = None
-    pool: str = "none"
-    embedding_dtype: str = "float32"
-
-    name = "embed"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pool not in ("mean", "none"):
-            raise ValueError(f"pool must be 'mean' or 'none', got {self.pool!r}")
-        if self.embedding_dtype not in ("float32", "float16"):
-            raise ValueError(
-                f"embedding_dtype must be 'float32' or 'float16', got {self.embedding_dtype!r}"
-            )
-        self._stats: dict[str, Tensor] | None = None
-
-    @property
-    def width(self) -> int:
-        """Numbers in a frame's hidden state."""
-        width: int = self.network.config.hidden_size
-        return width
-
-    def class_name(self) -> str:
-        return "Wav2Vec2BertModel"
-
-    def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
-        encoder = network.base_model
-        assert isinstance(encoder, models.Wav2Vec2BertModel)
-        hidden_state_index(self.layer, encoder.encoder.num_layers)
-        self._stats = None
-        if self.stats is not None:
-            from w2vbert_fast.models.pooling import checked_statistics
-
-            found = self.stats
-            if not isinstance(found, dict):
-                found = torch.load(found, map_location="cpu", weights_only=True)
-            mean, variance = checked_statistics(found, network.config.hidden_size)
-            device = next(network.parameters()).device
-            self._stats = {"mean": mean.to(device), "var": variance.to(device)}
-
-    def run(self, pieces: Sequence[Piece]) -> list[Any]:
-        """`[frames, hidden_size]` each; pooled already where a piece is the whole recording."""
-        features, mask = self.features(pieces)
-        pooled = self.pool == "mean" and all(piece.whole for piece in pieces)
-        network = self.network
-        assert isinstance(network, models.Wav2Vec2BertModel)
-        with torch.inference_mode():
-            states = network.encode(
-                features,
-                mask,
-                layer=self.layer,
-                stats=self._stats,
-                pool="mean" if pooled else None,
-            )
-        kind = getattr(torch, self.embedding_dtype)
-        if pooled:
-            return list(states.to(kind).cpu().clone().unbind(0))
-        if self.pool == "none":
-            states = states.to(kind)
-        counts = mask.sum(1).tolist()
-        return [row[:n].cpu().clone() for row, n in zip(states, counts, strict=True)]
-
-    def finish(self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]) -> Embedding:
-        embedding = outputs[0]
-        if embedding.dim() == 2:
-            parts = [self.kept_frames(c, x) for c, x in zip(chunks, outputs, strict=True)]
-            embedding = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if self.pool == "mean":
-                embedding = embedding.float().mean(0).to(getattr(torch, self.embedding_dtype))
-        return Embedding(**identity(loaded), embedding=embedding)
-
-    def failed(self, loaded: Loaded, error_type: str, error: str) -> Embedding:
-        return Embedding(**identity(loaded), error_type=error_type, error=error)
-
-    def options(self) -> dict[str, Any]:
-        stats: Any = self.stats
-        if isinstance(stats, dict):
-            stats = {name: value.tolist() for name, value in stats.items()}
-        elif stats is not None:
-            stats = file_digest(Path(stats))
-        return {
-            **self.common_options(),
-            "layer": self.layer,
-            "stats": stats,
-            "pool": self.pool,
-            "embedding_dtype": self.embedding_dtype,
-        }
-
-
-@dataclass
-class Classify(_Encoding):
-    """The classes of a recording or of its frames, or a speaker's x-vector, by the model's head.
-
-    Of a recording in chunks, a sequence classifier's logits are the mean over all frames, as they
-    would be for the whole; x-vectors are averaged by the chunks' lengths.
-    """
-
-    name = "classify"
-
-    def class_name(self) -> str:
-        head = head_of(self.model, self.revision)
-        if head not in CLASSIFIERS:
-            raise ValueError(
-                f"model {os.fspath(self.model)!r} is a checkpoint of {head}; classifying needs "
-                f"one of {', '.join(CLASSIFIERS)}"
-            )
-        return head
-
-    def run(self, pieces: Sequence[Piece]) -> list[Any]:
-        """Logits `[num_labels]` or `[frames, num_labels]`, or embeddings, float32."""
-        features, mask = self.features(pieces)
-        network = self.network
-        with torch.inference_mode():
-            output = network(features, attention_mask=mask)
-        if isinstance(network, models.Wav2Vec2BertForXVector):
-            return list(output.embeddings.float().cpu().clone().unbind(0))
-        logits = output.logits.float().cpu()
-        if logits.dim() == 2:
-            return list(logits.clone().unbind(0))
-        counts = mask.sum(1).tolist()
-        return [row[:n].clone() for row, n in zip(logits, counts, strict=True)]
-
-    def finish(
-        self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]
-    ) -> Classification:
-        network = self.network
-        labels: dict[int, str] = network.config.id2label
-        if isinstance(network, models.Wav2Vec2BertForAudioFrameClassification):
-            kept = [self.kept_frames(c, x) for c, x in zip(chunks, outputs, strict=True)]
-            segments = self._segments(torch.cat(kept).softmax(-1), labels, loaded.row.offset)
-            return Classification(**identity(loaded), segments=segments)
-        weights = torch.tensor([float(chunk.keep_end - chunk.keep_start) for chunk in chunks])
-        mean = (torch.stack(list(outputs)) * (weights / weights.sum())[:, None]).sum(0)
-        if isinstance(network, models.Wav2Vec2BertForXVector):
-            return Classification(**identity(loaded), embedding=mean)
-        scores = {labels[i]: round(p, 6) for i, p in enumerate(mean.softmax(0).tolist())}
-        label = labels[int(mean.argmax())]
-        return Classification(**identity(loaded), label=label, scores=scores)
-
-    def _segments(
-        self, scores: Tensor, labels: dict[int, str], offset: float
-    ) -> tuple[Segment, ...]:
-        step = self.samples_per_frame / self.extractor.sampling_rate
-        best = scores.argmax(1).tolist()
-        found: list[Segment] = []
-        for _, group in groupby(range(len(best)), key=best.__getitem__):
-            frames = list(group)
-            first, last, label = frames[0], frames[-1], best[frames[0]]
-            score = float(scores[first : last + 1, label].mean())
-            start, end = offset + first * step, offset + (last + 1) * step
-            found.append(Segment(round(start, 4), round(end, 4), labels[label], round(score, 6)))
-        return tuple(found)
-
-    def failed(self, loaded: Loaded, error_type: str, error: str) -> Classification:
-        return Classification(**identity(loaded), error_type=error_type, error=error)
-
-    def options(self) -> dict[str, Any]:
-        return self.common_options()

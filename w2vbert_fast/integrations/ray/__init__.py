@@ -25,8 +25,7 @@ from typing import Any
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.inference.runner import Flow
-from w2vbert_fast.inference.tasks.base import Task
-from w2vbert_fast.inference.tasks.transcribe import Classify, Embed, Transcribe
+from w2vbert_fast.inference.tasks import Classify, Embed, Task, Transcribe
 from w2vbert_fast.integrations.ray.actor import ROWS_PER_SHARD, Actor, Actors, Columns, Dataset
 from w2vbert_fast.integrations.ray.runner import RayRunner
 

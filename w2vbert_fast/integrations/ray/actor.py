@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.inference.jobs.shard import Formats, task_columns
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Flow, Runner
 from w2vbert_fast.inference.tasks.base import Task
@@ -269,7 +268,7 @@ def result_types(task: Task) -> dict[str, Any]:
     return {
         "seconds": pa.float64(),
         "louder_channel": pa.int64(),
-        **dict(task_columns(task, Formats(("parquet",)))),
+        **dict(task.columns()),
         "error_type": pa.string(),
         "error": pa.string(),
     }
