@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import soundfile
 import torch
 
@@ -31,6 +32,7 @@ class Stub(Task):
     limit: int | None = None  # samples of a batch that fit into its memory
 
     name = "stub"
+    result = Transcription
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,8 +66,8 @@ class Stub(Task):
     ) -> Transcription:
         return Transcription(**identity(loaded), text=" ".join(map(str, outputs)))
 
-    def failed(self, loaded: Loaded, error_type: str, error: str) -> Transcription:
-        return Transcription(**identity(loaded), error_type=error_type, error=error)
+    def columns(self) -> list[tuple[str, Any]]:
+        return [("text", pyarrow.string())]
 
     def options(self) -> dict[str, Any]:
         return self.common_options()

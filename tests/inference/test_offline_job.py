@@ -32,7 +32,7 @@ from w2vbert_fast.inference import Embedder, Flow, load_pipeline, transcribe
 from w2vbert_fast.inference.jobs.formats import JsonTable
 from w2vbert_fast.inference.jobs.job import Interrupted, TooManyErrors, read_results
 from w2vbert_fast.inference.jobs.journal import Entry, JobError, Journal, Ranges, ranges_of
-from w2vbert_fast.inference.tasks.transcribe import Embed, Transcribe
+from w2vbert_fast.inference.tasks import Embed, Transcribe
 
 COMMAND = [sys.executable, "-m", "w2vbert_fast.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

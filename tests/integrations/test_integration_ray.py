@@ -24,8 +24,8 @@ from tests.helpers.waiting import PATIENCE
 from w2vbert_fast.inference.jobs.inputs import open_inputs
 from w2vbert_fast.inference.jobs.job import Job, read_results
 from w2vbert_fast.inference.runner import Embedder, Flow, Runner, Transcriber
+from w2vbert_fast.inference.tasks import Embed, Transcribe
 from w2vbert_fast.inference.tasks.base import Piece
-from w2vbert_fast.inference.tasks.transcribe import Embed, Transcribe
 from w2vbert_fast.integrations import ray as ours
 from w2vbert_fast.integrations.ray.actor import Actor, Actors, Columns
 from w2vbert_fast.integrations.ray.runner import RayRunner

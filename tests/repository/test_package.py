@@ -153,6 +153,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # Kernels seen from outside; what is installed never needs what is not.
     "tools": ("csrc_triton",),
     "_extras": (),
+    "_lazy": (),
     "layout": (),
     "ops": ("csrc_triton", "layout"),
     "doctor": ("ops",),
@@ -161,8 +162,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "processing": ("checkpoints", "ops", "recordings"),
     "models": ("checkpoints", "layout", "ops"),
     "export": ("_extras", "checkpoints", "layout", "models", "ops", "processing"),
-    "inference": ("_extras", "checkpoints", "models", "ops", "processing", "recordings"),
-    "training": ("_extras", "checkpoints", "models", "ops", "processing", "recordings"),
+    "inference": (
+        *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
+    ),
+    "training": (
+        *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
+    ),
     "integrations": (
         *("_extras", "inference", "layout", "models", "ops", "processing", "recordings"),
     ),

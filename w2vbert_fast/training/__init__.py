@@ -10,19 +10,15 @@ Names are loaded on first use: this package needs the extra `train`, and importi
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "FinetuneConfig": "config",
-    "FinetuneResult": "trainer",
-    "ManifestError": "manifest",
-    "StepReport": "trainer",
-    "Utterance": "data",
-    "UtteranceError": "data",
-    "UtteranceSource": "data",
-    "finetune": "trainer",
-}
+from w2vbert_fast._lazy import names_of
+
+if TYPE_CHECKING:
+    from w2vbert_fast.training.config import FinetuneConfig
+    from w2vbert_fast.training.data import Utterance, UtteranceError, UtteranceSource
+    from w2vbert_fast.training.manifest import ManifestError
+    from w2vbert_fast.training.trainer import FinetuneResult, StepReport, finetune
 
 __all__ = [
     "FinetuneConfig",
@@ -35,24 +31,12 @@ __all__ = [
     "finetune",
 ]
 
-if TYPE_CHECKING:
-    from w2vbert_fast.training.config import FinetuneConfig as FinetuneConfig
-    from w2vbert_fast.training.data import Utterance as Utterance
-    from w2vbert_fast.training.data import UtteranceError as UtteranceError
-    from w2vbert_fast.training.data import UtteranceSource as UtteranceSource
-    from w2vbert_fast.training.manifest import ManifestError as ManifestError
-    from w2vbert_fast.training.trainer import FinetuneResult as FinetuneResult
-    from w2vbert_fast.training.trainer import StepReport as StepReport
-    from w2vbert_fast.training.trainer import finetune as finetune
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "training.config": ("FinetuneConfig",),
+        "training.data": ("Utterance", "UtteranceError", "UtteranceSource"),
+        "training.manifest": ("ManifestError",),
+        "training.trainer": ("FinetuneResult", "StepReport", "finetune"),
+    },
+)
