@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.helpers.offline import Stub, clips, run, table
-from w2vbert_fast.cli import jobs as options
 from w2vbert_fast.inference import Embedding, Transcript, Transcription
 from w2vbert_fast.inference.ctc.chunks import Chunk
 from w2vbert_fast.inference.ctc.timestamps import Word
@@ -22,6 +21,7 @@ from w2vbert_fast.inference.jobs.formats import (
     FilePerRecording,
     Formats,
     JsonTable,
+    help_text,
     own_columns,
     usual_timestamps,
 )
@@ -117,7 +117,7 @@ def test_another_one_is_written_offered_and_removed_wherever_formats_are(
     assert [(out / file).read_text() for file in files] == ["WELL SAID"] * 2
     run(recordings, out, Spoken(), overwrite=True)
     assert not [path for path in files_of(out) if path.endswith(".loud")]
-    assert "srt, vtt, txt and loud of transcripts" in options.help_text()
+    assert "srt, vtt, txt and loud of transcripts" in help_text()
     with pytest.raises(ValueError, match="'loud' is not one of stub's: jsonl, parquet"):
         Formats.of_task(Stub(), ["loud"])
 
