@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine, targets
-from bench.peers.context import limit_threads
+from bench.context import limit_threads
 from bench.peers.pytorch import quiet
 from bench.workloads import DEFAULT, REPOSITORY, WORKLOADS
 

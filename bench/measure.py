@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return ", ".join(p for p in (self.implementation, self.configuration, self.dtype) if p)
+        return joined(self.implementation, self.configuration, self.dtype)
 
 
 @dataclass
@@ -91,26 +92,20 @@ class Timing:
     stopped: bool = False
     seconds: list[float] = field(default_factory=list)
 
+    def skip(self, reason: str) -> None:
+        """Give its place up."""
+        self.skipped, self.prepared, self.outputs = reason, None, []
 
-def percentile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, `q` in 0..1."""
-    ordered = sorted(values)
-    if not ordered:
-        raise ValueError("values is empty; a percentile needs at least one")
-    place = q * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+def joined(*parts: str) -> str:
+    """Those that are not empty, with commas."""
+    return ", ".join(part for part in parts if part)
 
 
 def statistics(seconds: Sequence[float]) -> dict[str, float | int]:
-    """Median, p20, p80 and the number of rounds."""
-    return {
-        "median": percentile(seconds, 0.5),
-        "p20": percentile(seconds, 0.2),
-        "p80": percentile(seconds, 0.8),
-        "rounds": len(seconds),
-    }
+    """Median, p20 and p80, between order statistics linearly, and the number of rounds."""
+    median, p20, p80 = np.quantile(seconds, (0.5, 0.2, 0.8)).tolist()
+    return {"median": median, "p20": p20, "p80": p80, "rounds": len(seconds)}
 
 
 def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -125,7 +120,7 @@ def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
         if got.shape != want.shape:
             return math.inf
         want = want.double().cpu()
-        difference += float((got.double().cpu() - want).square().sum())
+        difference += float((got.detach().double().cpu() - want).square().sum())
         norm += float(want.square().sum())
     error = math.sqrt(difference / norm) if norm else math.sqrt(difference)
     return error if math.isfinite(error) else math.inf
@@ -157,25 +152,27 @@ def limit(dtype: str, ours: bool, reference_error: float | None) -> float:
 def prepare(candidate: Candidate, device: torch.device, free: int) -> Timing:
     """Build a candidate, run it once to warm it up, and keep what it returned."""
     timing = Timing(candidate)
-    if candidate.bytes_needed > 0.8 * free:
-        timing.skipped = (
-            f"would need {candidate.bytes_needed / 1e9:.1f} GB for one attention layer; "
-            f"{free / 1e9:.1f} GB are free"
-        )
-        return timing
     try:
+        if candidate.bytes_needed > 0.8 * free:
+            raise Unavailable(
+                f"would need {candidate.bytes_needed / 1e9:.1f} GB for one attention layer; "
+                f"{free / 1e9:.1f} GB are free"
+            )
         timing.prepared = candidate.build()
         with torch.inference_mode():
             timing.outputs = timing.prepared.collect(timing.prepared.run())
     except Unavailable as error:
-        timing.skipped = str(error)
+        timing.skip(str(error))
     except Exception as error:  # a peer that fails is a row of the report, not its end
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        timing.skipped = f"failed: {type(error).__name__}: {reason[:200]}"
+        timing.skip(f"failed: {type(error).__name__}: {first_line(error)}")
     if timing.skipped:
-        timing.prepared = None
         gc.collect()
     return timing
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, 200 characters at most."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def interleave(

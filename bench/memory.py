@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from bench.context import limit_threads
 from bench.measure import Candidate, Prepared
-from bench.peers.context import limit_threads
 
 MARK = "peak_bytes_above_weights="
 
@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args(argv)
     limit_threads(arguments.threads)
+    from bench.context import open_context
     from bench.peers import candidates_of
-    from bench.peers.context import open_context
     from bench.workloads import WORKLOADS
 
     workload = WORKLOADS[arguments.workload]

@@ -10,24 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench import memory, training
+from bench.agreement import Disagreement, judge
+from bench.context import Context, open_context
 from bench.flops import encoder_flops
 from bench.machine import Gemm, available_memory
-from bench.measure import (
-    Candidate,
-    Timing,
-    interleave,
-    limit,
-    percentile,
-    prepare,
-    relative_error,
-    statistics,
-)
-from bench.peers import candidates_of, pytorch
-from bench.peers import training as training_peers
-from bench.peers.context import Context, open_context, oracle
+from bench.measure import Candidate, Timing, interleave, prepare, statistics
+from bench.peers import candidates_of
 from bench.workloads import Workload
 
 LAYERED = ("encoder", "early_exit", "training")
@@ -64,15 +56,6 @@ class Settings:
     memory: bool = True
     gemms: dict[str, Gemm] = field(default_factory=dict)
     folder: Path | None = None
-
-
-@dataclass
-class Disagreement:
-    """A candidate whose answer is wrong, so that it has no row."""
-
-    label: str
-    error: float
-    limit: float
 
 
 def run_workload(
@@ -154,81 +137,6 @@ def select(
     return kept
 
 
-def judge(
-    context: Context, timings: Sequence[Timing]
-) -> tuple[dict[str, tuple[float, str]], list[Disagreement]]:
-    """Compare every candidate's output with the truth; one that is off loses its place.
-
-    Returns:
-        Error and what it is relative to, by label, and the candidates that disagree.
-    """
-    kind = context.workload.kind
-    if kind == "training":
-        by_label, wrong = training.judge(timings, training_peers.REFERENCE_LABEL)
-        return by_label, [Disagreement(*entry) for entry in wrong]
-    errors: dict[str, tuple[float, str]] = {}
-    disagreements: list[Disagreement] = []
-    reference_errors: dict[str, float] = {}
-    truths: dict[str, list[Any]] = {}
-    ready = [t for t in timings if t.skipped is None]
-    # The reference first: bf16 is judged by its error.
-    ready.sort(key=lambda t: _is_reference(t.candidate), reverse=True)
-    for timing in ready:
-        candidate = timing.candidate
-        rounding = "bf16" if candidate.dtype == "bf16" else "fp32"
-        if rounding not in truths:
-            truths[rounding] = _truth(context, timings, rounding)
-        truth = truths[rounding]
-        if kind == "end_to_end":
-            wrong = sum(a != b for a, b in zip(timing.outputs, truth, strict=True))
-            error, bound = wrong / len(truth), 0.0
-            what = "share of the transcripts that differ from transformers' one by one"
-        else:
-            error = relative_error(timing.outputs, truth)
-            what = _what(kind)
-            if kind == "features":
-                bound = 1e-3
-            else:
-                if candidate.dtype == "bf16" and _is_reference(candidate):
-                    reference_errors.setdefault("bf16", error)
-                if candidate.dtype == "bf16" and "bf16" not in reference_errors:
-                    timing.skipped = "transformers could not run, whose error is the measure"
-                    timing.prepared = None
-                    continue
-                bound = limit(candidate.dtype, candidate.ours, reference_errors.get("bf16"))
-        errors[candidate.label] = (error, what)
-        if not error <= bound:
-            disagreements.append(Disagreement(candidate.label, error, bound))
-            timing.skipped = f"disagrees: error {error:.2e}, at most {bound:.2e} counts"
-            timing.prepared = None
-        timing.outputs = []
-    return errors, disagreements
-
-
-def _is_reference(candidate: Candidate) -> bool:
-    return (candidate.implementation, candidate.configuration.split(",")[0]) == (pytorch.REFERENCE)
-
-
-def _what(kind: str) -> str:
-    if kind == "features":
-        return "relative to transformers"
-    if kind == "early_exit":
-        return "relative to transformers in float32"
-    return "relative to transformers in float64 from equally rounded weights"
-
-
-def _truth(context: Context, timings: Sequence[Timing], rounding: str) -> list[Any]:
-    """The right outputs; where no float64 run is made, those of transformers' first candidate."""
-    if context.workload.kind == "encoder":
-        return oracle(context, rounding)
-    for timing in timings:
-        if timing.candidate.implementation == "transformers" and timing.skipped is None:
-            return list(timing.outputs)
-    raise RuntimeError(
-        f"workload {context.workload.name!r}: nothing to compare with, transformers could not run"
-    )
-
-
 def _row(
     context: Context,
     timing: Timing,
@@ -236,11 +144,10 @@ def _row(
     rates: dict[str, list[float]],
 ) -> dict[str, Any]:
     workload, candidate = context.workload, timing.candidate
-    lengths = [f.shape[0] for f in context.features]
     error, error_kind = errors.get(candidate.label, (None, None))
     flops = None
     if workload.kind in LAYERED:
-        flops = encoder_flops(context.our_config(), lengths, workload.exit_layer)
+        flops = encoder_flops(context.our_config(), context.lengths, workload.exit_layer)
         # Each product of the forward pass has two in the backward pass.
         flops *= 3.0 if workload.kind == "training" else 1.0
     row: dict[str, Any] = {
@@ -250,7 +157,7 @@ def _row(
         "configuration": candidate.configuration,
         "dtype": candidate.dtype,
         "audio_seconds": workload.audio_seconds,
-        "batch": len(lengths),
+        "batch": len(context.features),
         "longest_seconds": max(workload.seconds),
         "layers": context.layers if flops is not None else None,
         "seconds": statistics(timing.seconds) if timing.seconds else None,
@@ -265,8 +172,8 @@ def _row(
         median = row["seconds"]["median"]
         row["audio_seconds_per_second"] = workload.audio_seconds / median
         if flops is not None and candidate.dtype in rates:
-            row["gemm_rate"] = percentile(rates[candidate.dtype], 0.5)
+            row["gemm_rate"] = float(np.median(rates[candidate.dtype]))
             # Of each round its own GEMM: the machine may be slower in one than in another.
             pairs = zip(timing.seconds, rates[candidate.dtype], strict=False)
-            row["share_of_gemm"] = percentile([flops / s / rate for s, rate in pairs], 0.5)
+            row["share_of_gemm"] = float(np.median([flops / s / rate for s, rate in pairs]))
     return row

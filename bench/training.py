@@ -8,9 +8,7 @@ batch and those of its utterances one by one, added up, are the same. No optimis
 from __future__ import annotations
 
 import contextlib
-import copy
-import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.context import Context, exact
 from bench.machine import DTYPES
-from bench.measure import BF16_RATIO, FP32_LIMIT, PEER_SLACK, Timing
-from bench.peers.context import Context, attention_by_blocks
+from bench.measure import relative_error
 
-GRADIENT_LIMIT = 1e-5
-"""Of the norm of all gradients in fp32, as a share of their own."""
 MODES = {"fp32": ("",), "bf16": ("bf16 weights", "autocast")}
 """Ways to train in a dtype: bf16 with weights in bf16, and with fp32 weights under autocast."""
 
@@ -54,10 +50,7 @@ def labels(context: Context) -> list[Tensor]:
     """A random class for each frame of each utterance, int64 `[T]`."""
     generator = torch.Generator().manual_seed(2)
     vocabulary = config_values(context)["vocab_size"]
-    return [
-        torch.randint(0, vocabulary, (len(features),), generator=generator)
-        for features in context.features
-    ]
+    return [torch.randint(0, vocabulary, (n,), generator=generator) for n in context.lengths]
 
 
 def padded_labels(rows: Sequence[Tensor]) -> Tensor:
@@ -105,29 +98,18 @@ class Truth:
 
     def errors(self, logits: Sequence[Tensor], model: nn.Module) -> Errors:
         """Of what a candidate returned and left in its parameters."""
-        outputs = _distance(zip(logits, self.logits, strict=True))
         named = dict(model.named_parameters())
         if set(named) != set(self.gradients):
             raise ValueError("the model has other parameters than the reference")
-        pairs = ((_gradient(named[name]), want) for name, want in self.gradients.items())
-        return Errors(outputs, _distance(pairs))
+        gradients = [_gradient(named[name]) for name in self.gradients]
+        return Errors(
+            relative_error(logits, self.logits),
+            relative_error(gradients, list(self.gradients.values())),
+        )
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Norm of all differences over the norm of what is right; infinite where shapes differ."""
-    difference = norm = 0.0
-    for got, want in pairs:
-        if got.shape != want.shape:
-            return float("inf")
-        wide = want.double().cpu()
-        difference += float((got.detach().double().cpu() - wide).square().sum())
-        norm += float(wide.square().sum())
-    error = (difference / norm) ** 0.5 if norm else difference**0.5
-    return error if error == error else float("inf")
 
 
 def truth(context: Context, dtype: str) -> Truth:
@@ -145,15 +127,12 @@ def truth(context: Context, dtype: str) -> Truth:
 
 
 def _truth(context: Context, dtype: str) -> Truth:
-    model = copy.deepcopy(reference(context, dtype, "eager")).double()
-    for module in model.modules():
-        if type(module).__name__ == "Wav2Vec2BertSelfAttention":
-            module.forward = types.MethodType(attention_by_blocks, module)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = exact(reference(context, dtype, "eager"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     logits = []
-    for features, target in zip(context.features, labels(context), strict=True):
-        x = features.to(context.device, DTYPES[dtype]).double()
-        output = model(x[None]).logits
+    for row, target in enumerate(labels(context)):
+        x = context.batch([row], DTYPES[dtype])["input_features"]
+        output = model(x.double()).logits
         loss(output, target[None].to(context.device)).backward()
         logits.append(output[0].detach())
     gradients = {name: _gradient(p).float().cpu() for name, p in model.named_parameters()}
@@ -169,54 +148,6 @@ def reference(context: Context, dtype: str, attention: str) -> nn.Module:
     return context.reference_of(
         "Wav2Vec2BertForCTC", config_values(context), weights(context, dtype), attention
     ).train()
-
-
-def judge(
-    timings: Sequence[Timing], reference_label: str
-) -> tuple[dict[str, tuple[float, str]], list[tuple[str, float, float]]]:
-    """Compare every candidate's errors with what may be; one that is off loses its place.
-
-    Args:
-        timings: whose `outputs` are one `Errors` each.
-        reference_label: start of the labels of the candidates whose own errors are the measure in
-            bf16, one for each mode.
-
-    Returns:
-        The gradients' error and what it is relative to, by label; and of the candidates that
-        disagree label, error and limit.
-    """
-    measures: dict[str, Errors] = {}
-    for timing in timings:
-        candidate = timing.candidate
-        if timing.skipped is None and candidate.label.startswith(reference_label):
-            measures.setdefault(mode_of(candidate.configuration), timing.outputs[0])
-    errors: dict[str, tuple[float, str]] = {}
-    wrong = []
-    for timing in timings:
-        candidate = timing.candidate
-        if timing.skipped is not None:
-            continue
-        slack = 1.0 if candidate.ours else PEER_SLACK
-        limits = Errors(FP32_LIMIT * slack, GRADIENT_LIMIT * slack)
-        if candidate.dtype == "bf16":
-            own = measures.get(mode_of(candidate.configuration))
-            if own is None:
-                timing.skipped = "transformers could not run, whose error is the measure"
-                timing.prepared = None
-                continue
-            factor = BF16_RATIO * slack
-            limits = Errors(own.outputs * factor, own.gradients * factor)
-        (got,) = timing.outputs
-        what = "of all gradients, relative to transformers in float64 from equally rounded weights"
-        errors[candidate.label] = (got.gradients, what)
-        for part in ("outputs", "gradients"):
-            error, bound = getattr(got, part), getattr(limits, part)
-            if not error <= bound:
-                wrong.append((f"{candidate.label}, {part}", error, bound))
-                timing.skipped = f"disagrees: error of {part} {error:.2e}, at most {bound:.2e}"
-                timing.prepared = None
-                break
-    return errors, wrong
 
 
 def mode_of(configuration: str) -> str:

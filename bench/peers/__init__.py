@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bench.context import Context
 from bench.measure import Candidate
 
 from . import engines, pytorch, speech, training
-from .context import Context
 
 
 def candidates_of(context: Context, dtypes: tuple[str, ...]) -> list[Candidate]:

@@ -6,7 +6,6 @@ None of them is given an attention mask (CTranslate2 has none), so utterances ru
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import os
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.context import Context, require
 from bench.machine import DTYPES, describe
-from bench.measure import Candidate, Prepared, Unavailable
-from bench.peers.context import Context
+from bench.measure import Candidate, Prepared, Unavailable, first_line
 
 
 def encoder_candidates(context: Context, dtypes: tuple[str, ...]) -> Iterator[Candidate]:
@@ -48,12 +47,6 @@ def encoder_candidates(context: Context, dtypes: tuple[str, ...]) -> Iterator[Ca
             yield Candidate("openvino", "sdpa" + several, dtype, build)
 
 
-def _require(*modules: str) -> None:
-    missing = [m for m in modules if importlib.util.find_spec(m) is None]
-    if missing:
-        raise Unavailable(f"not installed: {', '.join(missing)}")
-
-
 def _arrays(context: Context, dtype: str) -> list[np.ndarray]:
     """Float32 `[1, T, 160]` of each utterance, rounded to `dtype`."""
     rounding = DTYPES.get(dtype, torch.float32)
@@ -61,7 +54,7 @@ def _arrays(context: Context, dtype: str) -> list[np.ndarray]:
 
 
 def _ctranslate2(context: Context, dtype: str) -> Prepared:
-    _require("ctranslate2", "transformers")
+    require("ctranslate2", "transformers")
     # On AMD processors it takes AVX2 unless it is told otherwise, and is three times slower.
     if "avx512f" in describe()["flags"]:
         os.environ.setdefault("CT2_FORCE_CPU_ISA", "AVX512")
@@ -126,7 +119,7 @@ class _LastHiddenState(nn.Module):
 
 def _onnx_file(context: Context) -> Path:
     """transformers' model with sdpa, exported by torch.onnx; any number of frames."""
-    _require("onnx", "onnxscript", "transformers")
+    require("onnx", "onnxscript", "transformers")
     path = context.folder / f"model-{context.layers}.onnx"
     if path.exists():
         return path
@@ -145,13 +138,12 @@ def _onnx_file(context: Context) -> Path:
                 dynamic_shapes={"input_features": {1: frames}},
             )
         except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise Unavailable(f"could not be exported: {reason[:200]}") from error
+            raise Unavailable(f"could not be exported: {first_line(error)}") from error
     return path
 
 
 def _onnxruntime(context: Context, dtype: str) -> Prepared:
-    _require("onnxruntime")
+    require("onnxruntime")
     path = _onnx_file(context)
     import onnxruntime
 
@@ -182,7 +174,7 @@ def _onnxruntime(context: Context, dtype: str) -> Prepared:
 
 
 def _openvino(context: Context, dtype: str) -> Prepared:
-    _require("openvino")
+    require("openvino")
     path = _onnx_file(context)
     import openvino
 

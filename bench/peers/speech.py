@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import Candidate, Prepared, Unavailable
-from bench.peers.context import Context
+from bench.context import Context, require
+from bench.measure import Candidate, Prepared
 from bench.workloads import SAMPLING_RATE, batches
 
 
@@ -49,8 +48,7 @@ def _our_features(context: Context) -> Prepared:
 
 
 def _transformers_features(context: Context) -> Prepared:
-    if importlib.util.find_spec("transformers") is None:
-        raise Unavailable("transformers is not installed")
+    require("transformers")
     import transformers
 
     extractor = transformers.SeamlessM4TFeatureExtractor()
@@ -60,8 +58,7 @@ def _transformers_features(context: Context) -> Prepared:
 
 def _kaldi_features(context: Context, threads: int) -> Prepared:
     """kaldi-native-fbank for the log-mels; its users normalise and stack in NumPy."""
-    if importlib.util.find_spec("kaldi_native_fbank") is None:
-        raise Unavailable("kaldi-native-fbank is not installed")
+    require("kaldi_native_fbank")
     import kaldi_native_fbank
 
     options = kaldi_native_fbank.FbankOptions()
@@ -112,8 +109,7 @@ def _our_text(context: Context) -> Prepared:
 
 
 def _transformers_text(context: Context, batching: str) -> Prepared:
-    if importlib.util.find_spec("transformers") is None:
-        raise Unavailable("transformers is not installed")
+    require("transformers")
     import transformers
 
     from w2vbert_fast.inference.pipeline import DEMO_FOLDER

@@ -16,9 +16,10 @@ from torch import Tensor
 
 import w2vbert_fast
 from bench import __main__ as command
-from bench import flops, machine, measure, memory, peers, runner, targets, workloads
+from bench import agreement, flops, machine, measure, memory, peers, runner, targets, workloads
+from bench import context as shared
+from bench.agreement import judge
 from bench.measure import Candidate, Prepared, Unavailable
-from bench.peers import context as shared
 
 CPU = torch.device("cpu")
 SMALL = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32",), layers=1)
@@ -136,12 +137,7 @@ def test_padding_and_gathering_are_inverse() -> None:
 def test_statistics_are_order_statistics() -> None:
     got = measure.statistics([5.0, 1.0, 4.0, 2.0, 3.0, 6.0])
     assert got == {"median": 3.5, "p20": 2.0, "p80": 5.0, "rounds": 6}
-    assert measure.percentile([7.0], 0.8) == 7.0
-    for q in (0.2, 0.5, 0.8):
-        values = np.random.default_rng(0).random(11).tolist()
-        assert measure.percentile(values, q) == pytest.approx(np.quantile(values, q))
-    with pytest.raises(ValueError, match="at least one"):
-        measure.percentile([], 0.5)
+    assert measure.statistics([7.0]) == {"median": 7.0, "p20": 7.0, "p80": 7.0, "rounds": 1}
 
 
 # Agreement
@@ -182,14 +178,14 @@ def test_what_disagrees_is_not_timed(
     dtype: str, off: float, agrees: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     truth = [torch.ones(4, 3, dtype=torch.float64)]
-    monkeypatch.setattr(runner, "oracle", lambda context, rounding: truth)
+    monkeypatch.setattr(agreement, "oracle", lambda context, rounding: truth)
     context = small_context(monkeypatch, tmp_path)
     made = [
         candidate([truth[0] * (1 + off)], dtype),
         candidate([truth[0] * 1.01], dtype if dtype == "bf16" else "int8", "transformers"),
     ]
     timings = [measure.prepare(c, CPU, 10**12) for c in made]
-    errors, wrong = runner.judge(context, timings)
+    errors, wrong = judge(context, timings)
     assert errors[made[0].label][0] == pytest.approx(off)
     assert [w.label for w in wrong] == ([] if agrees else [made[0].label])
     assert (timings[0].skipped is None) is agrees
@@ -202,9 +198,9 @@ def test_bf16_is_not_judged_without_the_reference(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     truth = [torch.ones(4, 3)]
-    monkeypatch.setattr(runner, "oracle", lambda context, rounding: truth)
+    monkeypatch.setattr(agreement, "oracle", lambda context, rounding: truth)
     timing = measure.prepare(candidate(truth, "bf16"), CPU, 10**12)
-    runner.judge(small_context(monkeypatch, tmp_path), [timing])
+    judge(small_context(monkeypatch, tmp_path), [timing])
     assert timing.skipped is not None and timing.prepared is None
 
 
@@ -213,7 +209,7 @@ def test_other_texts_disagree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     context = small_context(monkeypatch, tmp_path, workload=workload)
     ours, theirs = candidate(["one", "two"]), candidate(["one", "too"], name="transformers")  # type: ignore[list-item]
     timings = [measure.prepare(c, CPU, 10**12) for c in (ours, theirs)]
-    _, wrong = runner.judge(context, timings)
+    _, wrong = judge(context, timings)
     assert [(w.label, w.error) for w in wrong] == [(ours.label, 0.5)]
 
 
@@ -282,10 +278,7 @@ def test_real_candidates_agree_and_give_rows(
         rounds=2, budget=math.inf, pause=0.0, memory=False, match="sdpa,", threads=1
     )
     settings.peers = {"transformers"}
-    uncompiled = [
-        lambda context, dtype: [("sdpa", "")],
-    ]
-    monkeypatch.setattr("bench.peers.pytorch._configurations", uncompiled[0])
+    monkeypatch.setattr("bench.peers.pytorch._configurations", lambda context: [("sdpa", "")])
     printed: list[dict[str, Any]] = []
     workload = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32", "bf16"), layers=1)
     rows, wrong = runner.run_workload(workload, settings, printed.append)

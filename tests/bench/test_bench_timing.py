@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import flops, machine, measure, runner, workloads
+from bench.context import open_context
 from bench.measure import Candidate, Prepared, Timing
-from bench.peers.context import open_context
 
 CPU = torch.device("cpu")
 

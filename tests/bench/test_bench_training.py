@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from bench import memory, runner, targets, training, workloads
+from bench.agreement import judge
+from bench.context import Context
 from bench.measure import Candidate, Prepared, Timing
 from bench.peers import training as peers_training
-from bench.peers.context import Context
 from tests.bench.test_bench import CPU, row, small_context, theirs
 
 SMALL = workloads.Workload("train small", "training", (0.5, 0.3), ("fp32", "bf16"), layers=2)
@@ -100,14 +101,14 @@ def test_wrong_gradients_are_refused(
     factor: float, agrees: bool, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timing = scaled(context, factor, monkeypatch)
-    _, wrong = runner.judge(context, [timing])
+    _, wrong = judge(context, [timing])
     assert (wrong == []) is agrees
     assert (timing.skipped is None) is agrees and (timing.prepared is not None) is agrees
     if not agrees:
         assert wrong[0].label == "w2vbert_fast, fp32, gradients"
 
 
-def judged(ours: training.Errors, reference: training.Errors | None) -> list[str]:
+def judged(context: Context, ours: training.Errors, reference: training.Errors | None) -> list[str]:
     """Labels of what is refused in bf16 under autocast."""
     timings = []
     for name, errors in (("w2vbert_fast", ours), ("transformers", reference)):
@@ -115,19 +116,19 @@ def judged(ours: training.Errors, reference: training.Errors | None) -> list[str
         candidate = Candidate(name, configuration, "bf16", lambda: Prepared(list, list))
         if errors is not None:
             timings.append(Timing(candidate, Prepared(list, list), outputs=[errors]))
-    wrong = training.judge(timings, peers_training.REFERENCE_LABEL)[1]
+    wrong = judge(context, timings)[1]
     skipped = [t.candidate.label for t in timings if t.skipped is not None]
-    assert all(label.startswith(tuple(skipped)) for label, _, _ in wrong)
+    assert all(entry.label.startswith(tuple(skipped)) for entry in wrong)
     return skipped
 
 
-def test_bf16_may_be_as_wrong_as_the_reference() -> None:
+def test_bf16_may_be_as_wrong_as_the_reference(context: Context) -> None:
     reference = training.Errors(1e-2, 2e-2)
     mine = "w2vbert_fast, autocast, bf16"
-    assert judged(training.Errors(1.09e-2, 2.19e-2), reference) == []
-    assert judged(training.Errors(1.11e-2, 2e-2), reference) == [mine]
-    assert judged(training.Errors(1e-2, 2.21e-2), reference) == [mine]
-    assert judged(training.Errors(1e-2, 2e-2), None) == [mine]
+    assert judged(context, training.Errors(1.09e-2, 2.19e-2), reference) == []
+    assert judged(context, training.Errors(1.11e-2, 2e-2), reference) == [mine]
+    assert judged(context, training.Errors(1e-2, 2.21e-2), reference) == [mine]
+    assert judged(context, training.Errors(1e-2, 2e-2), None) == [mine]
 
 
 def test_the_reference_of_every_mode_runs_whatever_peers_are_chosen(

@@ -7,10 +7,11 @@ every candidate; those that PyTorch runs share one copy in memory.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.flops import encoder_flops
 from bench.machine import DTYPES
 from bench.measure import Unavailable
-from bench.workloads import Workload, encoder_inputs, speech
+from bench.workloads import Workload, batches, encoder_inputs, padded, speech
 
 
 @dataclass
@@ -72,6 +74,23 @@ class Context:
                 }
         return self._weights[dtype]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Frames of each utterance."""
+        return [len(features) for features in self.features]
+
+    def batch(self, rows: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """Some utterances as a model takes them, on the device: `input_features` of a dtype, and
+        `attention_mask`, None where nothing is padded."""
+        x, mask = padded([self.features[i] for i in rows])
+        on_device = None if mask is None else mask.to(self.device)
+        return {"input_features": x.to(self.device, dtype), "attention_mask": on_device}
+
+    def largest(self, batching: str, size_of: Callable[[list[int]], int]) -> int:
+        """The most that `size_of` gives for the lengths of one batch."""
+        groups = batches(self.features, batching)
+        return max(size_of([self.lengths[i] for i in rows]) for rows in groups)
+
     def drop_weights(self) -> None:
         """Forget the shared weights; models that were built keep theirs."""
         self._weights.clear()
@@ -103,10 +122,9 @@ class Context:
         Raises:
             Unavailable: transformers is not installed, or has no such attention.
         """
-        try:
-            import transformers
-        except ImportError as error:
-            raise Unavailable("transformers is not installed") from error
+        require("transformers")
+        import transformers
+
         config = transformers.Wav2Vec2BertConfig(**values)
         try:
             config._attn_implementation = attention
@@ -169,32 +187,41 @@ def random_weights(config: Any, device: torch.device) -> dict[str, Tensor]:
     return weights
 
 
+def require(*modules: str) -> None:
+    """Raises `Unavailable` where a module is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Unavailable(f"not installed: {', '.join(missing)}")
+
+
 def oracle(context: Context, dtype: str) -> list[Tensor]:
     """What is right: the reference on each utterance alone, in float64, from weights and inputs
     rounded to `dtype` ("fp32" or "bf16").
 
-    Attention is computed in blocks of queries, or five minutes of audio would need 115 GB. A run of
-    more than 1 TFLOP on a CPU is done in float32.
+    A run of more than 1 TFLOP on a CPU is done in float32.
 
     Returns:
         `[T, C]` of each utterance on the CPU.
     """
-    from bench.flops import encoder_flops
+    heavy = encoder_flops(context.our_config(), context.lengths) > 1e12
+    precision = torch.float32 if heavy and context.device.type == "cpu" else torch.float64
+    model = exact(context.reference(dtype, "eager"), precision)
+    results = []
+    with torch.inference_mode():
+        for row in range(len(context.features)):
+            x = context.batch([row], DTYPES[dtype])["input_features"]
+            results.append(model(x.to(precision)).last_hidden_state[0].cpu())
+    return results
 
-    lengths = [f.shape[0] for f in context.features]
-    config = context.our_config()
-    heavy = context.device.type == "cpu" and encoder_flops(config, lengths) > 1e12
-    precision = torch.float32 if heavy else torch.float64
-    model = copy.deepcopy(context.reference(dtype, "eager")).to(precision)
+
+def exact(model: nn.Module, precision: torch.dtype = torch.float64) -> nn.Module:
+    """A copy in another precision. Attention is computed in blocks of queries, or five minutes of
+    audio would need 115 GB."""
+    model = copy.deepcopy(model).to(precision)
     for module in model.modules():
         if type(module).__name__ == "Wav2Vec2BertSelfAttention":
             module.forward = types.MethodType(attention_by_blocks, module)
-    results = []
-    with torch.inference_mode():
-        for features in context.features:
-            x = features.to(context.device, DTYPES[dtype]).to(precision)
-            results.append(model(x[None]).last_hidden_state[0].cpu())
-    return results
+    return model
 
 
 def attention_by_blocks(
