@@ -15,9 +15,9 @@ from typing import Any
 from bench import machine, targets
 from bench.context import limit_threads
 from bench.peers.pytorch import quiet
+from bench.report.results import SCHEMA
 from bench.workloads import DEFAULT, REPOSITORY, WORKLOADS
 
-SCHEMA = "w2vbert-bench/v1"
 PEERS = (
     "transformers", "ctranslate2", "onnxruntime", "openvino", "kaldi-native-fbank",
 )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -61,6 +62,12 @@ def versions() -> dict[str, str]:
             continue
     found["torch"] = torch.__version__
     return found
+
+
+def write_results(path: Path, **content: Any) -> None:
+    """A JSON file of results, with the machine and the versions that they come from."""
+    facts = {"machine": describe(), "versions": versions()}
+    path.write_text(json.dumps({**facts, **content}, indent=1, default=str) + "\n")
 
 
 def commit(folder: Path) -> str:
@@ -117,10 +124,41 @@ def _calls(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
         "F.linear": lambda: F.linear(x, weight),
     }
     if x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        calls["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(
-            x, weight, None, "none", [], ""
-        )
+        calls["oneDNN"] = _one_dnn(x, weight)
     return calls
+
+
+def _packed_calls(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return {"oneDNN, packed": _one_dnn(x, packed)}
+
+
+def _one_dnn(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _layer_shapes(rows: int) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of the encoder layer's linear layers."""
+    widths = ((1024, 1024), (1024, 2048), (1024, 4096), (4096, 1024))
+    return [(rows, *width) for width in widths]
+
+
+def _survey(
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: str,
+    device: torch.device,
+    calls: Callable[[Tensor, Tensor], dict[str, Callable[[], Tensor]]],
+) -> Iterator[Gemm]:
+    """What runs of every call on every shape."""
+    for m, k, n in shapes:
+        x = torch.randn(m, k, dtype=DTYPES[dtype], device=device)
+        weight = torch.randn(n, k, dtype=DTYPES[dtype], device=device)
+        flops = 2.0 * m * k * n
+        with torch.inference_mode(), contextlib.suppress(RuntimeError):  # not for this dtype here
+            for name, call in calls(x, weight).items():
+                with contextlib.suppress(RuntimeError):
+                    rate = flops / _time(call, device)
+                    yield Gemm(f"{name}, {m} x {k} x {n}", flops, call, rate)
 
 
 def best_gemm(dtype: str, device: torch.device, rows: int = 1500, square: int = 4096) -> Gemm:
@@ -137,27 +175,7 @@ def best_gemm(dtype: str, device: torch.device, rows: int = 1500, square: int = 
         linear (which PyTorch does not use for fp32 by itself).
     """
     shapes = [*_layer_shapes(rows), (square, square, square)]
-    best: Gemm | None = None
-    with torch.inference_mode():
-        for m, k, n in shapes:
-            x = torch.randn(m, k, dtype=DTYPES[dtype], device=device)
-            weight = torch.randn(n, k, dtype=DTYPES[dtype], device=device)
-            flops = 2.0 * m * k * n
-            for name, call in _calls(x, weight).items():
-                try:
-                    seconds = _time(call, device)
-                except RuntimeError:  # not available for this dtype on this machine
-                    continue
-                if best is None or flops / seconds > best.rate:
-                    best = Gemm(f"{name}, {m} x {k} x {n}", flops, call, flops / seconds)
-    assert best is not None
-    return best
-
-
-def _layer_shapes(rows: int) -> list[tuple[int, int, int]]:
-    """(rows, in, out) of the encoder layer's linear layers."""
-    widths = ((1024, 1024), (1024, 2048), (1024, 4096), (4096, 1024))
-    return [(rows, *width) for width in widths]
+    return max(_survey(shapes, dtype, device, _calls), key=lambda gemm: gemm.rate)
 
 
 def packed_gemm_rate(dtype: str, device: torch.device, rows: int = 1500) -> float | None:
@@ -165,22 +183,10 @@ def packed_gemm_rate(dtype: str, device: torch.device, rows: int = 1500) -> floa
 
     Beside the rate of `best_gemm`, whose operands lie in memory as parameters do.
     """
-    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    if device.type != "cpu" or pack is None:
+    if device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return None
-    rates = []
-    with torch.inference_mode():
-        for m, k, n in _layer_shapes(rows):
-            x = torch.randn(m, k, dtype=DTYPES[dtype])
-            try:
-                weight = pack(torch.randn(n, k, dtype=DTYPES[dtype]), None)
-                call = functools.partial(
-                    torch.ops.mkldnn._linear_pointwise, x, weight, None, "none", [], ""
-                )
-                rates.append(2.0 * m * k * n / _time(call, device))
-            except RuntimeError:  # not available for this dtype on this machine
-                continue
-    return max(rates, default=None)
+    found = _survey(_layer_shapes(rows), dtype, device, _packed_calls)
+    return max((gemm.rate for gemm in found), default=None)
 
 
 def _time(call: Callable[[], Tensor], device: torch.device) -> float:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from bench.machine import Gemm, synchronize
 
+OURS = "w2vbert_fast"
+
 FP32_LIMIT = 1e-5
 BF16_RATIO = 1.1
 INT8_LIMIT = 0.02
@@ -74,7 +76,7 @@ class Candidate:
 
     @property
     def ours(self) -> bool:
-        return self.implementation == "w2vbert_fast"
+        return self.implementation == OURS
 
     @property
     def label(self) -> str:

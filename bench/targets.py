@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.measure import OURS, joined
+
 Rows = Sequence[dict[str, Any]]
+Measure = Callable[[Rows], float | None]
 ENCODER_SHARES = ("1x10s", "1x30s", "16x1-20s")
 
 
@@ -27,33 +30,39 @@ class Target:
     row: str
     at_least: float
     unit: str
-    measure: Callable[[Rows], float | None]
+    measure: Measure
     below: bool = False
     counted: bool = False
 
 
-def _measured(rows: Rows, **wanted: str) -> list[dict[str, Any]]:
-    return [
-        row
+def _values(
+    rows: Rows, value: Callable[[dict[str, Any]], Any], containing: str, **wanted: str
+) -> list[float]:
+    """A value of the rows that were measured and whose configuration holds `containing`."""
+    found = [
+        value(row)
         for row in rows
-        if row["skipped"] is None and all(row[key] == value for key, value in wanted.items())
+        if row["skipped"] is None
+        and containing in row["configuration"]
+        and all(row[key] == want for key, want in wanted.items())
     ]
+    return [number for number in found if number is not None]
 
 
-def share(workload: str, dtype: str) -> Callable[[Rows], float | None]:
+def _peaks(rows: Rows, containing: str, **wanted: str) -> list[float]:
+    return _values(rows, lambda row: row["peak_bytes_above_weights"], containing, **wanted)
+
+
+def _times(rows: Rows, containing: str, **wanted: str) -> list[float]:
+    return _values(rows, lambda row: row["seconds"]["median"], containing, **wanted)
+
+
+def share(workload: str, dtype: str) -> Measure:
     """Our share of the machine's GEMM rate."""
-
-    def measure(rows: Rows) -> float | None:
-        shares = [
-            row["share_of_gemm"]
-            for row in _measured(
-                rows, workload=workload, dtype=dtype, implementation="w2vbert_fast"
-            )
-            if row["share_of_gemm"] is not None
-        ]
-        return max(shares) if shares else None
-
-    return measure
+    ours = {"workload": workload, "dtype": dtype, "implementation": OURS}
+    return lambda rows: max(
+        _values(rows, lambda row: row["share_of_gemm"], "", **ours), default=None
+    )
 
 
 def speedup(
@@ -63,55 +72,40 @@ def speedup(
     containing: str = "",
     over_dtype: str | None = None,
     ours_containing: str = "",
-) -> Callable[[Rows], float | None]:
+) -> Measure:
     """The fastest configuration of `over` (whose name holds `containing`) over our time (in the
     fastest configuration whose name holds `ours_containing`)."""
 
     def measure(rows: Rows) -> float | None:
-        ours = _times(rows, ours_containing, workload, dtype, "w2vbert_fast")
-        theirs = _times(rows, containing, workload, over_dtype or dtype, over)
+        at = {"workload": workload, "dtype": dtype}
+        ours = _times(rows, ours_containing, **at, implementation=OURS)
+        at["dtype"] = over_dtype or dtype
+        theirs = _times(rows, containing, **at, implementation=over)
         return min(theirs) / min(ours) if ours and theirs else None
 
     return measure
 
 
-def _times(
-    rows: Rows, containing: str, workload: str, dtype: str, implementation: str
-) -> list[float]:
-    found = _measured(rows, workload=workload, dtype=dtype, implementation=implementation)
-    return [row["seconds"]["median"] for row in found if containing in row["configuration"]]
-
-
-def peak_ratio(
-    workload: str, dtype: str, over: str, containing: str = ""
-) -> Callable[[Rows], float | None]:
+def peak_ratio(workload: str, dtype: str, over: str, containing: str = "") -> Measure:
     """Our peak memory over the smallest among configurations of `over`; of ours the largest. Of
     both those whose name holds `containing`."""
 
     def measure(rows: Rows) -> float | None:
-        peaks = []
-        for implementation in ("w2vbert_fast", over):
-            found = _measured(rows, workload=workload, dtype=dtype, implementation=implementation)
-            chosen = [row for row in found if containing in row["configuration"]]
-            sizes = [row["peak_bytes_above_weights"] for row in chosen]
-            peaks.append([size for size in sizes if size is not None])
-        return max(peaks[0]) / min(peaks[1]) if all(peaks) else None
+        at = {"workload": workload, "dtype": dtype}
+        ours = _peaks(rows, containing, **at, implementation=OURS)
+        theirs = _peaks(rows, containing, **at, implementation=over)
+        return max(ours) / min(theirs) if ours and theirs else None
 
     return measure
 
 
-def peak_gigabytes(workload: str, dtype: str) -> Callable[[Rows], float | None]:
+def peak_gigabytes(workload: str, dtype: str) -> Measure:
     """Our peak memory above the weights."""
-
-    def measure(rows: Rows) -> float | None:
-        found = _measured(rows, workload=workload, dtype=dtype, implementation="w2vbert_fast")
-        sizes = [r["peak_bytes_above_weights"] for r in found]
-        return max(sizes) / 1e9 if sizes and None not in sizes else None
-
-    return measure
+    ours = {"workload": workload, "dtype": dtype, "implementation": OURS}
+    return lambda rows: max((peak / 1e9 for peak in _peaks(rows, "", **ours)), default=None)
 
 
-def ledger_ratio(key: str) -> Callable[[Rows], float | None]:
+def ledger_ratio(key: str) -> Measure:
     """A ratio that `bench.ledger` counts (no measurement: no GPU is needed)."""
 
     def measure(rows: Rows) -> float | None:
@@ -134,22 +128,19 @@ def _ledger_ratios() -> dict[str, float]:
 
 
 def _training(workload: str, dtype: str, least: float, mode: str = "") -> Target:
-    name = f"{dtype}, {mode}" if mode else dtype
-    row = f"{workload}, {name}, against transformers' best"
+    row = f"{joined(workload, dtype, mode)}, against transformers' best"
     measure = speedup(workload, dtype, "transformers", mode, ours_containing=mode)
     return Target(row, least, "x", measure)
 
 
 def _training_peak(dtype: str, mode: str = "") -> Target:
-    name = f"{dtype}, {mode}" if mode else dtype
-    row = f"train 1x30s, {name}: peak memory over transformers' least"
-    measure = peak_ratio("train 1x30s", dtype, "transformers", mode)
-    return Target(row, 0.333, "", measure, below=True)
+    row = f"{joined('train 1x30s', dtype, mode)}: peak memory over transformers' least"
+    return Target(row, 0.333, "", peak_ratio("train 1x30s", dtype, "transformers", mode), True)
 
 
-def _speed(workload: str, dtype: str, least: float, against: str = "transformers") -> Target:
-    row = f"encoder {workload}, {dtype}, against {against}'s best"
-    return Target(row, least, "x", speedup(workload, dtype, against))
+def _speed(workload: str, dtype: str, least: float) -> Target:
+    row = f"encoder {workload}, {dtype}, against transformers's best"
+    return Target(row, least, "x", speedup(workload, dtype, "transformers"))
 
 
 TARGETS: tuple[Target, ...] = (
@@ -233,8 +224,6 @@ def render(evaluated: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'row':<{width}}  {'target':>10}  {'measured':>8}"]
     for entry in evaluated:
         measured = "-" if entry["measured"] is None else f"{entry['measured']:.2f}"
-        lines.append(
-            f"{entry['row']:<{width}}  {entry['target']:>10}  {measured:>8}  "
-            f"{names[entry['reached']]}"
-        )
+        line = f"{entry['row']:<{width}}  {entry['target']:>10}  {measured:>8}"
+        lines.append(f"{line}  {names[entry['reached']]}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.measure import OURS
 from bench.table import Table
 
 from .counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
@@ -17,7 +18,6 @@ from .workload import Workload
 
 SCHEMA = "w2vbert-ledger/v1"
 
-OURS = "w2vbert_fast"
 EAGER = "transformers eager"
 SDPA = "transformers sdpa"
 PATHS = (OURS, SDPA, EAGER)

@@ -16,7 +16,6 @@ from typing import Any
 from bench.workloads import KINDS
 
 SCHEMA = "w2vbert-bench/v1"
-OURS = "w2vbert_fast"
 
 _TOP = ("machine", "versions", "commit", "date", "threads", "layers", "gemm_rate", "rows")
 _ROW = (

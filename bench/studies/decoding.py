@@ -10,7 +10,6 @@ the numbers.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from bench.machine import describe, versions
+from bench.machine import write_results
 from w2vbert_fast.recordings.audio import SAMPLING_RATE, load_audio
 
 SECONDS = 300
@@ -103,8 +102,7 @@ def main() -> None:
         rate = row["audio_seconds_per_second"]
         print(f"{row['format']:28} {size / 1e6:10.1f} {size / 450e3:8.1f} {rate:12.0f}")
     if arguments.out is not None:
-        content = {"machine": describe(), "versions": versions(), "rows": rows}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_results(arguments.out, rows=rows)
 
 
 if __name__ == "__main__":

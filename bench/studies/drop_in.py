@@ -4,19 +4,18 @@ python -m bench.studies.drop_in [--width 192] [--seconds 0.5] [--layers 4] [--ro
                                 [--dtype bf16] [--out FILE]
 
 The same random weights and features of an encoder, as wide as the published one unless told
-otherwise, in four forms: transformers
-with eager and with SDPA attention, transformers accelerated, and this package's own model with its
-fast kernels. The forms take turns. docs/use/transformers.md has the numbers.
+otherwise, in four forms: transformers with eager and with SDPA attention, transformers accelerated,
+and this package's own model with its fast kernels. The forms take turns.
+docs/use/transformers.md has the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import math
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ import torch
 from torch import Tensor
 
 import w2vbert_fast
-from bench.machine import describe, versions
+from bench.machine import DTYPES, write_results
+from bench.measure import Candidate, Prepared, Timing, interleave, relative_error
 from w2vbert_fast.integrations.transformers import accelerate
 
 SECONDS = (10.0, 30.0)
 WIDTH = 1024
 FRAMES_PER_SECOND = 50
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1e-5, "bf16": 3e-2}
 """Largest relative error against transformers (eager) in the same dtype."""
 
@@ -76,20 +75,16 @@ def forms(layers: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
 def measure(models: dict[str, Any], x: Tensor, rounds: int, limit: float) -> dict[str, list[float]]:
     """Seconds of each round of each form; every form's answer is checked first."""
     expected = models["transformers, eager"](x).last_hidden_state
-    calls: dict[str, Callable[[], Any]] = {}
+    timings = []
     for name, model in models.items():
-        answer = model(x).last_hidden_state
-        error = float((answer - expected).float().norm() / expected.float().norm())
+        error = relative_error([model(x).last_hidden_state], [expected])
         if not error <= limit:
             raise SystemExit(f"{name} differs from transformers by {error:.1e}")
-        calls[name] = lambda model=model: model(x)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times
+        prepared = Prepared(partial(model, x), list)
+        candidate = Candidate(name, "", "", lambda prepared=prepared: prepared)
+        timings.append(Timing(candidate, prepared))
+    interleave(timings, {}, x.device, rounds=rounds, budget=math.inf, pause=0.0)
+    return {timing.candidate.implementation: timing.seconds for timing in timings}
 
 
 @torch.inference_mode()
@@ -110,32 +105,17 @@ def main() -> None:
             x = torch.randn(1, max(1, round(seconds * FRAMES_PER_SECOND)), 160).to(dtype)
             times = measure(models, x, arguments.rounds, LIMITS[dtype_name])
             medians = {name: statistics.median(found) for name, found in times.items()}
-            best = min(
-                v for name, v in medians.items() if name.split(", ")[-1] in ("eager", "sdpa")
-            )
+            plain = ("transformers, eager", "transformers, sdpa")
+            best = min(median for name, median in medians.items() if name in plain)
             for name, median in medians.items():
                 print(
                     f"{dtype_name} 1 x {seconds:g} s  {name:26} {1e3 * median:8.1f} ms"
                     f"  {best / median:5.2f} x transformers"
                 )
-                rows.append(
-                    {
-                        "dtype": dtype_name,
-                        "seconds_of_audio": seconds,
-                        "form": name,
-                        "median": median,
-                        "rounds": times[name],
-                    }
-                )
+                row = {"dtype": dtype_name, "seconds_of_audio": seconds, "form": name}
+                rows.append({**row, "median": median, "rounds": times[name]})
     if arguments.out is not None:
-        content = {
-            "machine": describe(),
-            "versions": versions(),
-            "layers": arguments.layers,
-            "width": arguments.width,
-            "rows": rows,
-        }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_results(arguments.out, layers=arguments.layers, width=arguments.width, rows=rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import describe, versions
+from bench.machine import write_results
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from w2vbert_fast.inference import Flow, Transcriber
 from w2vbert_fast.inference.jobs.inputs import open_inputs
@@ -102,6 +102,7 @@ def pairs(
 ) -> dict[str, Any]:
     """Job and model in turns, each in a process of its own."""
     found: dict[str, list[dict[str, float]]] = {"job": [], "model": []}
+    ratios = []
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "rows.jsonl"
         repeated = itertools.islice(itertools.cycle(paths), rows)
@@ -122,10 +123,7 @@ def pairs(
                 f"ratio {ratio:.3f}",
                 flush=True,
             )
-    ratios = [
-        job["seconds"] / alone["seconds"]
-        for job, alone in zip(found["job"], found["model"], strict=True)
-    ]
+            ratios.append(ratio)
     return {"median_ratio": statistics.median(ratios), "ratios": ratios, **found}
 
 
@@ -151,18 +149,11 @@ def main() -> None:
         model = arguments.model
         if arguments.layers is not None:
             model = real_width(Path(folder), arguments.layers)
-        result = pairs(
-            model,
-            paths,
-            arguments.rows,
-            arguments.pairs,
-            arguments.threads,
-            arguments.first,
-        )
+        counts = arguments.rows, arguments.pairs, arguments.threads, arguments.first
+        result = pairs(model, paths, *counts)
     print(f"median of {arguments.pairs} ratios: {result['median_ratio']:.3f}")
     if arguments.out is not None:
-        content = {"machine": describe(), "versions": versions(), **vars(arguments), **result}
-        arguments.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        write_results(arguments.out, **{**vars(arguments), **result})
 
 
 if __name__ == "__main__":
