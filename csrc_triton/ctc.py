@@ -131,22 +131,9 @@ def _ctc_collapse_kernel(
 def ctc_greedy(
     logits: Tensor, cu_seqlens: Tensor, blank: int, *, config: CtcConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Best path: the argmax of every frame, repeats collapsed, blanks dropped.
+    """Best path: the argmax of every frame, repeats collapsed, blanks dropped, as `ops.ctc_greedy`.
 
-    Args:
-        logits: `[num_frames, vocabulary]`, fp16, bf16 or fp32, the frames of all utterances end to
-            end; rows may be strided.
-        cu_seqlens: int32 `[batch + 1]`, where each utterance starts, and the number of frames.
-        blank: id of the blank.
-        config: launch configuration; by default `ctc_config` chooses.
-
-    Returns:
-        `token_ids`, int32 `[num_frames]`: the tokens of utterance `i` from `cu_seqlens[i]` on, then
-        -1 up to its last frame; and `counts`, int32 `[batch]`: how many tokens those are.
-
-    Raises:
-        ValueError: a shape, dtype, device or stride that does not fit.
-        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
+    `config` is that of `ctc_config` when `None`.
     """
     check_tensor("logits", logits, (None, None))
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))

@@ -70,11 +70,7 @@ def check_tensor(
 
 
 def check_offsets(cu_seqlens: Tensor, seqused_k: Tensor | None) -> None:
-    """`cu_seqlens` is int32 `[batch + 1]`, and `seqused_k`, where it is given, int32 `[batch]`.
-
-    Raises:
-        ValueError: one is not; the message names it.
-    """
+    """`cu_seqlens` is int32 `[batch + 1]`, and `seqused_k`, where it is given, int32 `[batch]`."""
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
     if cu_seqlens.numel() == 0:
         raise ValueError("cu_seqlens has no elements; it must have batch + 1")

@@ -683,37 +683,20 @@ def shaw_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `shaw_attention` with respect to query, key, value and distance embedding.
 
-    Two runs give the same bits.
+    Two runs give the same bits. Arguments that are not named as in the forward pass.
 
     Args:
-        grad_output: gradient of the output, `[num_tokens, num_heads, D]` in the dtype of `query`;
-            like all tensors of this shape at any strides but the last, which is 1.
-        query: as in the forward pass, and so are those that are not named here.
-        key: like `query`.
-        value: like `query`.
+        grad_output: gradient of the output, like `query`.
         output: what `shaw_attention` returned.
         log_sum_exp: float32 `[num_heads, num_tokens]`, of the same call.
-        cu_seqlens: int32 `[batch + 1]`.
-        max_seqlen: frames of the longest utterance.
-        distance_embedding: E, `[L + R + 1, D]`, or `None`.
-        left_max_position: L.
-        right_max_position: R.
-        dropout_p: probability with which the forward pass dropped an attention weight.
-        dropout_seed: int64 `[2]` of the forward pass.
         tile_map: of `build_tile_map` with the configuration's `tile`, which may be that of the
             forward pass; computed when `None`.
-        seqused_k: int32 `[batch]` or `None`.
-        out: where the gradients of query, key and value go, such as views of one buffer; allocated
-            when `None`.
-        config: launch configuration; that of `attention_backward_config` when `None`.
+        out: where the gradients of query, key and value go, such as views of one buffer.
+        config: that of `attention_backward_config` when `None`.
 
     Returns:
         The gradients of query, key and value, `[num_tokens, num_heads, D]` in the dtype of `query`,
         and that of the distance embedding, float32 `[L + R + 1, D]`, or `None`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it, what came and what is needed.
-        RuntimeError: CPU tensors outside Triton's interpreter.
     """
     same = {"grad_output": grad_output, "key": key, "value": value, "output": output}
     if out is None:

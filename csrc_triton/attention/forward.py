@@ -415,14 +415,7 @@ def check_attention(
     """The checks that `shaw_attention` and its gradient share, but for the shape of the tile map.
 
     `like_query` are, by name, the tensors of the shape and dtype of `query`; `log_sum_exp` is
-    `None` where it is no argument.
-
-    Returns:
-        The architecture, as of `architectures.architecture`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it, what came and what is needed.
-        RuntimeError: CPU tensors outside Triton's interpreter.
+    `None` where it is no argument. Returns the architecture.
     """
     check_tensor("query", query, (None, None, None))
     for name, tensor in like_query.items():
@@ -476,34 +469,21 @@ def shaw_attention(
     out: Tensor | None = None,
     config: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention within each utterance, with Shaw relative keys or without positions, as
-    `ops.shaw_attention`; float32 is multiplied in full precision.
+    """Attention within each utterance, with Shaw relative keys or without positions.
+
+    D is 1 to 128, and float32 is multiplied in full precision. Other arguments as of
+    `ops.shaw_attention`.
 
     Args:
-        query: `[num_tokens, num_heads, D]`, D from 1 to 128; any strides but the last, which is 1.
-        key: like `query`.
-        value: like `query`.
-        cu_seqlens: int32 `[batch + 1]`, cumulative lengths in frames, starting at 0.
-        max_seqlen: frames of the longest utterance.
-        distance_embedding: E, `[L + R + 1, D]` in the dtype of `query`; `None` for no positions.
-        left_max_position: L, frames to the left beyond which distances are equal.
-        right_max_position: R.
-        dropout_p: probability with which an attention weight is dropped.
-        dropout_seed: int64 `[2]`, seed and offset of its random numbers; needed where `dropout_p`
-            is not 0.
+        dropout_seed: int64 `[2]`, seed and offset of dropout's random numbers; needed where
+            `dropout_p` is not 0.
         tile_map: of `build_tile_map` with the configuration's `block_m`; computed when `None`.
-        seqused_k: int32 `[batch]`, the first so many tokens of each utterance are its keys, at
-            least one where there are tokens; `None`: all are.
-        out: where the output goes; allocated when `None`.
-        config: launch configuration; that of `attention_config` when `None`.
+        out: where the output goes, like `query`.
+        config: that of `attention_config` when `None`.
 
     Returns:
         The output `[num_tokens, num_heads, D]` in the dtype of `query`, and the log-sum-exp of each
         query's scores, float32 `[num_heads, num_tokens]`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it, what came and what is needed.
-        RuntimeError: CPU tensors outside Triton's interpreter.
     """
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -55,9 +55,6 @@ def checked_tile_map(
     """The map that was given, or that of `build_tile_map` where none was.
 
     A map for another `block_m` has another number of rows, unless every utterance is one tile.
-
-    Raises:
-        ValueError: it is not a contiguous int32 `[tile_bound(...), 2]`.
     """
     if tile_map is None:
         return build_tile_map(cu_seqlens, block_m, num_tokens=num_tokens, max_seqlen=max_seqlen)

@@ -220,24 +220,13 @@ def conv_norm_act_backward(
     """Gradients of `conv_norm_act`.
 
     Args:
-        grad_output: gradient of the output, `[num_tokens, channels]` in the dtype of `x`, rows at
-            any stride.
-        x: as in the forward pass, and so are the others.
-        conv_weight: `[channels, K]`.
-        norm_weight: `[channels]`.
-        norm_bias: `[channels]`.
-        eps: added to the variance.
-        activation: a name or `None`.
-        cu_seqlens: int32 `[batch + 1]`.
-        seqused_k: int32 `[batch]` or `None`.
+        grad_output: gradient of the output, `[num_tokens, channels]` in the dtype of `x`; the
+            others as in the forward pass.
         out: where to write the gradient of `x`, like `x`.
 
     Returns:
         The gradients of `x`, in its dtype, and of conv_weight `[channels, K]`, norm_weight and
         norm_bias `[channels]`, all three float32.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
     """
     check_conv(
         x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k,
@@ -255,29 +244,33 @@ def conv_norm_act_backward(
     taps = tap_by_tap(conv_weight)
     dy = torch.empty_like(x, memory_format=torch.contiguous_format)
     has_seqused = seqused_k is not None
-    slide, norm, weights = _constants(channels, kernel_size, constant, config, has_seqused)
+    window, norm, weights = _constants(channels, kernel_size, constant, config, has_seqused)
     blocks = num_blocks(num_tokens, batch, config.rows)
     chunks = num_blocks(num_tokens, batch, config.chunk)
     channel_blocks = triton.cdiv(channels, config.block_channels)
     programs = min(config.norm.programs, triton.cdiv(num_tokens, config.norm.rows))
     norm_shares = x.new_empty(programs, 2, channels, dtype=torch.float32)
     shares = x.new_empty(chunks, kernel_size, channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+
+    def slide(source: Tensor, target: Tensor, backwards: bool) -> None:
         _slide_kernel[(blocks, channel_blocks)](
-            x,
+            source,
             taps,
-            dy,
+            target,
             cu_seqlens,
             seqused_k,
             num_tokens,
             batch,
-            x.stride(0),
+            source.stride(0),
             taps.stride(0),
-            dy.stride(0),
-            BACKWARDS=False,
-            **slide,
+            target.stride(0),
+            BACKWARDS=backwards,
+            **window,
             num_warps=config.num_warps,
         )
+
+    with torch.cuda.device_of(x):
+        slide(x, dy, backwards=False)
         _norm_act_bwd_kernel[(programs,)](
             grad_output,
             dy,
@@ -291,21 +284,7 @@ def conv_norm_act_backward(
             **norm,
             num_warps=config.norm.num_warps,
         )
-        _slide_kernel[(blocks, channel_blocks)](
-            dy,
-            taps,
-            out,
-            cu_seqlens,
-            seqused_k,
-            num_tokens,
-            batch,
-            dy.stride(0),
-            taps.stride(0),
-            out.stride(0),
-            BACKWARDS=True,
-            **slide,
-            num_warps=config.num_warps,
-        )
+        slide(dy, out, backwards=True)
         _conv_bwd_weight_kernel[(chunks, channel_blocks, triton.cdiv(kernel_size, config.taps))](
             dy,
             x,

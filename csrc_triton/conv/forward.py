@@ -207,27 +207,9 @@ def conv_norm_act(
 ) -> Tensor:
     """`activation(LN(causal_depthwise_conv(x)))` over packed utterances, as `ops.conv_norm_act`.
 
-    Args:
-        x: `[num_tokens, channels]`, fp32, fp16 or bf16, packed; at most 2048 channels, rows at any
-            stride.
-        conv_weight: `[channels, K]`, K from 3 to 63, at any strides. Laid out tap by tap (a
-            transposed view of a contiguous `[K, channels]`) it is read in place, otherwise it is
-            first copied to that layout.
-        norm_weight: `[channels]`.
-        norm_bias: `[channels]`.
-        eps: added to the variance.
-        activation: a name of `functions.ACTIVATIONS`, or `None`.
-        cu_seqlens: int32 `[batch + 1]`, rising from 0 to `num_tokens`.
-        seqused_k: int32 `[batch]`, the first so many rows of each utterance are read, the others
-            count as zero; `None`: all are.
-        out: where to write, like `x`.
-
-    Returns:
-        `[num_tokens, channels]` in the dtype of `x`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
-        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
+    Of at most 2048 channels and 3 to 63 taps; the activation is a name of `functions.ACTIVATIONS`
+    or `None`. `conv_weight` may have any strides: laid out tap by tap (a transposed view of a
+    contiguous `[K, channels]`) it is read in place, otherwise it is first copied to that layout.
     """
     check_conv(x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k, out=out)
     num_tokens, channels = x.shape
@@ -268,12 +250,7 @@ def check_conv(
     seqused_k: Tensor | None,
     **like_x: Tensor | None,
 ) -> None:
-    """The checks that `conv_norm_act` and its gradient share; `like_x` are optional tensors.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
-        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
-    """
+    """The checks that `conv_norm_act` and its gradient share; `like_x` are optional tensors."""
     check_tensor("x", x, (None, None))
     channels = x.shape[1]
     for name, tensor in like_x.items():

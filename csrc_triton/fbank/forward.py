@@ -272,25 +272,17 @@ def log_mel_filterbank(
     num_frames: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-mel energies of every whole frame of a packed batch of waveforms.
+    """Log-mel energies of every whole frame of a packed batch of waveforms, as
+    `ops.log_mel_filterbank`, of at most 256 mel bins.
 
     Args:
-        waveforms: fp32 `[num_samples]`, utterances end to end, full scale being 1.0.
-        cu_seqlens: int32 `[batch + 1]`, offsets of the utterances in samples; on the device of
-            `waveforms` or on the CPU.
-        num_mel_bins: number of mel bins, at most 256.
-        sampling_rate: samples per second. Frames keep their length in samples.
-        compute_dtype: precision up to the spectrum, float64 or float32.
+        waveforms: fp32 `[num_samples]`.
+        cu_seqlens: int32 `[batch + 1]`, on the device of `waveforms` or on the CPU.
         num_frames: frames in all, if known. Without it, offsets that are on a GPU are waited for.
-        out: where to write, fp32 `[num_frames, num_mel_bins]`.
 
     Returns:
         fp32 `[num_frames, num_mel_bins]`, and the offsets of the utterances in frames, int32
-        `[batch + 1]` on the device of `waveforms`. An utterance of fewer than 400 samples has no
-        frames.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+        `[batch + 1]`, both on the device of `waveforms`.
     """
     check_tensor("waveforms", waveforms, (None,), (torch.float32,))
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))
@@ -341,24 +333,18 @@ def normalize_and_stack(
     num_stacked: int | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Zero mean and unit variance per utterance and feature, then `stride` frames side by side.
+    """Zero mean and unit variance per utterance and feature, then `stride` frames side by side, as
+    `ops.normalize_and_stack`, of at most 256 features.
 
     Args:
-        features: fp32 `[num_frames, num_features]`, packed; at most 256 features, rows at any
-            stride.
-        cu_seqlens: int32 `[batch + 1]`, offsets of the utterances in frames; on the device of
-            `features` or on the CPU.
-        stride: frames in a stack. An utterance's last frames that fill no stack count for its mean
-            and variance and are left out.
+        features: fp32 `[num_frames, num_features]`.
+        cu_seqlens: int32 `[batch + 1]`, on the device of `features` or on the CPU.
         num_stacked: stacks in all, if known. Without it, offsets that are on a GPU are waited for.
-        out: where to write, fp32 `[num_stacked, stride * num_features]`.
 
     Returns:
         fp32 `[num_stacked, stride * num_features]`, and the offsets of the utterances in stacks,
-        int32 `[batch + 1]` on the device of `features`. An utterance of one frame becomes zeros.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+        int32 `[batch + 1]`, both on the device of `features`. An utterance of one frame becomes
+        zeros.
     """
     check_tensor("features", features, (None, None), (torch.float32,))
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32,))

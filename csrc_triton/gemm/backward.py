@@ -15,8 +15,7 @@ order. The two products are the vendor library's.
 The forward pass keeps x alone: y is computed again, for 2 K M FLOPs a token, where keeping it would
 take M elements.
 
-Per token `activation_backward` moves 3 M elements, 4 M with the output; `glu_backward` 5 M / 2 and
-3 M.
+Per token `epilogue_backward` moves 3 M elements, 4 M with the output; gated 5 M / 2 and 3 M.
 """
 
 from __future__ import annotations
@@ -97,62 +96,33 @@ def _epilogue_bwd_kernel(
             tl.store(share_ptrs + num_columns, tl.sum(gate_sum, 0), mask=is_column)
 
 
-def activation_backward(
+def epilogue_backward(
     grad_output: Tensor,
     preactivation: Tensor,
     activation: str | None,
     *,
+    gated: bool = False,
     needs_bias: bool = True,
     out: Tensor | None = None,
     activated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `activation(x @ weight.T + bias)` with respect to its argument and to the bias.
+    """Gradients of a linear layer's epilogue with respect to y = x @ weight.T + bias and to bias.
 
     Args:
-        grad_output: `[num_tokens, features]` in the dtype of `preactivation`; rows may be strided,
-            as in all of these.
-        preactivation: the argument, `[num_tokens, features]`, fp16, bf16 or fp32.
+        grad_output: gradient of the output, `[num_tokens, features]` in the dtype of
+            `preactivation`.
+        preactivation: y, `[num_tokens, features]`, or where `gated` twice as many.
         activation: a name of `functions.ACTIVATIONS`, or `None`.
+        gated: whether the epilogue is the gated linear unit instead.
         needs_bias: whether the bias's gradient is wanted.
-        out: where the argument's gradient goes; it may be `preactivation` or `grad_output` itself.
-        activated: where `activation(preactivation)` goes, if that is wanted.
+        out: where the gradient of y goes; it may be `preactivation` or, where their shapes are
+            one, `grad_output` itself.
+        activated: where the epilogue's output goes, if that is wanted.
 
     Returns:
-        The gradient of the argument, in its dtype, and that of the bias, float32 `[features]`, or
-        `None`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+        The gradient of y, in its dtype, and that of the bias, float32, or `None`.
     """
-    constant = activation_constant(activation)
-    return _epilogue(grad_output, preactivation, constant, False, needs_bias, out, activated)
-
-
-def glu_backward(
-    grad_output: Tensor,
-    preactivation: Tensor,
-    *,
-    needs_bias: bool = True,
-    out: Tensor | None = None,
-    activated: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `a * sigmoid(b)` with respect to `[a, b] = x @ weight.T + bias` and to the bias.
-
-    `preactivation` is `[a, b]`, `[num_tokens, 2 * features]`, and so is its gradient; all else as
-    of `activation_backward`.
-    """
-    return _epilogue(grad_output, preactivation, "identity", True, needs_bias, out, activated)
-
-
-def _epilogue(
-    grad_output: Tensor,
-    preactivation: Tensor,
-    activation: str,
-    gated: bool,
-    needs_bias: bool,
-    out: Tensor | None,
-    activated: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+    constant = "identity" if gated else activation_constant(activation)
     check_tensor("preactivation", preactivation, (None, None))
     num_tokens, width = preactivation.shape
     if gated and width % 2 != 0:
@@ -184,7 +154,7 @@ def _epilogue(
             preactivation.stride(0),
             out.stride(0),
             0 if activated is None else activated.stride(0),
-            **_constants(activation, gated, activated is not None, needs_bias, config),
+            **_constants(constant, gated, activated is not None, needs_bias, config),
             num_warps=config.num_warps,
         )
     return out, None if shares is None else shares.sum(0)
@@ -202,19 +172,13 @@ def linear_backward(
     """Gradients of `linear`. y = x @ weight.T + bias is computed again where they need it.
 
     Args:
-        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
-        x: `[num_tokens, in_features]`, fp16, bf16 or fp32; rows may be strided.
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]` or `None`.
-        activation: as in the forward pass.
+        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`; the
+            others as in the forward pass.
         needs: which of the gradients of x, weight and bias are wanted.
 
     Returns:
         The gradients of x and of weight, in their dtype, and of bias, float32; `None` where one is
         not wanted, or there is no bias.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
     """
     _check(grad_output, x, weight, bias, False)
     needs_bias = needs[2] and bias is not None
@@ -222,7 +186,7 @@ def linear_backward(
         grad_bias = grad_output.sum(0, dtype=torch.float32) if needs_bias else None
         return *products(grad_output, x, weight, needs), grad_bias
     y = linear(x, weight, bias)  # which its gradient then replaces
-    dy, grad_bias = activation_backward(grad_output, y, activation, needs_bias=needs_bias, out=y)
+    dy, grad_bias = epilogue_backward(grad_output, y, activation, needs_bias=needs_bias, out=y)
     return *products(dy, x, weight, needs), grad_bias
 
 
@@ -234,11 +198,13 @@ def linear_glu_backward(
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear_glu`; arguments, results and errors as of `linear_backward`."""
+    """Gradients of `linear_glu`; `needs` and results as of `linear_backward`."""
     _check(grad_output, x, weight, bias, True)
     y = linear(x, weight, bias)  # which its gradient then replaces
     needs_bias = needs[2] and bias is not None
-    dy, grad_bias = glu_backward(grad_output, y, needs_bias=needs_bias, out=y)
+    dy, grad_bias = epilogue_backward(
+        grad_output, y, None, gated=True, needs_bias=needs_bias, out=y
+    )
     return *products(dy, x, weight, needs), grad_bias
 
 
@@ -259,21 +225,13 @@ def feed_forward_backward(
     activation in the same pass as its gradient.
 
     Args:
-        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`.
-        x: `[num_tokens, in_features]`, and the others as in the forward pass.
-        weight1: `[inner, in_features]`.
-        bias1: `[inner]` or `None`.
-        activation: as in the forward pass.
-        weight2: `[out_features, inner]`.
-        bias2: `[out_features]` or `None`.
+        grad_output: gradient of the output, `[num_tokens, out_features]` in the dtype of `x`; the
+            others as in the forward pass.
         needs: which of the gradients of x, weight1, bias1, weight2 and bias2 are wanted.
 
     Returns:
         The gradients of x, weight1, bias1, weight2 and bias2, the biases' in float32 and the others
         in their dtype; `None` where one is not wanted, or there is no bias.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
     """
     check_tensor("weight1", weight1, (None, None))
     check_tensor("weight2", weight2, (None, weight1.shape[0]), (weight1.dtype,))
@@ -297,7 +255,7 @@ def feed_forward_backward(
         hidden, _ = products(grad_output, x, weight2, (True, False))
         assert hidden is not None
         # Elementwise, so the results take the place of what they are computed from.
-        dy, grad_bias1 = activation_backward(
+        dy, grad_bias1 = epilogue_backward(
             hidden, inner, activation, needs_bias=needs_bias, out=hidden, activated=inner
         )
         if needs[3]:

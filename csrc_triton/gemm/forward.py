@@ -117,19 +117,10 @@ def linear(
     out: Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> Tensor:
-    """`act(x @ weight.T + bias)`: arguments and result as of `ops.linear`, rows at any stride.
+    """`act(x @ weight.T + bias)`, as `ops.linear`.
 
-    Args:
-        x: fp16, bf16 or fp32, and so the others.
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]` or `None`.
-        activation: a name of `functions.ACTIVATIONS`, or `None`.
-        out: `[num_tokens, out_features]` to write to, or `None` for a new tensor.
-        config: launch configuration; by default `linear_config` chooses.
-
-    Raises:
-        ValueError: a shape, dtype, device, stride or name that does not fit.
-        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
+    The activation is a name of `functions.ACTIVATIONS` or `None`; `config` is that of
+    `linear_config` when `None`.
     """
     return _launch(x, weight, bias, activation_constant(activation), False, out, config)
 
@@ -142,7 +133,7 @@ def linear_glu(
     out: Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> Tensor:
-    """Gated linear unit, as `ops.linear_glu`; `out`, `config` and errors as of `linear`."""
+    """Gated linear unit, as `ops.linear_glu`; `config` as of `linear`."""
     return _launch(x, weight, bias, "identity", True, out, config)
 
 
@@ -191,11 +182,7 @@ def _launch(
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> int:
-    """Checks the arguments of a linear layer but for their devices; returns its `out_features`.
-
-    Raises:
-        ValueError: one does not fit; the message names it.
-    """
+    """Checks the arguments of a linear layer but for their devices; returns its `out_features`."""
     check_tensor("x", x, (None, None))
     check_tensor("weight", weight, (None, x.shape[1]), (x.dtype,))
     width = weight.shape[0]

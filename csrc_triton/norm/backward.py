@@ -128,19 +128,10 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `layer_norm`.
 
-    Args:
-        grad_z: gradient of the result, `[num_tokens, hidden]` in the dtype of `x`; rows at any
-            stride, as in all of these.
-        x: as in the forward pass, and so the others.
-        weight: `[hidden]`.
-        eps: added to the variance.
-        out: where to write the gradient of `x`; it may be `grad_z` itself.
+    `grad_z` is that of the result; where the gradient of `x` is written, `out`, may be `grad_z`.
 
     Returns:
         The gradients of `x`, in its dtype, and of weight and bias, float32 `[hidden]`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
     """
     vectors = {"weight": weight}
     _check(x=x, rows={"grad_z": grad_z, "out": out}, vectors=vectors)
@@ -165,18 +156,12 @@ def residual_layer_norm_backward(
         grad_y: gradient of y, `[num_tokens, hidden]` in the dtype of `y`; `None` where there is
             none.
         grad_z: gradient of z, like `grad_y`.
-        y: what the forward pass returned first.
-        scale: as in the forward pass, and so the others.
-        weight: `[hidden]`.
-        eps: added to the variance.
+        y: what the forward pass returned first; the others as in the forward pass.
         out: where to write the gradients of `residual` and `x`, both like `y`.
 
     Returns:
         The gradients of `residual` and of `x`, in their dtype, and of weight and bias, float32
         `[hidden]`. Without `out`, and when `scale` is 1, the first two are one tensor.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
     """
     rows = {"grad_y": grad_y, "grad_z": grad_z}
     _check(x=y, rows={**rows, **_named(out)}, vectors={"weight": weight}, name="y")
@@ -205,9 +190,6 @@ def residual_double_layer_norm_backward(
     Returns:
         The gradients of `residual` and of `x`, as `residual_layer_norm_backward` has them, and of
         weight1, bias1, weight2 and bias2, float32 `[hidden]`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
     """
     rows = {"residual": residual, "grad_z1": grad_z1, "grad_z2": grad_z2, **_named(out)}
     vectors = {"weight1": weight1, "bias1": bias1, "weight2": weight2}

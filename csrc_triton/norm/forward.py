@@ -92,22 +92,7 @@ def _norm_fwd_kernel(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
-    """`LN(x)` over the last dimension, as `ops.layer_norm`.
-
-    Args:
-        x: `[num_tokens, hidden]`, fp32, fp16 or bf16; hidden at most 8192, rows at any stride.
-        weight: `[hidden]`.
-        bias: `[hidden]`.
-        eps: added to the variance.
-        out: where to write, like `x`.
-
-    Returns:
-        `[num_tokens, hidden]` in the dtype of `x`.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
-        RuntimeError: the tensors are on a CPU and Triton's interpreter is off.
-    """
+    """`LN(x)` over the last dimension, of at most 8192 elements, as `ops.layer_norm`."""
     _check(x=x, vectors={"weight": weight, "bias": bias}, outputs={"out": out})
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     _launch(x, None, 1.0, (weight, bias), None, None, out, None, eps)
@@ -126,8 +111,7 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """`y = residual + scale * x` and `z = LN(y)`, as `ops.residual_layer_norm`.
 
-    `out` is where y and z go, both like `x`, and y may be `residual` itself; all else as of
-    `layer_norm`.
+    `out` is where y and z go, both like `x`; y may be `residual` itself.
     """
     y, z = (None, None) if out is None else out
     vectors = {"weight": weight, "bias": bias}
@@ -152,8 +136,7 @@ def residual_double_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """`z1 = LN1(residual + scale * x)` and `z2 = LN2(z1)`, as `ops.residual_double_layer_norm`.
 
-    z2 is the norm of z1 as it is stored. `out` is where they go, both like `x`; all else as of
-    `layer_norm`.
+    z2 is the norm of z1 as it is stored. `out` is where they go, both like `x`.
     """
     z1, z2 = (None, None) if out is None else out
     vectors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}

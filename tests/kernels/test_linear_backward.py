@@ -11,9 +11,8 @@ from torch import Tensor
 
 from csrc_triton.functions import ACTIVATIONS
 from csrc_triton.gemm import (
-    activation_backward,
+    epilogue_backward,
     feed_forward_backward,
-    glu_backward,
     linear_backward,
     linear_glu_backward,
 )
@@ -109,7 +108,7 @@ def test_activations(activation: str | None) -> None:
     )
     grad = torch.randn(33, 70)
     activated = torch.empty_like(y)
-    ours, bias = activation_backward(grad, y, activation, activated=activated)
+    ours, bias = epilogue_backward(grad, y, activation, activated=activated)
     (exact,) = twin(lambda y: function(y) * 1.0, (y,), grad)
     assert bias is not None
     assert_close((ours, bias), (exact, exact.sum(0)))
@@ -120,7 +119,7 @@ def test_not_a_number_stays() -> None:
     for activation in ACTIVATIONS:
         if ACTIVATIONS[activation] != "identity":
             y = torch.full((1, 4), float("nan"))
-            assert activation_backward(torch.ones(1, 4), y, activation)[0].isnan().all()
+            assert epilogue_backward(torch.ones(1, 4), y, activation)[0].isnan().all()
 
 
 @pytest.mark.parametrize("num_tokens", LENGTHS)
@@ -131,7 +130,7 @@ def test_glu(num_tokens: int) -> None:
     assert_close(linear_glu_backward(grad, *given), exact)
     kept = F.linear(*given)
     activated = torch.empty_like(grad)
-    glu_backward(grad, kept, needs_bias=False, activated=activated)
+    epilogue_backward(grad, kept, None, gated=True, needs_bias=False, activated=activated)
     torch.testing.assert_close(activated, F.glu(kept), rtol=1e-5, atol=1e-6)
 
 
@@ -182,7 +181,7 @@ def test_only_what_is_needed(index: int) -> None:
 
 def test_two_runs_give_the_same_bits() -> None:
     y, grad = torch.randn(2, 70, 40)
-    runs = [activation_backward(grad, y, "silu") for _ in range(2)]
+    runs = [epilogue_backward(grad, y, "silu") for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -197,9 +196,7 @@ def test_strided_rows_and_untouched_surroundings(gated: bool) -> None:
     out, activated = buffers[0, 1:-1, 8:-8], buffers[1, 1:-1, 8:48]
 
     def backward(**options: Tensor) -> tuple[Tensor, Tensor | None]:
-        if gated:
-            return glu_backward(grad, y, **options)
-        return activation_backward(grad, y, "silu", **options)
+        return epilogue_backward(grad, y, "silu", gated=gated, **options)
 
     expected, ours = backward(), backward(out=out, activated=activated)
     assert ours[0] is out
@@ -214,8 +211,8 @@ def test_strided_rows_and_untouched_surroundings(gated: bool) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_preactivation_may_be_overwritten(gated: bool) -> None:
     y, grad = torch.randn(33, 80), torch.randn(33, 40 if gated else 80)
-    expected = glu_backward(grad, y) if gated else activation_backward(grad, y, "gelu")
-    ours = glu_backward(grad, y, out=y) if gated else activation_backward(grad, y, "gelu", out=y)
+    expected = epilogue_backward(grad, y, "gelu", gated=gated)
+    ours = epilogue_backward(grad, y, "gelu", gated=gated, out=y)
     assert ours[0] is y
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
@@ -251,8 +248,8 @@ def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="weight has 39 rows"):
         linear_glu_backward(grad, x, weight[:39], bias)
     with pytest.raises(ValueError, match="preactivation has 39 columns"):
-        glu_backward(grad, torch.randn(9, 39))
+        epilogue_backward(grad, torch.randn(9, 39), None, gated=True)
     with pytest.raises(ValueError, match="out has shape"):
-        activation_backward(grad, grad, "silu", out=grad[:3])
+        epilogue_backward(grad, grad, "silu", out=grad[:3])
     with pytest.raises(ValueError, match="activated has shape"):
-        activation_backward(grad, grad, "silu", activated=grad[:3])
+        epilogue_backward(grad, grad, "silu", activated=grad[:3])

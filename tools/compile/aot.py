@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from csrc_triton.launch import interpreting
 from csrc_triton.specs import TRITON_TYPES, KernelSpec
 from tools.table import Table
 
-from .arguments import add_arguments, chosen
+from .arguments import add_arguments, chosen, show
 from .machine_code import Code, Target, machine_code
 from .occupancy import blocks_per_multiprocessor
 
@@ -187,6 +186,15 @@ def table_line(row: Row) -> str:
     return _TABLE.line([*cells, "FAILED" if row.problems else "ok"])
 
 
+def _rows(options: argparse.Namespace) -> Iterator[Row]:
+    for target in options.targets:
+        for dtype in options.dtypes or TRITON_TYPES:
+            specs = {spec.name: spec for spec in shipped_kernels(target.arch, dtype)}
+            for name, spec in specs.items():
+                if chosen(name, options.kernels):
+                    yield check_kernel(spec, target, specs, options.cache)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -198,22 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if interpreting():
         print("error: TRITON_INTERPRET is set, so nothing can be compiled", file=sys.stderr)
         return 2
-    rows: list[Row] = []
-    for target in options.targets:
-        for dtype in options.dtypes or TRITON_TYPES:
-            specs = {spec.name: spec for spec in shipped_kernels(target.arch, dtype)}
-            for name, spec in specs.items():
-                if not chosen(name, options.kernels):
-                    continue
-                if not rows:
-                    print(_TABLE.head())
-                rows.append(check_kernel(spec, target, specs, options.cache))
-                print(table_line(rows[-1]), flush=True)
-    if not rows:
-        print(f"error: no kernel's name has {' or '.join(options.kernels)}", file=sys.stderr)
+    if not (rows := show(_rows(options), _TABLE, table_line, options)):
         return 2
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     failed = [row for row in rows if row.problems]
     for row in failed:
         for problem in row.problems:

@@ -1,14 +1,21 @@
-"""The options that `python -m tools.compile` and `python -m tools.verify` share."""
+"""The options and the output that `python -m tools.compile` and `python -m tools.verify` share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 from csrc_triton.specs import TRITON_TYPES
+from tools.table import Table
 
 from .machine_code import Target, default_cache
+
+Row = TypeVar("Row", bound=Any)
 
 
 def _listed(text: str) -> list[str]:
@@ -69,3 +76,27 @@ def add_arguments(
 def chosen(name: str, texts: Sequence[str]) -> bool:
     """Whether `--kernels` with these texts means a kernel of this name."""
     return not texts or any(text in name for text in texts)
+
+
+def show(
+    rows: Iterable[Row], table: Table, line: Callable[[Row], str], options: argparse.Namespace
+) -> list[Row]:
+    """Prints a command's rows as they come and writes them to `--json`; says so if there are none.
+
+    Args:
+        rows: dataclasses.
+        table: their columns.
+        line: of the table, for a row.
+        options: as parsed.
+    """
+    shown: list[Row] = []
+    for row in rows:
+        if not shown:
+            print(table.head())
+        shown.append(row)
+        print(line(row), flush=True)
+    if not shown:
+        print(f"error: no kernel's name has {' or '.join(options.kernels)}", file=sys.stderr)
+    elif options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in shown], indent=1) + "\n")
+    return shown

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from triton.compiler import ASTSource
 
 from csrc_triton.architectures import ARCHITECTURES
 from csrc_triton.specs import KernelSpec
+from tools.answers import keep, kept
 
 from . import amdgcn, sass
 
@@ -182,12 +181,8 @@ def machine_code(spec: KernelSpec, target: Target, cache: Path) -> Code:
         cache: folder of the answers; made when it is missing.
     """
     file = cache / f"{_cache_key(spec, target)}.json"
-    if file.exists():
-        return Code(**json.loads(file.read_text()))
+    if (answer := kept(file)) is not None:
+        return Code(**answer)
     code = read_code(compile_kernel(spec, target))
-    cache.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is whole: another process may read it at the same time.
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(asdict(code)))
-    unfinished.replace(file)
+    keep(file, asdict(code))
     return code

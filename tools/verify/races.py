@@ -33,8 +33,9 @@ from typing import Any, Literal
 
 from csrc_triton.launch import interpreting
 from csrc_triton.specs import KernelSpec
+from tools.answers import keep, kept
 from tools.compile.aot import shipped_kernels
-from tools.compile.arguments import add_arguments, chosen
+from tools.compile.arguments import add_arguments, chosen, show
 from tools.compile.machine_code import Target, compile_kernel
 from tools.table import Table
 
@@ -306,18 +307,13 @@ def _proof(question: _Question, timeout: float, cache: Path) -> Proof:
     """Decides, or takes the answer of last time; one that lacked time is asked for again."""
     facts = (question.ptx, question.config, _version())
     file = cache / f"proof-{hashlib.sha256(repr(facts).encode()).hexdigest()}.json"
-    if file.exists():
-        kept = json.loads(file.read_text())
-        proof = Proof(**{**kept, "duplicates": tuple(kept["duplicates"])})
+    if (answer := kept(file)) is not None:
+        proof = Proof(**{**answer, "duplicates": tuple(answer["duplicates"])})
         if proof.state != "not decided" or proof.timeout >= timeout:
             return proof
     proof = _decide(question, timeout)
     if not proof.reason.startswith("tool_failure"):
-        cache.mkdir(parents=True, exist_ok=True)
-        # Renamed when it is whole: another process may read it at the same time.
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(asdict(proof)))
-        unfinished.replace(file)
+        keep(file, asdict(proof))
     return proof
 
 
@@ -420,17 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not available():
         print("error: this needs sentryward: pip install 'w2vbert-fast[verify]'", file=sys.stderr)
         return 2
-    rows: list[Row] = []
-    for row in _rows(options):
-        if not rows:
-            print(_TABLE.head())
-        rows.append(row)
-        print(table_line(row), flush=True)
-    if not rows:
-        print(f"error: no kernel's name has {' or '.join(options.kernels)}", file=sys.stderr)
+    if not (rows := show(_rows(options), _TABLE, table_line, options)):
         return 2
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     counts = Counter(row.state for row in rows)
     allowed = [row for row in rows if row.allowed]
     if allowed:
