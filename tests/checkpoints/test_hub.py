@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from w2vbert_fast.checkpoints import hub
-from w2vbert_fast.checkpoints.hub import pinned_revision, resolve_file, resolve_folder
+from w2vbert_fast.checkpoints.repository import Repository, pinned_revision
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -33,10 +32,10 @@ def test_folder(tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "config.json").write_text("{}", encoding="utf-8")
     found = tmp_path / "inner" / "config.json"
-    assert resolve_file(tmp_path / "inner", "config.json") == found
-    assert resolve_file(str(tmp_path), "config.json", subfolder="inner") == found
-    assert resolve_file(tmp_path, "config.json") is None
-    assert resolve_file(tmp_path, "inner") is None
+    assert Repository(tmp_path / "inner").find("config.json") == found
+    assert Repository(str(tmp_path), subfolder="inner").find("config.json") == found
+    assert Repository(tmp_path).find("config.json") is None
+    assert Repository(tmp_path).find("inner") is None
 
 
 def test_folder_comes_before_a_repository_of_that_name(
@@ -44,14 +43,14 @@ def test_folder_comes_before_a_repository_of_that_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "model").mkdir(parents=True)
-    assert resolve_file("org/model", "config.json", local_files_only=True) is None
+    assert Repository("org/model", local_files_only=True).find("config.json") is None
 
 
 def test_file_instead_of_a_folder(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     with pytest.raises(OSError, match=r"model\.safetensors is a file; a folder"):
-        resolve_file(file, "config.json")
+        Repository(file).find("config.json")
 
 
 @pytest.mark.parametrize(
@@ -59,18 +58,18 @@ def test_file_instead_of_a_folder(tmp_path: Path) -> None:
 )
 def test_path_that_does_not_exist(path: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"no hub id either|empty"):
-        resolve_file(path, "config.json", local_files_only=True)
+        Repository(path, local_files_only=True).find("config.json")
 
 
 def test_path_object_is_never_a_hub_id(cache: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder"):
-        resolve_file(Path("org/model"), "config.json", cache_dir=cache, local_files_only=True)
+        Repository(Path("org/model"), cache_dir=cache, local_files_only=True).find("config.json")
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_cached_file_works_offline(cache: Path, revision: str | None) -> None:
-    found = resolve_file(
-        "org/model", "config.json", revision=revision, cache_dir=cache, local_files_only=True
+    found = Repository("org/model", revision=revision, cache_dir=cache, local_files_only=True).find(
+        "config.json"
     )
     assert found is not None
     assert found.read_text(encoding="utf-8") == "{}"
@@ -79,16 +78,8 @@ def test_cached_file_works_offline(cache: Path, revision: str | None) -> None:
 
 def test_file_that_a_cached_snapshot_lacks(cache: Path) -> None:
     for revision in (None, COMMIT):
-        assert (
-            resolve_file(
-                "org/model",
-                "model.safetensors",
-                revision=revision,
-                cache_dir=os.fspath(cache),
-                local_files_only=True,
-            )
-            is None
-        )
+        place = Repository("org/model", revision, os.fspath(cache), local_files_only=True)
+        assert place.find("model.safetensors") is None
 
 
 @pytest.mark.parametrize(
@@ -96,8 +87,8 @@ def test_file_that_a_cached_snapshot_lacks(cache: Path) -> None:
 )
 def test_uncached_repository_is_named(cache: Path, repository: str, revision: str | None) -> None:
     with pytest.raises(OSError, match=f"'{repository}' is no local folder.*local_files_only"):
-        resolve_file(
-            repository, "config.json", revision=revision, cache_dir=cache, local_files_only=True
+        Repository(repository, revision=revision, cache_dir=cache, local_files_only=True).find(
+            "config.json"
         )
 
 
@@ -122,7 +113,7 @@ def test_answers_of_the_hub(
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(OSError, match=message):
-        resolve_file("org/model", "config.json", revision="v3")
+        Repository("org/model", revision="v3").find("config.json")
 
 
 def test_file_that_the_repository_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +121,7 @@ def test_file_that_the_repository_lacks(monkeypatch: pytest.MonkeyPatch) -> None
         raise http_error(errors.RemoteEntryNotFoundError)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert resolve_file("org/model", "config.json") is None
+    assert Repository("org/model").find("config.json") is None
 
 
 def test_unreachable_hub_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +129,9 @@ def test_unreachable_hub_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -
         raise errors.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert resolve_file("org/model", "model.safetensors", cache_dir=cache) is None
+    assert Repository("org/model", cache_dir=cache).find("model.safetensors") is None
     with pytest.raises(OSError, match=r"'org/other'.*the hub cannot be reached"):
-        resolve_file("org/other", "config.json", cache_dir=cache)
+        Repository("org/other", cache_dir=cache).find("config.json")
 
 
 def test_pinned_revision_of_other_paths() -> None:
@@ -154,31 +145,33 @@ def test_a_folder_of_a_checkpoint(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     snapshot = cache / "models--org--model" / "snapshots" / COMMIT
     asked: list[object] = []
 
-    def find(*arguments: object, **options: object) -> Path | None:
-        return resolve_file("org/model", "config.json", cache_dir=cache, local_files_only=True)
-
-    def download(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+    def download(
+        repository: str, *, revision: str, allow_patterns: list[str], **where: object
+    ) -> str:
         asked.append((repository, revision, allow_patterns))
+        assert where == {"cache_dir": cache, "local_files_only": True, "token": None}
         (snapshot / "lm").mkdir()
         return str(snapshot)
 
     def unreachable(*arguments: object, **options: object) -> str:
         raise errors.LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(hub, "resolve_file", find)
+    def place() -> Repository:
+        return Repository("org/model", cache_dir=cache, local_files_only=True)
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    assert resolve_folder("org/model", "lm") is None
+    assert place().find_folder("lm") is None
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve_folder("org/model", "lm", beside=("alphabet.json",)) == snapshot / "lm"
+    assert place().find_folder("lm", beside=("alphabet.json",)) == snapshot / "lm"
     assert asked == [("org/model", COMMIT, ["lm/*", "alphabet.json"])]
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    assert resolve_folder("org/model", "lm") == snapshot / "lm"
+    assert place().find_folder("lm") == snapshot / "lm"
 
 
 def test_a_folder_in_a_local_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    assert resolve_folder(tmp_path, "lm") is None
+    assert Repository(tmp_path).find_folder("lm") is None
     (tmp_path / "lm").mkdir()
-    assert resolve_folder(tmp_path, "lm") == tmp_path / "lm"
+    assert Repository(tmp_path).find_folder("lm") == tmp_path / "lm"
     with pytest.raises(OSError, match="no hub id either"):
-        resolve_folder(tmp_path / "no", "lm")
+        Repository(tmp_path / "no").find_folder("lm")

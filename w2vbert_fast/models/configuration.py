@@ -21,7 +21,7 @@ import torch
 
 from w2vbert_fast.checkpoints.files import make_folder, write_text
 from w2vbert_fast.checkpoints.hub import HubMixin, upload_arguments, upload_folder
-from w2vbert_fast.checkpoints.keywords import LOADING, take
+from w2vbert_fast.checkpoints.keywords import LOADING
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.models.fields import (
     FloatingDtype,
@@ -84,6 +84,8 @@ class Wav2Vec2BertConfig(HubMixin):
     Raises:
         ValueError: a value that no model can have; the message names the field.
     """
+
+    _keywords = LOADING
 
     vocab_size: int | None = integer(
         None,
@@ -339,53 +341,16 @@ class Wav2Vec2BertConfig(HubMixin):
         return ratio * self.adapter_stride**self.num_adapter_layers if self.add_adapter else ratio
 
     @classmethod
-    def from_pretrained(
-        cls: type[_Config],
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        subfolder: str = "",
-        return_unused_kwargs: bool = False,
-        **overrides: Any,
+    def _from_repository(
+        cls: type[_Config], repository: Repository, overrides: dict[str, Any]
     ) -> _Config:
-        """Read `config.json` of a checkpoint.
+        """Of `config.json`.
 
-        Args:
-            pretrained_model_name_or_path: a folder, a hub id such as `facebook/w2v-bert-2.0`, or
-                the path of a JSON file.
-            revision: branch, tag or commit on the hub.
-            cache_dir: the hub's cache folder, where it is not the usual one.
-            force_download: download the file though it is in the cache.
-            local_files_only: never ask the hub, use its cache alone.
-            token: the hub's access token.
-            subfolder: folder within the checkpoint that holds the file.
-            return_unused_kwargs: return the configuration and a dictionary of the overrides that
-                are neither a field nor a key of the file, instead of raising for them.
-            **overrides: values that replace those of the file. Arguments of transformers that say
-                how a model is loaded (`trust_remote_code`, `attn_implementation`, ...) have no
-                effect.
-
-        Raises:
-            OSError: no such folder, repository or file.
-            ValueError: the file is no JSON object, or holds an impossible value, `model_type` is
-                another one, or a loading argument cannot be followed.
-            TypeError: an override is neither a field nor a key of the file.
+        An override `return_unused_kwargs` returns the configuration and a dictionary of the
+        overrides that are neither a field nor a key of the file, instead of raising for them.
         """
-        source = os.fspath(pretrained_model_name_or_path)
-        repository = Repository(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-            force_download=force_download,
-        )
-        overrides = take(repository.take(overrides), LOADING)
+        return_unused_kwargs = overrides.pop("return_unused_kwargs", False)
+        source = repository.name
         file = Path(source) if Path(source).is_file() else repository.find(CONFIG_NAME)
         if file is None:
             raise FileNotFoundError(f"{source!r} holds no {CONFIG_NAME}")

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2vbert_fast.checkpoints.files import make_folder
-from w2vbert_fast.checkpoints.hub import HubMixin, upload_arguments, upload_folder
+from w2vbert_fast.checkpoints.hub import FilesMixin
 from w2vbert_fast.checkpoints.json_files import read_json, to_json_string, write_json
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.ops.fbank import (
@@ -49,7 +48,7 @@ FEATURE_EXTRACTOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 
 
-class SeamlessM4TFeatureExtractor(HubMixin):
+class SeamlessM4TFeatureExtractor(FilesMixin):
     """Turns waveforms into normalised log-mel features, stacked in pairs.
 
     Frames of 400 samples every 160 become `num_mel_bins` log energies each (`ops.fbank` states the
@@ -76,6 +75,8 @@ class SeamlessM4TFeatureExtractor(HubMixin):
     Raises:
         ValueError: An argument has an impossible value.
     """
+
+    _shared_files = (PROCESSOR_FILE,)
 
     model_input_names: ClassVar[list[str]] = ["input_features", "attention_mask"]
 
@@ -310,47 +311,13 @@ class SeamlessM4TFeatureExtractor(HubMixin):
         return batch
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        subfolder: str = "",
-        **overrides: Any,
+    def _from_repository(
+        cls, repository: Repository, overrides: dict[str, Any]
     ) -> SeamlessM4TFeatureExtractor:
-        """Loads the extractor of a checkpoint.
-
-        Args:
-            pretrained_model_name_or_path: A folder or a hub id with a `processor_config.json` that
-                holds a feature extractor, or with a `preprocessor_config.json`; or such a file.
-            revision: Branch, tag or commit on the hub.
-            cache_dir: Folder of the hub's cache.
-            local_files_only: Whether to look in the cache only.
-            token: Hub access token.
-            subfolder: Folder inside the repository.
-            **overrides: Constructor arguments, or entries of the file, to replace. Keywords of
-                transformers that say how files are had are taken too.
-
-        Raises:
-            OSError: There is no such file or repository.
-            TypeError: An override is neither an argument nor an entry.
-            ValueError: The file is broken or an entry has an impossible value.
-        """
-        repository = Repository(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
-        overrides = repository.take(overrides)
+        """Of a `processor_config.json` that holds an extractor, or a `preprocessor_config.json`."""
         entries: dict[str, Any] | None
-        if Path(pretrained_model_name_or_path).is_file():
-            entries = read_json(pretrained_model_name_or_path)
+        if Path(repository.path_or_id).is_file():
+            entries = read_json(repository.path_or_id)
             entries = entries.get("feature_extractor", entries)
         else:
             processor = repository.read_json(PROCESSOR_FILE) or {}
@@ -359,7 +326,7 @@ class SeamlessM4TFeatureExtractor(HubMixin):
                 entries = repository.read_json(FEATURE_EXTRACTOR_FILE)
         if entries is None:
             raise OSError(
-                f"{pretrained_model_name_or_path} holds no feature extractor: neither "
+                f"{repository.name} holds no feature extractor: neither "
                 f"{FEATURE_EXTRACTOR_FILE} nor a {PROCESSOR_FILE} with one"
             )
         return cls.from_dict(entries, **overrides)
@@ -418,29 +385,9 @@ class SeamlessM4TFeatureExtractor(HubMixin):
         """Writes `to_dict` to a JSON file."""
         write_json(json_file_path, self.to_dict())
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Writes `preprocessor_config.json` into a folder, which is made if it is missing.
-
-        A `processor_config.json` there that holds a feature extractor, and would win over the file
-        when the folder is loaded, is brought up to date.
-
-        Args:
-            save_directory: The folder.
-            push_to_hub: Also upload the files that were written.
-            **kwargs: For the upload, `repo_id` (by default the folder's name) and the arguments of
-                `push_to_hub`.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            ValueError: `save_directory` is a file.
-            TypeError: A keyword argument is unknown.
-        """
-        upload = upload_arguments(save_directory, push_to_hub, kwargs)
-        folder = make_folder(save_directory)
+    def _write_files(self, folder: Path) -> list[str]:
+        """A `processor_config.json` that holds an extractor would win over the file when the folder
+        is loaded: it is brought up to date."""
         path = folder / FEATURE_EXTRACTOR_FILE
         write_json(path, self.to_dict())
         processor_path = folder / PROCESSOR_FILE
@@ -450,8 +397,6 @@ class SeamlessM4TFeatureExtractor(HubMixin):
             if nested:
                 processor.update({key: self.to_dict() for key in nested})
                 write_json(processor_path, processor)
-        if upload is not None:
-            upload_folder(folder, [FEATURE_EXTRACTOR_FILE, PROCESSOR_FILE], **upload)
         return [str(path)]
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:

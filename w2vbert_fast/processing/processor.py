@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.checkpoints.hub import HubMixin, upload_arguments, upload_folder
-from w2vbert_fast.checkpoints.keywords import TOKENIZERS, take
+from w2vbert_fast.checkpoints.hub import FilesMixin
+from w2vbert_fast.checkpoints.keywords import TOKENIZERS
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.processing.batch import BatchFeature
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
@@ -17,7 +17,7 @@ from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
 from w2vbert_fast.processing.tokenizer_files import VOCABULARY_FILE
 
 
-class Wav2Vec2BertProcessor(HubMixin):
+class Wav2Vec2BertProcessor(FilesMixin):
     """Audio to features, transcripts to labels, and CTC paths to text.
 
     Names, arguments and file formats are those of `Wav2Vec2BertProcessor` in transformers. An
@@ -30,6 +30,8 @@ class Wav2Vec2BertProcessor(HubMixin):
     Raises:
         TypeError: A part is something else.
     """
+
+    _keywords = TOKENIZERS
 
     def __init__(
         self, feature_extractor: SeamlessM4TFeatureExtractor, tokenizer: Wav2Vec2CTCTokenizer
@@ -157,51 +159,14 @@ class Wav2Vec2BertProcessor(HubMixin):
         return [*self.feature_extractor.model_input_names, "labels"]
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        subfolder: str = "",
-        **overrides: Any,
+    def _from_repository(
+        cls, repository: Repository, overrides: dict[str, Any]
     ) -> Wav2Vec2BertProcessor:
-        """Loads the processor of a checkpoint.
-
-        Args:
-            pretrained_model_name_or_path: A folder or a hub id with the tokenizer's files and a
-                `preprocessor_config.json`, or a `processor_config.json` that holds the feature
-                extractor.
-            revision: Branch, tag or commit on the hub.
-            cache_dir: Folder of the hub's cache.
-            local_files_only: Whether to look in the cache only.
-            token: Hub access token.
-            subfolder: Folder inside the repository.
-            **overrides: Constructor arguments of the feature extractor or else of the tokenizer
-                that replace those of the files; `padding_side` is for both. Keywords of
-                transformers that say how files are had are taken too.
-
-        Raises:
-            OSError: There is no such repository, or a part is missing.
-            TypeError: An override is unknown.
-            ValueError: A file is broken or holds impossible values.
-        """
-        repository = Repository(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
-        overrides = take(repository.take(overrides), TOKENIZERS)
+        """Overrides are for the extractor or else for the tokenizer; `padding_side` is for both."""
         if repository.find(VOCABULARY_FILE) is None:
             raise OSError(
-                f"{pretrained_model_name_or_path} holds no tokenizer ({VOCABULARY_FILE}), as a "
-                "checkpoint without a CTC head does; for features alone take "
-                "SeamlessM4TFeatureExtractor"
+                f"{repository.name} holds no tokenizer ({VOCABULARY_FILE}), as a checkpoint "
+                "without a CTC head does; for features alone take SeamlessM4TFeatureExtractor"
             )
         of_extractor = set(SeamlessM4TFeatureExtractor().to_dict())
         for_audio = {name: value for name, value in overrides.items() if name in of_extractor}
@@ -210,49 +175,18 @@ class Wav2Vec2BertProcessor(HubMixin):
             for name, value in overrides.items()
             if name not in of_extractor or name == "padding_side"
         }
-        where: dict[str, Any] = {
-            "revision": repository.revision,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-            "force_download": repository.force_download,
-            "token": repository.token,
-            "subfolder": subfolder,
-        }
-        path = pretrained_model_name_or_path
         return cls(
-            SeamlessM4TFeatureExtractor.from_pretrained(path, **where, **for_audio),
-            Wav2Vec2CTCTokenizer.from_pretrained(path, **where, **for_text),
+            SeamlessM4TFeatureExtractor._from_repository(repository, for_audio),
+            Wav2Vec2CTCTokenizer._from_repository(repository, for_text),
         )
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Writes the files of both parts into a folder, which is made if it is missing.
-
-        These are `preprocessor_config.json` and the tokenizer's files, the layout that all versions
-        of transformers read.
-
-        Args:
-            save_directory: The folder.
-            push_to_hub: Also upload the files that were written.
-            **kwargs: For the upload, `repo_id` (by default the folder's name) and the arguments of
-                `push_to_hub`.
-
-        Returns:
-            The paths of the files.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-            TypeError: A keyword argument is unknown.
-        """
-        upload = upload_arguments(save_directory, push_to_hub, kwargs)
+    def _write_files(self, folder: Path) -> list[str]:
+        """Those of both parts: the layout that all versions of transformers read."""
         paths: list[str] = []
         for part in (self.feature_extractor, self.tokenizer):
             named = copy.copy(part)
             named.processor_class = type(self).__name__
-            paths += named.save_pretrained(save_directory)
-        if upload is not None:
-            upload_folder(save_directory, [os.path.basename(path) for path in paths], **upload)
+            paths += named.save_pretrained(folder)
         return paths
 
 

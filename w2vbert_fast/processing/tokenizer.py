@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.checkpoints.hub import HubMixin, upload_arguments, upload_folder
-from w2vbert_fast.checkpoints.keywords import TOKENIZERS, take
+from w2vbert_fast.checkpoints.hub import FilesMixin
+from w2vbert_fast.checkpoints.keywords import TOKENIZERS
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.processing.added_tokens import AddedToken, is_special_token
 from w2vbert_fast.processing.batch import BatchFeature
@@ -32,7 +33,7 @@ from w2vbert_fast.processing.vocabulary import Vocabulary
 __all__ = ["AddedToken", "Wav2Vec2CTCTokenizer", "Wav2Vec2CTCTokenizerOutput"]
 
 
-class Wav2Vec2CTCTokenizer(HubMixin, Vocabulary):
+class Wav2Vec2CTCTokenizer(FilesMixin, Vocabulary):
     """Character tokenizer for CTC models.
 
     A token is a character of the vocabulary, or one of the added tokens, which are never split: the
@@ -73,6 +74,8 @@ class Wav2Vec2CTCTokenizer(HubMixin, Vocabulary):
         ValueError: The file is no vocabulary, has no such language, or has languages of which none
             was chosen; or another argument is impossible.
     """
+
+    _keywords = TOKENIZERS
 
     def __init__(
         self,
@@ -140,67 +143,14 @@ class Wav2Vec2CTCTokenizer(HubMixin, Vocabulary):
         return False
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        subfolder: str = "",
-        **overrides: Any,
+    def _from_repository(
+        cls, repository: Repository, overrides: dict[str, Any]
     ) -> Wav2Vec2CTCTokenizer:
-        """Loads the tokenizer of a checkpoint.
-
-        Args:
-            pretrained_model_name_or_path: A folder or a hub id with `vocab.json` and, usually,
-                `tokenizer_config.json`.
-            revision: Branch, tag or commit on the hub.
-            cache_dir: Folder of the hub's cache.
-            local_files_only: Whether to look in the cache only.
-            token: Hub access token.
-            subfolder: Folder inside the repository.
-            **overrides: Constructor arguments that replace those of the files. Keywords of
-                transformers that say how files are had are taken too.
-
-        Raises:
-            OSError: There is no such repository, or it holds no `vocab.json`.
-            TypeError: An entry has the wrong type.
-            ValueError: A file is broken, belongs to another kind of tokenizer, or holds impossible
-                values.
-        """
-        repository = Repository(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-        )
-        overrides = take(repository.take(overrides), TOKENIZERS)
         return cls(**read_arguments(repository, overrides))
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Writes the tokenizer's files into a folder, which is made if it is missing.
-
-        Args:
-            save_directory: The folder.
-            push_to_hub: Also upload the files that were written.
-            **kwargs: For the upload, `repo_id` (by default the folder's name) and the arguments of
-                `push_to_hub`.
-
-        Returns:
-            The paths of `vocab.json`, `tokenizer_config.json`, `special_tokens_map.json` and, if
-            there are tokens beyond the vocabulary, `added_tokens.json`.
-
-        Raises:
-            NotADirectoryError: `save_directory` is a file.
-            TypeError: A keyword argument is unknown.
-        """
-        upload = upload_arguments(save_directory, push_to_hub, kwargs)
+    def _write_files(self, folder: Path) -> list[str]:
+        """`vocab.json`, `tokenizer_config.json`, `special_tokens_map.json` and, if there are tokens
+        beyond the vocabulary, `added_tokens.json`."""
         arguments: dict[str, Any] = {
             **self.further_entries,
             **{name: t for name, t in self._special_tokens.items() if name.endswith("_token")},
@@ -228,17 +178,14 @@ class Wav2Vec2CTCTokenizer(HubMixin, Vocabulary):
         if self.extra_special_tokens:
             arguments["additional_special_tokens"] = self.extra_special_tokens
             special_tokens["additional_special_tokens"] = self.extra_special_tokens
-        paths = write_files(
-            save_directory,
+        return write_files(
+            folder,
             vocabulary=self.vocab,
             arguments=arguments,
             special_tokens=special_tokens,
             added_tokens=self.added_tokens_decoder,
             ids_in_vocabulary=self.vocab_size,
         )
-        if upload is not None:
-            upload_folder(save_directory, [os.path.basename(path) for path in paths], **upload)
-        return paths
 
     def __call__(
         self,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.checkpoints.hub import resolve_folder
 from w2vbert_fast.checkpoints.json_files import read_json
+from w2vbert_fast.checkpoints.repository import Repository
 
 FOLDER = "language_model"
 """Folder of a checkpoint that pyctcdecode, and so transformers' Wav2Vec2ProcessorWithLM, writes."""
@@ -85,7 +85,7 @@ def find_language_model(
         OSError: the checkpoint is not to be had.
         ValueError: the folder holds no language model, or several; or a file in it is damaged.
     """
-    folder = resolve_folder(model, FOLDER, revision=revision, beside=(_ALPHABET,))
+    folder = Repository(model, revision).find_folder(FOLDER, beside=(_ALPHABET,))
     if folder is None:
         return None
     found = [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast import models
-from w2vbert_fast.checkpoints.hub import resolve_file
+from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.inference.ctc.chunks import Chunk, split
 from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL, find_device
 from w2vbert_fast.inference.reading import Loaded
@@ -282,7 +282,7 @@ def identity(loaded: Loaded) -> dict[str, Any]:
 
 def model_fingerprint(model: str | os.PathLike[str], revision: str | None) -> dict[str, Any]:
     """Digests of a checkpoint's files by name. Of large files, size and 64 blocks are digested."""
-    config = resolve_file(source_of(model), "config.json", revision=revision)
+    config = Repository(source_of(model), revision).find("config.json")
     if config is None:
         raise OSError(f"{os.fspath(model)} holds no config.json")
     names = sorted(
