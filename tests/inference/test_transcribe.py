@@ -28,7 +28,7 @@ LONG = ["--max-seconds", "3", "--overlap-seconds", "1", "--frame-budget", "300"]
 
 
 def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli._build_app(), [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.build_app(), [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

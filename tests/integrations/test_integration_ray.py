@@ -220,7 +220,7 @@ def command(*arguments: Any) -> Any:
 
     from w2vbert_fast.cli import app as cli
 
-    return CliRunner().invoke(cli._build_app(), [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.build_app(), [str(argument) for argument in arguments])
 
 
 def test_the_command_line_embeds_with_ray(ray: Any, tmp_path: Path) -> None:
