@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from tests.helpers.offline import clips, encoded, table, write_manifest
 from tests.helpers.signals import speech_like, write_container
 from w2vbert_fast.cli import app as cli
+from w2vbert_fast.cli.transcribe import with_progress
 from w2vbert_fast.inference import Transcriber, Transcript, load_audio, load_pipeline, transcribe
 from w2vbert_fast.inference.batching import Batcher
 from w2vbert_fast.inference.jobs.progress import Progress
@@ -219,7 +220,7 @@ def test_how_far_a_long_recording_is(batches: int, shown: bool) -> None:
             batcher.watch(number + 1, batches)
         yield Transcript("a", "b", 1.0, 1.0)
 
-    found = list(cli._with_progress(rows(), 1, batcher, console))  # type: ignore[arg-type]
+    found = list(with_progress(rows(), 1, batcher, console))  # type: ignore[arg-type]
     assert [row.text for row in found] == ["b"]
     assert ("transcribing" in drawn.getvalue()) is shown
     assert bool(re.search(r"100%", drawn.getvalue())) is shown

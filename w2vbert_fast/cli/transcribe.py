@@ -213,7 +213,7 @@ def _print(
     characters = task["timestamps"] == "character"
     rows = transcripts(runner, inputs.rows())
     if readable or (sys.stderr.isatty() and not sys.stdout.isatty()):
-        rows = _with_progress(rows, inputs.total, runner.batcher, console)
+        rows = with_progress(rows, inputs.total, runner.batcher, console)
     with contextlib.closing(rows), log_shown("w2vbert_fast.inference"):
         for row in rows:
             if row.error is not None:
@@ -236,7 +236,7 @@ def _print(
     return status
 
 
-def _with_progress(
+def with_progress(
     rows: Generator[Transcript, None, None], total: int | None, batcher: Batcher, console: Any
 ) -> Generator[Transcript, None, None]:
     """Pass the rows on, and show on the last line of the console how many are done.
