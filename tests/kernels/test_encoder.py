@@ -111,7 +111,7 @@ def run(ours: nn.Module, triton: bool = True) -> Tensor:
 
 @pytest.mark.parametrize("part", ["linear_k", "depthwise_conv"])
 def test_changed_weights_count_at_once(part: str) -> None:
-    """What the kernels read besides the parameter; `tests/models/test_packing.py` has more."""
+    """What the kernels read besides the parameter; `models/optimized/test_stacked.py` has more."""
     _, ours = pair("Wav2Vec2BertModel", num_hidden_layers=1)
     before = run(ours)
     layer = ours.encoder.layers[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.helpers.graph_models import graphed
 from tests.helpers.reference import CLASSES, POSITIONS, TINY, pair, relative_error
-from tests.models.test_int8_model import Rounded, needs_int8
+from tests.models.optimized.test_int8 import Rounded, needs_int8
 from tests.ops.test_autograd import gradients, leaf, plain_form
 from tests.ops.test_operations import arguments
 from w2vbert_fast import ops

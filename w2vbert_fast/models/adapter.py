@@ -18,6 +18,7 @@ from w2vbert_fast.models.layers import (
     Wav2Vec2BertFeedForward,
     Wav2Vec2BertSelfAttention,
     apply_linear,
+    apply_norm,
 )
 
 
@@ -81,11 +82,9 @@ class Wav2Vec2BertAdapterLayer(nn.Module):
         """`[N, C']` right-padded layout -> `[N', C']` and its layout."""
         fast = self.use_fast_kernels
         out = self.shortened(layout)
-        norm = self.residual_layer_norm
-        residual = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, fast=fast)
+        residual = apply_norm(self.residual_layer_norm, hidden_states, fast=fast)
         residual = self._conv_glu(residual, self.residual_conv, layout, out)
-        norm = self.self_attn_layer_norm
-        x = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, fast=fast)
+        x = apply_norm(self.self_attn_layer_norm, hidden_states, fast=fast)
         x = self._conv_glu(x, self.self_attn_conv, layout, out)
         x, _ = self.self_attn(x, out)
         x = self.self_attn_dropout(x)
@@ -121,12 +120,9 @@ class Wav2Vec2BertAdapter(nn.Module):
         A layer that LayerDrop skips shortens nothing; the layout says so.
         """
         if self.proj is not None and self.proj_layer_norm is not None:
-            norm = self.proj_layer_norm
             fast = self.use_fast_kernels
             hidden_states = apply_linear(self.proj, hidden_states, fast=fast)
-            hidden_states = ops.layer_norm(
-                hidden_states, norm.weight, norm.bias, norm.eps, fast=fast
-            )
+            hidden_states = apply_norm(self.proj_layer_norm, hidden_states, fast=fast)
         # A stride counts from an utterance's first frame, whichever side the batch was padded on.
         layout = layout.with_lengths(layout.lengths, layout.padded_length, layout.valid_lengths)
         for layer in self.layers:

@@ -5,9 +5,10 @@ Reference: `Wav2Vec2BertEncoder` in transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -165,23 +166,38 @@ class Wav2Vec2BertEncoder(nn.Module):
     def _once_for_all_layers(
         self, x: Tensor, layout: PackedBatch
     ) -> tuple[PackedBatch, list[Tensor] | None]:
-        """What the Triton kernels of all layers share: the attention's work list, in the layout,
-        and the depthwise weights `[C, K]` laid out tap by tap."""
+        """`shared_by_layers`, where there is a Triton kernel and something to share."""
         if not self.use_fast_kernels or not on_triton_device(x):
             return layout, None
         layers = [layer for layer in self.layers if is_untouched(layer, Wav2Vec2BertEncoderLayer)]
         if not layers:
             return layout, None
-        cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
-        tile_map = ops.attention_tile_map(
-            x, layers[0].self_attn.head_size, cu_seqlens, longest, fast=True
-        )
-        weights = [layer.conv_module.depthwise_weight() for layer in layers]
-        uniform = len(layers) == len(self.layers)
-        uniform = uniform and all(weight.shape == weights[0].shape for weight in weights)
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-            uniform = False
-        return replace(layout, tile_map=tile_map), ops.tap_major(weights) if uniform else None
+        shared = shared_by_layers(x, layout, layers)
+        return shared if len(layers) == len(self.layers) else (shared[0], None)
+
+
+def shared_by_layers(
+    x: Tensor, layout: PackedBatch, layers: Sequence[Any]
+) -> tuple[PackedBatch, list[Tensor] | None]:
+    """What the Triton kernels of all layers share.
+
+    Args:
+        x: `[N, C]`, what enters the first layer.
+        layout: the utterances.
+        layers: at least one, each with the parts of `Wav2Vec2BertEncoderLayer`.
+
+    Returns:
+        The layout with the attention's work list, and the depthwise weights `[C, K]` laid out tap
+        by tap; `None` where they differ in shape or are trained.
+    """
+    tile_map = ops.attention_tile_map(
+        x, layers[0].self_attn.head_size, layout.cu_seqlens, layout.max_seqlen, fast=True
+    )
+    weights = [layer.conv_module.depthwise_weight() for layer in layers]
+    trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    alike = all(weight.shape == weights[0].shape for weight in weights)
+    taps = ops.tap_major(weights) if alike and not trained else None
+    return replace(layout, tile_map=tile_map), taps
 
 
 def _kept(x: Tensor, layout: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,11 @@ def has_global_hooks() -> bool:
     )
 
 
+def apply_norm(norm: nn.LayerNorm, x: Tensor, *, fast: bool) -> Tensor:
+    """A LayerNorm through `ops.layer_norm`."""
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, fast=fast)
+
+
 def apply_dropout(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, without the call where it does nothing: outside training, in every layer."""
     if is_untouched(module, nn.Dropout) and not module.training:
@@ -91,9 +96,8 @@ class Wav2Vec2BertFeatureProjection(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """`[N, feature_dim]` -> hidden states `[N, C]`, and the features normalised."""
-        norm = self.layer_norm
         fast = self.use_fast_kernels
-        extract_features = ops.layer_norm(features, norm.weight, norm.bias, norm.eps, fast=fast)
+        extract_features = apply_norm(self.layer_norm, features, fast=fast)
         x = apply_linear(self.projection, extract_features, fast=fast)
         return apply_dropout(self.dropout, x), extract_features
 
@@ -343,9 +347,7 @@ class Wav2Vec2BertEncoderLayer(nn.Module):
 
     def open(self, hidden_states: Tensor) -> Tensor:
         """The norm in front of the first block: `[N, C]` -> `[N, C]`."""
-        norm = self.ffn1_layer_norm
-        weights = (norm.weight, norm.bias, norm.eps)
-        return ops.layer_norm(hidden_states, *weights, fast=self.use_fast_kernels)
+        return apply_norm(self.ffn1_layer_norm, hidden_states, fast=self.use_fast_kernels)
 
     def from_normed(
         self,

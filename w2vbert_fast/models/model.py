@@ -297,6 +297,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         config = self.config
         if not config.apply_spec_augment:
             return x
+        masked = None
         if mask_time_indices is None and self.training and config.mask_time_prob > 0:
             by_length = sample_mask_spans(
                 layout.valid_lengths,
@@ -305,9 +306,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
                 mask_length=config.mask_time_length,
                 min_masks=config.mask_time_min_masks,
             )
-            right_padded = layout.right_padded()
-            masked = right_padded.pack(by_length.to(x.device))
-            x = torch.where(masked[:, None], self.masked_spec_embed.to(x.dtype), x)
+            masked = layout.right_padded().pack(by_length.to(x.device))
         elif mask_time_indices is not None:
             if not hasattr(self, "masked_spec_embed"):
                 raise ValueError(
@@ -321,6 +320,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
                     f"it must be {shape}"
                 )
             masked = layout.pack(mask_time_indices.to(x.device).bool())
+        if masked is not None:
             x = torch.where(masked[:, None], self.masked_spec_embed.to(x.dtype), x)
         if self.training and config.mask_feature_prob > 0:
             channels = sample_mask_spans(
@@ -340,20 +340,12 @@ def _place_maps(maps: Tensor, layout: PackedBatch) -> Tensor:
     if layout.is_right_padded and frames == layout.max_seqlen:
         return maps
     out = maps.new_zeros(layout.batch_size, maps.shape[1], frames, frames)
-    first = [
-        int(p) % frames if n else 0
-        for p, n in zip(_first_rows(layout), layout.lengths, strict=True)
-    ]
-    for row, (start, length) in enumerate(zip(first, layout.lengths, strict=True)):
-        stop = start + length
-        out[row, :, start:stop, start:stop] = maps[row, :, :length, :length]
-    return out
-
-
-def _first_rows(layout: PackedBatch) -> list[int]:
     assert layout.token_positions is not None
-    if layout.num_tokens == 0:
-        return [0] * layout.batch_size
-    starts = layout.cu_seqlens[:-1].to(torch.int64).clamp(max=layout.num_tokens - 1)
-    rows: list[int] = layout.token_positions[starts].tolist()
-    return rows
+    positions, token = layout.token_positions.tolist(), 0
+    for row, length in enumerate(layout.lengths):
+        if length > 0:
+            start = positions[token] % frames
+            stop = start + length
+            out[row, :, start:stop, start:stop] = maps[row, :, :length, :length]
+        token += length
+    return out

@@ -12,16 +12,15 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models import adapter, layers, positions
+from w2vbert_fast.models.encoder import shared_by_layers
 from w2vbert_fast.models.layers import is_untouched
 from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.ops.dispatch import on_triton_device
@@ -219,20 +218,7 @@ class Run:
         self.layout = layout
         self.taps: list[Tensor] | None = None
         if on_triton_device(x) and self.views:
-            self._share(x)
-
-    def _share(self, x: Tensor) -> None:
-        """What the Triton kernels of all layers share, as in `Wav2Vec2BertEncoder`."""
-        layout = self.layout
-        head_size = self.views[0].self_attn.head_size
-        tile_map = ops.attention_tile_map(
-            x, head_size, layout.cu_seqlens, layout.max_seqlen, fast=True
-        )
-        self.layout = replace(layout, tile_map=tile_map)
-        weights = [view.conv_module.depthwise_weight() for view in self.views]
-        trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        if not trained and all(weight.shape == weights[0].shape for weight in weights):
-            self.taps = ops.tap_major(weights)
+            self.layout, self.taps = shared_by_layers(x, layout, self.views)
 
     def layer(
         self, index: int, x: Tensor, normed: Tensor | None = None, *, fuse: bool = False
@@ -266,7 +252,7 @@ def run_adapter(module: Any, x: Tensor, layout: PackedBatch) -> tuple[Tensor, Pa
     proj, norm = getattr(module, "proj", None), getattr(module, "proj_layer_norm", None)
     if proj is not None and norm is not None:
         x = layers.apply_linear(_linear(proj), x, fast=True)
-        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps, fast=True)
+        x = layers.apply_norm(norm, x, fast=True)
     layout = layout.with_lengths(layout.lengths, layout.padded_length, layout.valid_lengths)
     layerdrop = getattr(module, "layerdrop", 0.0)
     for layer in module.layers:
