@@ -683,10 +683,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         """Whether any part recomputes its activations in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """`is_gradient_checkpointing` by its newer name."""
-        return self.is_gradient_checkpointing
+    is_activation_checkpointing = is_gradient_checkpointing  # its newer name
 
     def gradient_checkpointing_enable(
         self,
@@ -743,9 +740,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         """`gradient_checkpointing_enable` by the name that transformers' `Trainer` calls."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
-    def activation_checkpointing_disable(self) -> None:
-        """`gradient_checkpointing_disable` by its newer name."""
-        self.gradient_checkpointing_disable()
+    activation_checkpointing_disable = gradient_checkpointing_disable  # its newer name
 
     def _checkpointed_parts(self) -> list[Any]:
         parts = self._parts_with("gradient_checkpointing")

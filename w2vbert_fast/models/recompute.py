@@ -31,19 +31,11 @@ _SHARE = 0.9
 
 @dataclass
 class Recompute:
-    """A policy, and what it is carried out with.
+    """A policy, and what it is carried out with: arguments of `gradient_checkpointing_enable`,
+    which says what they mean and what is an error.
 
     Attributes:
-        policy: what is computed again.
-        budget_bytes: for "auto", bytes that the layers may keep for the backward pass; `None`: what
-            the device has left.
         options: arguments of `torch.utils.checkpoint.checkpoint`.
-        every_n_layers: "layer" and "attention" concern the first of so many layers.
-
-    Raises:
-        ValueError: an unknown policy, a number that is not positive, a budget without "auto", or an
-            unknown option.
-        TypeError: a number is no integer.
     """
 
     policy: Policy = "layer"

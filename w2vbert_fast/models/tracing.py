@@ -17,6 +17,8 @@ def recorder() -> str | None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit.trace"
     if torch.compiler.is_compiling():
-        return "torch.export" if torch.compiler.is_exporting() else None
+        # In PyTorch 2.5 nothing tells the two apart.
+        is_exporting = getattr(torch.compiler, "is_exporting", bool)
+        return "torch.export" if is_exporting() else None
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return "make_fx" if tracer is not None and tracer.get_proxy_mode() is not None else None

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from tests.helpers.reference import relative_error
 from w2vbert_fast import Wav2Vec2BertForCTC
-from w2vbert_fast.models.optimized.int8 import Int8Linear, WideLinear
+from w2vbert_fast.models.optimized.int8 import (
+    Int8FeedForward,
+    Int8Linear,
+    Int8SelfAttention,
+    WideLinear,
+)
 from w2vbert_fast.ops import dispatch
 
 VNNI = torch.cpu._is_vnni_supported()
@@ -35,6 +40,9 @@ def test_the_encoders_linear_layers_are_quantised(tiny_checkpoint: Path) -> None
     assert all(name.startswith("wav2vec2_bert.encoder.layers.") for name in quantised)
     assert plain == {"wav2vec2_bert.feature_projection.projection", "lm_head"}
     assert not model.training
+    layer = model.wav2vec2_bert.encoder.layers[1]
+    assert {type(layer.ffn1), type(layer.ffn2)} == {Int8FeedForward}
+    assert type(layer.self_attn) is Int8SelfAttention
 
 
 @needs_int8

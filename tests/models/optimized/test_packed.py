@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from tests.helpers.reference import relative_error
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC, Wav2Vec2BertModel, ops
 from w2vbert_fast.export import export
-from w2vbert_fast.models.optimized.packed import PackedLinear, StackedLinear
+from w2vbert_fast.models.layers import Wav2Vec2BertConvolutionModule
+from w2vbert_fast.models.optimized.packed import (
+    PackedConvolutionModule,
+    PackedFeedForward,
+    PackedLinear,
+    PackedSelfAttention,
+    StackedLinear,
+)
 from w2vbert_fast.ops.cpu import capability, gemm
 
 DTYPES = [d for d in (torch.float32, torch.bfloat16) if capability.onednn_linear(d)]
@@ -155,6 +162,42 @@ def test_projections_that_differ_are_packed_one_by_one(tiny_checkpoint: Path) ->
     model.pack_weights()
     assert {type(getattr(attention, f"linear_{n}")) for n in "qkv"} == {PackedLinear}
     assert relative_error(model(x).logits, expected) <= 1e-6
+
+
+def test_blocks_are_swapped_and_stay_the_same_objects(tiny_checkpoint: Path) -> None:
+    model = load(tiny_checkpoint)
+    layer = model.wav2vec2_bert.encoder.layers[0]
+    blocks = (layer.ffn1, layer.self_attn, layer.conv_module)
+    seen: list[str] = []
+    layer.ffn1.register_forward_hook(lambda *_: seen.append("block"))
+    model.pack_weights()
+    assert blocks == (layer.ffn1, layer.self_attn, layer.conv_module)
+    assert [type(b) for b in blocks] == [
+        PackedFeedForward, PackedSelfAttention, PackedConvolutionModule
+    ]  # fmt: skip
+    x = torch.randn(1, 20, 160)
+    with torch.no_grad():
+        expected = model(x).logits
+        # What is attached to a part later is called, with what the linear layer itself gives.
+        outputs: list[Tensor] = []
+        first = layer.ffn1.intermediate_dense
+        first.register_forward_hook(lambda module, given, output: outputs.append(output))
+        assert relative_error(model(x).logits, expected) <= 1e-6
+    assert seen == ["block", "block"]
+    assert (outputs[0] < -0.5).any(), "silu gives nothing below -0.28"
+
+
+def test_a_convolution_that_somebody_watches_stays(tiny_checkpoint: Path) -> None:
+    model = load(tiny_checkpoint)
+    module = model.wav2vec2_bert.encoder.layers[0].conv_module
+    module.pointwise_conv2.register_forward_hook(lambda *_: None)
+    x = torch.randn(1, 20, 160)
+    with torch.no_grad():
+        expected = model(x).logits
+        model.pack_weights()
+        assert type(module) is Wav2Vec2BertConvolutionModule
+        assert type(module.pointwise_conv1) is nn.Conv1d
+        assert relative_error(model(x).logits, expected) <= 1e-6
 
 
 def test_layers_that_somebody_changed_stay(tiny_checkpoint: Path) -> None:

@@ -192,16 +192,7 @@ class LayerGraphs:
     Attributes that are no parameters, such as a norm's `eps`, are not watched. The methods are
     thread-safe.
 
-    Args:
-        max_tokens: largest number of tokens of a batch that is replayed; `None`: that of the
-            largest bucket, 2048 without any.
-        buckets: rising token counts for which graphs are captured, the last at least `max_tokens`;
-            `None`: those of `default_buckets`.
-        max_graphs: how many graphs are kept; the one not used for longest goes first.
-
-    Raises:
-        ValueError: a value is impossible.
-        TypeError: a value is no integer.
+    Arguments and errors are those of `compile_for_inference`.
     """
 
     def __init__(
