@@ -159,7 +159,7 @@ def test_norms_of_which_one_result_is_used() -> None:
 def test_conv_norm_act(
     taps: int, lengths: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2vbert_fast.ops.cpu.conv_backward._BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("w2vbert_fast.ops.cpu.conv._BLOCK_ELEMENTS_BACKWARD", block)
     torch.manual_seed(0)
     width = 40
     x, conv = torch.randn(sum(lengths), width), torch.randn(width, taps)

@@ -81,7 +81,6 @@ all utterances end to end, so that there is no padding and no mask. `cu_seqlens`
 
 from . import (  # noqa: F401
     autograd_attention,
-    autograd_conv,
 )
 from .activations import ACTIVATIONS, get_activation
 from .attention import attention_tile_map, relative_attention, rotate, shaw_attention

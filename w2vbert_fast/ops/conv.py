@@ -1,8 +1,12 @@
-"""Causal depthwise convolution over packed utterances, with its LayerNorm and activation."""
+"""Causal depthwise convolution over packed utterances, with its LayerNorm and activation.
+
+The gradient keeps `x`; the convolution, its norm and the activation are computed again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +14,10 @@ from torch import Tensor
 
 from ..layout import positions_in_sequence, sequence_ids
 from .activations import get_activation
-from .dispatch import cpu_kernels_for, runs_triton
-from .gemm import FUSED_ACTIVATIONS
+from .cpu import conv as cpu
+from .gemm import is_fused
 from .norm import layer_norm
-from .registry import operation
+from .operation import gradient, operation
 
 MAX_TRITON_CHANNELS = 2048
 TRITON_KERNEL_SIZES = range(3, 64)
@@ -82,10 +86,10 @@ def conv_norm_act(
         `[num_tokens, channels]`.
     """
     if fast:
-        inside = isinstance(activation, str) and activation in FUSED_ACTIVATIONS
-        name = activation if isinstance(activation, str) and inside else "linear"
+        inside = is_fused(activation)
         parameters = (conv_weight, norm_weight, norm_bias, eps)
-        y: Tensor = conv_norm_act_op(x, *parameters, name, cu_seqlens, seqused_k)
+        name = activation if inside else "linear"
+        y = conv_norm_act_op(x, *parameters, name, cu_seqlens, seqused_k)
         return y if inside else get_activation(activation)(y)
     y = causal_depthwise_conv(x, conv_weight, cu_seqlens, seqused_k)
     return get_activation(activation)(layer_norm(y, norm_weight, norm_bias, eps))
@@ -107,14 +111,16 @@ def tap_major(weights: list[Tensor]) -> list[Tensor]:
     return list(stacked.clone(memory_format=torch.contiguous_format).transpose(1, 2).unbind(0))
 
 
-def has_kernel(x: Tensor, conv_weight: Tensor) -> bool:
-    """Whether the Triton kernels, forward and backward, take these tensors."""
+def _contiguous(x: Tensor, *others: Any) -> Tensor:
+    return conv_norm_act(x, *others).contiguous()
+
+
+def _fits(x: Tensor, conv_weight: Tensor, *_: Any) -> bool:
     channels, kernel_size = conv_weight.shape
-    fits = channels <= MAX_TRITON_CHANNELS and kernel_size in TRITON_KERNEL_SIZES
-    return fits and runs_triton(x)
+    return channels <= MAX_TRITON_CHANNELS and kernel_size in TRITON_KERNEL_SIZES
 
 
-def _conv_norm_act_fake(
+def _on_triton(
     x: Tensor,
     conv_weight: Tensor,
     norm_weight: Tensor,
@@ -124,16 +130,32 @@ def _conv_norm_act_fake(
     cu_seqlens: Tensor,
     seqused_k: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty(x.shape)
+    from csrc_triton.conv import conv_norm_act as kernel
+
+    parameters = (conv_weight, norm_weight, norm_bias, eps)
+    name = None if activation == "linear" else activation
+    return kernel(x, *parameters, name, cu_seqlens, seqused_k=seqused_k)
 
 
-@operation(
+conv_norm_act_op = operation(
     "conv_norm_act(Tensor x, Tensor conv_weight, Tensor norm_weight, Tensor norm_bias, float eps, "
     "str activation, Tensor cu_seqlens, Tensor? seqused_k=None) -> Tensor",
-    _conv_norm_act_fake,
+    _contiguous,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    triton=_on_triton,
+    takes=_fits,
+    cpu=cpu.conv_norm_act,
     autocast="lower",
 )
-def conv_norm_act_op(
+
+
+def _backward_fake(_: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), *(p.new_empty(p.shape, dtype=dtype) for p in others[:3])
+
+
+def _backward_on_triton(
+    grad: Tensor,
     x: Tensor,
     conv_weight: Tensor,
     norm_weight: Tensor,
@@ -142,16 +164,20 @@ def conv_norm_act_op(
     activation: str,
     cu_seqlens: Tensor,
     seqused_k: Tensor | None = None,
-) -> Tensor:
-    if has_kernel(x, conv_weight):
-        from csrc_triton.conv import conv_norm_act as kernel
+) -> tuple[Tensor, ...]:
+    from csrc_triton.conv import conv_norm_act_backward as kernel
 
-        name = None if activation == "linear" else activation
-        return kernel(
-            x, conv_weight, norm_weight, norm_bias, eps, name, cu_seqlens, seqused_k=seqused_k
-        )
     parameters = (conv_weight, norm_weight, norm_bias, eps)
-    if (fast := cpu_kernels_for(x)) is not None:
-        result: Tensor = fast.conv_norm_act(x, *parameters, activation, cu_seqlens, seqused_k)
-        return result
-    return conv_norm_act(x, *parameters, activation, cu_seqlens, seqused_k).contiguous()
+    name = None if activation == "linear" else activation
+    grads = kernel(grad, x, *parameters, name, cu_seqlens, seqused_k=seqused_k)
+    return grads[0], grads[1].contiguous(), *grads[2:]
+
+
+gradient(
+    "conv_norm_act_backward(Tensor grad, Tensor x, Tensor conv_weight, Tensor norm_weight, "
+    "Tensor norm_bias, float eps, str activation, Tensor cu_seqlens, Tensor? seqused_k=None) "
+    "-> (Tensor grad_x, Tensor grad_conv_weight, Tensor grad_norm_weight, Tensor grad_norm_bias)",
+    cpu.conv_norm_act_backward,
+    fake=_backward_fake,
+    triton=_backward_on_triton,
+)

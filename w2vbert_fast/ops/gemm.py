@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ FUSED_ACTIVATIONS = ("gelu", "gelu_new", "relu", "selu", "silu", "swish")
 """Activations that the fast implementations have; others run after the matrix product."""
 
 
-def is_fused(activation: object) -> bool:
+def is_fused(activation: object) -> TypeGuard[str]:
     """Whether the fast implementations have an activation, and its gradient."""
     return isinstance(activation, str) and activation in FUSED_ACTIVATIONS
 
