@@ -33,7 +33,7 @@ from w2vbert_fast.inference.batching import Batcher
 from w2vbert_fast.inference.reading import Decoder, Loaded, ReadAhead
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.models.optimized.packed import PackedLinear
-from w2vbert_fast.ops.dispatch import packed_kernels
+from w2vbert_fast.ops.cpu.capability import onednn_linear
 
 SAMPLES = Path(models.__file__).parents[1] / "demo" / "samples"
 SMALL = Flow(frame_budget=120, workers=2, window_rows=4)
@@ -62,7 +62,7 @@ def test_weights_are_packed_where_the_cpu_multiplies_them(
     made = runner(tiny_checkpoint, device="cpu", dtype=dtype)
     made.task.load()
     packed = [m for m in made.task.network.modules() if isinstance(m, PackedLinear)]
-    assert bool(packed) == packed_kernels().onednn_linear(getattr(torch, dtype))
+    assert bool(packed) == onednn_linear(getattr(torch, dtype))
 
 
 def test_paths_bytes_arrays_and_arrays_with_a_rate(tiny_checkpoint: Path, files: list[str]) -> None:

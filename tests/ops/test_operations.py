@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -131,6 +132,13 @@ def test_every_registered_operation_is_checked() -> None:
         if schema.name.startswith("w2vbert::")
     }
     assert registered == set(NAMES)
+
+
+def test_every_launcher_that_an_operation_names_exists() -> None:
+    assert "csrc_triton.norm:layer_norm_backward" in declaration.LAUNCHERS
+    for launcher in declaration.LAUNCHERS:
+        module, _, name = launcher.partition(":")
+        assert callable(getattr(importlib.import_module(module), name)), launcher
 
 
 def test_packed_greedy_decoding_equals_the_padded_form() -> None:

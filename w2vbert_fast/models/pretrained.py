@@ -39,7 +39,7 @@ from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.models.outputs import ModelOutput
 from w2vbert_fast.models.recompute import Policy, Recompute
 from w2vbert_fast.models.tracing import recorder
-from w2vbert_fast.ops.dispatch import packed_kernels
+from w2vbert_fast.ops.cpu.capability import onednn_linear
 
 logger = logging.getLogger(__name__)
 
@@ -621,7 +621,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         parameter = next(self.parameters())
         if parameter.device.type != "cpu":
             raise ValueError(f"the model is on {parameter.device}; weights are packed on the CPU")
-        if not packed_kernels().onednn_linear(parameter.dtype):
+        if not onednn_linear(parameter.dtype):
             raise ValueError(f"the model is {parameter.dtype}, which oneDNN does not multiply here")
         for encoder in encoders:
             pack_encoder(encoder)

@@ -79,9 +79,6 @@ all utterances end to end, so that there is no padding and no mask. `cu_seqlens`
             return self.close_block(x, self.feed_forward(normed, 1), 0.5, 4)[1]
 """
 
-from . import (  # noqa: F401
-    autograd_attention,
-)
 from .activations import ACTIVATIONS, get_activation
 from .attention import attention_tile_map, relative_attention, rotate, shaw_attention
 from .conv import causal_depthwise_conv, conv_norm_act, tap_major

@@ -2,17 +2,23 @@
 
 Notation: N packed tokens, H heads of D channels, utterances of at most T frames. The plain form
 below pads queries, keys and values to `[batch, H, T, D]` and computes the score matrix in full.
+
+The gradient of Shaw attention keeps query, key, value, the output, the log-sum-exp where the Triton
+kernels read it, and the seed of dropout; scores and the dropout mask are computed again.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import positions_in_sequence, sequence_ids
-from .dispatch import cpu_kernels_for, on_triton_device, records_gradient, runs_triton
-from .registry import operation
+from .cpu import attention as cpu
+from .dispatch import on_triton_device, records_gradient, runs_triton
+from .operation import gradient, operation
 
 MAX_TRITON_HEAD_SIZE = 128
 """Attention with larger heads runs in plain PyTorch."""
@@ -129,7 +135,7 @@ def shaw_attention(
         and not return_probabilities
         and (_has_gradient_and_dropout(query) or (not recorded and dropout_p == 0.0))
     ):
-        fast_output: Tensor = shaw_attention_op(
+        output, _ = _shaw_attention_op(
             query,
             key,
             value,
@@ -138,13 +144,13 @@ def shaw_attention(
             distance_embedding,
             left_max_position,
             right_max_position,
-            tile_map=tile_map,
-            return_log_sum_exp=recorded and on_triton_device(query),
-            dropout_p=dropout_p,
-            dropout_seed=_dropout_seed(query) if dropout_p > 0.0 else None,
-            seqused_k=seqused_k,
-        )[0]
-        return fast_output, None
+            tile_map,
+            recorded and on_triton_device(query),
+            dropout_p,
+            _dropout_seed(query) if dropout_p > 0.0 else None,
+            seqused_k,
+        )
+        return output, None
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0], seqused_k)
     q, k, v = heads.pad(query), heads.pad(key), heads.pad(value)
     scores = _shaw_scores(q, k, distance_embedding, left_max_position, right_max_position)
@@ -257,8 +263,7 @@ def attention_tile_map(
     """
     if not fast or head_size > MAX_TRITON_HEAD_SIZE or not on_triton_device(x):
         return None
-    tile_map: Tensor = attention_tile_map_op(x, head_size, cu_seqlens, max_seqlen)
-    return tile_map
+    return _attention_tile_map_op(x, head_size, cu_seqlens, max_seqlen)
 
 
 def _block_m(x: Tensor, head_size: int) -> int:
@@ -272,16 +277,9 @@ def _block_m(x: Tensor, head_size: int) -> int:
     return attention_config(head_size, x.dtype, arch).block_m
 
 
-def has_kernel(query: Tensor) -> bool:
-    """Whether the Triton kernels, forward and backward, take queries `[N, H, D]` like these."""
-    return query.shape[2] <= MAX_TRITON_HEAD_SIZE and runs_triton(query)
-
-
-def _attention_tile_map_fake(
-    x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int
-) -> Tensor:
+def _tile_map_fake(x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     if not runs_triton(x):
-        return cu_seqlens.new_empty(0, 2)
+        return _no_tile_map(x, head_size, cu_seqlens)
     from csrc_triton.attention import tile_bound
 
     batch_size = cu_seqlens.shape[0] - 1
@@ -289,57 +287,43 @@ def _attention_tile_map_fake(
     return cu_seqlens.new_empty(bound, 2)
 
 
-@operation(
-    "attention_tile_map(Tensor x, int head_size, Tensor cu_seqlens, SymInt max_seqlen) -> Tensor",
-    _attention_tile_map_fake,
-    autocast="lower",
-)
-def attention_tile_map_op(x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    if not runs_triton(x):
-        return cu_seqlens.new_empty(0, 2)
+def _no_tile_map(x: Tensor, head_size: int, cu_seqlens: Tensor, *_: Any) -> Tensor:
+    return cu_seqlens.new_empty(0, 2)
+
+
+def _tile_map_on_triton(x: Tensor, head_size: int, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     from csrc_triton.attention import build_tile_map
 
     block_m = _block_m(x, head_size)
     return build_tile_map(cu_seqlens, block_m, num_tokens=x.shape[0], max_seqlen=max_seqlen)
 
 
-def _shaw_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    distance_embedding: Tensor | None,
-    left_max_position: int,
-    right_max_position: int,
-    tile_map: Tensor | None = None,
-    return_log_sum_exp: bool = True,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    num_tokens, num_heads, _ = query.shape
-    rows = (num_heads, num_tokens) if return_log_sum_exp else (0,)
-    return query.new_empty(query.shape), query.new_empty(rows, dtype=torch.float32)
-
-
-@operation(
-    "shaw_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt max_seqlen, "
-    "Tensor? distance_embedding, int left_max_position, int right_max_position, "
-    "Tensor? tile_map=None, bool return_log_sum_exp=True, float dropout_p=0.0, "
-    "Tensor? dropout_seed=None, Tensor? seqused_k=None) -> (Tensor, Tensor)",
-    _shaw_attention_fake,
+_attention_tile_map_op = operation(
+    "attention_tile_map(Tensor x, int head_size, Tensor cu_seqlens, SymInt max_seqlen) -> Tensor",
+    _no_tile_map,
+    fake=_tile_map_fake,
+    triton=_tile_map_on_triton,
     autocast="lower",
 )
-def shaw_attention_op(
+
+
+def _fits(query: Tensor, *_: Any) -> bool:
+    return query.shape[2] <= MAX_TRITON_HEAD_SIZE
+
+
+def _in_dtype_of(query: Tensor, distance_embedding: Tensor | None) -> Tensor | None:
+    return None if distance_embedding is None else distance_embedding.to(query.dtype)
+
+
+def _padded_form(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     distance_embedding: Tensor | None,
-    left_max_position: int,
-    right_max_position: int,
+    left: int,
+    right: int,
     tile_map: Tensor | None = None,
     return_log_sum_exp: bool = True,
     dropout_p: float = 0.0,
@@ -351,42 +335,19 @@ def shaw_attention_op(
     Without `return_log_sum_exp` the second result is empty. `dropout_seed`, int64 `[2]`, decides
     which weights are dropped.
     """
-    left, right = left_max_position, right_max_position
-    if distance_embedding is not None:
-        distance_embedding = distance_embedding.to(query.dtype)
-    if has_kernel(query):
-        from csrc_triton.attention import shaw_attention as kernel
-
-        output, log_sum_exp = kernel(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            max_seqlen,
-            distance_embedding=distance_embedding,
-            left_max_position=left,
-            right_max_position=right,
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-            tile_map=tile_map,
-            seqused_k=seqused_k,
-        )
-        return output, log_sum_exp if return_log_sum_exp else log_sum_exp.new_empty(0)
-    if cpu_kernels_for(query) is not None or dropout_p > 0.0:
+    if dropout_p > 0.0:
         # The plain form's dropout could not be repeated in the backward pass.
         if query.device.type != "cpu":
             raise ValueError(
                 f"dropout_p is {dropout_p}; for queries {tuple(query.shape)} on {query.device} "
                 "this operation has no dropout"
             )
-        from .cpu import shaw_attention as attend
-
-        tensors = (query, key, value, cu_seqlens, max_seqlen, distance_embedding)
-        further = (dropout_p, dropout_seed, seqused_k)
-        if return_log_sum_exp:
-            return attend(*tensors, left, right, True, *further)
-        attended = attend(*tensors, left, right, False, *further)
-        return attended, attended.new_empty(0, dtype=torch.float32)
+        layout = (cu_seqlens, max_seqlen, distance_embedding, left, right, tile_map)
+        dropout = (dropout_p, dropout_seed)
+        return cpu.shaw_attention(
+            query, key, value, *layout, return_log_sum_exp, *dropout, seqused_k
+        )
+    distance_embedding = _in_dtype_of(query, distance_embedding)
     heads = _PaddedHeads(cu_seqlens, max_seqlen, query.shape[0], seqused_k)
     scores = _shaw_scores(heads.pad(query), heads.pad(key), distance_embedding, left, right)
     output, _ = _attend(scores, heads.pad(value), heads, 0.0)
@@ -395,3 +356,139 @@ def shaw_attention_op(
         return output, output.new_empty(0, dtype=torch.float32)
     log_sum_exp = heads.masked(scores).float().logsumexp(-1, keepdim=True)
     return output, heads.unpad(log_sum_exp).squeeze(-1).t().contiguous()
+
+
+def _on_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    tile_map: Tensor | None = None,
+    return_log_sum_exp: bool = True,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    from csrc_triton.attention import shaw_attention as kernel
+
+    output, log_sum_exp = kernel(
+        query,
+        key,
+        value,
+        cu_seqlens,
+        max_seqlen,
+        distance_embedding=_in_dtype_of(query, distance_embedding),
+        left_max_position=left,
+        right_max_position=right,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        tile_map=tile_map,
+        seqused_k=seqused_k,
+    )
+    return output, log_sum_exp if return_log_sum_exp else log_sum_exp.new_empty(0)
+
+
+def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    returns_log_sum_exp = others[8] if len(others) > 8 else True
+    rows = (query.shape[1], query.shape[0]) if returns_log_sum_exp else (0,)
+    return query.new_empty(query.shape), query.new_empty(rows, dtype=torch.float32)
+
+
+_shaw_attention_op = operation(
+    "shaw_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt max_seqlen, "
+    "Tensor? distance_embedding, int left_max_position, int right_max_position, "
+    "Tensor? tile_map=None, bool return_log_sum_exp=True, float dropout_p=0.0, "
+    "Tensor? dropout_seed=None, Tensor? seqused_k=None) -> (Tensor output, Tensor log_sum_exp)",
+    _padded_form,
+    fake=_fake,
+    triton=_on_triton,
+    takes=_fits,
+    cpu=cpu.shaw_attention,
+    autocast="lower",
+)
+
+
+def _backward_fake(grad: Tensor, query: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    embedding = others[6]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return (
+        *(query.new_empty(query.shape) for _ in range(3)),
+        query.new_empty((0,) if embedding is None else embedding.shape, dtype=dtype),
+    )
+
+
+def _backward_on_triton(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    tile_map: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    from csrc_triton.attention import shaw_attention_backward as kernel
+
+    layout = (cu_seqlens, max_seqlen)
+    if log_sum_exp.numel() == 0 and query.numel() > 0:
+        _, log_sum_exp = _on_triton(
+            *(query, key, value, *layout, distance_embedding, left, right, tile_map),
+            seqused_k=seqused_k,
+        )
+    *inputs, grad_embedding = kernel(
+        grad,
+        query,
+        key,
+        value,
+        output,
+        log_sum_exp,
+        *layout,
+        distance_embedding=_in_dtype_of(query, distance_embedding),
+        left_max_position=left,
+        right_max_position=right,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        tile_map=tile_map if _same_tiles(query, dropout_p) else None,
+        out=(
+            query.new_empty(query.shape),
+            query.new_empty(query.shape),
+            query.new_empty(query.shape),
+        ),
+        seqused_k=seqused_k,
+    )
+    if grad_embedding is None:
+        grad_embedding = query.new_empty(0, dtype=torch.float32)
+    return *inputs, grad_embedding
+
+
+def _same_tiles(query: Tensor, dropout_p: float) -> bool:
+    """Whether the work list of the forward pass is that of the backward pass."""
+    from csrc_triton.architectures import architecture
+    from csrc_triton.attention.config import attention_backward_config, attention_config
+
+    kind = (query.shape[2], query.dtype, architecture(query.device))
+    tile = attention_backward_config(*kind, has_dropout=dropout_p > 0.0).tile
+    return tile == attention_config(*kind).block_m
+
+
+gradient(
+    "shaw_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, "
+    "Tensor log_sum_exp, Tensor cu_seqlens, SymInt max_seqlen, Tensor? distance_embedding, "
+    "int left_max_position, int right_max_position, Tensor? tile_map, float dropout_p, "
+    "Tensor? dropout_seed, Tensor? seqused_k=None) -> (Tensor grad_query, Tensor grad_key, "
+    "Tensor grad_value, Tensor grad_distance_embedding)",
+    cpu.shaw_attention_backward,
+    fake=_backward_fake,
+    triton=_backward_on_triton,
+)

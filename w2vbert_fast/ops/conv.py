@@ -89,7 +89,7 @@ def conv_norm_act(
         inside = is_fused(activation)
         parameters = (conv_weight, norm_weight, norm_bias, eps)
         name = activation if inside else "linear"
-        y = conv_norm_act_op(x, *parameters, name, cu_seqlens, seqused_k)
+        y = _conv_norm_act_op(x, *parameters, name, cu_seqlens, seqused_k)
         return y if inside else get_activation(activation)(y)
     y = causal_depthwise_conv(x, conv_weight, cu_seqlens, seqused_k)
     return get_activation(activation)(layer_norm(y, norm_weight, norm_bias, eps))
@@ -137,7 +137,7 @@ def _on_triton(
     return kernel(x, *parameters, name, cu_seqlens, seqused_k=seqused_k)
 
 
-conv_norm_act_op = operation(
+_conv_norm_act_op = operation(
     "conv_norm_act(Tensor x, Tensor conv_weight, Tensor norm_weight, Tensor norm_bias, float eps, "
     "str activation, Tensor cu_seqlens, Tensor? seqused_k=None) -> Tensor",
     _contiguous,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..layout import PackedBatch, positions_in_sequence, sequence_ids
 from .dispatch import runs_triton
-from .registry import operation
+from .operation import operation
 
 IGNORED_LABEL = -100
 
@@ -97,24 +97,10 @@ def ctc_greedy(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, 
         int32 `[num_frames]`: the tokens of utterance `i` from `cu_seqlens[i]` on, then -1 up to its
         last frame; and int32 `[batch]`: how many tokens those are.
     """
-    tokens, counts = ctc_greedy_op(logits, cu_seqlens, blank)
-    return tokens, counts
+    return _ctc_greedy_op(logits, cu_seqlens, blank)
 
 
-def _ctc_greedy_fake(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    counts = logits.new_empty(cu_seqlens.numel() - 1, dtype=torch.int32)
-    return logits.new_empty(logits.shape[0], dtype=torch.int32), counts
-
-
-@operation(
-    "ctc_greedy(Tensor logits, Tensor cu_seqlens, SymInt blank) -> (Tensor, Tensor)",
-    _ctc_greedy_fake,
-)
-def ctc_greedy_op(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    if runs_triton(logits):
-        from csrc_triton import ctc_greedy as kernel
-
-        return kernel(logits, cu_seqlens, blank)
+def _plain(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
     num_frames = logits.shape[0]
     ids = logits.argmax(-1)
     first = positions_in_sequence(cu_seqlens, num_frames) == 0
@@ -128,3 +114,16 @@ def ctc_greedy_op(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tenso
     tokens = torch.full((num_frames,), -1, dtype=torch.int32, device=logits.device)
     tokens[places] = ids[keep].to(torch.int32)
     return tokens, counts.to(torch.int32)
+
+
+def _fake(logits: Tensor, cu_seqlens: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+    counts = logits.new_empty(cu_seqlens.numel() - 1, dtype=torch.int32)
+    return logits.new_empty(logits.shape[0], dtype=torch.int32), counts
+
+
+_ctc_greedy_op = operation(
+    "ctc_greedy(Tensor logits, Tensor cu_seqlens, SymInt blank) -> (Tensor tokens, Tensor counts)",
+    _plain,
+    fake=_fake,
+    triton="csrc_triton.ctc:ctc_greedy",
+)

@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: Triton kernels, fast CPU functions or plain PyTorch.
 
-Each operation is registered as `torch.ops.w2vbert.*` with one implementation that asks here.
-Callers reach it through the functions of `w2vbert_fast.ops` with `fast=True`.
+Each operation is registered as `torch.ops.w2vbert.*` and asks here which of its forms runs
+(`operation`). Callers reach it through the functions of `w2vbert_fast.ops` with `fast=True`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .cpu import capability
 
 logger = logging.getLogger(__name__)
 
@@ -136,44 +138,14 @@ def _triton_problem(device_index: int) -> str | None:
     return None
 
 
-@functools.cache
-def cpu_kernels() -> Any | None:
-    """The package of fast CPU functions, or `None` where it is not installed."""
-    spec = importlib.util.find_spec(f"{__package__}.cpu")
-    if spec is None or spec.origin is None:
-        return None
-    return importlib.import_module(f"{__package__}.cpu")
-
-
-@functools.cache
 def _cpu_problem() -> str | None:
     """Why the fast CPU functions cannot run; `None` when they can."""
-    kernels = cpu_kernels()
-    if kernels is None:
-        return "w2vbert_fast.ops.cpu is not installed"
-    if not kernels.is_available():
-        return "; ".join(kernels.reasons())
-    return None
-
-
-def packed_kernels() -> Any:
-    """The linear layers of the CPU path, which take packed weights."""
-    return importlib.import_module(f"{__package__}.cpu.gemm")
-
-
-def int8_kernels() -> Any:
-    """The int8 functions of the CPU path. Their `reasons` say whether they can run."""
-    return importlib.import_module(f"{__package__}.cpu.int8")
+    return "; ".join(capability.reasons()) or None
 
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether operations on this tensor run Triton kernels."""
     return implementation(tensor) == "triton"
-
-
-def cpu_kernels_for(tensor: Tensor) -> Any | None:
-    """The package of fast CPU functions where operations on this tensor run them, else `None`."""
-    return cpu_kernels() if implementation(tensor) == "cpu" else None
 
 
 def on_triton_device(tensor: Tensor) -> bool:

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .dispatch import runs_triton, takes_fast_path
-from .registry import operation
+from .dispatch import takes_fast_path
+from .operation import operation
 
 FRAME_LENGTH = 400
 """Samples in a frame."""
@@ -164,10 +164,7 @@ def log_mel_filterbank(
     if compute_dtype not in (torch.float64, torch.float32):
         raise ValueError(f"compute_dtype must be float64 or float32, got {compute_dtype}")
     if takes_fast_path(fast, waveforms) and compute_dtype == torch.float64:
-        energies, offsets = log_mel_filterbank_op(
-            waveforms, cu_seqlens, num_mel_bins, sampling_rate
-        )
-        return energies, offsets
+        return _log_mel_filterbank_op(waveforms, cu_seqlens, num_mel_bins, sampling_rate)
 
     device = waveforms.device
     offsets = cu_seqlens.to(device=device, dtype=torch.int64)
@@ -291,8 +288,7 @@ def normalize_and_stack(
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     if takes_fast_path(fast, features):
-        stacks, stack_offsets = normalize_and_stack_op(features, cu_seqlens, stride)
-        return stacks, stack_offsets
+        return _normalize_and_stack_op(features, cu_seqlens, stride)
     normalized = normalize_utterances(features, cu_seqlens)
     if stride == 1:
         return normalized, cu_seqlens.to(torch.int32, copy=True)
@@ -311,58 +307,58 @@ def _dynamic_rows(like: Tensor, columns: int) -> Tensor:
     return like.new_empty(torch.library.get_ctx().new_dynamic_size(), columns)
 
 
-def _log_mel_filterbank_fake(
+def _log_mel_fits(waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, _: int) -> bool:
+    return num_mel_bins <= MAX_TRITON_FEATURES and waveforms.shape[0] < 2**31
+
+
+def _log_mel_on_triton(
     waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, sampling_rate: int
 ) -> tuple[Tensor, Tensor]:
-    offsets = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
-    return _dynamic_rows(waveforms, num_mel_bins), offsets
+    from csrc_triton.fbank import log_mel_filterbank as kernel
 
-
-@operation(
-    "log_mel_filterbank(Tensor waveforms, Tensor cu_seqlens, SymInt num_mel_bins, "
-    "SymInt sampling_rate) -> (Tensor, Tensor)",
-    _log_mel_filterbank_fake,
-)
-def log_mel_filterbank_op(
-    waveforms: Tensor, cu_seqlens: Tensor, num_mel_bins: int, sampling_rate: int
-) -> tuple[Tensor, Tensor]:
-    has_kernel = num_mel_bins <= MAX_TRITON_FEATURES and waveforms.shape[0] < 2**31
-    if has_kernel and runs_triton(waveforms):
-        from csrc_triton import log_mel_filterbank as kernel
-
-        features, offsets = kernel(
-            waveforms,
-            cu_seqlens.to(torch.int32),
-            num_mel_bins=num_mel_bins,
-            sampling_rate=sampling_rate,
-        )
-        return features, offsets.to(cu_seqlens.device)
-    return log_mel_filterbank(
-        waveforms, cu_seqlens, num_mel_bins=num_mel_bins, sampling_rate=sampling_rate
+    features, offsets = kernel(
+        waveforms,
+        cu_seqlens.to(torch.int32),
+        num_mel_bins=num_mel_bins,
+        sampling_rate=sampling_rate,
     )
+    return features, offsets.to(cu_seqlens.device)
 
 
-def _normalize_and_stack_fake(
-    features: Tensor, cu_seqlens: Tensor, stride: int
-) -> tuple[Tensor, Tensor]:
-    offsets = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
-    return _dynamic_rows(features, stride * features.shape[1]), offsets
-
-
-@operation(
-    "normalize_and_stack(Tensor features, Tensor cu_seqlens, SymInt stride) -> (Tensor, Tensor)",
-    _normalize_and_stack_fake,
+_log_mel_filterbank_op = operation(
+    "log_mel_filterbank(Tensor waveforms, Tensor cu_seqlens, SymInt num_mel_bins, "
+    "SymInt sampling_rate) -> (Tensor features, Tensor offsets)",
+    lambda waveforms, cu_seqlens, num_mel_bins, sampling_rate: log_mel_filterbank(
+        waveforms, cu_seqlens, num_mel_bins=num_mel_bins, sampling_rate=sampling_rate
+    ),
+    fake=lambda waveforms, cu_seqlens, num_mel_bins, _: (
+        _dynamic_rows(waveforms, num_mel_bins),
+        cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32),
+    ),
+    triton=_log_mel_on_triton,
+    takes=_log_mel_fits,
 )
-def normalize_and_stack_op(
-    features: Tensor, cu_seqlens: Tensor, stride: int
-) -> tuple[Tensor, Tensor]:
-    if (
-        features.dtype == torch.float32
-        and features.shape[1] <= MAX_TRITON_FEATURES
-        and runs_triton(features)
-    ):
-        from csrc_triton import normalize_and_stack as kernel
 
-        stacks, offsets = kernel(features, cu_seqlens.to(torch.int32), stride)
-        return stacks, offsets.to(cu_seqlens.device)
-    return normalize_and_stack(features, cu_seqlens, stride)
+
+def _stacks_fit(features: Tensor, *_: Any) -> bool:
+    return features.dtype == torch.float32 and features.shape[1] <= MAX_TRITON_FEATURES
+
+
+def _stacks_on_triton(features: Tensor, cu_seqlens: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    from csrc_triton.fbank import normalize_and_stack as kernel
+
+    stacks, offsets = kernel(features, cu_seqlens.to(torch.int32), stride)
+    return stacks, offsets.to(cu_seqlens.device)
+
+
+_normalize_and_stack_op = operation(
+    "normalize_and_stack(Tensor features, Tensor cu_seqlens, SymInt stride) "
+    "-> (Tensor stacks, Tensor offsets)",
+    normalize_and_stack,
+    fake=lambda features, cu_seqlens, stride: (
+        _dynamic_rows(features, stride * features.shape[1]),
+        cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32),
+    ),
+    triton=_stacks_on_triton,
+    takes=_stacks_fit,
+)

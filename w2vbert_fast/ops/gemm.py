@@ -53,7 +53,7 @@ def linear(
         if inside and records_gradient(x, weight, bias) and not on_triton_device(x):
             # The fused form would compute the activation's argument again in the backward pass.
             inside = False
-        y = linear_op(x, weight, bias, activation if inside else None)
+        y = _linear_op(x, weight, bias, activation if inside else None)
         activation = None if inside else activation
     else:
         y = F.linear(x, weight, bias)
@@ -75,7 +75,7 @@ def linear_glu(
         `[num_tokens, out_features]`.
     """
     if fast and (on_triton_device(x) or not records_gradient(x, weight, bias)):
-        return linear_glu_op(x, weight, bias)
+        return _linear_glu_op(x, weight, bias)
     return F.glu(linear(x, weight, bias, fast=fast), dim=-1)
 
 
@@ -108,7 +108,7 @@ def feed_forward(
     """
     recorded = records_gradient(x, weight1, bias1, weight2, bias2)
     if fast and recorded == on_triton_device(x) and (not recorded or is_fused(activation)):
-        return feed_forward_op(x, weight1, bias1, activation, weight2, bias2)
+        return _feed_forward_op(x, weight1, bias1, activation, weight2, bias2)
     return linear(linear(x, weight1, bias1, activation, fast=fast), weight2, bias2, fast=fast)
 
 
@@ -141,7 +141,7 @@ def linear_stacked(
         shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
         raise ValueError(f"weights have shapes {shapes}; they must be equal")
     if fast and not records_gradient(x, *weights, *biases):
-        return linear_stacked_op(x, list(weights), list(biases))
+        return _linear_stacked_op(x, list(weights), list(biases))
     return _linear_stacked(x, weights, biases, fast)
 
 
@@ -184,7 +184,7 @@ def _linear_on_triton(
     return kernel(x, weight, bias, activation=activation)
 
 
-linear_op = operation(
+_linear_op = operation(
     "linear(Tensor x, Tensor weight, Tensor? bias, str? activation=None) -> Tensor",
     linear,
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
@@ -192,7 +192,7 @@ linear_op = operation(
     cpu=cpu.linear,
     autocast="lower",
 )
-linear_glu_op = operation(
+_linear_glu_op = operation(
     "linear_glu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     linear_glu,
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0] // 2),
@@ -215,7 +215,7 @@ def _feed_forward_on_triton(
         return linear(hidden, weight2, bias2, fast=True)
 
 
-feed_forward_op = operation(
+_feed_forward_op = operation(
     "feed_forward(Tensor x, Tensor weight1, Tensor? bias1, str activation, Tensor weight2, "
     "Tensor? bias2) -> Tensor",
     feed_forward,
@@ -242,7 +242,7 @@ def _linear_stacked_on_triton(x: Tensor, weights: list[Tensor], biases: list[Ten
     return y
 
 
-linear_stacked_op = operation(
+_linear_stacked_op = operation(
     "linear_stacked(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor",
     _linear_stacked,
     fake=lambda x, weights, biases: x.new_empty(x.shape[0], len(weights) * weights[0].shape[0]),

@@ -31,7 +31,7 @@ def layer_norm(
         fast: use the device's fast implementation, `torch.ops.w2vbert.layer_norm`.
     """
     if fast:
-        return layer_norm_op(x, weight, bias, eps)
+        return _layer_norm_op(x, weight, bias, eps)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
@@ -60,7 +60,7 @@ def residual_layer_norm(
         `(y, z)`, both `[num_tokens, hidden]`.
     """
     if fast:
-        return residual_layer_norm_op(residual, x, scale, weight, bias, eps)
+        return _residual_layer_norm_op(residual, x, scale, weight, bias, eps)
     y = _add_scaled(residual, x, scale)
     return y, layer_norm(y, weight, bias, eps)
 
@@ -95,7 +95,7 @@ def residual_double_layer_norm(
     """
     norms = (weight1, bias1, weight2, bias2, eps)
     if fast:
-        return residual_double_layer_norm_op(residual, x, scale, *norms)
+        return _residual_double_layer_norm_op(residual, x, scale, *norms)
     z1 = layer_norm(_add_scaled(residual, x, scale), weight1, bias1, eps)
     return z1, layer_norm(z1, weight2, bias2, eps)
 
@@ -112,7 +112,7 @@ def _pair(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-layer_norm_op = operation(
+_layer_norm_op = operation(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     layer_norm,
     fake=lambda x, *_: x.new_empty(x.shape),
@@ -121,7 +121,7 @@ layer_norm_op = operation(
     cpu=cpu.layer_norm,
     autocast="float32",
 )
-residual_layer_norm_op = operation(
+_residual_layer_norm_op = operation(
     "residual_layer_norm(Tensor residual, Tensor x, float scale, Tensor weight, Tensor bias, "
     "float eps) -> (Tensor y, Tensor z)",
     residual_layer_norm,
@@ -131,7 +131,7 @@ residual_layer_norm_op = operation(
     cpu=cpu.residual_layer_norm,
     autocast="float32",
 )
-residual_double_layer_norm_op = operation(
+_residual_double_layer_norm_op = operation(
     "residual_double_layer_norm(Tensor residual, Tensor x, float scale, Tensor weight1, "
     "Tensor bias1, Tensor weight2, Tensor bias2, float eps) -> (Tensor z1, Tensor z2)",
     residual_double_layer_norm,

@@ -19,11 +19,10 @@ from w2vbert_fast.models.optimized.int8 import (
     WideLinear,
 )
 from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.cpu import int8
 
 VNNI = torch.cpu._is_vnni_supported()
-needs_int8 = pytest.mark.skipif(
-    bool(dispatch.int8_kernels().reasons()), reason="this CPU has no 8-bit linear layer"
-)
+needs_int8 = pytest.mark.skipif(bool(int8.reasons()), reason="this CPU has no 8-bit linear layer")
 
 
 def load(path: Path, dtype: str | None = "int8") -> Wav2Vec2BertForCTC:
@@ -140,6 +139,6 @@ def test_int8_is_for_the_cpu(tiny_checkpoint: Path) -> None:
 def test_a_cpu_without_int8_is_named(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch.int8_kernels(), "reasons", lambda: ("no oneDNN",))
+    monkeypatch.setattr(int8, "reasons", lambda: ("no oneDNN",))
     with pytest.raises(ValueError, match="dtype is 'int8', which cannot run here: no oneDNN"):
         load(tiny_checkpoint)

@@ -13,8 +13,7 @@ from torch import nn
 from w2vbert_fast.models.optimized.int8 import Int8Linear
 from w2vbert_fast.models.optimized.opaque import OpaqueLinear
 from w2vbert_fast.models.optimized.packed import PackedLinear
-from w2vbert_fast.ops import dispatch
-from w2vbert_fast.ops.cpu import capability
+from w2vbert_fast.ops.cpu import capability, int8
 
 KINDS = [
     pytest.param(
@@ -25,9 +24,7 @@ KINDS = [
     ),
     pytest.param(
         Int8Linear,
-        marks=pytest.mark.skipif(
-            bool(dispatch.int8_kernels().reasons()), reason="this CPU has no 8-bit linear layer"
-        ),
+        marks=pytest.mark.skipif(bool(int8.reasons()), reason="this CPU has no 8-bit linear layer"),
     ),
 ]
 

@@ -25,7 +25,7 @@ from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL, find_device
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
-from w2vbert_fast.ops.dispatch import packed_kernels
+from w2vbert_fast.ops.cpu.capability import onednn_linear
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 _OVERLAP_SECONDS = 4.0
@@ -251,7 +251,7 @@ class EncoderTask(Task):
 def pack(network: models.Wav2Vec2BertPreTrainedModel) -> None:
     """Weights as a CPU multiplies them, where it can: nobody else has a task's model."""
     parameter = next(network.parameters())
-    if parameter.device.type == "cpu" and packed_kernels().onednn_linear(parameter.dtype):
+    if parameter.device.type == "cpu" and onednn_linear(parameter.dtype):
         network.pack_weights()
 
 

@@ -17,6 +17,7 @@ from w2vbert_fast.models.layers import (
 from w2vbert_fast.models.optimized.opaque import OpaqueLinear, is_one_operation, swap
 from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.cpu import int8
 
 
 def check_int8(device: torch.device) -> None:
@@ -30,7 +31,7 @@ def check_int8(device: torch.device) -> None:
             f"dtype is 'int8' and device is {str(device)!r}; int8 needs the CPU. On other devices "
             "use 'bfloat16' or 'float16'"
         )
-    if missing := dispatch.int8_kernels().reasons():
+    if missing := int8.reasons():
         raise ValueError(f"dtype is 'int8', which cannot run here: {'; '.join(missing)}")
 
 
@@ -60,7 +61,7 @@ class Int8Linear(OpaqueLinear):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.matrix = dispatch.int8_kernels().quantize_weight(linear.weight.detach())
+        self.matrix = int8.quantize_weight(linear.weight.detach())
         self.bias = linear.bias
 
     def forward(self, x: Any) -> Tensor:
@@ -70,8 +71,7 @@ class Int8Linear(OpaqueLinear):
             x: floating, or what the kernels' `quantize_tokens` made of it.
         """
         with torch.no_grad():
-            y: Tensor = dispatch.int8_kernels().linear_int8(x, self.matrix, self.bias, None)
-        return y
+            return int8.linear_int8(x, self.matrix, self.bias, None)
 
 
 class Int8FeedForward(Wav2Vec2BertFeedForward):
@@ -83,11 +83,11 @@ class Int8FeedForward(Wav2Vec2BertFeedForward):
             return super().forward(x)
         first: Any = self.intermediate_dense
         second: Any = self.output_dense
+        activation: Any = self.activation  # a name
         with torch.no_grad():
-            y: Tensor = dispatch.int8_kernels().feed_forward_int8(
-                x, first.matrix, first.bias, self.activation, second.matrix, second.bias
+            return int8.feed_forward_int8(
+                x, first.matrix, first.bias, activation, second.matrix, second.bias
             )
-        return y
 
 
 class Int8SelfAttention(Wav2Vec2BertSelfAttention):
@@ -96,7 +96,7 @@ class Int8SelfAttention(Wav2Vec2BertSelfAttention):
     def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         if not all(is_untouched(layer, Int8Linear) for layer in layers):
             return super()._project(x, *layers)
-        tokens = dispatch.int8_kernels().quantize_tokens(x)
+        tokens = int8.quantize_tokens(x)
         return [layer(tokens) for layer in layers]
 
 

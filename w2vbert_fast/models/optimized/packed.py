@@ -18,7 +18,7 @@ from w2vbert_fast.models.layers import (
 )
 from w2vbert_fast.models.optimized.opaque import OpaqueLinear, is_one_operation, swap
 from w2vbert_fast.models.optimized.stacked import StackedSelfAttention, parameters_of
-from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.cpu import gemm
 
 
 class PackedLinear(OpaqueLinear):
@@ -36,7 +36,7 @@ class PackedLinear(OpaqueLinear):
         super().__init__()
         weight = layer.weight.detach().flatten(1)
         self.out_features, self.in_features = weight.shape
-        self.matrix = dispatch.packed_kernels().pack_weight(weight)
+        self.matrix = gemm.pack_weight(weight)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,8 +53,7 @@ class PackedLinear(OpaqueLinear):
     def glu(self, x: Tensor) -> Tensor:
         """`a * sigmoid(g)` with `[a, g] = x @ weight.T + bias`; as `forward`."""
         with torch.no_grad():
-            y: Tensor = dispatch.packed_kernels().linear_glu(x, self.matrix, self.bias)
-        return y
+            return gemm.linear_glu(x, self.matrix, self.bias)
 
 
 class StackedLinear(OpaqueLinear):
@@ -86,8 +85,7 @@ class StackedLinear(OpaqueLinear):
 
 def _linear(x: Tensor, layer: OpaqueLinear) -> Tensor:
     with torch.no_grad():
-        y: Tensor = dispatch.packed_kernels().linear(x, layer.matrix, layer.bias, None)
-    return y
+        return gemm.linear(x, layer.matrix, layer.bias)
 
 
 class PackedFeedForward(Wav2Vec2BertFeedForward):
@@ -99,11 +97,11 @@ class PackedFeedForward(Wav2Vec2BertFeedForward):
             return super().forward(x)
         first: Any = self.intermediate_dense
         second: Any = self.output_dense
+        activation: Any = self.activation  # a name
         with torch.no_grad():
-            y: Tensor = dispatch.packed_kernels().feed_forward(
-                x, first.matrix, first.bias, self.activation, second.matrix, second.bias
+            return gemm.feed_forward(
+                x, first.matrix, first.bias, activation, second.matrix, second.bias
             )
-        return y
 
 
 class PackedConvolutionModule(Wav2Vec2BertConvolutionModule):
@@ -167,7 +165,7 @@ def _stack(attention: Any) -> None:
     if parameters is None:
         return
     weights, biases = parameters
-    matrix = dispatch.packed_kernels().pack_weight(torch.cat([w.detach() for w in weights]))
+    matrix = gemm.pack_weight(torch.cat([w.detach() for w in weights]))
     bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
     start = 0
     for name, weight in zip(names, weights, strict=True):

@@ -24,6 +24,20 @@ scored at once, all heads and keys, each position score picked by its index; in 
 Products. bf16 goes through oneDNN's batched product, several heads a call. fp32 goes to MKL, which
 on AMD processors is less than half as fast as oneDNN's linear layer, so long utterances go through
 that, head by head.
+
+Gradients, block by block of queries too, in as little memory. With the numerators w_ij of a row's
+softmax, their sum z_i, the kept weights m_ij and g' = g / (z (1 - p)), which puts both divisions on
+rows of D numbers instead of T:
+
+    ds_ij = w_ij (m_ij g'_i . v_j - delta_i / z_i)      delta_i = g_i . o_i
+    dv_j  = sum_i w_ij m_ij g'_i
+    dk_j  = sum_i ds_ij q_i / sqrt(D)
+    dq_i  = (sum_j ds_ij k_j + dP[i] E) / sqrt(D)
+    dE    = sum_i dP[i]^T q_i / sqrt(D)
+
+dP[i, r] is the sum of ds_ij over the keys at clipped distance r: within the band one key a
+distance, so a diagonal of the band's buffer; its first and last column also get the keys beyond the
+band. Numerators are computed again as in the forward pass.
 """
 
 from __future__ import annotations
@@ -32,9 +46,10 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .capability import onednn_linear
@@ -98,7 +113,6 @@ class Block(NamedTuple):
         return slice(self.offset, self.offset + self.length)
 
 
-@overload
 def shaw_attention(
     query: Tensor,
     key: Tensor,
@@ -108,76 +122,33 @@ def shaw_attention(
     distance_embedding: Tensor | None,
     left: int,
     right: int,
-    return_log_sum_exp: Literal[False] = False,
+    tile_map: Tensor | None = None,
+    return_log_sum_exp: bool = True,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     seqused_k: Tensor | None = None,
-) -> Tensor: ...
-
-
-@overload
-def shaw_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    distance_embedding: Tensor | None,
-    left: int,
-    right: int,
-    return_log_sum_exp: Literal[True],
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-def shaw_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    distance_embedding: Tensor | None,
-    left: int,
-    right: int,
-    return_log_sum_exp: bool = False,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention with relative keys (Shaw et al. 2018), within each utterance.
-
-    Args:
-        query: `[N, H, D]`, any strides.
-        key: `[N, H, D]`, any strides.
-        value: `[N, H, D]`, any strides.
-        cu_seqlens: int32 `[batch + 1]`.
-        max_seqlen: frames of the longest utterance.
-        distance_embedding: E, `[left + right + 1, D]`; `None` for attention without positions.
-        left: L, frames to the left beyond which distances are equal.
-        right: R.
-        return_log_sum_exp: also return the log-sum-exp of every row of scores.
-        dropout_p: probability with which an attention weight is dropped.
-        dropout_seed: int64 `[2]`, which decides what is dropped (`Dropout`).
-        seqused_k: int32 `[batch]`, tokens of each utterance that are keys; `None`: all.
+) -> tuple[Tensor, Tensor]:
+    """As `ops.shaw_attention`, of tensors at any strides; `tile_map` is not read.
 
     Returns:
-        The output `[N, H, D]` in the dtype of `query`, contiguous; with `return_log_sum_exp` also
-        fp32 `[H, N]`.
+        The output `[N, H, D]`, contiguous, and the log-sum-exp of every row of scores, fp32
+        `[H, N]`; without `return_log_sum_exp` that is empty.
     """
+    if distance_embedding is not None:
+        distance_embedding = distance_embedding.to(query.dtype)
     num_tokens, num_heads, head_size = query.shape
     output = query.new_empty(num_tokens, num_heads, head_size)
-    log_sum_exp = torch.empty(num_heads if return_log_sum_exp else 0, num_tokens)
+    shape = (num_heads, num_tokens) if return_log_sum_exp else (0,)
+    log_sum_exp = query.new_empty(shape, dtype=torch.float32)
     if output.numel() == 0:
-        return (output, log_sum_exp) if return_log_sum_exp else output
+        return output, log_sum_exp
     few = num_heads * max_seqlen**2 <= _FEW_SCORES
     if few and dropout_p == 0.0 and not return_log_sum_exp:
         for start, used_end, end in utterances_of(cu_seqlens, seqused_k):
             rows, used = slice(start, end), slice(start, used_end)
             tensors = (query[rows], key[used], value[used])
             output[rows] = _attend_short(*tensors, distance_embedding, left, right)
-        return output
+        return output, log_sum_exp
     dropout = Dropout(dropout_p, dropout_seed)
     # Without positions that matter to the softmax the embedding counts for the log-sum-exp only.
     embedding = distance_embedding if return_log_sum_exp or left + right > 0 else None
@@ -186,8 +157,9 @@ def shaw_attention(
         attend = Attend(*tensors, longest_of(utterances), embedding, left, right)
         for utterance in utterances:
             for block, heads, by_head in attend.blocks(utterance):
-                attend.forward(block, heads, by_head, dropout, output[rows], log_sum_exp[:, rows])
-    return (output, log_sum_exp) if return_log_sum_exp else output
+                statistics = log_sum_exp[:, rows] if return_log_sum_exp else None
+                attend.forward(block, heads, by_head, dropout, output[rows], statistics)
+    return output, log_sum_exp
 
 
 def _attend_short(
@@ -396,7 +368,7 @@ class Attend:
         by_head: bool,
         dropout: Dropout,
         output: Tensor,
-        log_sum_exp: Tensor,
+        log_sum_exp: Tensor | None,
     ) -> None:
         """Fill the block's rows of `output` `[N, H, D]` and, where it has rows, of `log_sum_exp`
         `[H, N]`."""
@@ -410,7 +382,7 @@ class Attend:
             weighted = torch.bmm(weights, value)  # [G, b, D]
         divisor = total if kept is None else total * dropout.keep
         torch.div(weighted, divisor, out=output[rows, heads].transpose(0, 1))
-        if log_sum_exp.shape[0]:
+        if log_sum_exp is not None:
             exponent = total.log_()
             unit = math.log(2.0) if self.base_two else 1.0
             for shift in shifts:
@@ -536,3 +508,150 @@ def _beyond_band(
     """One where a column of the band's buffer lies beyond row's own band on one side: `[b, W]`."""
     ones = torch.ones(num_queries, width, dtype=dtype)
     return ones.triu_(span + 1) if right_side else ones.tril_(-1)
+
+
+def shaw_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    tile_map: Tensor | None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value `[N, H, D]`, in the dtype of `query`, and of the distance
+    embedding, in float32 at least; without elements where there is none.
+
+    `log_sum_exp`, `max_seqlen` and `tile_map` are not read.
+    """
+    statistics = torch.promote_types(query.dtype, torch.float32)
+    grads = [query.new_empty(query.shape) for _ in range(3)]
+    grad_embedding = query.new_empty(0, dtype=statistics)
+    if distance_embedding is not None:
+        distance_embedding = distance_embedding.to(query.dtype)
+        grad_embedding = torch.zeros_like(distance_embedding, dtype=statistics)
+    if query.numel() == 0:
+        return grads[0], grads[1], grads[2], grad_embedding
+    dropout = Dropout(dropout_p, dropout_seed)
+    # A softmax does not see what is equal for all keys: one position vector has no gradient.
+    embedding = distance_embedding if left + right > 0 else None
+    for rows, utterances in groups_of_utterances(cu_seqlens, seqused_k):
+        tensors = (query[rows], key[rows], value[rows])
+        longest = longest_of(utterances)
+        attend = _AttendBackward(
+            Attend(*tensors, longest, embedding, left, right), grad[rows], output[rows]
+        )
+        if embedding is not None:
+            attend.embedding = reached(embedding, left, right, longest).to(statistics)
+            attend.grad_embedding = reached(grad_embedding, left, right, longest)
+        for utterance in utterances:
+            for block, heads, by_head in attend.shared.blocks(utterance):
+                attend.block(block, heads, by_head, dropout)
+        for target, part in zip(grads, attend.results(), strict=True):
+            target[rows] = part.transpose(0, 1)
+    if base_two(query.dtype):
+        grad_embedding.mul_(math.log(2.0))
+    return grads[0], grads[1], grads[2], grad_embedding
+
+
+class _AttendBackward:
+    """Gradients of one group of utterances: what all its blocks share."""
+
+    embedding: Tensor | None = None  # [P, D] of the distances that occur
+    grad_embedding: Tensor | None = None  # [P, D], a view; log2(e) too large in base 2
+
+    def __init__(self, shared: Attend, grad: Tensor, output: Tensor) -> None:
+        self.shared = shared
+        self.grad = grad.transpose(0, 1).contiguous()  # [H, N, D]
+        wide = self.grad.to(shared.statistics)
+        self.delta = (wide * output.transpose(0, 1)).sum(-1, keepdim=True)  # [H, N, 1]
+        self.rounds = grad.dtype != shared.statistics
+        self.value = shared.value
+        if self.rounds:  # [H, N, D + 1]: ones for what is subtracted from a product with values
+            self.value = F.pad(self.value, (0, 1), value=1.0)
+        self.grad_query = torch.empty_like(shared.query, dtype=shared.statistics)
+        self.grad_key = torch.zeros_like(self.grad_query)
+        self.grad_value = torch.zeros_like(self.grad_query)
+
+    def block(self, block: Block, heads: slice, by_head: bool, dropout: Dropout) -> None:
+        """Add what a block of queries gives."""
+        shared, rows, columns = self.shared, block.rows(), block.columns()
+        powers, total, _ = shared.powers(block, heads, by_head)  # [G, b, T], [G, b, 1]
+        query = shared.query[heads, rows]
+        key, value = shared.key[heads, columns], self.value[heads, columns]
+        kept = dropout.kept(powers)
+        divided = self.grad[heads, rows].to(total.dtype) / (total * dropout.keep)
+        shift = self.delta[heads, rows] / total  # [G, b, 1]
+        # The difference is small beside what it is of, so it is taken before that is rounded.
+        if self.rounds and kept is None:
+            left = torch.cat([divided, -shift], dim=-1).to(query.dtype)  # [G, b, D + 1]
+            divided = left[..., :-1]  # [G, b, D]
+            ds = _product(left, value.transpose(1, 2), by_head).mul_(powers)  # [G, b, T]
+        else:
+            divided = divided.to(query.dtype)
+            value = value[..., : query.shape[-1]]
+            ds = _product(divided, value.transpose(1, 2), by_head)
+            if kept is not None:
+                ds.mul_(kept)
+            ds = ds.to(shared.statistics).sub_(shift).mul_(powers).to(query.dtype)
+        if self.rounds:
+            # A row's sum is zero but for what rounded weights and a rounded output left.
+            excess = row_sums(ds, shared.statistics) / total
+            ds.addcmul_(powers, excess.to(ds.dtype), value=-1)
+        weights = powers if kept is None else powers.mul_(kept)
+        self.grad_value[heads, columns] += _product_over_queries(weights, divided, by_head)
+        self.grad_key[heads, columns] += _product_over_queries(ds, query, by_head)
+        grad_query = _product(ds, key, by_head).to(shared.statistics)
+        if self.embedding is not None and self.grad_embedding is not None:
+            assert shared.positions is not None
+            reach = shared.positions.left, shared.positions.right
+            by_distance = _sums_by_distance(ds, block, *reach)
+            grad_query += by_distance @ self.embedding
+            flat = query.flatten(0, 1).to(by_distance.dtype)
+            self.grad_embedding += by_distance.flatten(0, 1).t() @ flat
+        self.grad_query[heads, rows] = grad_query
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, `[H, N, D]`."""
+        shared = self.shared
+        # The queries hold 1 / sqrt(D), and log2(e) in base 2.
+        unit = math.log(2.0) if shared.base_two else 1.0
+        self.grad_query.mul_(shared.query.shape[2] ** -0.5)
+        return self.grad_query, self.grad_key.mul_(unit), self.grad_value
+
+
+def _product(a: Tensor, b: Tensor, by_head: bool) -> Tensor:
+    """`a @ b`, `[G, m, k]` and `[G, k, n]`; one of the last dimensions of `b` is contiguous."""
+    return matmul_transposed(a[0], b[0].t())[None] if by_head else torch.bmm(a, b)
+
+
+def _product_over_queries(weights: Tensor, rows: Tensor, by_head: bool) -> Tensor:
+    """`weights^T @ rows`, `[G, b, T]` and `[G, b, D]` -> `[G, T, D]`."""
+    if by_head:
+        return matmul_transposed(rows[0].t(), weights[0].t()).t()[None]
+    return torch.bmm(weights.transpose(1, 2), rows)
+
+
+def _sums_by_distance(ds: Tensor, block: Block, left: int, right: int) -> Tensor:
+    """dP: sums of `[G, b, T]` over the keys of each clipped distance, `[G, b, L + R + 1]`."""
+    group, num_queries, _ = ds.shape
+    span = left + right
+    width = num_queries + span
+    origin = block.start - left  # key of the buffer's first column
+    start, stop = band_keys(block, left, right)
+    dtype = torch.promote_types(ds.dtype, torch.float32)
+    band = ds.new_zeros(group, num_queries, width, dtype=dtype)
+    band[..., start - origin : stop - origin] = ds[..., start:stop]
+    shape, strides = (group, num_queries, span + 1), (num_queries * width, width + 1, 1)
+    sums = band.as_strided(shape, strides).clone()
+    sums[..., 0] += band.tril(-1).sum(-1) + ds[..., :start].sum(-1, dtype=dtype)
+    sums[..., -1] += band.triu(span + 1).sum(-1) + ds[..., stop:].sum(-1, dtype=dtype)
+    return sums
