@@ -213,8 +213,8 @@ def conv_norm_act_backward(
     eps: float,
     activation: str | None,
     cu_seqlens: Tensor,
-    *,
     seqused_k: Tensor | None = None,
+    *,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `conv_norm_act`.
@@ -299,7 +299,7 @@ def conv_norm_act_backward(
             num_warps=config.num_warps,
         )
     norms = norm_shares.sum(0)
-    return out, shares.sum(0).t(), norms[0], norms[1]
+    return out, shares.sum(0).t().contiguous(), norms[0], norms[1]
 
 
 def _constants(

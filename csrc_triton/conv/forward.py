@@ -201,8 +201,8 @@ def conv_norm_act(
     eps: float,
     activation: str | None,
     cu_seqlens: Tensor,
-    *,
     seqused_k: Tensor | None = None,
+    *,
     out: Tensor | None = None,
 ) -> Tensor:
     """`activation(LN(causal_depthwise_conv(x)))` over packed utterances, as `ops.conv_norm_act`.

@@ -165,9 +165,8 @@ def linear_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     activation: str | None = None,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: Sequence[bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `linear`. y = x @ weight.T + bias is computed again where they need it.
 
@@ -195,8 +194,7 @@ def linear_glu_backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: Sequence[bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `linear_glu`; `needs` and results as of `linear_backward`."""
     _check(grad_output, x, weight, bias, True)
@@ -216,8 +214,7 @@ def feed_forward_backward(
     activation: str | None,
     weight2: Tensor,
     bias2: Tensor | None,
-    *,
-    needs: tuple[bool, bool, bool, bool, bool] = (True, True, True, True, True),
+    needs: Sequence[bool] = (True, True, True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `linear(linear(x, weight1, bias1, activation=activation), weight2, bias2)`.
 

@@ -112,8 +112,8 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     activation: str | None = None,
+    *,
     out: Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> Tensor:

@@ -9,18 +9,21 @@ import pytest
 import torch
 
 from csrc_triton import attention
-from csrc_triton.attention.config import AttentionConfig, attention_config, scratch_layout
+from csrc_triton.architectures import ARCHITECTURES
+from csrc_triton.attention.config import (
+    attention_backward_config,
+    attention_config,
+    scratch_layout,
+)
 from csrc_triton.specs import KernelSpec
 from tools.compile import sass
 from tools.compile.machine_code import Target, compile_kernel
 
-NVIDIA = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-ARCHITECTURES = [*NVIDIA, "gfx942", "gfx950", "interpreter"]
+PLACES = [*ARCHITECTURES, "interpreter"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NAMES = ["float32", "float16", "bfloat16"]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_head_size_has_a_configuration(arch: str, dtype: torch.dtype) -> None:
     for head_dim in range(1, 129):
@@ -34,21 +37,6 @@ def test_every_head_size_has_a_configuration(arch: str, dtype: torch.dtype) -> N
             assert 65536 // (config.max_registers * config.num_warps * 32) >= 2
 
 
-def test_architectures_without_a_table_take_the_nearest() -> None:
-    def config(arch: str) -> AttentionConfig:
-        return attention_config(64, torch.bfloat16, arch)
-
-    assert config("sm_89") == config("sm_86") == config("sm_80") == config("sm_120")
-    assert config("sm_103") == config("sm_100") != config("sm_90")
-    assert config("gfx950") == config("gfx942")
-
-
-@pytest.mark.parametrize("arch", ["sm_70", "cpu", "sm_", ""])
-def test_an_unknown_architecture_is_refused(arch: str) -> None:
-    with pytest.raises(ValueError, match="arch is"):
-        attention_config(64, torch.float16, arch)
-
-
 @pytest.mark.parametrize("head_dim", [0, -1, 129])
 def test_a_head_size_out_of_range_is_refused(head_dim: int) -> None:
     with pytest.raises(ValueError, match="head_dim is"):
@@ -59,6 +47,19 @@ def test_configurations_cannot_be_changed() -> None:
     config = attention_config(64, torch.float16, "sm_90")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.block_m = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("arch", PLACES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_takes_no_other_tile(arch: str, head_dim: int, dtype: torch.dtype) -> None:
+    kind = (head_dim, dtype, arch)
+    with_dropout = attention_config(*kind, has_dropout=True)
+    assert with_dropout.block_m == attention_config(*kind).block_m
+    assert with_dropout.block_n <= 32 and with_dropout.max_registers is None
+    backward = attention_backward_config(*kind, has_dropout=True)
+    assert backward.tile == attention_backward_config(*kind).tile
+    assert min(backward.key_step, backward.query_step) >= 16
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (16, 64), (128, 32), (128, 64)])
@@ -122,19 +123,6 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
     tensor = torch.zeros(4, 1, 16)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         attention.shaw_attention(tensor, tensor, tensor, torch.tensor([0, 4]).int(), 4)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES[:-1])
-@pytest.mark.parametrize("dtype", NAMES)
-def test_specs_name_every_argument(arch: str, dtype: str) -> None:
-    specs = attention.forward.kernel_specs(arch, dtype)
-    names = [spec.name for spec in specs]
-    assert len(set(names)) == len(names) >= 2
-    for spec in specs:
-        assert {*spec.signature, *spec.constants} == set(spec.kernel.arg_names)
-        assert not spec.signature.keys() & spec.constants.keys()
-        assert spec.divisible_by_16 <= spec.signature.keys()
-        assert spec.plain_twin is None or spec.plain_twin in names
 
 
 @cache

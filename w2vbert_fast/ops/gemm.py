@@ -289,7 +289,7 @@ def _linear_glu_backward_on_triton(
 def _feed_forward_backward_on_triton(*args: Any) -> tuple[Tensor | None, ...]:
     from csrc_triton.gemm import feed_forward_backward as kernel
 
-    return kernel(*args[:-1], needs=tuple(args[-1]))
+    return kernel(*args)
 
 
 gradient(
