@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-Task = Literal["ctc", "classification", "frames", "xvector"]
+from w2vbert_fast.training.tasks import TASKS
+
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Literal["linear", "cosine", "constant"]
 RecomputePolicy = Literal["none", "layer", "attention", "auto"]
 Metric = Literal["auto", "wer", "cer"]
 VocabularyChoice = Literal["auto", "keep", "new"]
-
-TASKS: tuple[str, ...] = get_args(Task)
 
 LORA_TARGETS = (
     "linear_q",
@@ -101,7 +100,7 @@ class FinetuneConfig:
     train: str | os.PathLike[str]
     eval: str | os.PathLike[str]
     out: str | os.PathLike[str]
-    task: Task = "ctc"
+    task: str = "ctc"
     steps: int = 5000
     epochs: int | None = None
     frame_budget: int = 6000
@@ -155,17 +154,17 @@ class FinetuneConfig:
         self._check_numbers()
 
     def _check_choices(self) -> None:
-        for name, kind in (
-            ("task", Task),
-            ("precision", Precision),
-            ("decay", Decay),
-            ("vocabulary", VocabularyChoice),
-            ("metric", Metric),
+        for name, choices in (
+            ("task", tuple(TASKS)),
+            ("precision", get_args(Precision)),
+            ("decay", get_args(Decay)),
+            ("vocabulary", get_args(VocabularyChoice)),
+            ("metric", get_args(Metric)),
         ):
-            value, choices = getattr(self, name), get_args(kind)
+            value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if self.metric != "auto" and self.task != "ctc":
+        if self.metric != "auto" and not TASKS[self.task].transcribes:
             raise ValueError(f"metric {self.metric!r} is for the task 'ctc', got {self.task!r}")
         if self.device not in (None, "cpu"):
             raise ValueError(
@@ -232,9 +231,10 @@ class FinetuneConfig:
         for name, needs, has in (
             ("lora_alpha", "lora", self.lora > 0),
             ("lora_dropout", "lora", self.lora > 0),
-            ("lower_case", "the task 'ctc'", self.task == "ctc"),
-            ("vocabulary", "the task 'ctc'", self.task == "ctc"),
-            ("min_character_count", "the task 'ctc'", self.task == "ctc"),
+            *(
+                (name, "the task 'ctc'", TASKS[self.task].transcribes)
+                for name in ("lower_case", "vocabulary", "min_character_count")
+            ),
         ):
             default = next(entry.default for entry in fields(self) if entry.name == name)
             if not has and getattr(self, name) != default:

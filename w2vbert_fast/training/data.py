@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
+from w2vbert_fast.ops.ctc import IGNORED_LABEL
 from w2vbert_fast.ops.fbank import FRAME_SHIFT
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
 from w2vbert_fast.recordings.audio import AudioError, load_audio
-from w2vbert_fast.training.config import Task
 from w2vbert_fast.training.manifest import Row
-from w2vbert_fast.training.vocabulary import BACKGROUND, Spelling
-
-IGNORED_LABEL = -100
+from w2vbert_fast.training.tasks import Task
+from w2vbert_fast.training.vocabulary import Spelling
 
 # A manifest's length of a recording may be rounded so much.
 _ROUNDING_SECONDS = 1.0
@@ -90,7 +89,7 @@ class ManifestSource:
         digest: digest of the file.
         task: decides what `labels` are.
         feature_extractor: of the model.
-        tokenizer: for "ctc"; transcripts take the spelling of its vocabulary.
+        tokenizer: for transcripts, which take the spelling of its vocabulary.
         label2id: ids of the classes, for the other tasks.
         speeds: playback speeds to draw from; `(1.0,)` for none.
         seed: where the draws come from.
@@ -151,7 +150,7 @@ class ManifestSource:
                 f"{audio.seconds:.1f} s long; a part of a recording needs an offset, 0 at its start"
             )
         samples = audio.samples.numpy()
-        text = row.text if self.spelling is None else self.spelling(row.text)
+        text = "" if self.spelling is None else self.spelling(row.target)
         if not samples.any() and text:
             raise UtteranceError("the recording is silent and the transcript is not")
         if speed != 1.0:
@@ -161,36 +160,19 @@ class ManifestSource:
             features = self.feature_extractor(
                 samples, sampling_rate=rate, return_tensors="pt", pad_to_multiple_of=None
             )["input_features"][0]
+            frames = torch.arange(features.shape[0], dtype=torch.float64)
+            middles = row.offset + (frames + 0.5) * speed / self._frames_per_second()
+            target, ids = (
+                (row.target, self.label2id) if self.spelling is None else (text, self.tokenizer)
+            )
+            labels = self.task.labels(target, ids, middles)
         except ValueError as error:
             raise UtteranceError(str(error)) from error
-        labels = self._labels(row, text, features.shape[0], speed)
         return Utterance(row.name, features, labels, text)
 
     def _frames_per_second(self) -> float:
         extractor = self.feature_extractor
         return extractor.sampling_rate / (FRAME_SHIFT * extractor.stride)
-
-    def _labels(self, row: Row, text: str, num_frames: int, speed: float) -> Tensor:
-        if self.task == "ctc":
-            assert self.tokenizer is not None
-            return torch.tensor(self.tokenizer(text)["input_ids"], dtype=torch.int64)
-        if self.task == "frames":
-            return self._frame_labels(row, num_frames, speed)
-        return torch.tensor(self._id(row.label))
-
-    def _id(self, label: str) -> int:
-        if label not in self.label2id:
-            raise UtteranceError(f"the training data has no class {label!r}")
-        return self.label2id[label]
-
-    def _frame_labels(self, row: Row, num_frames: int, speed: float) -> Tensor:
-        """The class at the middle of each frame, int64 `[num_frames]`."""
-        frames = torch.arange(num_frames, dtype=torch.float64)
-        middles = row.offset + (frames + 0.5) * speed / self._frames_per_second()
-        labels = torch.full((num_frames,), self._id(BACKGROUND))
-        for segment in row.segments:
-            labels[(middles >= segment.start) & (middles < segment.end)] = self._id(segment.label)
-        return labels
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,9 @@
-"""A loss for each utterance, whatever the task, so that one bad utterance can be told and dropped.
+"""A loss for each utterance, whatever the head, so that one bad utterance can be told and dropped.
 
-The heads average over a batch. Here every utterance's loss is a sum over its own targets beside the
-number that it is to be divided by, and the batch's loss is the ratio of the two sums:
-
-| task | loss of an utterance | weight |
-| --- | --- | --- |
-| ctc | negative log-likelihood / number of tokens | 1 |
-| classification, xvector | cross-entropy | 1 |
-| frames | sum of the frames' cross-entropies | number of labelled frames |
-
-which over a batch is what the reference's heads compute (CTC with the reduction "mean").
+The heads' own losses average over a batch. Here every utterance's loss is a sum over its own
+targets beside the number that it is to be divided by (`utterance_losses` of the heads), and the
+batch's loss is the ratio of the two sums, which is what the reference's heads compute (CTC with the
+reduction "mean").
 """
 
 from __future__ import annotations
@@ -19,26 +13,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from w2vbert_fast import ops
-from w2vbert_fast.models import (
-    Wav2Vec2BertForAudioFrameClassification,
-    Wav2Vec2BertForCTC,
-    Wav2Vec2BertForSequenceClassification,
-    Wav2Vec2BertForXVector,
-)
-from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
-from w2vbert_fast.training.config import Task
-from w2vbert_fast.training.data import IGNORED_LABEL, Batch, Utterance
-
-MODEL_CLASSES: dict[Task, type[Wav2Vec2BertPreTrainedModel]] = {
-    "ctc": Wav2Vec2BertForCTC,
-    "classification": Wav2Vec2BertForSequenceClassification,
-    "frames": Wav2Vec2BertForAudioFrameClassification,
-    "xvector": Wav2Vec2BertForXVector,
-}
+from w2vbert_fast.training.data import Batch, Utterance
+from w2vbert_fast.training.tasks import Task
 
 
 class UtteranceLosses(NamedTuple):
@@ -47,8 +25,8 @@ class UtteranceLosses(NamedTuple):
     Attributes:
         losses: fp32 `[batch]`.
         weights: fp32 `[batch]`; the batch's loss is `losses.sum() / weights.sum()`.
-        predictions: int64, detached; the best token or class of each frame `[batch, T']` ("ctc",
-            "frames") or of the utterance `[batch]`.
+        predictions: int64; the best token or class of each frame `[batch, T']`, or of the utterance
+            `[batch]`.
         lengths: int64 `[batch]`, valid frames among T'.
     """
 
@@ -62,15 +40,13 @@ class TrainingModule(nn.Module):
     """A model with its loss in `forward`, which is what DDP and FSDP need to wrap.
 
     Args:
-        model: a model with the head of the task, or such a model within PEFT's.
-        task: the task.
+        model: a model with a head, or such a model within PEFT's.
         bf16: run under bfloat16 autocast.
     """
 
-    def __init__(self, model: nn.Module, task: Task, bf16: bool = False) -> None:
+    def __init__(self, model: nn.Module, bf16: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.task = task
         self.bf16 = bf16
 
     def forward(
@@ -82,26 +58,11 @@ class TrainingModule(nn.Module):
         autocast = torch.autocast(kind, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with autocast:
             output = self.model(input_features=input_features, attention_mask=attention_mask)
-            logits = output.logits
             lengths = core.valid_lengths(attention_mask)
-        weights = torch.ones(len(lengths), device=logits.device)
-        scores = logits.float()
-        if self.task == "ctc":
-            blank = core.config.pad_token_id
-            losses = ops.ctc_loss(logits, lengths, labels, blank=blank, reduction="none")
-            losses = losses / (labels != IGNORED_LABEL).sum(-1).clamp(min=1)
-        elif self.task == "frames":
-            per_frame = F.cross_entropy(
-                scores.transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
-            )
-            losses = per_frame.sum(-1)
-            weights = (labels != IGNORED_LABEL).sum(-1).float()
-        elif self.task == "xvector":
-            losses = core.objective(scores, labels, reduction="none")
-            scores = core.objective.cosines(scores)
-        else:
-            losses = F.cross_entropy(scores, labels, reduction="none")
-        return UtteranceLosses(losses, weights, scores.detach().argmax(-1), lengths)
+        losses, weights = core.utterance_losses(output.logits, lengths, labels)
+        with torch.no_grad():
+            predictions = core.class_scores(output.logits).argmax(-1)
+        return UtteranceLosses(losses, weights, predictions, lengths)
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -119,8 +80,8 @@ def non_finite(result: UtteranceLosses) -> dict[int, str]:
 def without_unusable(batch: Batch, model: Any, task: Task) -> Batch:
     """Drop the utterances whose loss cannot be finite, before anything is computed.
 
-    These have NaN or infinite features, no frames, more tokens than frames to emit them in (CTC
-    needs one for each, and one more between equal neighbours), or too few frames for the TDNN.
+    These have NaN or infinite features, fewer frames than the head needs, or labels that do not go
+    with them (`Task.problem`).
 
     Args:
         batch: what was loaded.
@@ -145,19 +106,9 @@ def _problem(utterance: Utterance, frames: int, model: Any, task: Task) -> str |
         return "it is too short for a single frame"
     if not bool(torch.isfinite(utterance.input_features).all()):
         return "its features hold NaN or infinite values"
-    if task == "ctc":
-        labels = utterance.labels
-        needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
-        if needed > frames:
-            return f"its {len(labels)} tokens need {needed} frames, and there are {frames}"
-    if task == "frames" and bool((utterance.labels == IGNORED_LABEL).all()):
-        return "no frame has a label"
-    if task == "xvector":
-        # One frame has no deviation.
-        needed = 2 + sum(layer.context for layer in model.tdnn)
-        if frames < needed:
-            return f"it has {frames} frames, and the TDNN needs {needed}"
-    return None
+    if frames < model.fewest_frames:
+        return f"it has {frames} frames, and the model's head needs {model.fewest_frames}"
+    return task.problem(utterance.labels, frames)
 
 
 def stand_in(model: Any, task: Task) -> Utterance:
@@ -166,7 +117,5 @@ def stand_in(model: Any, task: Task) -> Utterance:
     Processes that train together have to make the same forward and backward passes.
     """
     frames = 64
-    labels = {"ctc": torch.zeros(0), "frames": torch.full((frames,), IGNORED_LABEL)}
-    target = labels.get(task, torch.tensor(0)).to(torch.int64)
     width = model.config.feature_projection_input_dim
-    return Utterance("stand-in", torch.zeros(frames, width), target)
+    return Utterance("stand-in", torch.zeros(frames, width), task.no_labels(frames))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.recordings import rows as recordings
 from w2vbert_fast.recordings.audio import AudioError, load_audio, stated_seconds
-from w2vbert_fast.recordings.manifest import JsonLines, open_manifest, transcript
-from w2vbert_fast.training.config import Task
+from w2vbert_fast.recordings.manifest import JsonLines, open_manifest
+from w2vbert_fast.training.tasks import Task, utf8
 
 _LISTED_ERRORS = 20
 # A part may end so much behind the end of its recording: `load_audio` gives what there is.
@@ -24,21 +21,6 @@ _LONGEST_GUESS_SECONDS = 7 * 24 * 3600.0
 
 class ManifestError(ValueError):
     """A manifest that cannot be used, or rows of one; each line of the message names a line."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a recording that belongs to a class.
-
-    Attributes:
-        start: where it begins, in seconds from the recording's start.
-        end: where it ends, likewise.
-        label: name of the class.
-    """
-
-    start: float
-    end: float
-    label: str
 
 
 @dataclass(frozen=True)
@@ -52,9 +34,7 @@ class Row:
         offset: where that begins, in seconds.
         duration: how much it is, in seconds; None: to the end.
         stated: how long the manifest says that the whole recording is; None where it does not say.
-        text: transcript, for "ctc".
-        label: name of the class or speaker, for "classification" and "xvector".
-        segments: for "frames".
+        target: what is learnt: a transcript, the name of a class, or segments (`tasks`).
     """
 
     name: str
@@ -63,9 +43,7 @@ class Row:
     offset: float = 0.0
     duration: float | None = None
     stated: float | None = None
-    text: str = ""
-    label: str = ""
-    segments: tuple[Segment, ...] = ()
+    target: Any = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +57,6 @@ class Manifest:
 
     rows: tuple[Row, ...]
     digest: str
-
-
-def normalise_transcript(text: str, lower_case: bool = False) -> str:
-    """Runs of white space as one space, none at the ends; lower case on request."""
-    text = " ".join(text.split())
-    return text.lower() if lower_case else text
 
 
 def read_manifest(
@@ -198,7 +170,7 @@ def _row(
     columns = row.columns
     if not isinstance(row.audio, str):
         raise ValueError("it holds the recording itself; fine-tuning needs the name of a file")
-    audio = _utf8(row.audio, "the name of the recording")
+    audio = utf8(row.audio, "the name of the recording")
     try:
         found = os.path.isfile(audio)
     except ValueError:  # a null character
@@ -212,17 +184,10 @@ def _row(
         seconds = stated = float(stated)
     else:
         seconds = lengths(audio) or 0.0
-    text, label = "", ""
-    segments: tuple[Segment, ...] = ()
-    if task == "ctc":
-        text = normalise_transcript(_utf8(transcript(columns), "the transcript"), lower_case)
-    elif task == "frames":
-        segments = _segments(columns, row.offset, row.offset + seconds)
-    else:
-        label = _label(columns, "")
+    target = task.target(columns, row.offset, row.offset + seconds, lower_case)
     number = row.place.rpartition(" ")[2]
     name = f"{manifest}:{number} ({audio})"
-    return Row(name, audio, seconds, row.offset, row.duration, stated, text, label, segments)
+    return Row(name, audio, seconds, row.offset, row.duration, stated, target)
 
 
 def _part_seconds(row: recordings.Row, audio: str, lengths: _Lengths) -> float:
@@ -245,54 +210,3 @@ def _part_seconds(row: recordings.Row, audio: str, lengths: _Lengths) -> float:
     if length <= row.offset:
         raise ValueError(f"offset is {row.offset:g} s, and {audio} ends after {length:.2f} s")
     return length - row.offset
-
-
-def _utf8(text: str, what: str) -> str:
-    """The text, unless it holds bytes that are none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} is not UTF-8: {text!r:.200}") from None
-    return text
-
-
-def _label(columns: Mapping[str, Any], where: str) -> str:
-    value = columns.get("label")
-    if value is None:
-        raise ValueError(f"{where}label is missing")
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise ValueError(f"{where}label must be the name of a class, got {value!r:.200}")
-    return _utf8(str(value), f"{where}label")
-
-
-def _segments(columns: Mapping[str, Any], begin: float, end: float) -> tuple[Segment, ...]:
-    """Segments, by their starts; those of a part of a recording must reach into it."""
-    value = columns.get("segments")
-    if value is None:
-        raise ValueError("segments is missing")
-    if not isinstance(value, list):
-        raise ValueError(f"segments must be a list, got a {type(value).__name__}")
-    segments: list[Segment] = []
-    for index, entry in enumerate(value):
-        field = f"segments[{index}]"
-        if not isinstance(entry, dict):
-            raise ValueError(f"{field} must be an object, got a {type(entry).__name__}")
-        first, last = entry.get("start"), entry.get("end")
-        if not (_is_number(first) and _is_number(last) and 0 <= first < last):
-            given = f"start {first!r} and end {last!r}"
-            raise ValueError(f"{field} must have seconds, 0 <= start < end, got {given}")
-        segments.append(Segment(float(first), float(last), _label(entry, f"{field}: ")))
-    ordered = sorted(segments, key=lambda segment: segment.start)
-    for one, other in itertools.pairwise(ordered):
-        if other.start < one.end:
-            raise ValueError(f"segments from {one.start} s and from {other.start} s overlap")
-    if 0 < begin < end and ordered and not any(s.start < end and s.end > begin for s in ordered):
-        raise ValueError(
-            f"no segment reaches into the part from {begin:g} to {end:g} s; their times count from "
-            "the recording's start"
-        )
-    return tuple(ordered)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -21,10 +21,9 @@ from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.processing.processor import Wav2Vec2BertProcessor
 from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
 from w2vbert_fast.processing.tokenizer_files import VOCABULARY_FILE
-from w2vbert_fast.training.config import FinetuneConfig, Task
-from w2vbert_fast.training.losses import MODEL_CLASSES
+from w2vbert_fast.training.config import FinetuneConfig
+from w2vbert_fast.training.tasks import TASKS
 from w2vbert_fast.training.vocabulary import (
-    BACKGROUND,
     Spelling,
     build_tokenizer,
     class_names,
@@ -35,13 +34,6 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 
-# What a LoRA run trains as a whole: the head, which is new.
-_HEAD_MODULES: dict[Task, tuple[str, ...]] = {
-    "ctc": ("lm_head",),
-    "classification": ("projector", "classifier"),
-    "frames": ("classifier",),
-    "xvector": ("projector", "tdnn", "feature_extractor", "classifier", "objective"),
-}
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER = "default"
 
@@ -85,13 +77,13 @@ def make_parts(
         TypeError: `model_overrides` names no entry of the configuration.
         ImportError: LoRA is asked for and PEFT is not installed.
     """
-    task, source = config.task, config.model
+    task, source = TASKS[config.task], config.model
     extractor = SeamlessM4TFeatureExtractor.from_pretrained(source)
     entries: dict[str, Any] = dict(config.model_overrides)
     stored = Wav2Vec2BertConfig.from_pretrained(source)
     tokenizer: Wav2Vec2CTCTokenizer | None = None
     label2id: Mapping[str, int] = {}
-    if task == "ctc":
+    if task.transcribes:
         tokenizer, is_new = _tokenizer(config, transcripts)
         if tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer of {source} has no pad_token, which is CTC's blank")
@@ -101,11 +93,11 @@ def make_parts(
         # The reduction that is trained with, for whoever goes on with the reference.
         entries.setdefault("ctc_loss_reduction", "mean")
     else:
-        label2id, is_new = _classes(stored, task, labels)
+        label2id, is_new = _classes(stored, labels)
         names = {index: name for name, index in label2id.items()}
         entries |= {"id2label": names, "label2id": dict(label2id)}
     model_config = Wav2Vec2BertConfig.from_pretrained(source, **entries)
-    model = MODEL_CLASSES[task].from_pretrained(
+    model = task.model_class.from_pretrained(
         source,
         config=model_config,
         dtype=torch.float32,
@@ -152,12 +144,12 @@ def _tokenizer(
 
 
 def _classes(
-    stored: Wav2Vec2BertConfig, task: Task, labels: Sequence[str] | None
+    stored: Wav2Vec2BertConfig, labels: Sequence[str] | None
 ) -> tuple[Mapping[str, int], bool]:
     """Ids of the classes, and whether they are new."""
     if labels is None:
         return stored.label2id, False
-    wanted = class_names([*labels, *([BACKGROUND] if task == "frames" else [])])
+    wanted = class_names(labels)
     if set(wanted) <= set(stored.label2id):
         return stored.label2id, False
     return {name: index for index, name in enumerate(wanted)}, True
@@ -168,7 +160,7 @@ def _with_lora(model: Wav2Vec2BertPreTrainedModel, config: FinetuneConfig) -> nn
         return model
     peft = require("peft", "train")
     heads: list[str] = []
-    for name in _HEAD_MODULES[config.task]:
+    for name in model.HEAD:
         module = model.get_submodule(name)
         # PEFT copies modules, and not lists of them.
         if isinstance(module, nn.ModuleList):

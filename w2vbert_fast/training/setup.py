@@ -12,6 +12,7 @@ from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.data import ManifestSource, Skipped, UtteranceSource
 from w2vbert_fast.training.manifest import Manifest, Row, read_manifest
 from w2vbert_fast.training.model import Parts, make_parts
+from w2vbert_fast.training.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def prepare(
     Raises:
         OSError, ManifestError, ValueError, TypeError, ImportError: see `finetune`.
     """
-    task = config.task
+    task = TASKS[config.task]
     # Both are checked before a model is loaded.
     train_manifest = _manifest(config, config.train) if train is None else None
     eval_manifest = _manifest(config, config.eval) if evaluation is None else None
@@ -54,12 +55,11 @@ def prepare(
     labels: list[str] | None = None
     if train_manifest is not None:
         rows, skipped = _short_enough(train_manifest.rows, config.max_seconds)
-        if task == "ctc":
-            transcripts = [row.text for row in rows]
-        elif task == "frames":
-            labels = [segment.label for row in rows for segment in row.segments]
+        targets = [row.target for row in rows]
+        if task.transcribes:
+            transcripts = targets
         else:
-            labels = [row.label for row in rows]
+            labels = task.classes(targets)
     parts = make_parts(config, transcripts, labels)
 
     def source(manifest: Manifest, kept: list[Row], speeds: tuple[float, ...]) -> ManifestSource:
@@ -85,7 +85,7 @@ def prepare(
 
 
 def _manifest(config: FinetuneConfig, path: str | os.PathLike[str]) -> Manifest:
-    return read_manifest(path, config.task, lower_case=config.lower_case)
+    return read_manifest(path, TASKS[config.task], lower_case=config.lower_case)
 
 
 def _short_enough(rows: tuple[Row, ...], max_seconds: float) -> tuple[list[Row], list[Skipped]]:

@@ -29,7 +29,7 @@ from w2vbert_fast.training.data import (
     pad_batch,
     to_batch,
 )
-from w2vbert_fast.training.evaluation import choosing_score, evaluate, is_better, prediction_rows
+from w2vbert_fast.training.evaluation import evaluate
 from w2vbert_fast.training.logs import (
     PREDICTIONS_FILE,
     SKIPPED_FILE,
@@ -45,6 +45,7 @@ from w2vbert_fast.training.losses import (
     without_unusable,
 )
 from w2vbert_fast.training.model import save_checkpoint
+from w2vbert_fast.training.scores import is_better
 from w2vbert_fast.training.setup import make_optimizer, prepare, uses_bf16
 from w2vbert_fast.training.state import (
     Progress,
@@ -54,6 +55,7 @@ from w2vbert_fast.training.state import (
     read_trainer,
     save_state,
 )
+from w2vbert_fast.training.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ def finetune(
         ImportError: a package of the extra `train` is missing.
         FloatingPointError: 25 steps in a row had no finite loss and gradient.
     """
-    for module in ("accelerate", "matplotlib", *(("jiwer",) if config.task == "ctc" else ())):
+    for module in ("accelerate", "matplotlib", *TASKS[config.task].packages):
         require(module, "train")
     if config.tensorboard:
         require("tensorboard", "train")
@@ -159,6 +161,7 @@ class _Run:
     ) -> None:
         accelerate = require("accelerate", "train")
         self.config = config
+        self.task = TASKS[config.task]
         self.on_step = on_step
         self.out = make_folder(config.out)
         if torch.distributed.is_available():
@@ -185,7 +188,7 @@ class _Run:
             config.seed,
         )
         self.total = self.plan.num_steps(config.epochs) if config.epochs else config.steps
-        module = TrainingModule(self.parts.model, config.task, uses_bf16(config, self.device))
+        module = TrainingModule(self.parts.model, uses_bf16(config, self.device))
         if is_sharded(self.accelerator) and self.core.config.layerdrop:
             # Each process would draw other layers, and wait for the others at different ones.
             logger.warning("layerdrop is off: processes that share layers have to run the same")
@@ -216,9 +219,8 @@ class _Run:
     def _choosing_score(self) -> str:
         sources = (self.train_source, self.eval_source)
         known = [source for source in sources if isinstance(source, ManifestSource)]
-        transcripts = [row.text for source in known for row in source.rows] if known else None
-        config = self.config
-        return choosing_score(config.task, config.metric, self.parts.tokenizer, transcripts)
+        targets = [row.target for source in known for row in source.rows] if known else None
+        return self.task.chosen_score(self.config.metric, self.parts.tokenizer, targets)
 
     def _restored(self) -> Progress:
         folder = find_state(self.out)
@@ -239,7 +241,7 @@ class _Run:
                 + "\n  ".join(differences)
             )
         # A run goes on with the score that it was begun with.
-        self.score = about.get("score", "wer" if self.config.task == "ctc" else "accuracy")
+        self.score = about.get("score", self.task.score)
         load_state(folder, self.accelerator, self.average)
         logger.info("going on after step %d", progress.step)
         return progress
@@ -358,10 +360,9 @@ class _Run:
         A NaN spreads to every weight's gradient even when its loss counts as zero. So the
         utterance has to go and the others are computed again, in all processes at once.
         """
-        task = self.config.task
-        batch = without_unusable(batch, self.core, task)
+        batch = without_unusable(batch, self.core, self.task)
         while True:
-            utterances = batch.utterances or [stand_in(self.core, task)]
+            utterances = batch.utterances or [stand_in(self.core, self.task)]
             result: UtteranceLosses = self.module(**pad_batch(utterances, self.device))
             bad = non_finite(result) if batch.utterances else {}
             if not self._summed([float(len(bad))])[0]:
@@ -468,7 +469,7 @@ class _Run:
                 self.module,
                 self.core,
                 self.eval_source,
-                config.task,
+                self.task,
                 config.frame_budget,
                 self.accelerator,
                 self.parts.tokenizer,
@@ -487,7 +488,7 @@ class _Run:
         row["eval_skipped"] = len(outcome.skipped)
         row["eval_seconds"] = round(time.monotonic() - started, 3)
         log.write(row)
-        write_json_lines(self.out / PREDICTIONS_FILE, prediction_rows(outcome, config.task))
+        write_json_lines(self.out / PREDICTIONS_FILE, [p.row() for p in outcome.predictions])
         log.draw()
 
     def _save(self) -> None:

@@ -17,8 +17,6 @@ from w2vbert_fast.processing.tokenizer import Wav2Vec2CTCTokenizer
 BLANK = "[PAD]"
 UNKNOWN = "[UNK]"
 WORD_DELIMITER = "|"
-BACKGROUND = "none"
-"""Class of the frames that no segment covers."""
 
 
 def characters_of(transcripts: Iterable[str], min_count: int = 1) -> list[str]:
