@@ -18,7 +18,7 @@ from w2vbert_fast.training import (
     finetune,
     trainer,
 )
-from w2vbert_fast.training.evaluation import choosing_score
+from w2vbert_fast.training.tasks import TASKS
 from w2vbert_fast.training.vocabulary import build_tokenizer
 
 CHINESE = ("\u4f60\u597d", "\u4f60\u662f\u8c01", "\u597d")
@@ -143,17 +143,16 @@ def test_what_separates_words(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps({"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3}))
     # The tokenizer adds a separator of its own, which no model of this vocabulary emits.
     without = type(tokenizer)(tmp_path / "vocab.json", unk_token="[UNK]", pad_token="[PAD]")
-    assert choosing_score("ctc", "auto", tokenizer, None) == "wer"
-    assert choosing_score("ctc", "auto", without, None) == "cer"
-    assert choosing_score("ctc", "auto", without, ["a b"]) == "cer"
-    assert choosing_score("ctc", "auto", tokenizer, ["ab", "a b"]) == "wer"
-    assert choosing_score("ctc", "auto", tokenizer, ["ab", "ba"]) == "cer"
+    choosing_score = TASKS["ctc"].chosen_score
+    assert choosing_score("auto", tokenizer, None) == "wer"
+    assert choosing_score("auto", without, None) == "cer"
+    assert choosing_score("auto", without, ["a b"]) == "cer"
+    assert choosing_score("auto", tokenizer, ["ab", "a b"]) == "wer"
+    assert choosing_score("auto", tokenizer, ["ab", "ba"]) == "cer"
     # A foreign name in Chinese, and Chinese characters in English.
-    assert (
-        choosing_score("ctc", "auto", tokenizer, ["\u4f60\u597d New York", CHINESE[1] * 4]) == "cer"
-    )
-    assert choosing_score("ctc", "auto", tokenizer, ["a Chinese sign: \u597d"]) == "wer"
-    assert choosing_score("frames", "auto", None, None) == "accuracy"
+    assert choosing_score("auto", tokenizer, ["\u4f60\u597d New York", CHINESE[1] * 4]) == "cer"
+    assert choosing_score("auto", tokenizer, ["a Chinese sign: \u597d"]) == "wer"
+    assert TASKS["frames"].chosen_score("auto", None, None) == "accuracy"
     paths = {name: name for name in ("model", "train", "eval", "out")}
     with pytest.raises(ValueError, match="metric must be one of auto, wer, cer, got 'ter'"):
         FinetuneConfig(**paths, metric="ter")  # type: ignore[arg-type]

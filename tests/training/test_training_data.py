@@ -25,9 +25,10 @@ from w2vbert_fast.cli import app as cli
 from w2vbert_fast.training import FinetuneConfig, ManifestError, UtteranceSource, finetune
 from w2vbert_fast.training.batches import BUCKET_RATIO, BatchPlan, frame_budget_batches
 from w2vbert_fast.training.data import ManifestSource, UtteranceError
-from w2vbert_fast.training.evaluation import error_rates, is_better
 from w2vbert_fast.training.logs import JsonLines, ProgressBar
-from w2vbert_fast.training.manifest import normalise_transcript, read_manifest
+from w2vbert_fast.training.manifest import read_manifest
+from w2vbert_fast.training.scores import error_rates, is_better
+from w2vbert_fast.training.tasks import TASKS, normalise_transcript
 from w2vbert_fast.training.vocabulary import build_tokenizer, characters_of, class_names
 
 
@@ -58,12 +59,12 @@ def test_rows_of_a_manifest(clips: Path) -> None:
         {"file": str(clips / "1.wav"), "text": "", "duration": 12.5},
         {"audio_filepath": "a.m4a", "text": "X"},
     )
-    rows = read_manifest(path, "ctc").rows
-    assert [row.text for row in rows] == ["Cafe\u0301 au lait", "", "X"]
+    rows = read_manifest(path, TASKS["ctc"]).rows
+    assert [row.target for row in rows] == ["Cafe\u0301 au lait", "", "X"]
     assert [row.seconds for row in rows] == [0.8, 12.5, pytest.approx(1.0, abs=0.1)]
     assert [row.name.split(" ")[0] for row in rows] == [f"rows.jsonl:{n}" for n in (1, 3, 4)]
     assert [Path(row.audio).name for row in rows] == ["0.wav", "1.wav", "a.m4a"]
-    assert read_manifest(path, "ctc", lower_case=True).rows[0].text == "cafe\u0301 au lait"
+    assert read_manifest(path, TASKS["ctc"], lower_case=True).rows[0].target == "cafe\u0301 au lait"
     assert normalise_transcript("\u00a0A\u2003b\n") == "A b"
 
 
@@ -129,7 +130,7 @@ def test_a_bad_row_is_named_with_its_line_and_column(
     good = {"audio": "0.wav", "text": "a", "label": "a", "segments": []}
     path = manifest_of(clips, good, row, good)
     with pytest.raises(ManifestError) as caught:
-        read_manifest(path, task)
+        read_manifest(path, TASKS[task])
     first, second = str(caught.value).splitlines()
     assert first == f"{path} has rows that cannot be used:"
     assert second.startswith(f"  line 2: {message}")
@@ -152,7 +153,7 @@ def test_a_broken_recording_stays_until_it_is_loaded(clips: Path) -> None:
 def test_all_bad_rows_are_listed_up_to_a_limit(clips: Path) -> None:
     path = manifest_of(clips, *[{"audio": "0.wav"}] * 23)
     with pytest.raises(ManifestError) as caught:
-        read_manifest(path, "ctc")
+        read_manifest(path, TASKS["ctc"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 22
     assert lines[20] == "  line 20: no column text, sentence, transcription, transcript"
@@ -161,13 +162,13 @@ def test_all_bad_rows_are_listed_up_to_a_limit(clips: Path) -> None:
 
 def test_a_manifest_without_rows_or_with_other_bytes_is_refused(clips: Path) -> None:
     with pytest.raises(ManifestError, match="holds no rows"):
-        read_manifest(manifest_of(clips, "", ""), "ctc")
+        read_manifest(manifest_of(clips, "", ""), TASKS["ctc"])
     path = clips / "latin1.jsonl"
     path.write_bytes(b"\n\n{\xe9}\n")
     with pytest.raises(ManifestError, match="line 3: not UTF-8"):
-        read_manifest(path, "ctc")
+        read_manifest(path, TASKS["ctc"])
     with pytest.raises(FileNotFoundError):
-        read_manifest(clips / "missing.jsonl", "ctc")
+        read_manifest(clips / "missing.jsonl", TASKS["ctc"])
 
 
 # Utterances.
@@ -175,8 +176,8 @@ def test_a_manifest_without_rows_or_with_other_bytes_is_refused(clips: Path) -> 
 
 def source_of(path: Path, task: Any, **options: Any) -> ManifestSource:
     extractor = SeamlessM4TFeatureExtractor(padding_value=1.0)
-    manifest = read_manifest(path, task)
-    return ManifestSource(manifest.rows, manifest.digest, task, extractor, **options)
+    manifest = read_manifest(path, TASKS[task])
+    return ManifestSource(manifest.rows, manifest.digest, TASKS[task], extractor, **options)
 
 
 def test_features_are_those_of_the_reference(clips: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from w2vbert_fast import SeamlessM4TFeatureExtractor
 from w2vbert_fast.training import ManifestError, UtteranceError, finetune
 from w2vbert_fast.training.data import ManifestSource
 from w2vbert_fast.training.manifest import read_manifest
+from w2vbert_fast.training.tasks import TASKS
 
 RATE = 16_000
 SPANS = ((0.0, 0.6), (0.8, 1.1), (2.5, 0.5))
@@ -44,9 +45,9 @@ def manifest_of(folder: Path, *rows: dict[str, Any], suffix: str = "jsonl") -> P
 
 
 def source_of(path: Path, task: Any, **options: Any) -> ManifestSource:
-    manifest = read_manifest(path, task)
+    manifest = read_manifest(path, TASKS[task])
     extractor = SeamlessM4TFeatureExtractor(padding_value=1.0)
-    return ManifestSource(manifest.rows, manifest.digest, task, extractor, **options)
+    return ManifestSource(manifest.rows, manifest.digest, TASKS[task], extractor, **options)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
@@ -74,7 +75,7 @@ def test_a_part_to_the_end_and_one_that_ends_a_little_behind_it(folder: Path) ->
         {"audio": "long.mp3", "offset": "1", "duration": "0.5", "text": "c"},
         {"audio": "long.wav", "duration": 3, "text": "d"},
     )
-    rows = read_manifest(path, "ctc").rows
+    rows = read_manifest(path, TASKS["ctc"]).rows
     assert [row.seconds for row in rows] == [0.75, 0.5, 0.5, 3.0]
 
 
@@ -85,7 +86,7 @@ def test_the_length_of_a_recording_whose_recorder_died(folder: Path) -> None:
     (folder / "died.wav").write_bytes(content)
     part = {"audio": "died.wav", "offset": 2, "duration": 0.5}
     path = manifest_of(folder, {"audio": "died.wav", "text": "a"}, {**part, "text": "b"})
-    assert [row.seconds for row in read_manifest(path, "ctc").rows] == [3.0, 0.5]
+    assert [row.seconds for row in read_manifest(path, TASKS["ctc"]).rows] == [3.0, 0.5]
 
 
 def test_frame_classes_of_a_part_are_those_of_the_recording_there(folder: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_part_is_read_without_what_lies_before_it(
 def test_a_part_that_is_not_there_is_named(folder: Path) -> None:
     path = manifest_of(folder, {"audio": "long.wav", "offset": 3.5, "duration": 1, "text": "a"})
     with pytest.raises(ManifestError, match=r"line 1: the part from 3.5 to 4.5 s is not .*3.00 s"):
-        read_manifest(path, "ctc")
+        read_manifest(path, TASKS["ctc"])
     # What no header states exactly is found out when it is read.
     path = manifest_of(folder, {"audio": "long.mp3", "offset": 5, "duration": 1, "label": "a"})
     with pytest.raises(UtteranceError, match=r"the part from 5.00 to 6.00 is not there"):

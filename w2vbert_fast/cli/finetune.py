@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from w2vbert_fast.cli.messages import log_shown
 from w2vbert_fast.cli.options import REQUIRED, option, values
 from w2vbert_fast.training.config import FinetuneConfig
+from w2vbert_fast.training.tasks import TASKS
 
 if TYPE_CHECKING:
     from w2vbert_fast.training.trainer import FinetuneResult
@@ -35,7 +36,7 @@ class Fields:
     train: str = option(REQUIRED, "Manifest to train on.", metavar="FILE")
     eval: str = option(REQUIRED, "Manifest to score.", metavar="FILE")
     out: str = option(REQUIRED, "Folder for checkpoints, logs and state.", metavar="DIR")
-    task: str = option(_DEFAULT.task, "ctc, classification, frames or xvector.", metavar="TASK")
+    task: str = option(_DEFAULT.task, f"{', '.join(TASKS)}.", metavar="TASK")
     lora: int = option(_DEFAULT.lora, "Rank of LoRA adapters; 0 trains all weights.")
     steps: int = option(_DEFAULT.steps, "Optimiser steps.")
     epochs: int | None = option(None, "Passes over the data instead of --steps.")

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.processing.scripts import is_unspaced
 
 
 def separates_words(transcripts: Iterable[str]) -> bool:
@@ -15,6 +14,8 @@ def separates_words(transcripts: Iterable[str]) -> bool:
 
     A foreign name, or a stray space, does not separate the words of Chinese.
     """
+    from w2vbert_fast.processing.scripts import is_unspaced
+
     count = Counter(
         "space" if c == " " else "unspaced" if is_unspaced(c) else "letter"
         for text in transcripts
