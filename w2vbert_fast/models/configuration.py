@@ -31,8 +31,8 @@ from w2vbert_fast.models.fields import (
     activation,
     boolean,
     choice,
-    configuration,
     fail,
+    field_class,
     fields_of,
     floating_dtype,
     integer,
@@ -68,7 +68,7 @@ _USUAL_LABELS = {
 }
 
 
-@configuration
+@field_class
 class Wav2Vec2BertConfig(HubMixin):
     """All that determines a Wav2Vec2-BERT model besides its weights.
 
@@ -235,7 +235,7 @@ class Wav2Vec2BertConfig(HubMixin):
     __hash__ = None  # type: ignore[assignment]
 
     def _begin(self, values: dict[str, Any], further: dict[str, Any]) -> None:
-        """The constructor's work: see `fields.configuration`."""
+        """The constructor's work: see `fields.field_class`."""
         older_dtype, older_name = further.pop("torch_dtype", None), further.pop("_name_or_path", "")
         if values["dtype"] is None:
             values["dtype"] = older_dtype

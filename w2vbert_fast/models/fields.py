@@ -3,7 +3,7 @@
 A value is kept in the one form that the rest of the package relies on (a plain `int`, a plain
 `float`, a list), or is a `ValueError` with the field, the value and what is needed.
 
-As `dataclasses` does of annotated fields, `configuration` makes a constructor of the rows of a
+As `dataclasses` does of annotated fields, `field_class` makes a constructor of the rows of a
 class. It is another one because values are checked whenever they are set, and because there are
 keys that are no fields.
 """
@@ -84,7 +84,7 @@ def fields_of(cls: type) -> dict[str, Field]:
 
 
 @dataclass_transform(eq_default=False)
-def configuration(cls: _Class) -> _Class:
+def field_class(cls: _Class) -> _Class:
     """Give a class the constructor of its rows, and their meaning a place in its docstring.
 
     The constructor calls the method `_begin` with the values of all rows by name, and with the

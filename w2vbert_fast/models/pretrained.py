@@ -203,7 +203,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     ) -> _Model:
         """Load a model from a folder or the hub.
 
-        Reads `config.json` and the weights (see `w2vbert_fast.checkpoint`). A checkpoint of the
+        Reads `config.json` and the weights (see `checkpoints.weights`). A checkpoint of the
         encoder alone, or with another kind of head, can be loaded into a model with a head, which
         is newly initialised with a warning, and a checkpoint with a head into the encoder alone.
         The same goes for what the caller's `config` or overrides add or take away, such as
@@ -215,7 +215,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             *model_args: what the class's constructor takes behind `config`.
             config: the configuration to use instead of the checkpoint's; it is copied. One of
                 transformers, or what `Wav2Vec2BertConfig.from_pretrained` reads, will do.
-            revision: branch, tag or commit on the hub.
+            revision: as `Wav2Vec2BertConfig.from_pretrained`; likewise `cache_dir`,
+                `force_download`, `local_files_only`, `token` and `subfolder`.
             dtype: floating point dtype of the weights, or its name. None and `"auto"`: what the
                 configuration says, else what the weights have. `"int8"`, on the CPU: the linear
                 layers of the encoder are quantised, weights by output channel and activations by
@@ -226,11 +227,6 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
                 `"auto"`, which is the accelerator where there is one.
             use_fast_kernels: see the property of that name; None: off, which the log says at the
                 first call.
-            cache_dir: the hub's cache folder, where it is not the usual one.
-            force_download: download files though they are in the cache.
-            local_files_only: never ask the hub, use its cache alone.
-            token: the hub's access token.
-            subfolder: folder within the checkpoint that holds the files.
             variant: the weights of that variant, such as `"fp16"` for `model.fp16.safetensors`.
             use_safetensors: True: safetensors or nothing. False: `.bin` files or nothing.
             strict: whether missing or unexpected tensors are an error; else there is a warning,
@@ -263,15 +259,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         target = _one_device(device, device_map)
         if int8:
             check_int8(target)
-        repository = Repository(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            subfolder=subfolder,
-            force_download=force_download,
-        )
+        where = (revision, cache_dir, local_files_only, token, subfolder, force_download)
+        repository = Repository(pretrained_model_name_or_path, *where)
         overrides = take(repository.take(config_overrides), LOADING)
         arguments = {name: overrides.pop(name) for name in _own_arguments(cls) & overrides.keys()}
 
