@@ -14,7 +14,7 @@ from w2vbert_fast.models.layers import (
     Wav2Vec2BertSelfAttention,
     is_untouched,
 )
-from w2vbert_fast.models.optimized.opaque import OpaqueLinear, is_one_operation, swap
+from w2vbert_fast.models.optimized.opaque import OpaqueFeedForward, OpaqueLinear, swap
 from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
 from w2vbert_fast.ops import dispatch
 from w2vbert_fast.ops.cpu import int8
@@ -74,20 +74,11 @@ class Int8Linear(OpaqueLinear):
             return int8.linear_int8(x, self.matrix, self.bias, None)
 
 
-class Int8FeedForward(Wav2Vec2BertFeedForward):
+class Int8FeedForward(OpaqueFeedForward):
     """A feed-forward block of two `Int8Linear`, a block of tokens at a time."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the class that it was."""
-        if not is_one_operation(self, Int8Linear):
-            return super().forward(x)
-        first: Any = self.intermediate_dense
-        second: Any = self.output_dense
-        activation: Any = self.activation  # a name
-        with torch.no_grad():
-            return int8.feed_forward_int8(
-                x, first.matrix, first.bias, activation, second.matrix, second.bias
-            )
+    LINEAR = Int8Linear
+    compute = staticmethod(int8.feed_forward_int8)
 
 
 class Int8SelfAttention(Wav2Vec2BertSelfAttention):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from w2vbert_fast.models.layers import Wav2Vec2BertFeedForward, is_untouched
@@ -46,14 +48,28 @@ class OpaqueLinear(nn.Module):
         )
 
 
-def is_one_operation(block: Wav2Vec2BertFeedForward, kind: type[OpaqueLinear]) -> bool:
-    """Whether a feed-forward block is two layers of this kind that nobody has touched."""
-    return (
-        is_untouched(block.intermediate_dense, kind)
-        and is_untouched(block.output_dense, kind)
-        and isinstance(block.activation, str)
-        and not block.training
-    )
+class OpaqueFeedForward(Wav2Vec2BertFeedForward):
+    """A feed-forward block of two opaque layers: one operation, while nobody has touched them.
+
+    Attributes:
+        LINEAR: the class of both.
+        compute: the operation, from the input, both layers' matrices and biases and the name of the
+            activation between them.
+    """
+
+    LINEAR: ClassVar[type[OpaqueLinear]]
+    compute: ClassVar[Callable[..., Tensor]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class that it was."""
+        first: Any = self.intermediate_dense
+        second: Any = self.output_dense
+        whole = is_untouched(first, self.LINEAR) and is_untouched(second, self.LINEAR)
+        if not whole or not isinstance(self.activation, str) or self.training:
+            return super().forward(x)
+        weights = (first.matrix, first.bias, self.activation, second.matrix, second.bias)
+        with torch.no_grad():
+            return self.compute(x, *weights)
 
 
 def swap(block: nn.Module, faster: type[nn.Module]) -> None:

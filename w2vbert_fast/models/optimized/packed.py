@@ -16,7 +16,7 @@ from w2vbert_fast.models.layers import (
     depthwise,
     is_untouched,
 )
-from w2vbert_fast.models.optimized.opaque import OpaqueLinear, is_one_operation, swap
+from w2vbert_fast.models.optimized.opaque import OpaqueFeedForward, OpaqueLinear, swap
 from w2vbert_fast.models.optimized.stacked import StackedSelfAttention, parameters_of
 from w2vbert_fast.ops.cpu import gemm
 
@@ -88,20 +88,11 @@ def _linear(x: Tensor, layer: OpaqueLinear) -> Tensor:
         return gemm.linear(x, layer.matrix, layer.bias)
 
 
-class PackedFeedForward(Wav2Vec2BertFeedForward):
+class PackedFeedForward(OpaqueFeedForward):
     """A feed-forward block of two `PackedLinear`, a block of tokens at a time."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the class that it was."""
-        if not is_one_operation(self, PackedLinear):
-            return super().forward(x)
-        first: Any = self.intermediate_dense
-        second: Any = self.output_dense
-        activation: Any = self.activation  # a name
-        with torch.no_grad():
-            return gemm.feed_forward(
-                x, first.matrix, first.bias, activation, second.matrix, second.bias
-            )
+    LINEAR = PackedLinear
+    compute = staticmethod(gemm.feed_forward)
 
 
 class PackedConvolutionModule(Wav2Vec2BertConvolutionModule):

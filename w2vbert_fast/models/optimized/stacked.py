@@ -47,8 +47,9 @@ def parameters_of(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tenso
     plain = [layer for layer in layers if is_untouched(layer, nn.Linear)]
     weights: list[Tensor] = [layer.weight for layer in plain]
     biases: list[Tensor] = [layer.bias for layer in plain if layer.bias is not None]
-    alike = len(biases) in (0, len(plain)) and len({weight.shape for weight in weights}) == 1
-    return (weights, biases) if alike and len(plain) == len(layers) > 1 else None
+    alike = all(weight.shape == weights[0].shape for weight in weights)
+    one_each = len(plain) == len(layers) > 1 and len(biases) in (0, len(plain))
+    return (weights, biases) if one_each and alike else None
 
 
 def lay_end_to_end(parameters: Sequence[Tensor]) -> bool:
