@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.helpers.reference import TINY, padded_batch, pair
 from tests.helpers.training import make_model
-from w2vbert_fast.models import recompute as checkpointing
+from w2vbert_fast.models import recompute
 from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, Wav2Vec2BertSelfAttention
 from w2vbert_fast.models.recompute import LayerPlan, Recompute, SavedBytes, layer_policies
 from w2vbert_fast.training import FinetuneConfig
@@ -156,9 +156,9 @@ def kept(ours: nn.Module, lengths: tuple[int, ...]) -> int:
                 keep(argument)
         return original(function, *arguments, **options)
 
-    original = checkpointing.checkpoint
+    original = recompute.checkpoint
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpointing, "checkpoint", run)
+        patched.setattr(recompute, "checkpoint", run)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = ours(*padded_batch(lengths, FEATURES))
     del output
@@ -245,7 +245,7 @@ def test_budget_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Free memory less gradients and moments that are still to come."""
     parameters = nn.Linear(8, 8, bias=False)
     size = parameters.weight.nbytes
-    monkeypatch.setattr(checkpointing, "free_memory", lambda device: 100 * size)
+    monkeypatch.setattr(recompute, "free_memory", lambda device: 100 * size)
     settings = Recompute("auto")
     device = torch.device("cpu")
     assert settings.budget(parameters, device) == int(0.9 * 97 * size)
@@ -255,19 +255,19 @@ def test_budget_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.budget(parameters, device) == int(0.9 * 99 * size)
     parameters.weight.requires_grad_(False)
     assert settings.budget(parameters, device) == int(0.9 * 100 * size)
-    monkeypatch.setattr(checkpointing, "free_memory", lambda device: 0)
+    monkeypatch.setattr(recompute, "free_memory", lambda device: 0)
     assert settings.budget(parameters, device) == 0
     assert Recompute("auto", 7).budget(parameters, device) == 7
 
 
 def test_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpointing.free_memory(torch.device("cpu")) > 0
+    assert recompute.free_memory(torch.device("cpu")) > 0
     values = {"mem_get_info": (1000, 5000), "memory_reserved": 300, "memory_allocated": 100}
     cuda = SimpleNamespace(**{name: lambda _, v=v: v for name, v in values.items()})
     monkeypatch.setattr(torch, "cuda", cuda)
-    assert checkpointing.free_memory(torch.device("cuda")) == 1200
+    assert recompute.free_memory(torch.device("cuda")) == 1200
     with pytest.raises(ValueError, match="budget_bytes"):
-        checkpointing.free_memory(torch.device("meta"))
+        recompute.free_memory(torch.device("meta"))
 
 
 def test_as_transformers_and_its_trainer_call_it() -> None:
@@ -352,7 +352,7 @@ def test_bad_arguments(options: dict[str, Any], error: type[Exception], message:
 def test_moments_count_until_the_gradients_have_been_taken_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpointing, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(recompute, "free_memory", lambda device: 1_000_000)
     model, settings = nn.Linear(100, 50, bias=False), Recompute("auto")
     size, device = model.weight.nbytes, torch.device("cpu")
     model.weight.grad = torch.zeros_like(model.weight)  # accumulated: no step was made yet

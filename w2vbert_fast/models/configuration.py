@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
 
 _Config = TypeVar("_Config", bound="Wav2Vec2BertConfig")
-Activation = str | Callable[[torch.Tensor], torch.Tensor]
 
 # Besides the rows: an older name, and keys of all models of the reference, which are kept.
 _FURTHER_KEYS = (
@@ -102,7 +101,7 @@ class Wav2Vec2BertConfig(HubMixin):
     feature_projection_input_dim: int = integer(
         160, 1, "width of `input_features`: mel bins times stacked frames."
     )
-    hidden_act: Activation = activation(
+    hidden_act: str | Callable[[torch.Tensor], torch.Tensor] = activation(
         "swish",
         "activation of the feed-forward and convolution blocks: a name or a callable from tensor "
         "to tensor. A configuration with a callable cannot be written to a file.",
@@ -153,7 +152,7 @@ class Wav2Vec2BertConfig(HubMixin):
     adapter_kernel_size: int = integer(3, 1, "kernel of the adapter's convolutions in frames.")
     adapter_stride: int = integer(2, 1, "frames that one adapter layer turns into one.")
     num_adapter_layers: int = integer(1, 0, "number of adapter layers.")
-    adapter_act: Activation = activation(
+    adapter_act: str | Callable[[torch.Tensor], torch.Tensor] = activation(
         "relu", "activation of the adapter's feed-forward blocks, as `hidden_act`."
     )
     use_intermediate_ffn_before_adapter: bool = boolean(
