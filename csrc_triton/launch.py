@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +67,27 @@ def check_tensor(
         raise ValueError(
             f"{name} has strides {tensor.stride()}; its last dimension must be contiguous"
         )
+
+
+def check_rows(
+    like: Mapping[str, Tensor | None], vectors: Mapping[str, Tensor], **others: Tensor | None
+) -> None:
+    """Tensors of one shape `[rows, width]` and dtype, vectors `[width]`, all on one device.
+
+    Args:
+        like: by name; the first one says shape and dtype, the others may be `None`.
+        vectors: by name.
+        others: must lie on that device too.
+    """
+    (name, x), *rest = like.items()
+    assert x is not None
+    check_tensor(name, x, (None, None))
+    for other, tensor in rest:
+        if tensor is not None:
+            check_tensor(other, tensor, x.shape, (x.dtype,))
+    for other, tensor in vectors.items():
+        check_tensor(other, tensor, x.shape[1:])
+    check_device(**like, **vectors, **others)
 
 
 def check_offsets(cu_seqlens: Tensor, seqused_k: Tensor | None) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..architectures import architecture
 from ..functions import activate, activation_constant, locate_block, used_end
-from ..launch import FLOAT_DTYPES, check_device, check_offsets, check_tensor, num_blocks
+from ..launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
 from ..specs import KernelSpec, kernel_spec
 from .config import ConvConfig, conv_config
 
@@ -251,30 +251,22 @@ def check_conv(
     **like_x: Tensor | None,
 ) -> None:
     """The checks that `conv_norm_act` and its gradient share; `like_x` are optional tensors."""
-    check_tensor("x", x, (None, None))
-    channels = x.shape[1]
-    for name, tensor in like_x.items():
-        if tensor is not None:
-            check_tensor(name, tensor, x.shape, (x.dtype,))
+    check_rows(
+        {"x": x, **like_x},
+        {"norm_weight": norm_weight, "norm_bias": norm_bias},
+        conv_weight=conv_weight,
+        cu_seqlens=cu_seqlens,
+        seqused_k=seqused_k,
+    )
+    check_offsets(cu_seqlens, seqused_k)
     # Not by `check_tensor`: the weight may have any strides.
+    channels = x.shape[1]
     if conv_weight.dim() != 2 or conv_weight.shape[0] != channels:
         shape = tuple(conv_weight.shape)
         raise ValueError(f"conv_weight has shape {shape}; it must be ({channels}, kernel size)")
     if conv_weight.dtype not in FLOAT_DTYPES:
         dtype = conv_weight.dtype
         raise ValueError(f"conv_weight is {dtype}; it must be float32, float16, bfloat16")
-    check_tensor("norm_weight", norm_weight, (channels,))
-    check_tensor("norm_bias", norm_bias, (channels,))
-    check_offsets(cu_seqlens, seqused_k)
-    check_device(
-        x=x,
-        **like_x,
-        conv_weight=conv_weight,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        cu_seqlens=cu_seqlens,
-        seqused_k=seqused_k,
-    )
 
 
 def tap_by_tap(conv_weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..architectures import architecture
 from ..functions import norm_gradient, standardize
-from ..launch import check_device, check_tensor
+from ..launch import check_rows
 from ..specs import KernelSpec, kernel_spec
 from .config import NormBackwardConfig, norm_backward_config
 
@@ -133,8 +133,7 @@ def layer_norm_backward(
     Returns:
         The gradients of `x`, in its dtype, and of weight and bias, float32 `[hidden]`.
     """
-    vectors = {"weight": weight}
-    _check(x=x, rows={"grad_z": grad_z, "out": out}, vectors=vectors)
+    check_rows({"x": x, "grad_z": grad_z, "out": out}, {"weight": weight})
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     sums = _launch(x, None, 1.0, None, grad_z, None, (weight,), out, None, eps)
     return out, sums[0], sums[1]
@@ -163,8 +162,7 @@ def residual_layer_norm_backward(
         The gradients of `residual` and of `x`, in their dtype, and of weight and bias, float32
         `[hidden]`. Without `out`, and when `scale` is 1, the first two are one tensor.
     """
-    rows = {"grad_y": grad_y, "grad_z": grad_z}
-    _check(x=y, rows={**rows, **_named(out)}, vectors={"weight": weight}, name="y")
+    check_rows({"y": y, "grad_y": grad_y, "grad_z": grad_z, **_named(out)}, {"weight": weight})
     grad_residual, grad_x = _outputs(y, scale, out)
     sums = _launch(y, None, scale, grad_y, grad_z, None, (weight,), grad_residual, grad_x, eps)
     return grad_residual, grad_residual if grad_x is None else grad_x, sums[0], sums[1]
@@ -191,9 +189,8 @@ def residual_double_layer_norm_backward(
         The gradients of `residual` and of `x`, as `residual_layer_norm_backward` has them, and of
         weight1, bias1, weight2 and bias2, float32 `[hidden]`.
     """
-    rows = {"residual": residual, "grad_z1": grad_z1, "grad_z2": grad_z2, **_named(out)}
-    vectors = {"weight1": weight1, "bias1": bias1, "weight2": weight2}
-    _check(x=x, rows=rows, vectors=vectors)
+    rows = {"x": x, "residual": residual, "grad_z1": grad_z1, "grad_z2": grad_z2, **_named(out)}
+    check_rows(rows, {"weight1": weight1, "bias1": bias1, "weight2": weight2})
     grad_residual, grad_x = _outputs(x, scale, out)
     norms = (weight1, bias1, weight2)
     sums = _launch(x, residual, scale, None, grad_z1, grad_z2, norms, grad_residual, grad_x, eps)
@@ -212,18 +209,6 @@ def _outputs(
         return out
     first = torch.empty_like(x, memory_format=torch.contiguous_format)
     return first, None if scale == 1 else torch.empty_like(first)
-
-
-def _check(
-    *, x: Tensor, rows: dict[str, Tensor | None], vectors: dict[str, Tensor], name: str = "x"
-) -> None:
-    check_tensor(name, x, (None, None))
-    for other, tensor in rows.items():
-        if tensor is not None:
-            check_tensor(other, tensor, x.shape, (x.dtype,))
-    for other, tensor in vectors.items():
-        check_tensor(other, tensor, x.shape[1:])
-    check_device(**{name: x}, **rows, **vectors)
 
 
 def _launch(

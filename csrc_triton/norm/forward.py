@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..architectures import architecture
-from ..launch import check_device, check_tensor
+from ..launch import check_rows
 from ..specs import KernelSpec, kernel_spec
 from .config import NormConfig, norm_config
 
@@ -93,7 +93,7 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
     """`LN(x)` over the last dimension, of at most 8192 elements, as `ops.layer_norm`."""
-    _check(x=x, vectors={"weight": weight, "bias": bias}, outputs={"out": out})
+    check_rows({"x": x, "out": out}, {"weight": weight, "bias": bias})
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     _launch(x, None, 1.0, (weight, bias), None, None, out, None, eps)
     return out
@@ -114,8 +114,8 @@ def residual_layer_norm(
     `out` is where y and z go, both like `x`; y may be `residual` itself.
     """
     y, z = (None, None) if out is None else out
-    vectors = {"weight": weight, "bias": bias}
-    _check(x=x, residual=residual, vectors=vectors, outputs={"out[0]": y, "out[1]": z})
+    rows = {"x": x, "residual": residual, "out[0]": y, "out[1]": z}
+    check_rows(rows, {"weight": weight, "bias": bias})
     y = torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y
     z = torch.empty_like(x, memory_format=torch.contiguous_format) if z is None else z
     _launch(x, residual, scale, (weight, bias), None, y, z, None, eps)
@@ -139,29 +139,12 @@ def residual_double_layer_norm(
     z2 is the norm of z1 as it is stored. `out` is where they go, both like `x`.
     """
     z1, z2 = (None, None) if out is None else out
-    vectors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
-    _check(x=x, residual=residual, vectors=vectors, outputs={"out[0]": z1, "out[1]": z2})
+    rows = {"x": x, "residual": residual, "out[0]": z1, "out[1]": z2}
+    check_rows(rows, {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2})
     z1 = torch.empty_like(x, memory_format=torch.contiguous_format) if z1 is None else z1
     z2 = torch.empty_like(x, memory_format=torch.contiguous_format) if z2 is None else z2
     _launch(x, residual, scale, (weight1, bias1), (weight2, bias2), None, z1, z2, eps)
     return z1, z2
-
-
-def _check(
-    *,
-    x: Tensor,
-    vectors: dict[str, Tensor],
-    outputs: dict[str, Tensor | None],
-    residual: Tensor | None = None,
-) -> None:
-    check_tensor("x", x, (None, None))
-    rows = {"residual": residual, **outputs}
-    for name, tensor in rows.items():
-        if tensor is not None:
-            check_tensor(name, tensor, x.shape, (x.dtype,))
-    for name, tensor in vectors.items():
-        check_tensor(name, tensor, x.shape[1:])
-    check_device(x=x, **rows, **vectors)
 
 
 def _launch(

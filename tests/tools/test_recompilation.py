@@ -10,6 +10,7 @@ compiler.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,21 +71,15 @@ class Compilations:
         return Counter(name for name, _ in self.keys)
 
 
-KERNEL_MODULES = (
-    *("attention.forward", "conv.forward", "ctc", "fbank.forward", "gemm.forward", "norm.forward"),
-    "architectures",
-)
-
-
 @pytest.fixture(params=ARCHITECTURES)
 def compilations(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Compilations]:
     recorded = Compilations()
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", recorded)
-    for name in KERNEL_MODULES:
-        module = importlib.import_module(f"csrc_triton.{name}")
-        monkeypatch.setattr(module, "architecture", lambda device: request.param)
+    for _, name, _ in pkgutil.walk_packages(csrc_triton.__path__, "csrc_triton."):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "architecture", lambda device: request.param, raising=False)
         monkeypatch.setattr(module, "check_device", lambda **tensors: None, raising=False)
     # Not by `set_active`: where there is no GPU, nothing can be made active again afterwards.
     monkeypatch.setattr(driver, "_active", NamedGpu(ARCHITECTURES[request.param]))
