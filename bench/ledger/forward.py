@@ -93,16 +93,13 @@ def trace_encoder(path: str, workload: Workload) -> Trace:
         ValueError: an unknown path.
     """
     with torch.no_grad():
-        model = build(path, workload.config)
-    model.eval()
-    # The kernels' path asks for CUDA tensors; PyTorch's own operations are the same on any device.
-    device = "cuda" if path == OURS else "meta"
-    with without_data(workload.sdpa):
-        place(model, device, workload.torch_dtype)
+        model = build(path, workload.config).eval()
+    with without_data(workload.arch, workload.sdpa):
+        place(model, workload.torch_dtype)
         if path == OURS:
             _pack_projections(model)
         width = model.config.feature_projection_input_dim
-        inputs = workload.inputs(width, device, reference=path != OURS)
+        inputs = workload.inputs(width, reference=path != OURS)
         return trace(lambda: model(**inputs), workload.arch)
 
 

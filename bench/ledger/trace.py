@@ -4,9 +4,8 @@
 mode sees each operation with its arguments and results; the storages that are alive after it give
 the peak of the activation memory.
 
-PyTorch built without CUDA refuses a few methods of tensors that claim to be on "cuda" before they
-reach the dispatcher (`contiguous`, `copy_`, indexing). `WithoutDevice` replaces each by the
-operation that it would call.
+Both models run on "meta", ours with the Triton path forced: PyTorch built without CUDA refuses
+tensors that claim to be on "cuda" in places, and has no autograd for them.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from csrc_triton import architectures
+from w2vbert_fast.ops import dispatch
+
 from .aten import aten_cost, launches
 from .cost import Call, Cost
 from .ours import COSTS
 
-DEVICES = ("cuda", "meta")
-"""Tensors on them count; those on the CPU are the host's bookkeeping."""
+DEVICE = "meta"
+"""Tensors on it count; those on the CPU are the host's bookkeeping."""
 
 aten = torch.ops.aten
 
@@ -67,7 +70,7 @@ class Trace:
 
 def _tensors_in(values: object) -> list[Tensor]:
     leaves = tree_leaves(values)
-    return [v for v in leaves if isinstance(v, Tensor) and v.device.type in DEVICES]
+    return [v for v in leaves if isinstance(v, Tensor) and v.device.type == DEVICE]
 
 
 class Counter(TorchDispatchMode):
@@ -164,8 +167,8 @@ def _shape(cost: Cost, tensors: list[Tensor], results: list[Tensor]) -> str:
     return " @ ".join("x".join(str(size) for size in tensor.shape) for tensor in shown)
 
 
-class WithoutDevice(TorchFunctionMode):
-    """Makes fake tensors on "cuda" work where PyTorch was built without CUDA (see the module).
+class AsOnAGpu(TorchFunctionMode):
+    """Replaces functions that run other operations on a GPU than on tensors without data.
 
     Args:
         sdpa: the kernel that stands for `scaled_dot_product_attention`: "efficient", or "math",
@@ -186,45 +189,7 @@ class WithoutDevice(TorchFunctionMode):
             return _efficient_attention(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
-        on_device = bool(args) and isinstance(args[0], Tensor) and args[0].device.type == "cuda"
-        if on_device and func is Tensor.contiguous:
-            if args[0].is_contiguous():
-                return args[0]
-            return aten.clone.default(args[0], memory_format=torch.contiguous_format)
-        if on_device and func is Tensor.copy_:
-            return aten.copy_.default(args[0], args[1])
-        if on_device and func is Tensor.__getitem__:
-            return _index(args[0], args[1])
-        if on_device and func is Tensor.__setitem__:
-            target = _index(args[0], args[1])
-            if isinstance(args[2], Tensor):
-                return aten.copy_.default(target, args[2])
-            return aten.fill_.Scalar(target, args[2])
         return func(*args, **kwargs)
-
-
-def _index(tensor: Tensor, index: Any) -> Tensor:
-    """`tensor[index]` for integers, slices, `None`, `...` and at most one tensor."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in [entry for entry in entries if not isinstance(entry, Tensor)]:
-        place = next(i for i, entry in enumerate(entries) if entry is Ellipsis)
-        used = sum(entry is not None for entry in entries) - 1
-        entries[place : place + 1] = [slice(None)] * (tensor.dim() - used)
-    dim = 0
-    for entry in entries:
-        if entry is None:
-            tensor = tensor.unsqueeze(dim)
-            dim += 1
-        elif isinstance(entry, slice):
-            if entry != slice(None):
-                tensor = aten.slice.Tensor(tensor, dim, entry.start, entry.stop, entry.step or 1)
-            dim += 1
-        elif isinstance(entry, Tensor):
-            tensor = aten.index.Tensor(tensor, [*[None] * dim, entry])
-            dim += entry.dim()
-        else:
-            tensor = aten.select.int(tensor, dim, entry)
-    return tensor
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -261,26 +226,40 @@ def _efficient_attention(
 
 
 @contextmanager
-def without_data(sdpa: str = "efficient", training: bool = False) -> Iterator[None]:
-    """Tensors made inside have no data; nothing needs a gradient, except in `training`."""
-    with FakeTensorMode(), torch.set_grad_enabled(training), WithoutDevice(sdpa):
+def without_data(arch: str, sdpa: str = "efficient", training: bool = False) -> Iterator[None]:
+    """Tensors made inside have no data, and operations of ours run the kernels for `arch` on them.
+
+    Nothing needs a gradient, except in `training`.
+    """
+
+    def choose(*_: object) -> str:
+        return "triton"
+
+    with (
+        FakeTensorMode(),
+        torch.set_grad_enabled(training),
+        AsOnAGpu(sdpa),
+        patch.object(dispatch, "_forced", "triton"),
+        patch.object(dispatch, "_implementation", choose),
+        patch.object(architectures, "architecture", lambda device: arch),
+    ):
         yield
 
 
-def place(module: nn.Module, device: str, dtype: torch.dtype, training: bool = False) -> None:
-    """Gives a module that was built on "meta" parameters and buffers on `device`, without data.
+def place(module: nn.Module, dtype: torch.dtype, training: bool = False) -> None:
+    """Gives a module that was built on "meta" parameters and buffers there, without data.
 
     To be called inside `without_data`. In `training` the parameters need gradients.
     """
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                empty = torch.empty(parameter.shape, dtype=dtype, device=DEVICE)
                 part._parameters[name] = nn.Parameter(empty, requires_grad=training)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 to = dtype if buffer.is_floating_point() else buffer.dtype
-                part._buffers[name] = torch.empty(buffer.shape, dtype=to, device=device)
+                part._buffers[name] = torch.empty(buffer.shape, dtype=to, device=DEVICE)
 
 
 def trace(function: Callable[[], object], arch: str) -> Trace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.table import Table
-from csrc_triton import architectures
 from w2vbert_fast.models.recompute import Recompute
-from w2vbert_fast.ops import dispatch
 
 from .cost import Cost
 from .counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
 from .forward import EAGER, OURS, SDPA, build
-from .trace import Operation, StepTrace, WithoutDevice, place, trace_step, without_data
+from .trace import AsOnAGpu, Operation, StepTrace, place, trace_step, without_data
 from .workload import Workload
 
 SCHEMA = "w2vbert-ledger-training/v1"
@@ -57,11 +55,11 @@ def trace_training(path: str, policy: str, workload: Workload) -> StepTrace:
     """
     model = build(path, {**_STILL, **workload.config})
     model.train()
-    # A backward pass runs outside of `WithoutDevice`; what is computed again must be inside.
+    # A backward pass runs outside of `AsOnAGpu`; what is computed again must be inside.
     again = partial(
         checkpoint,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), WithoutDevice(workload.sdpa)),
+        context_fn=lambda: (nullcontext(), AsOnAGpu(workload.sdpa)),
     )
     if path == OURS:
         model.gradient_checkpointing_enable(policy=policy)  # type: ignore[operator]
@@ -69,17 +67,13 @@ def trace_training(path: str, policy: str, workload: Workload) -> StepTrace:
         model._set_gradient_checkpointing(True, again)  # type: ignore[operator]
     elif policy != "none":
         raise ValueError(f"policy is {policy!r}; {path} has 'none' and 'layer'")
-    with ExitStack() as stack:
-        stack.enter_context(without_data(workload.sdpa, training=True))
-        # PyTorch built without CUDA has no autograd for tensors that claim to be there.
-        stack.enter_context(patch.object(dispatch, "_forced", "triton"))
-        stack.enter_context(
-            patch.object(architectures, "architecture", lambda device: workload.arch)
-        )
-        stack.enter_context(patch.object(Recompute, "run", staticmethod(again)))
-        place(model, "meta", workload.torch_dtype, training=True)
+    with (
+        without_data(workload.arch, workload.sdpa, training=True),
+        patch.object(Recompute, "run", staticmethod(again)),
+    ):
+        place(model, workload.torch_dtype, training=True)
         width = model.config.feature_projection_input_dim
-        inputs = workload.inputs(width, "meta", reference=path != OURS)
+        inputs = workload.inputs(width, reference=path != OURS)
 
         def loss() -> Tensor:
             output: Tensor = model(**inputs).last_hidden_state

@@ -59,19 +59,18 @@ class Workload:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    def inputs(self, width: int, device: str, *, reference: bool) -> dict[str, Tensor]:
-        """The model's arguments, without values.
+    def inputs(self, width: int, *, reference: bool) -> dict[str, Tensor]:
+        """The model's arguments, on "meta".
 
         Args:
             width: features of a frame.
-            device: where they claim to be.
             reference: for the reference, which may take a mask.
         """
         shape = (self.batch, self.frames)
-        features = torch.empty(*shape, width, dtype=self.torch_dtype, device=device)
+        features = torch.empty(*shape, width, dtype=self.torch_dtype, device="meta")
         inputs = {"input_features": features}
         if self.mask and reference:
-            inputs["attention_mask"] = torch.empty(shape, dtype=torch.int64, device=device)
+            inputs["attention_mask"] = torch.empty(shape, dtype=torch.int64, device="meta")
         return inputs
 
     def facts(self) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def test_feed_forward_by_hand() -> None:
 
 
 def test_a_step_by_hand() -> None:
-    with without_data(training=True):
+    with without_data("sm_90", training=True):
         weight = torch.empty(8, 4, device=META, requires_grad=True)
         x = torch.empty(6, 4, device=META)
 
