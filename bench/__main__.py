@@ -9,13 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench import machine, targets
 from bench.context import limit_threads
 from bench.peers.pytorch import quiet
-from bench.report.results import SCHEMA
+from bench.rows import SCHEMA, Row, read_json, read_row
 from bench.workloads import DEFAULT, REPOSITORY, WORKLOADS
 
 PEERS = (
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.check:
             print("--from needs --check", file=sys.stderr)
             return 2
-        results = [json.loads(path.read_text()) for path in arguments.source]
-        return _check(targets.evaluate([row for r in results for row in r["rows"]]))
+        files = [(path, read_json(path)["rows"]) for path in arguments.source]
+        read = [read_row(row, str(path)) for path, rows in files for row in rows]
+        return _check(targets.evaluate(read))
     quiet()
     limit_threads(arguments.threads)
     import torch
@@ -104,11 +106,10 @@ def _measure(arguments: argparse.Namespace) -> int:
         "gemm_rate": {dtype: gemm.rate for dtype, gemm in settings.gemms.items()},
         "gemm": {dtype: gemm.name for dtype, gemm in settings.gemms.items()},
         "packed_gemm_rate": {d: machine.packed_gemm_rate(d, device) for d in settings.gemms},
-        "rows": [],
-        "targets": [],
     }
     _print_header(result)
     names = arguments.workload or list(DEFAULT)
+    measured: list[Row] = []
     disagreements = []
     with tempfile.TemporaryDirectory(prefix="w2vbert-bench-") as folder:
         for name in names:
@@ -119,9 +120,10 @@ def _measure(arguments: argparse.Namespace) -> int:
             # Exports are kept for the workloads that use the same model.
             settings.folder = Path(folder)
             rows, wrong = run_workload(workload, settings, print_row)
-            result["rows"] += rows
+            measured += rows
             disagreements += wrong
-    result["targets"] = targets.evaluate(result["rows"], counted=arguments.check)
+    result["rows"] = [asdict(row) for row in measured]
+    result["targets"] = targets.evaluate(measured, counted=arguments.check)
     result["wall_seconds"] = round(time.perf_counter() - started, 1)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,24 +151,21 @@ def _print_header(result: dict[str, Any]) -> None:
         print(line if packed is None else f"{line}; with a packed weight {packed / 1e9:.0f}")
 
 
-def print_row(row: dict[str, Any]) -> None:
+def print_row(row: Row) -> None:
     """One line of the table."""
-    name = ", ".join(p for p in (row["implementation"], row["configuration"]) if p)
-    line = f"  {row['dtype']:<5} {name:<52}"
-    if row["skipped"] is not None:
-        print(f"{line} - {row['skipped']}", flush=True)
+    line = f"  {row.dtype:<5} {row.name:<52}"
+    if row.seconds is None:
+        print(f"{line} - {row.skipped}", flush=True)
         return
-    seconds = row["seconds"]
-    line += f" {seconds['median'] * 1e3:9.1f} ms [{seconds['p20'] * 1e3:.1f}, "
-    line += f"{seconds['p80'] * 1e3:.1f}] x{seconds['rounds']}"
-    line += f"  {row['audio_seconds_per_second']:7.1f} s/s"
-    if row["share_of_gemm"] is not None:
-        line += f"  {row['flops'] / seconds['median'] / 1e9:6.0f} GFLOP/s"
-        line += f" ({row['share_of_gemm']:.2f} of GEMM)"
-    if row["peak_bytes_above_weights"] is not None:
-        line += f"  peak {row['peak_bytes_above_weights'] / 1e9:.2f} GB"
-    if row["error"] is not None:
-        line += f"  error {row['error']:.1e}"
+    median, low, high = (seconds * 1e3 for seconds in row.times)
+    line += f" {median:9.1f} ms [{low:.1f}, {high:.1f}] x{row.seconds['rounds']}"
+    line += f"  {row.speed[0]:7.1f} s/s"
+    if row.share_of_gemm is not None and row.flops is not None:
+        line += f"  {row.flops / median / 1e6:6.0f} GFLOP/s ({row.share_of_gemm:.2f} of GEMM)"
+    if row.peak_bytes_above_weights is not None:
+        line += f"  peak {row.peak_bytes_above_weights / 1e9:.2f} GB"
+    if row.error is not None:
+        line += f"  error {row.error:.1e}"
     print(line, flush=True)
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from bench.flops import encoder_flops
 from bench.machine import Gemm, available_memory
 from bench.measure import Candidate, Timing, interleave, prepare, statistics
 from bench.peers import candidates_of
+from bench.rows import Row
 from bench.workloads import Workload
 
 LAYERED = ("encoder", "early_exit", "training")
@@ -59,8 +59,8 @@ class Settings:
 
 
 def run_workload(
-    workload: Workload, settings: Settings, report: Callable[[dict[str, Any]], None]
-) -> tuple[list[dict[str, Any]], list[Disagreement]]:
+    workload: Workload, settings: Settings, report: Callable[[Row], None]
+) -> tuple[list[Row], list[Disagreement]]:
     """Measure one workload.
 
     Args:
@@ -69,12 +69,12 @@ def run_workload(
         report: called with each row as soon as it is known.
 
     Returns:
-        Rows in the result schema, and the candidates whose answers disagree: they have a row
+        Rows, and the candidates whose answers disagree: they have a row
         without times.
     """
     device = torch.device(settings.device)
     dtypes = tuple(d for d in workload.dtypes if settings.dtypes is None or d in settings.dtypes)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     if not dtypes:
         return rows, []
     opened = open_context(workload, device, settings.threads, settings.layers, settings.folder)
@@ -110,11 +110,9 @@ def run_workload(
             pause=settings.pause,
         )
         for timing in timings:
-            row = _row(context, timing, errors, rates)
-            row["peak_bytes_above_weights"] = peaks.get(timing.candidate.label)
-            row["preparation_seconds_of_all"] = round(prepared_in, 1)
-            rows.append(row)
-            report(row)
+            peak = peaks.get(timing.candidate.label)
+            rows.append(row_of(context, timing, errors, rates, peak, round(prepared_in, 1)))
+            report(rows[-1])
             if timing.prepared is not None:
                 timing.prepared.release()
     return rows, disagreements
@@ -137,43 +135,46 @@ def select(
     return kept
 
 
-def _row(
+def row_of(
     context: Context,
     timing: Timing,
     errors: dict[str, tuple[float, str]],
     rates: dict[str, list[float]],
-) -> dict[str, Any]:
+    peak: int | None = None,
+    prepared_in: float | None = None,
+) -> Row:
+    """What is known of a candidate: its times, its error by label, and rates of the GEMM."""
     workload, candidate = context.workload, timing.candidate
     error, error_kind = errors.get(candidate.label, (None, None))
-    flops = None
+    seconds = statistics(timing.seconds) if timing.seconds else None
+    flops = gemm_rate = share = None
     if workload.kind in LAYERED:
         flops = encoder_flops(context.our_config(), context.lengths, workload.exit_layer)
         # Each product of the forward pass has two in the backward pass.
         flops *= 3.0 if workload.kind == "training" else 1.0
-    row: dict[str, Any] = {
-        "workload": workload.name,
-        "kind": workload.kind,
-        "implementation": candidate.implementation,
-        "configuration": candidate.configuration,
-        "dtype": candidate.dtype,
-        "audio_seconds": workload.audio_seconds,
-        "batch": len(context.features),
-        "longest_seconds": max(workload.seconds),
-        "layers": context.layers if flops is not None else None,
-        "seconds": statistics(timing.seconds) if timing.seconds else None,
-        "flops": flops,
-        "share_of_gemm": None,
-        "peak_bytes_above_weights": None,
-        "error": error,
-        "error_kind": error_kind,
-        "skipped": timing.skipped,
-    }
-    if row["seconds"] is not None:
-        median = row["seconds"]["median"]
-        row["audio_seconds_per_second"] = workload.audio_seconds / median
-        if flops is not None and candidate.dtype in rates:
-            row["gemm_rate"] = float(np.median(rates[candidate.dtype]))
-            # Of each round its own GEMM: the machine may be slower in one than in another.
-            pairs = zip(timing.seconds, rates[candidate.dtype], strict=False)
-            row["share_of_gemm"] = float(np.median([flops / s / rate for s, rate in pairs]))
-    return row
+    if seconds is not None and flops is not None and candidate.dtype in rates:
+        gemm_rate = float(np.median(rates[candidate.dtype]))
+        # Of each round its own GEMM: the machine may be slower in one than in another.
+        pairs = zip(timing.seconds, rates[candidate.dtype], strict=False)
+        share = float(np.median([flops / s / rate for s, rate in pairs]))
+    return Row(
+        workload=workload.name,
+        kind=workload.kind,
+        implementation=candidate.implementation,
+        configuration=candidate.configuration,
+        dtype=candidate.dtype,
+        audio_seconds=workload.audio_seconds,
+        seconds=seconds,
+        flops=flops,
+        share_of_gemm=share,
+        peak_bytes_above_weights=peak,
+        error=error,
+        error_kind=error_kind,
+        skipped=timing.skipped,
+        batch=len(context.features),
+        longest_seconds=max(workload.seconds),
+        layers=context.layers if flops is not None else None,
+        audio_seconds_per_second=workload.audio_seconds / seconds["median"] if seconds else None,
+        gemm_rate=gemm_rate,
+        preparation_seconds_of_all=prepared_in,
+    )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.measure import OURS, joined
+from bench.rows import Row
 
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Row]
 Measure = Callable[[Rows], float | None]
 ENCODER_SHARES = ("1x10s", "1x30s", "16x1-20s")
 
@@ -36,33 +37,31 @@ class Target:
 
 
 def _values(
-    rows: Rows, value: Callable[[dict[str, Any]], Any], containing: str, **wanted: str
+    rows: Rows, value: Callable[[Row], float | None], containing: str, **wanted: str
 ) -> list[float]:
     """A value of the rows that were measured and whose configuration holds `containing`."""
     found = [
         value(row)
         for row in rows
-        if row["skipped"] is None
-        and containing in row["configuration"]
-        and all(row[key] == want for key, want in wanted.items())
+        if row.skipped is None
+        and containing in row.configuration
+        and all(getattr(row, name) == want for name, want in wanted.items())
     ]
     return [number for number in found if number is not None]
 
 
 def _peaks(rows: Rows, containing: str, **wanted: str) -> list[float]:
-    return _values(rows, lambda row: row["peak_bytes_above_weights"], containing, **wanted)
+    return _values(rows, lambda row: row.peak_bytes_above_weights, containing, **wanted)
 
 
 def _times(rows: Rows, containing: str, **wanted: str) -> list[float]:
-    return _values(rows, lambda row: row["seconds"]["median"], containing, **wanted)
+    return _values(rows, lambda row: row.times[0], containing, **wanted)
 
 
 def share(workload: str, dtype: str) -> Measure:
     """Our share of the machine's GEMM rate."""
     ours = {"workload": workload, "dtype": dtype, "implementation": OURS}
-    return lambda rows: max(
-        _values(rows, lambda row: row["share_of_gemm"], "", **ours), default=None
-    )
+    return lambda rows: max(_values(rows, lambda row: row.share_of_gemm, "", **ours), default=None)
 
 
 def speedup(

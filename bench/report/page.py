@@ -12,11 +12,11 @@ import jinja2
 from bench.ledger.counts import described, kinds_table
 from bench.ledger.forward import counts_table, roofline_table
 from bench.measure import OURS
+from bench.rows import Results, Row
 from bench.table import Table
 from bench.workloads import KINDS
 
 from .charts import STYLE, Bar, BarChart, Line, bar_charts, digits, line_chart, picture
-from .results import Results, Row
 
 _DTYPES = ("fp32", "bf16", "fp16", "int8")
 _REACHED = {True: "reached", False: "missed", None: "not measured"}
@@ -71,7 +71,7 @@ def _rows_table(group: Group) -> Table:
         if row.seconds is None:
             cells.append([row.name, "skipped", "", "", "", "", "", row.skipped or ""])
             continue
-        median, low, high = (seconds * 1e3 for seconds in row.seconds)
+        median, low, high = (seconds * 1e3 for seconds in row.times)
         cells.append(
             [
                 row.name,
@@ -79,7 +79,7 @@ def _rows_table(group: Group) -> Table:
                 f"{low:,.1f} to {high:,.1f}",
                 digits(row.speed[0]),
                 "" if row.share_of_gemm is None else f"{row.share_of_gemm:.0%}",
-                "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
+                "" if row.peak_mebibytes is None else f"{row.peak_mebibytes:,.0f}",
                 "" if row.error is None else f"{row.error:.1e}",
                 "" if row.error is None or not row.error_kind else f"error {row.error_kind}",
             ]
@@ -140,12 +140,12 @@ def _scaling_cards(results: Results) -> list[Card]:
 def _memory_cards(results: Results) -> list[Card]:
     cards = []
     for group in groups(results):
-        sizes = [(row.peak_bytes / 2**20, row) for row in group.rows if row.peak_bytes is not None]
-        sizes.sort(key=lambda pair: pair[0])
-        bars = [Bar(row.name, size, ours=row.implementation == OURS) for size, row in sizes]
+        sizes = [(row.peak_mebibytes, row.name, row.implementation == OURS)
+                 for row in group.rows if row.peak_mebibytes is not None]  # fmt: skip
+        bars = [Bar(name, size, ours=ours) for size, name, ours in sorted(sizes)]
         cells = [[bar.label, digits(bar.value)] for bar in bars]
         cells += [[row.name, row.skipped] for row in group.rows
-                  if row.peak_bytes is None and row.skipped]  # fmt: skip
+                  if row.peak_mebibytes is None and row.skipped]  # fmt: skip
         if bars:
             chart = BarChart(group.title, "peak MiB above the weights: less is better", bars)
             cards.append(Card(bar_charts([chart]), Table(["", "MiB"], cells)))
@@ -185,7 +185,7 @@ def _machine(results: Results) -> list[str]:
 
 
 def _measured(results: Results) -> dict[str, Any]:
-    rounds = sorted({row.rounds for row in results.rows if row.seconds}) or [0]
+    rounds = sorted({row.seconds.get("rounds", 0) for row in results.rows if row.seconds}) or [0]
     return {
         "results": results,
         "machine": _machine(results),

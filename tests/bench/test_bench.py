@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from bench import agreement, flops, machine, measure, memory, peers, runner, tar
 from bench import context as shared
 from bench.agreement import judge
 from bench.measure import Candidate, Prepared, Unavailable
+from bench.rows import Row
 
 CPU = torch.device("cpu")
 SMALL = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32",), layers=1)
@@ -279,13 +281,13 @@ def test_real_candidates_agree_and_give_rows(
     )
     settings.peers = {"transformers"}
     monkeypatch.setattr("bench.peers.pytorch._configurations", lambda context: [("sdpa", "")])
-    printed: list[dict[str, Any]] = []
+    printed: list[Row] = []
     workload = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32", "bf16"), layers=1)
     rows, wrong = runner.run_workload(workload, settings, printed.append)
     assert wrong == [] and printed == rows
     assert len(rows) == 2 * 2 + 2 * len(workloads.BATCHINGS)
-    assert all(r["skipped"] is None and r["seconds"]["rounds"] == 2 for r in rows)
-    errors = {(r["implementation"], r["dtype"]): r["error"] for r in rows}
+    assert all(r.skipped is None and r.seconds and r.seconds["rounds"] == 2 for r in rows)
+    errors = {(r.implementation, r.dtype): r.error for r in rows}
     assert errors["w2vbert_fast", "fp32"] < 1e-5 < errors["w2vbert_fast", "bf16"] < 0.05
 
 
@@ -364,22 +366,26 @@ def test_reference_memory_of_five_minutes_is_58_gigabytes_and_more() -> None:
 # Results
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    base = {
-        "workload": "1x30s",
-        "kind": "encoder",
-        "implementation": "w2vbert_fast",
-        "configuration": "",
-        "dtype": "fp32",
-        "seconds": {"median": 1.0, "p20": 1.0, "p80": 1.0, "rounds": 1},
-        "share_of_gemm": 0.9,
-        "peak_bytes_above_weights": None,
-        "skipped": None,
-    }
-    return {**base, **changes}
+def row(**changes: Any) -> Row:
+    base = Row(
+        workload="1x30s",
+        kind="encoder",
+        implementation="w2vbert_fast",
+        configuration="",
+        dtype="fp32",
+        audio_seconds=30.0,
+        seconds={"median": 1.0, "p20": 1.0, "p80": 1.0, "rounds": 1},
+        flops=None,
+        share_of_gemm=0.9,
+        peak_bytes_above_weights=None,
+        error=None,
+        error_kind=None,
+        skipped=None,
+    )
+    return dataclasses.replace(base, **changes)
 
 
-def theirs(seconds: float, configuration: str, **changes: Any) -> dict[str, Any]:
+def theirs(seconds: float, configuration: str, **changes: Any) -> Row:
     times = {"median": seconds, "p20": seconds, "p80": seconds, "rounds": 1}
     changes = {"implementation": "transformers", "configuration": configuration, **changes}
     return row(seconds=times, **changes)
@@ -415,7 +421,7 @@ def test_every_target_names_workloads_that_exist() -> None:
     names = set(workloads.WORKLOADS)
     asked: set[str] = set()
 
-    class Asking(list[dict[str, Any]]):
+    class Asking(list[Row]):
         def __iter__(self) -> Any:
             asked.update(names)
             return iter(())
@@ -434,7 +440,7 @@ def test_check_reads_results_and_fails_on_a_miss(
     monkeypatch.setattr(targets.evaluate, "__defaults__", (made, True))
     path = tmp_path / "result.json"
     for value, status in ((0.9, 0), (0.8, 1)):
-        path.write_text(json.dumps({"rows": [row(share_of_gemm=value)]}))
+        path.write_text(json.dumps({"rows": [dataclasses.asdict(row(share_of_gemm=value))]}))
         assert command.main(["--check", "--from", str(path)]) == status
     assert "NOT REACHED" in capsys.readouterr().out
 

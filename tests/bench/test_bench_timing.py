@@ -67,10 +67,10 @@ def test_a_share_is_that_of_each_rounds_own_gemm() -> None:
     timing = Timing(Candidate("w2vbert_fast", "", "fp32", lambda: Prepared(list, list)))
     timing.seconds = [1.0, 4.0, 1.0]  # the second round four times as slow, the GEMM of it, too
     with open_context(workload, CPU, 1, None) as context:
-        row = runner._row(context, timing, {}, {"fp32": [8e9, 2e9, 4e9, 1.0]})
+        row = runner.row_of(context, timing, {}, {"fp32": [8e9, 2e9, 4e9, 1.0]})
         work = flops.encoder_flops(context.our_config(), [context.features[0].shape[0]])
-    assert row["share_of_gemm"] == pytest.approx(work / 8e9)
-    assert row["gemm_rate"] == 3e9
+    assert row.share_of_gemm == pytest.approx(work / 8e9)
+    assert row.gemm_rate == 3e9
 
 
 def test_depth_of_a_workload() -> None:

@@ -15,6 +15,7 @@ from bench.agreement import judge
 from bench.context import Context
 from bench.measure import Candidate, Prepared, Timing
 from bench.peers import training as peers_training
+from bench.rows import Row
 from tests.bench.test_bench import CPU, row, small_context, theirs
 
 SMALL = workloads.Workload("train small", "training", (0.5, 0.3), ("fp32", "bf16"), layers=2)
@@ -31,17 +32,17 @@ def test_candidates_agree_and_give_rows(monkeypatch: pytest.MonkeyPatch, context
     assert uncompiled == (("sdpa", ""), ("eager", ""))
     monkeypatch.setattr(peers_training, "CONFIGURATIONS", uncompiled)
     settings = runner.Settings(rounds=2, budget=math.inf, pause=0.0, memory=False, threads=1)
-    printed: list[dict[str, Any]] = []
+    printed: list[Row] = []
     rows, wrong = runner.run_workload(SMALL, settings, printed.append)
     assert wrong == [] and printed == rows
     # Three ways of training; of transformers eager and sdpa one by one, and sdpa padded.
     assert len(rows) == 3 + 3 * 3
-    assert all(r["skipped"] is None and r["seconds"]["rounds"] == 2 for r in rows)
-    errors = {r["dtype"]: r["error"] for r in rows if r["implementation"] == "w2vbert_fast"}
+    assert all(r.skipped is None and r.seconds and r.seconds["rounds"] == 2 for r in rows)
+    errors = {r.dtype: r.error for r in rows if r.implementation == "w2vbert_fast"}
     assert 0 < errors["fp32"] < 2e-6
     assert 1e-4 < errors["bf16"] < 0.05
     forward = runner.encoder_flops(context.our_config(), [f.shape[0] for f in context.features])
-    assert rows[0]["flops"] == 3 * forward
+    assert rows[0].flops == 3 * forward
 
 
 def test_what_is_right_is_autograd_of_the_reference(context: Context) -> None:
@@ -176,18 +177,17 @@ def test_gradients_are_no_working_memory() -> None:
 
 
 def test_targets_compare_equal_modes_and_the_least_memory() -> None:
-    def training_row(maker: Any, *args: Any, peak: int | None = None, **changes: Any) -> Any:
+    def training_row(maker: Any, *args: Any, peak: int | None = None, **changes: Any) -> Row:
         fields = {"workload": "train 1x30s", "dtype": "bf16", "peak_bytes_above_weights": peak}
         return maker(*args, **{**fields, **changes})
 
     rows = [
         training_row(row, configuration="bf16 weights", peak=100),
-        training_row(theirs, 1.5, "w2vbert_fast").copy(),
+        training_row(theirs, 1.5, "autocast", implementation="w2vbert_fast"),
         training_row(theirs, 3.0, "sdpa, bf16 weights", peak=900),
         training_row(theirs, 2.4, "sdpa, compiled, bf16 weights", peak=400),
         training_row(theirs, 6.0, "sdpa, autocast", peak=500),
     ]
-    rows[1].update(implementation="w2vbert_fast", configuration="autocast", peak=None)
     speed = targets.speedup
     at = ("train 1x30s", "bf16", "transformers")
     assert speed(*at)(rows) == 2.4

@@ -26,7 +26,7 @@ from bench.report.charts import (
     picture,
 )
 from bench.report.page import groups, ledger_picture, page, scaling_lines, speed_picture
-from bench.report.results import parse
+from bench.rows import parse
 
 SVG = "{http://www.w3.org/2000/svg}"
 
