@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
@@ -14,12 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from w2vbert_fast import __version__, ops
+from w2vbert_fast import __version__
 from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.examples import Sizes, example
+from w2vbert_fast.ops.operation import OPERATIONS
 
 PACKAGES = (
     "torch",
@@ -41,12 +45,22 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_b
 ERROR_RATIO = 2.0
 CALLS = 5
 
-# Their plain form is the fast one on a CPU.
-PLAIN_ON_CPU = ("log_mel_filterbank", "normalize_and_stack", "ctc_greedy")
+# The work list of a kernel has no right answer but its own.
+CHECKED = sorted(
+    name for name in OPERATIONS if not name.endswith("_backward") and name != "attention_tile_map"
+)
 FLOAT32_ONLY = ("log_mel_filterbank", "normalize_and_stack")
-
-WIDTH, HEADS, LEFT, RIGHT, TAPS = 128, 2, 64, 8, 31
-LENGTHS = (70, 1, 33)
+SIZES = Sizes(
+    lengths=(70, 1, 33),
+    width=128,
+    inner=256,
+    heads=2,
+    head_size=64,
+    left=64,
+    right=8,
+    taps=31,
+    vocabulary=32,
+)
 
 
 @dataclass(frozen=True)
@@ -120,97 +134,11 @@ def check_operations(device: torch.device) -> list[Check]:
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             dtypes.remove(torch.bfloat16)
     return [
-        _check(name, run, device, dtype)
+        _check(name, device, dtype)
         for dtype in dtypes
-        for name, run in _operations(device).items()
+        for name in CHECKED
         if dtype == torch.float32 or name not in FLOAT32_ONLY
     ]
-
-
-Operation = Callable[[torch.dtype, bool], Tensor]
-
-
-def _operations(device: torch.device) -> dict[str, Operation]:
-    """Each operation as a function of dtype and `fast`, on inputs that are equal in every dtype."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        # Values that every dtype holds exactly: the inputs' rounding is nobody's error.
-        values = (torch.randn(*shape, generator=generator) * scale).bfloat16()
-        return values.double().to(device)
-
-    tokens = sum(LENGTHS)
-    cu_seqlens = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0).int().to(device)
-    x, residual = draw(tokens, WIDTH), draw(tokens, WIDTH)
-    weight, bias = draw(2 * WIDTH, WIDTH, scale=WIDTH**-0.5), draw(2 * WIDTH)
-    gain, offset = 1.0 + 0.25 * draw(WIDTH), draw(WIDTH)
-    taps = draw(WIDTH, TAPS, scale=TAPS**-0.5)
-    heads = [draw(tokens, HEADS, WIDTH // HEADS) for _ in range(3)]
-    distances = draw(LEFT + RIGHT + 1, WIDTH // HEADS)
-
-    def attention(dtype: torch.dtype, fast: bool) -> Tensor:
-        query, key, value = (part.to(dtype) for part in heads)
-        return ops.shaw_attention(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            max(LENGTHS),
-            distance_embedding=distances.to(dtype),
-            left_max_position=LEFT,
-            right_max_position=RIGHT,
-            fast=fast,
-        )[0]
-
-    samples = torch.tensor([0, 8000, 8400, 20000])
-    waveforms = draw(20000, scale=0.1).float()
-    logits = draw(tokens, 32)
-
-    def greedy(dtype: torch.dtype, fast: bool) -> Tensor:
-        if fast:
-            found, counts = ops.ctc_greedy(logits.to(dtype), cu_seqlens, 0)
-            rows = zip(torch.split(found, list(LENGTHS)), counts.tolist(), strict=True)
-            return torch.cat([row[:count] for row, count in rows])
-        collapsed = [_collapsed(u.argmax(-1)) for u in torch.split(logits, list(LENGTHS))]
-        return torch.cat([row[row != 0] for row in collapsed])
-
-    eps = 1e-5
-    return {
-        "layer_norm": lambda t, fast: ops.layer_norm(
-            x.to(t), gain.to(t), offset.to(t), eps, fast=fast
-        ),
-        "residual_layer_norm": lambda t, fast: torch.stack(
-            ops.residual_layer_norm(
-                residual.to(t), x.to(t), 0.5, gain.to(t), offset.to(t), eps, fast=fast
-            )
-        ),
-        "residual_double_layer_norm": lambda t, fast: torch.stack(
-            ops.residual_double_layer_norm(
-                residual.to(t),
-                x.to(t),
-                0.5,
-                gain.to(t),
-                offset.to(t),
-                gain.to(t),
-                offset.to(t),
-                eps,
-                fast=fast,
-            )
-        ),
-        "linear": lambda t, fast: ops.linear(x.to(t), weight.to(t), bias.to(t), "silu", fast=fast),
-        "linear_glu": lambda t, fast: ops.linear_glu(x.to(t), weight.to(t), bias.to(t), fast=fast),
-        "conv_norm_act": lambda t, fast: ops.conv_norm_act(
-            x.to(t), taps.to(t), gain.to(t), offset.to(t), eps, "silu", cu_seqlens, fast=fast
-        ),
-        "shaw_attention": attention,
-        "log_mel_filterbank": lambda _, fast: ops.log_mel_filterbank(waveforms, samples, fast=fast)[
-            0
-        ],
-        "normalize_and_stack": lambda _, fast: ops.normalize_and_stack(
-            x.float(), cu_seqlens, fast=fast
-        )[0],
-        "ctc_greedy": greedy,
-    }
 
 
 def _collapsed(ids: Tensor) -> Tensor:
@@ -220,19 +148,23 @@ def _collapsed(ids: Tensor) -> Tensor:
     return ids[first]
 
 
-def _check(name: str, run: Operation, device: torch.device, dtype: torch.dtype) -> Check:
+def _check(name: str, device: torch.device, dtype: torch.dtype) -> Check:
+    operation = OPERATIONS[name]
     implementation = dispatch.implementation(torch.empty(0, dtype=dtype, device=device))
-    if implementation == "cpu" and name in PLAIN_ON_CPU:
+    if implementation == "cpu" and operation.cpu is None:
         implementation = "plain"
     kind = str(dtype).removeprefix("torch.")
     error = milliseconds = failure = None
     limit = 0.0
     try:
+        arguments = _arguments(name, device, dtype)
         with torch.no_grad():
-            exact = run(torch.float64, False)
-            limit = _limit(_error(run(dtype, False), exact), dtype)
-            error = _error(run(dtype, True), exact)
-            milliseconds = 1000 * min(_seconds(run, device, dtype) for _ in range(CALLS))
+            exact = _exact(name, _arguments(name, device, torch.float64))
+            limit = _limit(_error(operation.plain(*arguments), exact), dtype)
+            error = _error(operation.call(*arguments), exact)
+            milliseconds = 1000 * min(
+                _seconds(operation.call, arguments, device) for _ in range(CALLS)
+            )
         if not math.isfinite(error):
             error, failure = None, "the result is not finite"
         elif error > limit:
@@ -243,15 +175,49 @@ def _check(name: str, run: Operation, device: torch.device, dtype: torch.dtype) 
     return Check(name, str(device), kind, implementation, error, limit, milliseconds, failure)
 
 
-def _seconds(run: Operation, device: torch.device, dtype: torch.dtype) -> float:
+def _arguments(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The same values in each dtype: the inputs' rounding is nobody's error."""
+
+    def held(value: Any) -> Any:
+        if isinstance(value, list):
+            return [held(entry) for entry in value]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.bfloat16().to(torch.float32 if name in FLOAT32_ONLY else dtype)
+
+    return tuple(held(value) for value in example(name, SIZES, device=device))
+
+
+def _exact(name: str, arguments: tuple[Any, ...]) -> Any:
+    if name != "ctc_greedy":
+        return OPERATIONS[name].plain(*arguments)
+    logits, cu_seqlens, blank = arguments
+    tokens = cu_seqlens.new_full((len(logits),), -1)
+    counts = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        ids = _collapsed(logits[start:end].argmax(-1))
+        ids = ids[ids != blank]
+        tokens[start : start + len(ids)] = ids
+        counts.append(len(ids))
+    return tokens, torch.tensor(counts, device=tokens.device)
+
+
+def _seconds(call: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> float:
     _wait(device)
     start = time.perf_counter()
-    run(dtype, True)
+    call(*arguments)
     _wait(device)
     return time.perf_counter() - start
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
+def _error(results: Any, exact: Any) -> float:
+    """The largest relative error of the results."""
+    if isinstance(results, Tensor):
+        results, exact = (results,), (exact,)
+    return max(_relative_error(*pair) for pair in zip(results, exact, strict=True))
+
+
+def _relative_error(result: Tensor, exact: Tensor) -> float:
     if result.shape != exact.shape:
         raise ValueError(f"the result has shape {tuple(result.shape)}, not {tuple(exact.shape)}")
     exact = exact.double()

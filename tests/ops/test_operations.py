@@ -18,63 +18,30 @@ from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops import operation as declaration
 from w2vbert_fast.ops.dispatch import force_triton
+from w2vbert_fast.ops.examples import example
 from w2vbert_fast.ops.gemm import FUSED_ACTIVATIONS
+from w2vbert_fast.ops.operation import OPERATIONS
 
-CU_SEQLENS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
-TOKENS, WIDTH = 12, 8
+VARIANTS: dict[str, tuple[str, dict[int, Any]]] = {
+    "linear, gelu": ("linear", {3: "gelu"}),
+    "linear_glu, no bias": ("linear_glu", {2: None}),
+    "feed_forward, no bias": ("feed_forward", {2: None}),
+    "layer norm of a sum that nobody else reads": ("residual_layer_norm_backward", {0: None}),
+    "double norm of a whole sum": ("residual_double_layer_norm_backward", {4: 1.0}),
+    "linear, weight frozen": ("linear_backward", {4: "gelu", 5: [True, False, True]}),
+    "linear_glu, no bias, backward": ("linear_glu_backward", {3: None}),
+    "feed_forward, weight frozen": (
+        "feed_forward_backward",
+        {7: [True, False, True, True, True]},
+    ),
+    "attention, dropout": ("shaw_attention_backward", {12: 0.5, 13: torch.tensor([3, 4])}),
+}
+"""An operation and what replaces its example's arguments at these places."""
 
 
 def arguments(name: str) -> tuple[Any, ...]:
-    torch.manual_seed(0)
-    x, residual = torch.randn(2, TOKENS, WIDTH)
-    weight, bias = torch.randn(2, WIDTH)
-    heads = torch.randn(3, TOKENS, 2, 4)
-    return {
-        "layer_norm": (x, weight, bias, 1e-5),
-        "residual_layer_norm": (residual, x, 0.5, weight, bias, 1e-5),
-        "residual_double_layer_norm": (residual, x, 0.5, weight, bias, bias, weight, 1e-5),
-        "linear": (x, torch.randn(6, WIDTH), torch.randn(6), "gelu"),
-        "linear_glu": (x, torch.randn(6, WIDTH), None),
-        "feed_forward": (x, torch.randn(6, WIDTH), None, "silu", torch.randn(WIDTH, 6), bias),
-        "linear_stacked": (x, [*torch.randn(3, 6, WIDTH)], [*torch.randn(3, 6)]),
-        "conv_norm_act": (x, torch.randn(WIDTH, 3), weight, bias, 1e-5, "silu", CU_SEQLENS),
-        "shaw_attention": (*heads, CU_SEQLENS, 7, torch.randn(6, 4), 3, 2),
-        "layer_norm_backward": (residual, x, weight, 1e-5),
-        "residual_layer_norm_backward": (None, residual, x, 0.5, weight, 1e-5),
-        "residual_double_layer_norm_backward": (
-            *(residual, x, x, residual, 1.0),
-            *(weight, bias, weight, 1e-5),
-        ),
-        "linear_backward": (
-            *(torch.randn(TOKENS, 6), x, torch.randn(6, WIDTH), torch.randn(6)),
-            *("gelu", [True, False, True]),
-        ),
-        "linear_glu_backward": (
-            *(torch.randn(TOKENS, 3), x, torch.randn(6, WIDTH), None),
-            [True, True, True],
-        ),
-        "feed_forward_backward": (
-            *(residual, x, torch.randn(6, WIDTH), torch.randn(6), "silu"),
-            *(torch.randn(WIDTH, 6), bias, [True, False, True, True, True]),
-        ),
-        "conv_norm_act_backward": (
-            *(residual, x, torch.randn(WIDTH, 3), weight, bias),
-            *(1e-5, "silu", CU_SEQLENS),
-        ),
-        "shaw_attention_backward": (
-            *(heads[0], *heads, heads[1], torch.randn(2, TOKENS), CU_SEQLENS, 7),
-            *(torch.randn(6, 4), 3, 2, None, 0.5, torch.tensor([3, 4])),
-        ),
-        "attention_tile_map": (x, 4, CU_SEQLENS, 7),
-        "ctc_greedy": (torch.randint(0, 3, (TOKENS, 3)).float(), CU_SEQLENS, 0),
-        "log_mel_filterbank": (
-            torch.randn(1600),
-            torch.tensor([0, 700, 700, 1600], dtype=torch.int32),
-            20,
-            16000,
-        ),
-        "normalize_and_stack": (x, CU_SEQLENS, 2),
-    }[name]
+    operation, changes = VARIANTS.get(name, (name, {}))
+    return tuple(changes.get(i, value) for i, value in enumerate(example(operation)))
 
 
 DIFFERENTIABLE = (
@@ -98,9 +65,9 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
 def test_opcheck(name: str) -> None:
-    operation = getattr(torch.ops.w2vbert, name).default
+    operation = getattr(torch.ops.w2vbert, VARIANTS.get(name, (name,))[0]).default
     result = torch.library.opcheck(operation, arguments(name))
     assert set(result.values()) == {"SUCCESS"}
 
@@ -135,8 +102,9 @@ def test_every_registered_operation_is_checked() -> None:
 
 
 def test_every_launcher_that_an_operation_names_exists() -> None:
-    assert "csrc_triton.norm:layer_norm_backward" in declaration.LAUNCHERS
-    for launcher in declaration.LAUNCHERS:
+    launchers = [op.triton for op in OPERATIONS.values() if isinstance(op.triton, str)]
+    assert "csrc_triton.norm:layer_norm_backward" in launchers
+    for launcher in launchers:
         module, _, name = launcher.partition(":")
         assert callable(getattr(importlib.import_module(module), name)), launcher
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
@@ -34,11 +35,28 @@ Autocast = Literal["lower", "float32", "as_is"]
 """What autocast does to an operation's floating-point tensors: cast to autocast's dtype, to
 float32, or nothing. The operation itself then runs without autocast."""
 
-PLAIN: dict[str, Callable[..., Any]] = {}
-"""The plain form of each operation, with the operation's arguments."""
-LAUNCHERS: list[str] = []
-"""The launchers of Triton kernels that operations name."""
-_TAKES: dict[str, Callable[..., bool]] = {}
+
+@dataclass(frozen=True)
+class Operation:
+    """What was declared.
+
+    Attributes:
+        call: as `operation` returns it.
+        plain: the plain form.
+        cpu: the form of the CPU, where there is one.
+        triton: the Triton form, where there is one: a function, or a launcher's name.
+        takes: whether the Triton form takes these arguments; `None`: it takes all.
+    """
+
+    call: Callable[..., Any]
+    plain: Callable[..., Any]
+    cpu: Callable[..., Any] | None
+    triton: str | Callable[..., Any] | None
+    takes: Callable[..., bool] | None
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation that was declared, by name."""
 
 
 def operation(
@@ -50,6 +68,7 @@ def operation(
     takes: Callable[..., bool] | None = None,
     cpu: Callable[..., Any] | None = None,
     autocast: Autocast = "as_is",
+    results: Callable[..., Any] | None = None,
 ) -> Callable[..., _Result]:
     """Declare `torch.ops.w2vbert.<name>`, for every device.
 
@@ -69,6 +88,7 @@ def operation(
             does not, the plain form runs. `None`: it takes all.
         cpu: what runs on a CPU in the dtypes that `dispatch` knows; `None`: the plain form.
         autocast: what happens to its arguments under `torch.autocast`.
+        results: makes the operation's results of what a form returns.
 
     Returns:
         A function that calls the registered operation, or its form for these arguments where
@@ -77,20 +97,18 @@ def operation(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=_TAGS)
     registered: Callable[..., Any] = getattr(torch.ops.w2vbert, name).default
-    run = _ladder(registered, plain, triton, takes, cpu)
+    run = _ladder(registered, plain, triton, takes, cpu, results)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"w2vbert::{name}", fake, lib=_LIBRARY)
     for device_type, key in _AUTOCAST_DEVICES.items():
         _LIBRARY.impl(name, _under_autocast(registered, device_type, key, autocast), key)
-    PLAIN[name] = plain
-    if takes is not None:
-        _TAKES[name] = takes
 
     @functools.wraps(plain)
     def call(x: Tensor, *args: Any) -> Any:
         function = run if _runs_at_once(x) else registered
         return function(x, *args)
 
+    OPERATIONS[name] = Operation(call, plain, cpu, triton, takes)
     return call
 
 
@@ -100,6 +118,7 @@ def _ladder(
     triton: str | Callable[..., Any] | None,
     takes: Callable[..., bool] | None,
     cpu: Callable[..., Any] | None,
+    results: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """The operation's arguments -> its results, by the form that is for them."""
     arguments = registered._schema.arguments
@@ -122,11 +141,10 @@ def _ladder(
             return plain(*args)
         return on_triton(*(None if g is None else dense_rows(g) for g in args[:decides]), *others)
 
-    return run
+    return run if results is None else lambda *args: results(run(*args))
 
 
 def _by_name(launcher: str) -> Callable[..., Any]:
-    LAUNCHERS.append(launcher)
     module, _, name = launcher.partition(":")
 
     def launch(*args: Any) -> Any:
@@ -175,13 +193,13 @@ def gradient(
     """
     backward_name = schema.partition("(")[0]
     name = backward_name.removesuffix("_backward")
-    triton = _by_name(triton) if isinstance(triton, str) else triton
     backward = operation(
         schema,
-        _without_repetition(plain),
+        plain,
         fake=fake,
-        triton=None if triton is None else _without_repetition(triton),
-        takes=_TAKES.get(name),
+        triton=triton,
+        takes=OPERATIONS[name].takes,
+        results=_distinct,
     )
 
     def refuse(ctx: Any, *grads: Any) -> Any:
@@ -263,18 +281,13 @@ def _picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     return lambda values: tuple([values[i] for i in places])
 
 
-def _without_repetition(form: Callable[..., Any]) -> Callable[..., Any]:
-    """A form of a gradient whose results are as `gradient` says."""
-
-    @functools.wraps(form)
-    def run(*args: Any) -> Any:
-        results = [grad for grad in form(*args) if grad is not None]
-        for i in range(len(results) - 1, 0, -1):
-            if results[i] is results[i - 1]:
-                results[i] = results[i].new_empty(0)
-        return results
-
-    return run
+def _distinct(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """What the form of a gradient returns, as `gradient` says that the operation does."""
+    results = [grad for grad in grads if grad is not None]
+    for i in range(len(results) - 1, 0, -1):
+        if results[i] is results[i - 1]:
+            results[i] = results[i].new_empty(0)
+    return results
 
 
 def dense_rows(grad: Tensor) -> Tensor:
