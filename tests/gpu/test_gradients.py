@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from w2vbert_fast import ops
+from w2vbert_fast.ops.examples import Sizes, example
 
-from .lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, Judge, choose, packed, random
+from .lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, Judge, choose, random
 from .models import LENGTHS as MODEL_LENGTHS
 from .models import SIZES, batch, kernels, make
 
@@ -35,50 +36,35 @@ SUM_TOLERANCE = choose(5e-5, FP32_TOLERANCE)
 LIMIT, LARGEST_LIMIT = 1.25, 2.0
 
 
-def matrix(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return random(rows, columns, dtype=dtype, scale=columns**-0.5)
+EXAMPLES = Sizes(
+    lengths=tuple(LENGTHS),
+    width=WIDTH,
+    inner=INNER,
+    heads=HEADS,
+    head_size=HEAD_DIM,
+    left=LEFT,
+    right=RIGHT,
+    taps=TAPS,
+)
 
 
-def cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """The arguments of each operation."""
-    x, residual = (random(TOKENS, WIDTH, dtype=dtype) for _ in range(2))
-    # Norms of the published model have weights around 1.
-    weights = [1.0 + 0.1 * random(WIDTH, dtype=dtype) for _ in range(2)]
-    biases = [0.1 * random(WIDTH, dtype=dtype) for _ in range(2)]
-    heads = [random(TOKENS, HEADS, HEAD_DIM, dtype=dtype) for _ in range(3)]
-    norms = (weights[0], biases[0], weights[1], biases[1])
-    layout = (packed(LENGTHS), max(LENGTHS))
-    inner = random(INNER, dtype=dtype)
-    return {
-        "layer_norm": (x, *norms[:2], 1e-5),
-        "residual_layer_norm": (residual, x, 0.5, *norms[:2], 1e-5),
-        "residual_double_layer_norm": (residual, x, 0.5, *norms, 1e-5),
-        "linear": (x, matrix(WIDTH, WIDTH, dtype), random(WIDTH, dtype=dtype), None),
-        "linear/silu": (x, matrix(INNER, WIDTH, dtype), inner, "silu"),
-        "linear_glu": (x, matrix(2 * WIDTH, WIDTH, dtype), None),
-        "feed_forward": (
-            *(x, matrix(INNER, WIDTH, dtype), inner, "silu"),
-            *(matrix(WIDTH, INNER, dtype), biases[0]),
-        ),
-        "conv_norm_act": (
-            *(x, random(WIDTH, TAPS, dtype=dtype, scale=TAPS**-0.5), *norms[:2]),
-            *(1e-5, "silu", layout[0]),
-        ),
-        "shaw_attention": (
-            *(*heads, *layout, random(LEFT + RIGHT + 1, HEAD_DIM, dtype=dtype), LEFT, RIGHT),
-        ),
-        "shaw_attention/no_positions": (*heads, *layout, None, 0, 0),
-    }
+def arguments(case: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    name, _, variant = case.partition("/")
+    given = example(name, EXAMPLES, dtype=dtype, device=DEVICE)
+    if variant == "no_activation":
+        return *given[:3], None
+    if variant == "no_bias":
+        return *given[:2], None
+    return (*given[:5], None, 0, 0) if variant == "no_positions" else given
 
 
-# By name: tensors on the device must not be made where there is none.
 CASES = (
     "layer_norm",
     "residual_layer_norm",
     "residual_double_layer_norm",
     "linear",
-    "linear/silu",
-    "linear_glu",
+    "linear/no_activation",
+    "linear_glu/no_bias",
     "feed_forward",
     "conv_norm_act",
     "shaw_attention",
@@ -123,9 +109,7 @@ def gradients(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_an_operation(case: str, dtype: torch.dtype, judge: Judge) -> None:
-    found = cases(dtype)
-    assert set(found) == set(CASES)
-    given = found[case]
+    given = arguments(case, dtype)
     name = case.partition("/")[0]
     operation = getattr(torch.ops.w2vbert, name)
     with kernels():
@@ -150,7 +134,7 @@ def test_gradients_of_an_operation(case: str, dtype: torch.dtype, judge: Judge) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout_of_attention_is_the_same_backwards(dtype: torch.dtype, judge: Judge) -> None:
     """The output is linear in the values: its gradient must have dropped the same weights."""
-    query, key, value, *rest = cases(dtype)["shaw_attention"]
+    query, key, value, *rest = arguments("shaw_attention", dtype)
     seed = torch.tensor([3, 1], device=DEVICE)
     grad = random(*value.shape, dtype=dtype)
 

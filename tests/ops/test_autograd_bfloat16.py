@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, randn
+from torch import randn
 
 from tests.helpers.reference import relative_error
 from tests.ops.test_autograd import cumulative, gradients, leaf, plain_form
+from tests.ops.test_operations import DIFFERENTIABLE
+from w2vbert_fast.ops.examples import Sizes, example
 
 N, WIDTH, INNER = 300, 160, 256
-
-ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "layer_norm": lambda: (randn(N, WIDTH), *randn(2, WIDTH), 1e-5),
-    "residual_layer_norm": lambda: (*randn(2, N, WIDTH), 0.5, *randn(2, WIDTH), 1e-5),
-    "residual_double_layer_norm": lambda: (*randn(2, N, WIDTH), 0.5, *randn(4, WIDTH), 1e-5),
-    "linear": lambda: (randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER), "silu"),
-    "linear_glu": lambda: (randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER)),
-    "feed_forward": lambda: (
-        *(randn(N, WIDTH), randn(INNER, WIDTH) / 12, randn(INNER), "silu"),
-        *(randn(WIDTH, INNER) / 16, randn(WIDTH)),
-    ),
-    "conv_norm_act": lambda: (
-        *(randn(N, WIDTH), randn(WIDTH, 31) / 5, *randn(2, WIDTH), 1e-5, "silu"),
-        cumulative((217, 3, 80)),
-    ),
-}
+SIZES = Sizes(lengths=(217, 3, 80), width=WIDTH, inner=INNER, taps=31)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if n != "shaw_attention"])
 def test_gradients_are_as_accurate_as_those_of_the_plain_form(name: str) -> None:
-    torch.manual_seed(0)
-    args = tuple(
-        arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg
-        for arg in ARGUMENTS[name]()
-    )
+    args = example(name, SIZES, dtype=torch.bfloat16)
     exact = gradients(plain_form(name), tuple(leaf(arg, torch.float64) for arg in args))
     plain = gradients(plain_form(name), tuple(map(leaf, args)))
     got = gradients(getattr(torch.ops.w2vbert, name).default, tuple(map(leaf, args)))

@@ -79,6 +79,7 @@ class _Draw:
 
 _EPS = 1e-5
 _SAMPLES = (1600, 0, 400, 2000)
+_MEL_BINS = 80
 _EXAMPLES: dict[str, Callable[[_Draw, Sizes], tuple[Any, ...]]] = {
     "layer_norm": lambda d, s: (d.rows(), *d.norm(), _EPS),
     "residual_layer_norm": lambda d, s: (d.rows(), d.rows(), 0.5, *d.norm(), _EPS),
@@ -115,9 +116,12 @@ _EXAMPLES: dict[str, Callable[[_Draw, Sizes], tuple[Any, ...]]] = {
     "ctc_greedy": lambda d, s: (d.rows(s.vocabulary), d.offsets(), 0),
     "log_mel_filterbank": lambda d, s: (
         *(d.tensor(sum(_SAMPLES), dtype=torch.float32), d.offsets(_SAMPLES)),
-        *(20, 16_000),
+        *(_MEL_BINS, 16_000),
     ),
-    "normalize_and_stack": lambda d, s: (d.rows().float(), d.offsets(), 2),
+    "normalize_and_stack": lambda d, s: (
+        *(d.tensor(sum(s.lengths), _MEL_BINS, dtype=torch.float32), d.offsets()),
+        2,
+    ),
 }
 
 
