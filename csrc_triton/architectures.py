@@ -31,6 +31,8 @@ class Architecture:
         block_shared_bytes: shared memory that one block may have.
         block_reserved_bytes: shared memory that each block takes besides its own.
         tensor_memory_columns: of all blocks of a multiprocessor; 0 where there is none.
+        matrix_types: what its matrix instructions multiply as it is, by dtype's name. NVIDIA's have
+            no product of float32 in full precision, and Triton uses none before sm_80.
         nearest: the architecture whose tiles it takes where a table has none for it.
     """
 
@@ -42,6 +44,7 @@ class Architecture:
     register_unit: int
     shared_bytes: int
     block_shared_bytes: int
+    matrix_types: tuple[str, ...]
     block_reserved_bytes: int = 0
     tensor_memory_columns: int = 0
     nearest: str | None = None
@@ -55,6 +58,7 @@ def _nvidia(
     shared_kib: int,
     block_kib: int,
     columns: int = 0,
+    matrix_types: tuple[str, ...] = ("float16", "bfloat16"),
     nearest: str | None = None,
 ) -> Architecture:
     return Architecture(
@@ -66,6 +70,7 @@ def _nvidia(
         register_unit=8,
         shared_bytes=shared_kib * 1024,
         block_shared_bytes=block_kib * 1024,
+        matrix_types=matrix_types,
         block_reserved_bytes=(shared_kib - block_kib) * 1024,
         tensor_memory_columns=columns,
         nearest=nearest,
@@ -83,6 +88,7 @@ def _cdna(multiprocessors: int, *, shared_kib: int, nearest: str | None = None) 
         register_unit=8,
         shared_bytes=shared_kib * 1024,
         block_shared_bytes=shared_kib * 1024,
+        matrix_types=("float16", "bfloat16", "float32"),
         nearest=nearest,
     )
 
@@ -90,7 +96,7 @@ def _cdna(multiprocessors: int, *, shared_kib: int, nearest: str | None = None) 
 # CUDA C++ Programming Guide, "Technical specifications per compute capability"; AMD CDNA 3 and
 # CDNA 4 instruction set guides. sm_120 has shared memory and tensor cores as before Hopper's.
 ARCHITECTURES: dict[str, Architecture] = {
-    "sm_75": _nvidia(40, warps=32, blocks=16, shared_kib=64, block_kib=64),
+    "sm_75": _nvidia(40, warps=32, blocks=16, shared_kib=64, block_kib=64, matrix_types=()),
     "sm_80": _nvidia(108, warps=64, blocks=32, shared_kib=164, block_kib=163),
     "sm_86": _nvidia(84, warps=48, blocks=16, shared_kib=100, block_kib=99, nearest="sm_80"),
     "sm_89": _nvidia(128, warps=48, blocks=24, shared_kib=100, block_kib=99, nearest="sm_86"),

@@ -44,7 +44,7 @@ class KernelSpec:
         kernel: the `@triton.jit` function.
         signature: Triton type of every run-time argument, such as `"*bf16"`, `"i32"`, `"fp32"`.
         constants: value of every `constexpr` argument.
-        kind: "gemm" and "attention" must use tensor cores on sm_80 and newer.
+        kind: "gemm" and "attention" must use tensor cores where those multiply its dtype.
         dtype: name of the activations' dtype.
         num_warps: warps in a block.
         num_stages: software pipeline depth.

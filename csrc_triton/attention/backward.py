@@ -943,10 +943,6 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                 continue  # has neither
             names = launch.kernel.arg_names
             absent = [n for n in absent_arguments(has_dropout, has_seqused) if n in names]
-            # The preparation without positions has no product; NVIDIA's tensor cores have none of
-            # float32 in full precision.
-            product = step != "prepare" or has_positions
-            product = product and (dtype != "float32" or arch.startswith("gfx"))
             specs.append(
                 kernel_spec(
                     f"shaw_attention_bwd_{step}/{variant}",
@@ -954,7 +950,8 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                     launch.constants,
                     dtype,
                     absent=absent,
-                    kind="gemm" if product else "pointwise",
+                    # The preparation without positions has no product.
+                    kind="gemm" if step != "prepare" or has_positions else "pointwise",
                     num_warps=launch.options["num_warps"],
                     num_stages=launch.options["num_stages"],
                     # One head of an utterance of two tiles, the second a ragged one. The

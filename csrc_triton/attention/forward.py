@@ -590,8 +590,7 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                 ),
                 dtype,
                 absent=absent_arguments(has_dropout, has_seqused),
-                # NVIDIA's tensor cores have no product of float32 in full precision; AMD's do.
-                kind="pointwise" if dtype == "float32" and arch[:3] != "gfx" else "attention",
+                kind="attention",
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 plain_twin=(

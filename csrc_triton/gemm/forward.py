@@ -219,8 +219,6 @@ _SHIPPED = (
 
 def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
     """The linear kernels of an encoder of width 1024, feed-forward width 4096 and 160 features."""
-    # sm_75 gets its products from Triton as multiply-adds, and so does fp32 everywhere.
-    matrix_unit = arch != "sm_75" and dtype != "float32"
     specs: list[KernelSpec] = []
     for config in linear_candidates(getattr(torch, dtype), arch):
         for name, activation, gated, has_bias, in_features in _SHIPPED:
@@ -234,7 +232,7 @@ def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
                 _constants(config, activation, gated, has_bias, in_features),
                 dtype,
                 absent=() if has_bias else ("bias_ptr",),
-                kind="gemm" if matrix_unit else "pointwise",
+                kind="gemm",
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 outputs_per_program=config.block_m * config.block_n // (2 if gated else 1),

@@ -143,12 +143,17 @@ def test_spills_on_amd_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
 @pytest.mark.parametrize("kind", ["gemm", "attention"])
 def test_a_product_without_tensor_cores_fails(kind: str, target: str, tmp_path: Path) -> None:
-    row = _check(_pointwise(kind=kind), target, tmp_path)
+    product = replace(_pointwise(kind=kind), dtype="bfloat16")
+    row = _check(product, target, tmp_path)
     assert row.problems == (f"it is {kind} and has no tensor-core instruction",)
+    # Float32 has full precision on AMD's tensor cores alone.
+    row = _check(replace(product, dtype="float32"), target, tmp_path)
+    assert bool(row.problems) == target.startswith("hip")
 
 
 def test_tensor_cores_are_not_asked_of_turing(tmp_path: Path) -> None:
-    assert _check(_pointwise(kind="gemm"), "cuda:75", tmp_path).problems == ()
+    product = replace(_pointwise(kind="gemm"), dtype="float16")
+    assert _check(product, "cuda:75", tmp_path).problems == ()
 
 
 @pytest.mark.parametrize(
@@ -238,10 +243,10 @@ def test_exit_status_and_output(
     assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
     assert output.endswith("4 kernels, 0 failed\n")
 
-    specs.append(replace(_pointwise(kind="gemm"), name="wrong"))
+    specs.append(replace(_pointwise(kind="gemm"), name="wrong", dtype="bfloat16"))
     assert aot.main([*options, *cache]) == 1
     output = capsys.readouterr().out
-    assert "wrong, float32, cuda:80: it is gemm and has no tensor-core instruction" in output
+    assert "wrong, bfloat16, cuda:80: it is gemm and has no tensor-core instruction" in output
     assert output.endswith("6 kernels, 2 failed\n")
     assert [len(row["problems"]) for row in json.loads(file.read_text())] == [0, 0, 1, 0, 0, 1]
 

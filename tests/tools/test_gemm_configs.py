@@ -87,8 +87,6 @@ def test_specs_cover_each_tile_and_epilogue() -> None:
         tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
         names = {spec.name.removesuffix(f"/{tile}") for spec in specs if spec.name.endswith(tile)}
         assert names >= {"linear/bias", "linear/bias_silu", "linear_glu"}
-    kinds = {spec.kind for spec in linear_specs("sm_90", "float32")}
-    assert kinds == {"pointwise"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ prints one row for each kernel, target and dtype. The exit status is 1 when a ke
 
 * does not compile;
 * spills registers on sm_80, sm_89 or sm_90;
-* is a matrix product or attention and has no tensor-core instruction on sm_80 or newer, or on AMD;
+* has a product, and no tensor-core instruction where those multiply its dtype;
 * needs more shared memory than the target has, or does not fit a multiprocessor otherwise;
 * is attention with positions and spends over 10 % more instructions on a far key block than the
   same kernel without positions, on sm_80 or sm_90.
@@ -98,14 +98,16 @@ def find_problems(
     """What is wrong with a kernel's machine code; nothing, if all is well."""
     if arch in NO_SPILLS and code.spills:
         yield f"{code.spills} instructions load or store spilled registers"
-    if spec.kind in ("gemm", "attention") and arch != "sm_75" and not code.tensor_core:
+    has_product = spec.kind in ("gemm", "attention")
+    on_tensor_cores = has_product and spec.dtype in ARCHITECTURES[arch].matrix_types
+    if on_tensor_cores and not code.tensor_core:
         yield f"it is {spec.kind} and has no tensor-core instruction"
     limit = ARCHITECTURES[arch].block_shared_bytes
     if code.shared_bytes > limit:
         yield f"it needs {code.shared_bytes} bytes of shared memory; {arch} has {limit}"
     elif blocks == 0:
         yield f"a block of {spec.num_warps} warps with {code.registers} registers does not fit"
-    if spec.kind == "attention" and spec.plain_twin is not None and arch in FAR_LOOP_COMPARED:
+    if on_tensor_cores and spec.plain_twin is not None and arch in FAR_LOOP_COMPARED:
         if far_loop is None:
             yield f"its far loop, or that of {spec.plain_twin}, was not found"
         elif far_loop > FAR_LOOP_LIMIT:
