@@ -10,21 +10,14 @@ from torch import Tensor, nn
 
 from w2vbert_fast.export import padded
 from w2vbert_fast.export.waveform import WaveformFeatures
-from w2vbert_fast.models.heads import (
-    BLANK_LOGIT,
-    Wav2Vec2BertForAudioFrameClassification,
-    Wav2Vec2BertForCTC,
-    Wav2Vec2BertForSequenceClassification,
-    Wav2Vec2BertForXVector,
-)
 from w2vbert_fast.models.model import Wav2Vec2BertModel, hidden_state_index
 from w2vbert_fast.models.optimized.int8 import Int8Linear
 from w2vbert_fast.models.optimized.packed import PackedLinear
 from w2vbert_fast.models.pooling import (
     Statistics,
     checked_statistics,
-    left_aligned,
     normalize_with_statistics,
+    without_padding,
 )
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
 from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
@@ -136,15 +129,9 @@ class ExportGraph(nn.Module):
     def _outputs(self) -> tuple[str, ...]:
         if self.layer is not None:
             return ("hidden_state", "lengths")
-        if isinstance(self.model, Wav2Vec2BertModel):
-            return ("last_hidden_state", "lengths")
-        if isinstance(self.model, Wav2Vec2BertForSequenceClassification):
-            return ("logits",)
-        if isinstance(self.model, Wav2Vec2BertForXVector):
-            return ("logits", "embeddings")
-        if isinstance(self.model, (Wav2Vec2BertForCTC, Wav2Vec2BertForAudioFrameClassification)):
-            return ("logits", "lengths")
-        raise TypeError(f"there is no export of {type(self.model).__name__}")
+        if not self.model.EXPORTED:
+            raise TypeError(f"there is no export of {type(self.model).__name__}")
+        return self.model.EXPORTED
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         """The outputs that `signature` names.
@@ -164,7 +151,7 @@ class ExportGraph(nn.Module):
             x = padded.encode(self.part, features, mask, self.layer)[-1]
             if self.mean is not None and self.variance is not None:
                 x = normalize_with_statistics(x, self.mean, self.variance)
-            return _without_padding(x, tokens), mask.sum(1)
+            return without_padding(x, tokens), mask.sum(1)
         num_layers = self.encoder.encoder.num_layers
         return self._head(padded.encode(self.encoder, features, mask, num_layers), mask, tokens)
 
@@ -177,41 +164,8 @@ class ExportGraph(nn.Module):
             x = torch.einsum("l,lbtc->btc", weights, torch.stack(states))
         else:
             x, mask, tokens = padded.finish(self.encoder, states[-1], mask, tokens)
-        if isinstance(model, Wav2Vec2BertForCTC):
-            logits = _without_padding(model.lm_head(x), tokens)
-            blank, size = model.config.pad_token_id, logits.shape[-1]
-            if blank is not None and 0 <= blank < size:
-                column = torch.arange(size, device=x.device) == blank
-                logits = logits.masked_fill(~tokens[..., None] & column, BLANK_LOGIT)
-            return logits, mask.sum(1)
-        if isinstance(model, Wav2Vec2BertForAudioFrameClassification):
-            return _without_padding(model.classifier(x), tokens), mask.sum(1)
-        if isinstance(model, Wav2Vec2BertForSequenceClassification):
-            projected = _without_padding(model.projector(x), mask)
-            mean = projected.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-            return (model.classifier(mean),)
-        if isinstance(model, Wav2Vec2BertForXVector):
-            return self._x_vector(model, x, mask, tokens)
-        return _without_padding(x, tokens), mask.sum(1)
-
-    def _x_vector(
-        self, model: Wav2Vec2BertForXVector, x: Tensor, mask: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, ...]:
-        """A row of fewer frames than the TDNN needs becomes NaN: a graph cannot raise."""
-        x, lengths = left_aligned(model.projector(x), tokens)
-        for layer in model.tdnn:
-            x = layer(x)
-        # As `Wav2Vec2BertForXVector.pooled_frames`.
-        valid = mask.sum(1) - model.undilated_context
-        lengths = torch.minimum(lengths - model.context, valid)
-        frames = torch.arange(x.shape[1], device=x.device)
-        padding = (frames >= lengths[:, None])[..., None]
-        count = lengths[:, None].to(x.dtype)
-        mean = x.masked_fill(padding, 0.0).sum(1) / count
-        centred = (x - mean[:, None]).masked_fill(padding, 0.0)
-        std = torch.sqrt((centred * centred).sum(1) / (count - 1.0))
-        embeddings = model.feature_extractor(torch.cat((mean, std), dim=-1))
-        return model.classifier(embeddings), embeddings
+        outputs: tuple[Tensor, ...] = model.padded_outputs(x, mask, tokens)
+        return outputs
 
     def answers_of_the_model(self, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         """What the extractor and the packed model themselves give for these inputs."""
@@ -233,15 +187,15 @@ class ExportGraph(nn.Module):
 
     def fewest(self) -> int:
         """Frames or samples that every row of an input must have at least."""
-        frames = 1
-        if isinstance(self.model, Wav2Vec2BertForXVector) and self.layer is None:
-            frames = 2 + self.model.context
-        elif self.encoder.adapter is not None and self.layer is None:
+        frames = 1 if self.layer is not None else self.model.fewest_frames
+        if self.layer is None and self.encoder.adapter is not None:
             kernel, stride = self.model.config.adapter_kernel_size, self.model.config.adapter_stride
-            # Two frames at the end: for one alone the graph would have to be another.
-            frames = 2
+            # Two frames at the end: for one alone the graph would have to be another. What reads a
+            # mix of the encoder's states counts its frames in front of the adapter.
+            behind = 2 if hasattr(self.model, "layer_weights") else max(2, frames)
             for _ in range(self.model.config.num_adapter_layers):
-                frames = max(frames, (frames - 1) * stride + kernel - 2 * (stride // 2))
+                behind = max(behind, (behind - 1) * stride + kernel - 2 * (stride // 2))
+            frames = max(frames, behind)
         if self.features is None:
             return frames
         mel_frames = max(_FEWEST_MEL_FRAMES, frames * self.features.stride)
@@ -263,10 +217,6 @@ class ExportGraph(nn.Module):
         width = self.model.config.feature_projection_input_dim
         mask = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
         return torch.randn(batch, longest, width, generator=generator), mask
-
-
-def _without_padding(x: Tensor, mask: Tensor) -> Tensor:
-    return x.masked_fill(~mask[..., None], 0.0)
 
 
 def _front(model: Wav2Vec2BertModel, num_layers: int) -> Wav2Vec2BertModel:
