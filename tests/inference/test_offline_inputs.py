@@ -21,7 +21,7 @@ from tests.helpers.offline import Stub, clips, encoded, job, run, table, write_m
 from tests.helpers.signals import speech_like, stereo, write_container
 from w2vbert_fast.inference import AudioError, Flow, load_audio
 from w2vbert_fast.inference.jobs.inputs import open_inputs
-from w2vbert_fast.inference.jobs.tar import TarShard
+from w2vbert_fast.inference.jobs.tar import Tar
 from w2vbert_fast.inference.reading import Decoder
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.inference.tasks.transcribe import Transcribe
@@ -195,7 +195,7 @@ def test_a_damaged_tar_file_is_one_bad_row(tmp_path: Path, where: str) -> None:
     assert [row.problem for row in found[:-1]] == [None] * (len(found) - 1)
     for wanted in range(len(found)):
         assert [row.index for row in rows(str(path), wanted={wanted}.__contains__)] == [wanted]
-    after = TarShard(str(path)).rows(0, lambda index: False)
+    after = Tar(str(path)).rows(0, lambda index: False)
     with pytest.raises(StopIteration) as end:
         next(after)
     assert end.value.value == len(found)

@@ -369,12 +369,12 @@ def test_joined_tar_files_are_read_to_the_end_of_the_last(tmp_path: Path, module
 def test_a_large_sample_is_handed_out_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from w2vbert_fast.inference.jobs import tar as tar_shards
+    from w2vbert_fast.inference.jobs import tar as tar_files
 
     members = {"s.json": b'{"speaker": "s"}'}
     members |= {f"s.{i}.flac": FLAC for i in range(6)}
     whole = read_tar(tmp_path, members)
-    monkeypatch.setattr(tar_shards, "_LARGEST_SAMPLE", len(FLAC))
+    monkeypatch.setattr(tar_files, "_LARGEST_SAMPLE", len(FLAC))
     assert read_tar(tmp_path, members) == whole == {f"s.{i}": {"speaker": "s"} for i in range(6)}
 
 

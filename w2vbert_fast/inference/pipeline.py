@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2vbert_fast.models import Wav2Vec2BertForCTC
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.ops import greedy_decode
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.processing.processor import Wav2Vec2BertProcessor
 
 DEMO_MODEL = "demo"
@@ -73,19 +74,9 @@ class Pipeline:
         Raises:
             ValueError: the batch is empty, or a waveform is too short or not finite.
         """
-        parameter = next(self.model.parameters())
-        features = self.processor.feature_extractor(
-            list(waveforms),
-            sampling_rate=self.sampling_rate,
-            return_tensors="pt",
-            return_attention_mask=True,
-            device=parameter.device,
-        )
-        mask: Tensor = features["attention_mask"]
+        features, mask = features_of(self.model, self.processor.feature_extractor, waveforms)
         with torch.inference_mode():
-            logits = self.model(
-                features["input_features"].to(parameter.dtype), attention_mask=mask
-            ).logits
+            logits = self.model(features, attention_mask=mask).logits
             return logits, self.model.valid_lengths(mask)
 
     def recognize(self, waveforms: Sequence[Tensor]) -> list[str]:
@@ -153,6 +144,33 @@ def load_pipeline(
         use_fast_kernels=use_fast_kernels,
     )
     return Pipeline(network, processor, source, revision)
+
+
+def features_of(
+    model: nn.Module, extractor: SeamlessM4TFeatureExtractor, waveforms: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What a model reads of waveforms, on its device and in its dtype.
+
+    Args:
+        model: the model.
+        extractor: of its checkpoint.
+        waveforms: each float ``[num_samples]`` at the extractor's sampling rate.
+
+    Returns:
+        `input_features` ``[batch, T, 160]`` and `attention_mask` ``[batch, T]``.
+
+    Raises:
+        ValueError: there are no waveforms, or one is too short or not finite.
+    """
+    parameter = next(model.parameters())
+    found = extractor(
+        list(waveforms),
+        sampling_rate=extractor.sampling_rate,
+        return_tensors="pt",
+        return_attention_mask=True,
+        device=parameter.device,
+    )
+    return found["input_features"].to(parameter.dtype), found["attention_mask"]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -173,14 +173,7 @@ class Transcriber(Runner[Transcription]):
 class Embedder(Runner[Embedding]):
     """Hidden states: `for result in Embedder(model, layer=17)(paths): result.embedding`.
 
-    Args:
-        model: a folder or a hub id, or "demo".
-        flow: how recordings are read and batched.
-        **options: of `Embed`: layer, stats, pool, embedding_dtype, device, dtype, ...
-
-    Raises:
-        TypeError: an option is unknown.
-        ValueError: an option has an impossible value.
+    As `Transcriber`, with the options of `Embed`: layer, stats, pool, embedding_dtype, device, ...
     """
 
     def __init__(self, model: Any, *, flow: Flow | None = None, **options: Any) -> None:
@@ -190,14 +183,8 @@ class Embedder(Runner[Embedding]):
 class Classifier(Runner[Classification]):
     """Classes, or x-vectors, by the model's head: `for result in Classifier(model)(paths): ...`.
 
-    Args:
-        model: a folder or a hub id of a classification, frame or x-vector model.
-        flow: how recordings are read and batched.
-        **options: of `Classify`: device, dtype, max_seconds, ...
-
-    Raises:
-        TypeError: an option is unknown.
-        ValueError: an option has an impossible value.
+    As `Transcriber`, of a classification, frame or x-vector model, with the options of `Classify`:
+    device, dtype, max_seconds, ...
     """
 
     def __init__(self, model: Any, *, flow: Flow | None = None, **options: Any) -> None:

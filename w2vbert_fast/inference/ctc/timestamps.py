@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast.inference.ctc.alignment import align
+from w2vbert_fast.inference.pipeline import Pipeline
 from w2vbert_fast.models import Wav2Vec2BertForCTC
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.processing.processor import Wav2Vec2BertProcessor
@@ -253,32 +254,20 @@ def measure_delay(
     Raises:
         ValueError: no recording gave a character; or one is silent, too short or not finite.
     """
-    extractor = processor.feature_extractor
-    rate = extractor.sampling_rate
+    rate = processor.feature_extractor.sampling_rate
     if recordings is None:
         from w2vbert_fast.recordings.audio import load_audio
 
         paths = sorted(_SAMPLES.glob("*.flac"))
         recordings = [load_audio(path, sampling_rate=rate).samples for path in paths]
-    parameter = next(model.parameters())
+    pipeline = Pipeline(model, processor)
     starts, ends = [], []
     for waveform in recordings:
         speech, silence = _speech(waveform.detach().float().cpu()), int(_SILENCE_SECONDS * rate)
         padded = torch.nn.functional.pad(speech, (silence, silence))
         generator = torch.Generator().manual_seed(0)
         padded = padded + _NOISE_LEVEL * torch.randn(len(padded), generator=generator)
-        features = extractor(
-            [padded],
-            sampling_rate=rate,
-            return_tensors="pt",
-            return_attention_mask=True,
-            device=parameter.device,
-        )
-        with torch.inference_mode():
-            logits = model(
-                features["input_features"].to(parameter.dtype),
-                attention_mask=features["attention_mask"],
-            ).logits
+        logits, _ = pipeline.logits([padded])
         words = word_timestamps(
             logits[0].float().log_softmax(-1), processor.tokenizer, frame_seconds(model.config)
         )

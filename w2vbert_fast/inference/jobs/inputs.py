@@ -1,4 +1,4 @@
-"""The input of a job: files, folders, patterns, tar shards and manifests, one after another.
+"""The input of a job: files, folders, patterns, tar files and manifests, one after another.
 
 Nothing is held but names of the command line: rows are read as they are needed.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w2vbert_fast.inference.jobs.folders import Folder
-from w2vbert_fast.inference.jobs.tar import TarShard
+from w2vbert_fast.inference.jobs.tar import Tar
 from w2vbert_fast.inference.jobs.which_files import TAR_SUFFIXES, PassedOver, is_hidden
 from w2vbert_fast.recordings.manifest import open_manifest
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
@@ -60,7 +60,7 @@ class Inputs:
         """What of folders, and of tar files that were read to their ends, is in no row."""
         found = PassedOver()
         for part in self.parts:
-            if isinstance(part, Folder | TarShard):
+            if isinstance(part, Folder | Tar):
                 found.update(part.passed_over)
         return found
 
@@ -150,7 +150,7 @@ def _part(name: str) -> Part:
     if os.path.isdir(name):
         return Folder(name)
     if name.lower().endswith(TAR_SUFFIXES):
-        return TarShard(name)
+        return Tar(name)
     return open_manifest(name) or Files([name])
 
 

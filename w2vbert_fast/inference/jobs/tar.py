@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files in which the files of one sample follow each other.
+"""Tar files as WebDataset has them: the files of one sample follow each other.
 
 As in WebDataset, a sample is what has one name up to the first full stop: `speech/0001.flac` and
 `speech/0001.json`. Every recording in it is a row: of `spk1.take1.flac` and `spk1.take2.flac`, and
@@ -38,7 +38,7 @@ _UNPAIRED = "belong to no recording"
 _LARGEST_SAMPLE = 256 << 20
 
 
-class TarShard:
+class Tar:
     """A tar file, compressed or not.
 
     Attributes:
@@ -110,12 +110,12 @@ class TarShard:
                 bufsize=tarfile.BLOCKSIZE,
                 tarinfo=_StrictHeader,
                 ignore_zeros=True,
-            ) as shard,
+            ) as tar,
         ):
             try:
-                for info in shard:
-                    # Kept for random access, which nobody needs; a shard may have millions.
-                    shard.members = []  # type: ignore[attr-defined]
+                for info in tar:
+                    # Kept for random access, which nobody needs; a file may have millions.
+                    tar.members = []  # type: ignore[attr-defined]
                     if before is not None:
                         yield before
                         before = None
@@ -124,7 +124,7 @@ class TarShard:
                     if not info.isfile():
                         passed_over.add(NO_FILE, info.name)
                         continue
-                    before = self._member(shard, info, passed_over, wanted)
+                    before = self._member(tar, info, passed_over, wanted)
             except _DamagedHeader:
                 if before is not None:
                     yield before  # which is whole
@@ -134,21 +134,21 @@ class TarShard:
 
     def _member(
         self,
-        shard: tarfile.TarFile,
+        tar: tarfile.TarFile,
         info: tarfile.TarInfo,
         passed_over: PassedOver,
         wanted: Callable[[], bool],
     ) -> _Member | None:
         suffix = ending(info.name)
         if suffix in _COLUMN_SUFFIXES:
-            return _Member(info.name, info.size, _read(shard, info), is_audio=False)
+            return _Member(info.name, info.size, _read(tar, info), is_audio=False)
         reason = why_not_by_name(info.name)
         content = None
         if reason is None:
-            content = _read(shard, info)
+            content = _read(tar, info)
             reason = why_not(content)
         elif reason == "" and wanted():
-            content = _read(shard, info)
+            content = _read(tar, info)
         if reason:
             passed_over.add(NO_AUDIO, os.path.join(self.path, info.name))
             return None
@@ -184,8 +184,8 @@ def _uncompressed(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _read(shard: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = shard.extractfile(info)
+def _read(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(info)
     assert file is not None
     return file.read()
 
@@ -223,7 +223,7 @@ class _Sample:
 
     def takes(self, member: _Member) -> bool:
         """Whether a member is of this sample, as it is handed out. Where a name is there once more,
-        another sample begins, which a shard joined from others may have."""
+        another sample begins, which a file joined from others may have."""
         if member.key != self.key or member.name in self.names:
             return False
         return not (member.is_audio and self.size > _LARGEST_SAMPLE)
@@ -285,9 +285,9 @@ class _StrictHeader(tarfile.TarInfo):
     """A damaged header is an error; tarfile would take it for the end."""
 
     @classmethod
-    def fromtarfile(cls, shard: tarfile.TarFile) -> Any:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
         try:
-            return super().fromtarfile(shard)
+            return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
             if type(error).__name__ in ("EmptyHeaderError", "EOFHeaderError"):
                 raise

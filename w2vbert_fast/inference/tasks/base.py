@@ -21,7 +21,7 @@ from torch import Tensor
 from w2vbert_fast import models
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.inference.ctc.chunks import Chunk, split
-from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL, find_device
+from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL, features_of, find_device
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
@@ -165,15 +165,7 @@ class Task(abc.ABC):
 
     def features(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
         """`input_features` `[batch, T, 160]` in the model's dtype and `attention_mask`."""
-        parameter = next(self.network.parameters())
-        found = self.extractor(
-            [piece.samples for piece in pieces],
-            sampling_rate=self.extractor.sampling_rate,
-            return_tensors="pt",
-            return_attention_mask=True,
-            device=parameter.device,
-        )
-        return found["input_features"].to(parameter.dtype), found["attention_mask"]
+        return features_of(self.network, self.extractor, [piece.samples for piece in pieces])
 
     def kept_frames(self, chunk: Chunk, frames: Tensor) -> Tensor:
         """Those frames `[T, ...]` of a chunk, in front of an adapter, that are used."""
