@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import triton
 
 Row = TypeVar("Row")
 
@@ -113,10 +114,28 @@ ARCHITECTURES: dict[str, Architecture] = {
 INTERPRETER = "interpreter"
 
 
-def architecture(device: torch.device) -> str:
-    """`"sm_90"`, `"gfx942"`, ... of a device; `"interpreter"` for the CPU."""
-    if device.type != "cuda":
+def cpu_architecture() -> str | None:
+    """Whose kernels run on CPU tensors.
+
+    `"interpreter"` in Triton's interpreter; where the active Triton driver has the CPU for its
+    device (`tools.virtual_gpu`), the architecture that it compiles for; else `None`.
+    """
+    if triton.knobs.runtime.interpret:
         return INTERPRETER
+    try:
+        active = triton.runtime.driver.active
+    except RuntimeError:  # Triton's, where there is no device
+        return None
+    if active.get_active_torch_device().type != "cpu":
+        return None
+    target = active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def architecture(device: torch.device) -> str:
+    """`"sm_90"`, `"gfx942"`, ... of a device; for the CPU `cpu_architecture`."""
+    if device.type != "cuda":
+        return cpu_architecture() or INTERPRETER
     if torch.version.hip is not None:
         name: str = torch.cuda.get_device_properties(device).gcnArchName
         return name.split(":")[0]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from .architectures import cpu_architecture
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,7 +32,7 @@ def check_device(**tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{name} is on {tensor.device}; it must be on {first.device} like {first_name}"
             )
-    if first.device.type == "cpu" and not interpreting():
+    if first.device.type == "cpu" and cpu_architecture() is None:
         raise RuntimeError(
             f"{first_name} is on the CPU, where Triton kernels run in its interpreter only; "
             "set TRITON_INTERPRET=1 before triton is imported, or move the tensors to a GPU"

@@ -181,6 +181,33 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return elementwise(i, program, shifted, dtype, np.dtype("u4"))
 
 
+@rule(r"(popc|clz|brev)\.b32")
+def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    def counted(a: np.ndarray) -> np.ndarray:
+        bits = np.unpackbits(a.astype(">u4").view(np.uint8)).reshape(-1, 32)  # the highest first
+        if m[1] == "popc":
+            return bits.sum(1, dtype=np.uint32)
+        if m[1] == "clz":
+            return np.where(bits.any(1), bits.argmax(1), 32).astype(np.uint32)
+        return np.packbits(bits[:, ::-1], axis=1).view(">u4")[:, 0].astype(np.uint32)
+
+    return elementwise(i, program, counted, np.dtype("u4"))
+
+
+@rule(r"prmt\.b32")
+def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    """Four bytes, each chosen of the eight of two words, or the sign of one."""
+
+    def permuted(a: np.ndarray, b: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        of = np.stack([a, b], 1).view(np.uint8)
+        by = (chosen[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)).astype(np.int64)
+        found = np.take_along_axis(of, by & 7, 1)
+        signs = np.where(found & 128, np.uint8(255), np.uint8(0))
+        return np.where(by & 8, signs, found).view(np.uint32)[:, 0]
+
+    return elementwise(i, program, permuted, *[np.dtype("u4")] * 3)
+
+
 @rule(r"bfe\.(?P<type>[su](?:32|64))")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     dtype = dtype_of(m["type"])

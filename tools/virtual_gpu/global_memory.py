@@ -18,11 +18,16 @@ _MANY = np.int32(-1)
 class Checks:
     """Which checks are made. Bounds, alignment and barriers always are.
 
+    A parameter with "scratch" in its name is memory that blocks work in and no result. A block may
+    write it again and in part, and read what it makes no use of.
+
     Attributes:
-        races: of threads in shared memory and of blocks in global memory.
+        races: of threads in shared memory and of blocks in global memory; in scratch memory only
+            two blocks that write one byte.
         written_once: no byte of global memory is written twice in a launch.
         written_whole: where an element of a tensor was written, all of its elements were.
-        garbage: executed a second time with other garbage, everything written has the same bits.
+        garbage: executed a second time with other garbage and the blocks in the opposite order,
+            every result has the same bits.
     """
 
     races: bool = True
@@ -32,15 +37,18 @@ class Checks:
 
 
 class _Storage:
-    """The bytes of one storage, and by byte which block (from 1) wrote and which read it."""
+    """The bytes of one storage, and by byte which block (from 1) wrote and which read it, and
+    whether it was read before it was written."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, is_scratch: bool) -> None:
+        self.is_scratch = is_scratch
         storage = tensor.untyped_storage()
         self.keep = storage
         self.base, self.size = storage.data_ptr(), storage.nbytes()
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self.size).from_address(self.base))
         self.writer = np.zeros(self.size, np.int32)
         self.reader = np.zeros(self.size, np.int32)
+        self.is_input = np.zeros(self.size, bool)
 
 
 class GlobalMemory:
@@ -54,7 +62,10 @@ class GlobalMemory:
         self.tensors = dict(tensors)
         self.checks = checks
         found = {t.untyped_storage().data_ptr(): t for t in tensors.values() if t.numel()}
-        self.storages = [_Storage(found[base]) for base in sorted(found)]
+        results = {
+            t.untyped_storage().data_ptr() for name, t in tensors.items() if "scratch" not in name
+        }
+        self.storages = [_Storage(found[base], base not in results) for base in sorted(found)]
         self.bases = np.array([s.base for s in self.storages], np.int64)
         self.loaded_bytes = self.stored_bytes = 0
 
@@ -121,7 +132,9 @@ class GlobalMemory:
         for storage, part, at in self._find("global load", address, width, threads):
             out[part] = storage.bytes[at]
             writer = storage.writer[at]
-            if self.checks.races and (wrong := (writer != 0) & (writer != block + 1)).any():
+            storage.is_input[at] |= writer == 0
+            judged = self.checks.races and not storage.is_scratch
+            if judged and (wrong := (writer != 0) & (writer != block + 1)).any():
                 row, column = np.argwhere(wrong)[0]
                 raise Fault(
                     f"race of blocks: {self.place(storage, at[row, column])} is read after block "
@@ -141,7 +154,8 @@ class GlobalMemory:
         self.stored_bytes += values.size
         for storage, part, at in self._find("global store", address, values.shape[1], threads):
             writer, reader = storage.writer[at], storage.reader[at]
-            if self.checks.races and (wrong := (reader != 0) & (reader != block + 1)).any():
+            judged = self.checks.races and not storage.is_scratch
+            if judged and (wrong := (reader != 0) & (reader != block + 1)).any():
                 row, column = np.argwhere(wrong)[0]
                 raise Fault(
                     f"race of blocks: {self.place(storage, at[row, column])} is written after "
@@ -152,7 +166,8 @@ class GlobalMemory:
                 # Of threads that write one byte in this very store the last one's number stays.
                 mark = np.broadcast_to(np.arange(1, at.shape[0] + 1)[:, None], at.shape)
                 storage.writer[at] = mark
-                if (wrong := (writer != 0) | (storage.writer[at] != mark)).any():
+                before = (writer != 0) & ~(storage.is_scratch & (writer == block + 1))
+                if (wrong := before | (storage.writer[at] != mark)).any():
                     row, column = np.argwhere(wrong)[0]
                     raise Fault(
                         f"{self.place(storage, at[row, column])} is written twice"
@@ -169,6 +184,8 @@ class GlobalMemory:
     def check_written_whole(self) -> None:
         """Raises Fault where some elements of a tensor were written and others were not."""
         for storage in self.storages:
+            if storage.is_scratch:
+                continue
             written = torch.from_numpy(storage.writer != 0)
             for name, tensor in self.tensors.items():
                 if not tensor.numel() or tensor.untyped_storage().data_ptr() != storage.base:

@@ -198,9 +198,9 @@ def force(wanted: Implementation) -> Iterator[None]:
     if wanted == "triton":
         if _TRITON_OBSTACLE is not None:
             raise RuntimeError(f"Triton kernels cannot be forced: {_TRITON_OBSTACLE}")
-        from csrc_triton.launch import interpreting
+        from csrc_triton.architectures import cpu_architecture
 
-        if not interpreting():
+        if cpu_architecture() is None:
             raise RuntimeError(
                 "Triton kernels run on CPU tensors in Triton's interpreter only; "
                 "set TRITON_INTERPRET=1 before triton is imported"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -92,6 +93,38 @@ def test_bit_fields_are_those_of_the_manual(kind: str, start: int, length: int) 
     a, _ = pairs()
     got = computed(f"bfe.{kind} %r25, %r20, {start}, {length};", a)
     assert got.tolist() == [field_by_the_manual(kind, x, start, length) for x in a.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("popc", lambda a: bin(a).count("1")),
+        ("clz", lambda a: 32 - a.bit_length()),
+        ("brev", lambda a: int(f"{a:032b}"[::-1], 2)),
+    ],
+)
+def test_bits_are_counted_and_turned_round(name: str, formula: Callable[[int], int]) -> None:
+    a = pairs()[0] & 0xFFFFFFFF
+    a[:3] = torch.tensor([0, 1, 0xFFFFFFFF])
+    assert computed(f"{name}.b32 %r25, %r20;", a).tolist() == [formula(x) for x in a.tolist()]
+
+
+@pytest.mark.parametrize("chosen", [0x5410, 0x7632, 0x3210, 0x0123, 0xB8F0, 0xCCCC, 0x6666])
+def test_bytes_are_permuted_as_in_the_manual(chosen: int) -> None:
+    """PTX ISA, "prmt": four bits choose each byte, the highest its sign alone."""
+    a, b = (x & 0xFFFFFFFF for x in pairs())
+
+    def one(x: int, y: int) -> int:
+        every = x.to_bytes(4, "little") + y.to_bytes(4, "little")
+        found = 0
+        for place in range(4):
+            code = chosen >> 4 * place & 15
+            byte = every[code & 7]
+            found |= (255 * (byte >> 7) if code & 8 else byte) << 8 * place
+        return found
+
+    got = computed(f"prmt.b32 %r25, %r20, %r21, {chosen};", a, b)
+    assert got.tolist() == [one(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
 
 
 def bits(values: np.ndarray | list[float]) -> torch.Tensor:

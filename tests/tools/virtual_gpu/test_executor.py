@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.tools.virtual_gpu.scripts import fused_softmax, vector_addition
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import ExecutionError, Executor
 from tools.virtual_gpu.faults import UnsupportedError
+from tools.virtual_gpu.record import Launch
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -94,19 +96,19 @@ def test_what_depends_on_garbage_is_a_fault() -> None:
     launch = addition()
     adds = [line for line in launch.ptx.splitlines() if line.strip().startswith("add.f32")]
     wrong = changed(launch, adds[0], "")
-    with pytest.raises(ExecutionError, match=r"out_ptr\[\d+\] depends on what registers"):
+    with pytest.raises(ExecutionError, match=r"out_ptr\[\d+\] depends on the order of blocks, or on what reg"):
         execute(wrong)
     execute(wrong, garbage=False)
     body = "shl.b32 %r1, %r0, 2;\nld.shared.b32 %r2, [%r1];\nst.global.b32 [%rd10], %r2;"
     memory = {"out": torch.zeros(32, 2, dtype=torch.int32)[:, 0]}
-    with pytest.raises(ExecutionError, match=r"out\[0\] depends on what registers"):
+    with pytest.raises(ExecutionError, match=r"out\[0\] depends on the order of blocks, or on what reg"):
         execute(written(body, memory, shared=128))
 
 
 def test_a_store_that_garbage_decides_is_a_fault() -> None:
     """What is stored was there before: only garbage in what is merely written tells."""
     body = "cvt.u64.u32 %rd20, %r0;\n@%p5 st.global.b64 [%rd10], %rd20;"
-    with pytest.raises(ExecutionError, match=r"out\[\d+\] depends on what registers"):
+    with pytest.raises(ExecutionError, match=r"out\[\d+\] depends on the order of blocks, or on what reg"):
         execute(written(body, {"out": torch.arange(32)}), written_whole=False)
 
 
@@ -141,6 +143,54 @@ def test_blocks_that_read_what_others_write_are_a_fault() -> None:
     (launch,) = caught("sm_80", lambda: shift_kernel[(3,)](x, BLOCK=64))
     with pytest.raises(ExecutionError, match=r"race of blocks: x_ptr\[64\] is written after anot"):
         execute(launch, written_whole=False)
+
+
+@triton.jit
+def neighbour_kernel(scratch_ptr, out_ptr, BLOCK: tl.constexpr, USES: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    own = scratch_ptr + tl.program_id(0) * BLOCK
+    tl.store(own + offsets, offsets + 5)
+    tl.debug_barrier()
+    found = tl.load(own + offsets + 1)
+    tl.debug_barrier()
+    tl.store(own + offsets, 2 * offsets, mask=offsets < BLOCK // 2)
+    found = tl.where((offsets + 1 < BLOCK) | USES, found, 0)
+    tl.store(out_ptr + tl.program_id(0) * BLOCK + offsets, found)
+
+
+def test_scratch_memory_is_no_result_and_what_blocks_leave_in_it_must_not_matter() -> None:
+    scratch, out = torch.zeros(257, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
+
+    def launch(uses: bool) -> Launch:
+        (one,) = caught(
+            "sm_80", lambda: neighbour_kernel[(4,)](scratch, out, BLOCK=64, USES=uses)
+        )
+        return one
+
+    execute(launch(uses=False))
+    assert out.tolist() == 4 * [*range(6, 69), 0]
+    with pytest.raises(ExecutionError, match=r"out_ptr\[\d+\] depends on the order of blocks"):
+        execute(launch(uses=True))
+    changed_name = dataclasses.replace(
+        launch(uses=False),
+        arguments=[
+            dataclasses.replace(a, name="x_ptr") if a.name == "scratch_ptr" else a
+            for a in launch(uses=False).arguments
+        ],
+    )
+    with pytest.raises(ExecutionError, match=r"x_ptr\[\d+\] is written"):
+        execute(changed_name)
+    # Of two blocks that write one byte the one that comes last decides.
+    with pytest.raises(ExecutionError, match=r"scratch_ptr\[0\] is written twice, first by block"):
+        (both,) = caught("sm_80", lambda: shared_scratch_kernel[(2,)](scratch, out, BLOCK=64))
+        execute(both)
+
+
+@triton.jit
+def shared_scratch_kernel(scratch_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(scratch_ptr + offsets, tl.program_id(0))
+    tl.store(out_ptr + tl.program_id(0) * BLOCK + offsets, offsets)
 
 
 def test_every_barrier_and_wait_of_the_softmax_is_needed() -> None:
