@@ -17,7 +17,7 @@ import torch
 
 from tests.helpers.poison import poison_allocations
 
-from .lane import DEVICE, INTERPRETED, Judge, table
+from .lane import DEVICE, INTERPRETED, VIRTUAL, Judge, table
 
 if INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("W2VBERT_GPU_TESTS=interpret needs TRITON_INTERPRET=1")
@@ -46,6 +46,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = mine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def virtual_gpu() -> Iterator[None]:
+    """Kernels are compiled for `VIRTUAL` and executed in NumPy, with every check."""
+    if VIRTUAL is None:
+        yield
+        return
+    from tools.virtual_gpu.driver import activated
+    from tools.virtual_gpu.executor import Executor
+
+    with activated(VIRTUAL, Executor()):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -132,5 +145,7 @@ def _write_results() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     # `python -m tests.gpu` prints one table for all its processes.
     if _judge.records and "W2VBERT_GPU_RESULTS" not in os.environ:
-        terminalreporter.section("GPU lane" + " (interpreted)" * INTERPRETED)
+        terminalreporter.section(
+            "GPU lane" + (" (interpreted)" if INTERPRETED else f" ({VIRTUAL})" if VIRTUAL else "")
+        )
         terminalreporter.write_line(table(_judge.results()))

@@ -3,6 +3,8 @@
 On a GPU the sizes are those of the published model. Without one, `W2VBERT_GPU_TESTS=interpret`
 together with `TRITON_INTERPRET=1` runs the same test bodies on small CPU tensors through Triton's
 interpreter, so that the tests themselves are tested (its bf16 products are broken: fp32 and fp16).
+`W2VBERT_GPU_TESTS=sm_80` compiles the kernels for that target as they ship and executes them on the
+same small tensors with every check of `tools.virtual_gpu`; in all dtypes.
 `W2VBERT_GPU_TESTS=small` takes the small tensors to the GPU, for tools that slow every kernel down.
 
 A tolerance is earned: in fp16 and bf16 a result may be at most `limit` times as far from float64 as
@@ -25,9 +27,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-INTERPRETED = os.environ.get("W2VBERT_GPU_TESTS") == "interpret"
-SMALL = INTERPRETED or os.environ.get("W2VBERT_GPU_TESTS") == "small"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+_WHERE = os.environ.get("W2VBERT_GPU_TESTS", "")
+INTERPRETED = _WHERE == "interpret"
+VIRTUAL = _WHERE if _WHERE.startswith("sm_") else None
+WITHOUT_DEVICE = INTERPRETED or VIRTUAL is not None
+SMALL = WITHOUT_DEVICE or _WHERE == "small"
+DEVICE = torch.device("cpu" if WITHOUT_DEVICE else "cuda")
 DATA = Path(__file__).parent / "data"
 FP32_TOLERANCE = 1e-5
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import w2vbert_fast
 from w2vbert_fast.ops.dispatch import force_triton
 
-from .lane import DEVICE, INTERPRETED, choose
+from .lane import DEVICE, WITHOUT_DEVICE, choose
 
 TINY: dict[str, Any] = {
     "hidden_size": 48,
@@ -75,7 +75,7 @@ def batch(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
 
 def kernels() -> contextlib.AbstractContextManager[None]:
     """Where operations of `fast=True` run the Triton kernels: on a GPU everywhere."""
-    return force_triton() if INTERPRETED else contextlib.nullcontext()
+    return force_triton() if WITHOUT_DEVICE else contextlib.nullcontext()
 
 
 def fast(model: nn.Module, *inputs: Tensor, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from tests.helpers.graphs import Rerun
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.optimized.graphs import LayerGraphs
 
-from .lane import DEVICE, DTYPES, INTERPRETED, Judge, choose
+from .lane import DEVICE, DTYPES, WITHOUT_DEVICE, Judge, choose
 from .models import SIZES, batch, kernels, make
 from .test_encoder import LARGEST_LIMIT, POOLED, answers
 from .test_operations import no_waiting
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.gpu
 BUCKET = choose(2048, 32)
 BATCHES = choose(((1500, 217, 64, 31), (1700,), (300,) * 6, (5,)), ((18, 9), (25,), (5,)))
 """All of one bucket, and with what fills it up of 16 utterances or, the last, of 64."""
-needs_device = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no graphs")
+needs_device = pytest.mark.skipif(WITHOUT_DEVICE, reason="only a device has graphs")
 
 
 def compiled(model: nn.Module, **options: Any) -> LayerGraphs:
@@ -35,7 +35,7 @@ def compiled(model: nn.Module, **options: Any) -> LayerGraphs:
     model.use_fast_kernels = True  # type: ignore[assignment]
     model.compile_for_inference(**{"buckets": [BUCKET], **options})
     graphs: LayerGraphs = model.base_model.encoder.layer_graphs
-    if INTERPRETED:
+    if WITHOUT_DEVICE:
         graphs.device = Rerun()
     return graphs
 
@@ -64,7 +64,7 @@ def test_replays_are_as_accurate_as_plain_pytorch(
     for features, mask in inputs:  # captures
         run(model, features, mask)
     assert len(graphs) <= 2
-    if not INTERPRETED:
+    if not WITHOUT_DEVICE:
         monkeypatch.setattr(Wav2Vec2BertEncoder, "run_layers", no_layers)
     results = [run(model, features, mask) for features, mask in inputs]
     monkeypatch.undo()

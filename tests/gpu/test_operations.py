@@ -14,7 +14,7 @@ from triton import knobs
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops.examples import Sizes, example
 
-from .lane import DEVICE, DTYPES, INTERPRETED, WIDTH, Judge, choose, random
+from .lane import DEVICE, DTYPES, WIDTH, WITHOUT_DEVICE, Judge, choose, random
 from .models import SIZES, batch, fast, kernels, make
 
 pytestmark = pytest.mark.gpu
@@ -109,7 +109,7 @@ def test_a_layer_compiles_without_a_graph_break(dtype: torch.dtype, judge: Judge
     def run(x: Tensor, layout: PackedBatch) -> Tensor:
         return layer(x, layout)[0]
 
-    backend = "eager" if INTERPRETED else "inductor"
+    backend = "eager" if WITHOUT_DEVICE else "inductor"
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
     exact_layer = make("Wav2Vec2BertModel", list(SIZES)[-1]).to(dtype).double().encoder.layers[0]
     with torch.no_grad(), kernels():
@@ -146,7 +146,7 @@ def test_a_new_length_compiles_nothing(dtype: torch.dtype) -> None:
         with compilations() as seen:
             for x, layout in inputs[: len(first)]:
                 layer(x, layout)
-        assert seen or INTERPRETED or dtype != DTYPES[0]
+        assert seen or WITHOUT_DEVICE or dtype != DTYPES[0]
         with compilations() as seen:
             for x, layout in inputs[len(first) :]:
                 layer(x, layout)
@@ -165,7 +165,7 @@ def test_a_layer_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
     """PyTorch raises where an operation would make the host wait for the device."""
-    if INTERPRETED:
+    if WITHOUT_DEVICE:
         yield
         return
     torch.cuda.set_sync_debug_mode("error")
@@ -176,7 +176,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def test_waiting_would_be_seen() -> None:
-    if INTERPRETED:
+    if WITHOUT_DEVICE:
         pytest.skip("the interpreter has no device to wait for")
     with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
         random(3, dtype=torch.float32).sum().item()
@@ -197,7 +197,7 @@ def test_the_layer_is_on_the_kernels(judge: Judge) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_launches_go_to_the_device_of_the_tensors(name: str) -> None:
-    if INTERPRETED or torch.cuda.device_count() < 2:
+    if WITHOUT_DEVICE or torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
     operation, inputs = getattr(torch.ops.w2vbert, name), arguments(name, torch.float32)
     expected = torch.utils._pytree.tree_leaves(operation(*inputs))

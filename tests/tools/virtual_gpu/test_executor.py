@@ -96,19 +96,25 @@ def test_what_depends_on_garbage_is_a_fault() -> None:
     launch = addition()
     adds = [line for line in launch.ptx.splitlines() if line.strip().startswith("add.f32")]
     wrong = changed(launch, adds[0], "")
-    with pytest.raises(ExecutionError, match=r"out_ptr\[\d+\] depends on the order of blocks, or on what reg"):
+    with pytest.raises(
+        ExecutionError, match=r"out_ptr\[\d+\] depends on the order of blocks, or on what reg"
+    ):
         execute(wrong)
     execute(wrong, garbage=False)
     body = "shl.b32 %r1, %r0, 2;\nld.shared.b32 %r2, [%r1];\nst.global.b32 [%rd10], %r2;"
     memory = {"out": torch.zeros(32, 2, dtype=torch.int32)[:, 0]}
-    with pytest.raises(ExecutionError, match=r"out\[0\] depends on the order of blocks, or on what reg"):
+    with pytest.raises(
+        ExecutionError, match=r"out\[0\] depends on the order of blocks, or on what reg"
+    ):
         execute(written(body, memory, shared=128))
 
 
 def test_a_store_that_garbage_decides_is_a_fault() -> None:
     """What is stored was there before: only garbage in what is merely written tells."""
     body = "cvt.u64.u32 %rd20, %r0;\n@%p5 st.global.b64 [%rd10], %rd20;"
-    with pytest.raises(ExecutionError, match=r"out\[\d+\] depends on the order of blocks, or on what reg"):
+    with pytest.raises(
+        ExecutionError, match=r"out\[\d+\] depends on the order of blocks, or on what reg"
+    ):
         execute(written(body, {"out": torch.arange(32)}), written_whole=False)
 
 
@@ -162,9 +168,7 @@ def test_scratch_memory_is_no_result_and_what_blocks_leave_in_it_must_not_matter
     scratch, out = torch.zeros(257, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
 
     def launch(uses: bool) -> Launch:
-        (one,) = caught(
-            "sm_80", lambda: neighbour_kernel[(4,)](scratch, out, BLOCK=64, USES=uses)
-        )
+        (one,) = caught("sm_80", lambda: neighbour_kernel[(4,)](scratch, out, BLOCK=64, USES=uses))
         return one
 
     execute(launch(uses=False))
