@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,9 @@ class Block:
         registers: by name, one value for each thread, as unsigned integers or bool.
         parameters: the bits of each parameter.
         copies: cp.async of no group yet; groups: those committed, the oldest first.
+        products, product_groups: the same of wgmma.
+        owed: accumulators of wgmma under way, and what they will be; lent: registers it reads.
+        fenced: the registers at the last wgmma.fence.
     """
 
     number: int
@@ -50,6 +54,11 @@ class Block:
     threads: np.ndarray
     copies: list[Copy] = field(default_factory=list)
     groups: list[list[Copy]] = field(default_factory=list)
+    products: list[Any] = field(default_factory=list)
+    product_groups: list[list[Any]] = field(default_factory=list)
+    owed: dict[str, np.ndarray] = field(default_factory=dict)
+    lent: set[str] = field(default_factory=set)
+    fenced: dict[str, np.ndarray] = field(default_factory=dict)
 
     def active(self, mask: Mask) -> np.ndarray:
         return self.threads if mask is None else np.flatnonzero(mask)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 # Imported for the rules that they register.
-from . import arithmetic, tensor_cores, transfers  # noqa: F401
+from . import arithmetic, tensor_cores, transfers, warpgroups  # noqa: F401
 from .block import LANES, Block, Mask, Step, unsigned
 from .faults import Fault, UnsupportedError, ranges
 from .global_memory import Checks, GlobalMemory
@@ -209,6 +209,8 @@ def _execute(
                 threads // LANES if going is None else int(going.reshape(-1, LANES).any(1).sum())
             )
             step = steps[here]
+            if block.owed:
+                _check_lent(block, i)
             if step is not None:
                 if some:
                     step(block, going)
@@ -247,8 +249,19 @@ def _execute(
         i = None
         if block.copies or any(block.groups):
             raise Fault("the block ends before a cp.async was waited for")
+        if block.owed or block.products or any(block.product_groups):
+            raise Fault("the block ends before a wgmma was waited for")
     except Fault as fault:
         raise _placed(kernel, block, i, fault) from None
+
+
+def _check_lent(block: Block, i: Instruction) -> None:
+    if i.opcode.startswith("wgmma."):
+        return
+    if taken := sorted(block.owed.keys() & i.registers):
+        raise Fault(f"{taken[0]} is used before the wgmma that adds to it was waited for")
+    if taken := sorted(block.lent & i.written):
+        raise Fault(f"{taken[0]} is written before the wgmma that reads it was waited for")
 
 
 def _one_barrier(i: Instruction) -> None:

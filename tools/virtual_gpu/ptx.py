@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -33,6 +34,18 @@ class Instruction:
     guard: str | None
     negated: bool
     source: str
+
+    @functools.cached_property
+    def registers(self) -> frozenset[str]:
+        """All that it names."""
+        return frozenset(re.findall(r"%\w+", self.text))
+
+    @functools.cached_property
+    def written(self) -> frozenset[str]:
+        """Those that it writes."""
+        if not self.operands or self.opcode.startswith(("st", "cp.", "bar", "bra")):
+            return frozenset()
+        return frozenset(re.findall(r"%\w+", self.operands[0]))
 
 
 @dataclass

@@ -4,6 +4,10 @@ Two threads are ordered by a barrier of the block (`bar.sync`: a new interval be
 warp, by `bar.warp.sync` (a new step of that warp). Within an interval, two threads and one byte,
 one of them writing, is a race; a write of what is there already harms nobody. A `cp.async` owns its
 bytes from its start until its thread waited for it, and counts as that thread's write then.
+
+wgmma reads through the asynchronous proxy: what threads wrote must be behind a fence of proxies
+and, unless the barrier lies in front of that, a barrier; and may not be written before the product
+was waited for.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from .faults import Fault
 
 _LANES = 32
 _SEVERAL_WARPS = -1
+# A byte that the asynchronous proxy cannot see yet: written, or fenced as well but by its writer.
+_WRITTEN, _FENCED = 1, 2
 
 
 def _warp(thread: np.ndarray) -> np.ndarray:
@@ -32,9 +38,18 @@ class SharedMemory:
         self.written, self.read = np.zeros((2, size), np.int32)
         self.written_step, self.read_step = np.zeros((2, size), np.int32)
         self.copies = np.zeros(size, np.int16)  # cp.async under way
+        self.products = np.zeros(size, np.int16)  # wgmma under way that read
+        self.unfenced = np.zeros(size, np.int8)
 
     def barrier(self) -> None:
         self.interval += 1
+        self.unfenced[self.unfenced == _FENCED] = 0
+
+    def proxy_fence(self) -> None:
+        """Every thread's `fence.proxy.async`: of what was written before a barrier, of everybody;
+        of what each wrote since, his own, which the next barrier makes everybody's."""
+        unfenced = self.unfenced != 0
+        self.unfenced[unfenced] = np.where(self.written[unfenced] < self.interval, 0, _FENCED)
 
     def warp_barrier(self, threads: np.ndarray) -> None:
         self.steps[np.unique(threads // _LANES)] += 1
@@ -108,6 +123,11 @@ class SharedMemory:
         """Checks and notes a write; `changes` says which bytes get another value."""
         if not self.races:
             return
+        if (wrong := self.products[at] != 0).any():
+            raise Fault(
+                "race in shared memory: write of what a wgmma still reads", threads[wrong.any(1)]
+            )
+        self.unfenced[at] = _WRITTEN
         thread = np.broadcast_to(threads[:, None], at.shape)
         for who, when, step, said in (
             (self.writer, self.written, self.written_step, "wrote"),
@@ -145,7 +165,33 @@ class SharedMemory:
     def land(self, at: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
         self.copies[at] = 0
         self.bytes[at] = values
+        self.unfenced[at] = _WRITTEN
         thread = np.broadcast_to(threads[:, None], at.shape)
         self.writer[at] = thread
         self.written[at] = self.interval
         self.written_step[at] = self.steps[thread // _LANES]
+
+    def begin_read(self, at: np.ndarray, threads: np.ndarray) -> np.ndarray:
+        """The bytes `at`, read by a wgmma of these threads, which goes on until `end_read`."""
+        if (wrong := (at < 0) | (at >= self.bytes.size)).any():
+            raise Fault(
+                f"wgmma at byte {at[wrong][0]} of the {self.bytes.size} of shared memory", threads
+            )
+        if self.races:
+            if (self.copies[at] != 0).any():
+                raise Fault("wgmma of what a cp.async still copies to", threads)
+            if (wrong := self.unfenced[at] != 0).any():
+                writer = int(self.writer[at][wrong][0])
+                raise Fault(
+                    f"race in shared memory: wgmma of what thread {writer} wrote, with no "
+                    "fence.proxy.async and barrier between",
+                    threads,
+                )
+            self.products[at] += 1
+        return self.bytes[at]
+
+    def end_read(self, at: np.ndarray) -> None:
+        if self.races:
+            self.products[at] -= 1
+            self.reader[at] = _SEVERAL_WARPS
+            self.read[at] = self.interval

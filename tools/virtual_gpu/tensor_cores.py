@@ -106,7 +106,7 @@ def _b32(words: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.nda
     return value(words).transpose(0, 1, 3, 2).reshape(-1, 8, 8)
 
 
-_VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "bf16": bfloat16_to_float32,
     "f16": lambda bits: bits.view(np.float16).astype(np.float32),
     "tf32": lambda bits: (bits & np.uint32(0xFFFFE000)).view(np.float32),
@@ -118,7 +118,7 @@ _VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     r"|m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32)"
 )
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    value = _VALUES[m["half"] or "tf32"]
+    value = VALUES[m["half"] or "tf32"]
     left, right = (_a16, _b16) if m["half"] else (_a32, _b32)
     to, a, b, c = (vector(operand) for operand in i.operands)
     if (len(to), len(a), len(b), len(c)) != (4, 4, 2, 4):
