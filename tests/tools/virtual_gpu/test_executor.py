@@ -43,11 +43,12 @@ def test_kernels_without_tensor_cores(
         "fused_attention float16",
     ],
 )
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_kernels_with_tensor_cores(
-    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    target: str, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", case.split())
-    with activated("sm_80", Executor()):
+    with activated(target, Executor()):
         runpy.run_path(str(SCRIPTS / f"{case.split()[0]}.py"), run_name="__main__")
     assert capsys.readouterr().out == "the same as PyTorch\n"
 
@@ -159,7 +160,7 @@ def neighbour_kernel(scratch_ptr, out_ptr, BLOCK: tl.constexpr, USES: tl.constex
     tl.debug_barrier()
     found = tl.load(own + offsets + 1)
     tl.debug_barrier()
-    tl.store(own + offsets, 2 * offsets, mask=offsets < BLOCK // 2)
+    tl.store(own + offsets, 2 * offsets + 9, mask=offsets < BLOCK // 2)
     found = tl.where((offsets + 1 < BLOCK) | USES, found, 0)
     tl.store(out_ptr + tl.program_id(0) * BLOCK + offsets, found)
 
@@ -168,6 +169,7 @@ def test_scratch_memory_is_no_result_and_what_blocks_leave_in_it_must_not_matter
     scratch, out = torch.zeros(257, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
 
     def launch(uses: bool) -> Launch:
+        scratch.zero_()
         (one,) = caught("sm_80", lambda: neighbour_kernel[(4,)](scratch, out, BLOCK=64, USES=uses))
         return one
 

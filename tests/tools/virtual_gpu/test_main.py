@@ -87,10 +87,3 @@ def test_a_check_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "1 of 64 elements of out_ptr are never written, the first [63]" in capsys.readouterr().err
     )
     assert main(["--target", "sm_80", "--without", "written_whole", str(script)]) == 0
-
-
-def test_what_sm_90_multiplies_matrices_with_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    script = str(SCRIPTS / "matrix_product.py")
-    assert main(["--target", "sm_90", script, "bfloat16"]) == 1
-    # The first of them: what wgmma reads of shared memory is fenced before.
-    assert "no rule for 'fence.proxy.async.shared::cta'" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""wgmma: descriptors against the layouts of the PTX ISA, and what must be fenced and waited for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.tools.virtual_gpu.kernels import caught, changed, execute
+from tests.tools.virtual_gpu.scripts import fused_attention, matrix_product
+from tools.virtual_gpu.executor import ExecutionError
+from tools.virtual_gpu.faults import Fault
+from tools.virtual_gpu.record import Launch
+from tools.virtual_gpu.warpgroups import operand_bytes
+
+MODES = {128: 1, 64: 2, 32: 3}
+
+
+def descriptor(start: int, leading: int, stride: int, mode: int) -> int:
+    fields = (start >> 4, leading >> 4, stride >> 4)
+    return fields[0] | fields[1] << 16 | fields[2] << 32 | mode << 62
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("span", MODES)
+@pytest.mark.parametrize("step", [0, 1])
+def test_rows_along_k_lie_in_lines_whose_chunks_are_exchanged(
+    span: int, size: int, step: int
+) -> None:
+    """Rows of `span` bytes; chunk c of row r lies at c ^ (r's line of 128 bytes, modulo what the
+    pattern repeats after)."""
+    rows, depth, chunks, stride = 24, 32 // size, span // 16, 2048
+    if 2 * step >= chunks:
+        pytest.skip("no second slice in so short a row")
+    got = operand_bytes(
+        descriptor(1024 + 32 * step, 16, stride, MODES[span]), rows, depth, size, True
+    )
+    for r, k, byte in itertools.product(range(rows), range(depth), range(size)):
+        chunk = 2 * step + k * size // 16
+        moved = chunk ^ ((r % 8) // (8 // chunks)) % chunks
+        inside = k * size % 16 + byte
+        assert got[r, k, byte] == 1024 + r // 8 * stride + r % 8 * span + moved * 16 + inside
+
+
+@pytest.mark.parametrize("span", MODES)
+def test_rows_across_k_lie_in_lines_whose_chunks_are_exchanged(span: int) -> None:
+    """Lines of `span` bytes of one k each: 8 lines, then the next 8 at the stride; what is further
+    along the rows at the leading dimension's offset."""
+    chunks, leading, stride = span // 16, 8192, 4096
+    got = operand_bytes(descriptor(2048, leading, stride, MODES[span]), 128, 16, 2, False)
+    for row, k in itertools.product(range(128), range(16)):
+        block, inside = divmod(row * 2, span)
+        moved = inside // 16 ^ ((k % 8) // (8 // chunks)) % chunks
+        wanted = 2048 + block * leading + k // 8 * stride + k % 8 * span + moved * 16 + inside % 16
+        assert got[row, k].tolist() == [wanted, wanted + 1]
+
+
+def test_without_swizzling_there_are_core_matrices() -> None:
+    """Of 8 rows of 16 bytes, one after another."""
+    along = operand_bytes(descriptor(256, 640, 1280, 0), 16, 16, 2, True)
+    across = operand_bytes(descriptor(256, 640, 1280, 0), 16, 16, 2, False)
+    for row, k in itertools.product(range(16), range(16)):
+        at = 256 + row // 8 * 1280 + k // 8 * 640
+        assert along[row, k, 0] == at + row % 8 * 16 + k % 8 * 2
+        assert across[row, k, 0] == at + k % 8 * 16 + row % 8 * 2
+    with pytest.raises(Fault, match="base offset"):
+        operand_bytes(1 << 49, 8, 16, 2, True)
+
+
+def product(dtype: torch.dtype = torch.bfloat16) -> tuple[Launch, torch.Tensor]:
+    torch.manual_seed(0)
+    a, b = torch.randn(70, 104).to(dtype), torch.randn(104, 48).to(dtype)
+    (launch,) = caught("sm_90", lambda: matrix_product.matmul(a, b))
+    assert "wgmma.mma_async" in launch.ptx
+    return launch, a.double() @ b.double()
+
+
+def attention() -> Launch:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 70, 64).to(torch.bfloat16).unbind()
+    (launch,) = caught("sm_90", lambda: fused_attention.attention(q, k, v))
+    return launch
+
+
+NEEDED = {
+    "fence.proxy.async.shared::cta;": "with no fence.proxy.async and barrier between",
+    "wgmma.fence.sync.aligned;": "which was written after the last wgmma.fence",
+    "wgmma.wait_group.sync.aligned": "was waited for",
+}
+
+
+@pytest.mark.parametrize("statement", NEEDED)
+def test_every_fence_and_wait_is_needed(statement: str) -> None:
+    launch, exact = product()
+    execute(launch)
+    out = launch.tensors["c_ptr"]
+    torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=2**-7)
+    count = launch.ptx.count(statement)
+    noticed = 0
+    for which in range(count):
+        dropped = "//" if statement.endswith(";") else "// "
+        try:
+            execute(changed(launch, statement, dropped, which), garbage=False)
+        except ExecutionError as fault:
+            assert NEEDED[statement] in str(fault) or "still reads" in str(fault)
+            noticed += 1
+    # In a loop, whose first round has nothing under way, what the last one waits for is enough.
+    assert count and noticed >= count - (statement.startswith("wgmma.wait") and count > 1)
+
+
+def test_the_barrier_between_writing_and_the_product_is_needed() -> None:
+    launch, _ = product()
+    bars = launch.ptx.count("bar.sync")
+    said = []
+    for which in range(bars):
+        try:
+            execute(changed(launch, "bar.sync", "//", which), garbage=False)
+        except ExecutionError as fault:
+            said.append(str(fault))
+    assert any("no fence.proxy.async and barrier between" in text for text in said)
+
+
+def test_a_product_is_read_from_where_the_descriptor_says() -> None:
+    launch, exact = product()
+    constants = [word for word in launch.ptx.split() if word.startswith("46116862933")]
+    assert constants
+    other = changed(launch, constants[0].rstrip(";"), str(int(constants[0].rstrip(";")) ^ 2 << 32))
+    execute(other)
+    assert (launch.tensors["c_ptr"].double() - exact).abs().max() > 0.5
+
+
+def test_registers_as_the_left_operand_are_the_fragments_of_the_manual() -> None:
+    launch = attention()
+    execute(launch)
+    right = launch.tensors["out_ptr"].clone()
+    line = next(
+        line for line in launch.ptx.splitlines() if "wgmma.mma_async" in line and "}, {" in line
+    )
+    first, second = line[line.index("}, {") + 4 : line.rindex("}")].split(",")[:2]
+    execute(changed(launch, line, line.replace(f"{{{first},{second}", f"{{{second},{first}")))
+    assert not torch.equal(right, launch.tensors["out_ptr"])
+
+
+def test_what_a_product_reads_and_adds_to_is_nobody_elses_until_it_is_waited_for() -> None:
+    launch = attention()
+    lines = launch.ptx.splitlines()
+    line = next(line for line in lines if "wgmma.mma_async" in line and "}, {" in line)
+    accumulator = line[line.index("{") + 1 : line.index(",")]
+    source = line[line.index("}, {") + 4 :].partition(",")[0]
+    commit = "wgmma.commit_group.sync.aligned;"
+    which = launch.ptx[: launch.ptx.index(line)].count(commit)
+    for statement, said in (
+        (f"mov.b32 {accumulator}, 0;", "is used before the wgmma that adds to it was waited for"),
+        (f"mov.b32 {source}, 0;", "is written before the wgmma that reads it was waited for"),
+    ):
+        with pytest.raises(ExecutionError, match=said):
+            execute(changed(launch, commit, f"{commit}\n{statement}\n", which), garbage=False)
+
+
+def test_what_a_product_reads_may_not_be_written_until_it_is_waited_for() -> None:
+    launch, _ = product()
+    commit, said = "wgmma.commit_group.sync.aligned;", []
+    for at in range(0, launch.shared_bytes, 4096):
+        try:
+            execute(changed(launch, commit, f"{commit}\nst.shared.b32 [{at}], 7;"), garbage=False)
+        except ExecutionError as fault:
+            said.append(str(fault))
+    assert any("race in shared memory: write of what a wgmma still reads" in text for text in said)
+
+
+def test_an_operand_outside_of_shared_memory_is_a_fault() -> None:
+    launch, _ = product()
+    line = next(line for line in launch.ptx.splitlines() if "bfe.u32" in line and "4, 14" in line)
+    register = line.split()[1].rstrip(",")
+    with pytest.raises(ExecutionError, match=r"wgmma at byte \d+ of the \d+ of shared memory"):
+        execute(changed(launch, line, f"mov.u32 {register}, 16383;"))
+
+
+def test_threads_that_disagree_and_parts_of_a_block_are_faults() -> None:
+    launch, _ = product()
+    fence = "wgmma.fence.sync.aligned;"
+    with pytest.raises(ExecutionError, match=r"wgmma\.fence by a part of the block"):
+        execute(changed(launch, fence, f"setp.lt.u32 %p0, %tid.x, 64;\n@%p0 {fence}"))
+    line = next(line for line in launch.ptx.splitlines() if "bfe.u32" in line and "4, 14" in line)
+    register = line.split()[1].rstrip(",")
+    with pytest.raises(ExecutionError, match="wgmma whose threads disagree on an operand"):
+        execute(changed(launch, line, f"{line}\nadd.u32 {register}, {register}, %tid.x;"))
