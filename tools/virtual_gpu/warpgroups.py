@@ -161,7 +161,9 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     ]
     adds = predicate(i, i.operands[3], program)
 
-    def loaded(b: Block, read: Read, rows: int, by_depth: bool) -> tuple[np.ndarray, list]:
+    def loaded(
+        b: Block, read: Read, rows: int, by_depth: bool
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
         """[warpgroups, rows, depth] as float64, and the bytes of each."""
         matrices, places = [], []
         for group, descriptor in enumerate(_uniform(read(b))):
@@ -177,12 +179,13 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         for name in (*sources, *(name for name in names if name not in b.owed)):
             if b.registers[name] is not b.fenced.get(name):
                 raise Fault(f"wgmma of {name}, which was written after the last wgmma.fence")
+        places: list[np.ndarray] = []
         if from_registers:
             # Registers [warpgroups, warps, halves of K, halves of 16 rows, 8 rows, 4 lanes].
             words = np.stack([read(b).reshape(-1, 4, 8, 4) for read in reads_a], 2)
             a = value(np.ascontiguousarray(words).view(unsigned(8 * size)))
             a = a.reshape(-1, 4, 2, 2, 8, 4, 4 // size).transpose(0, 1, 3, 4, 2, 5, 6)
-            left, places = a.reshape(-1, 64, depth).astype(np.float64), []
+            left = a.reshape(-1, 64, depth).astype(np.float64)
         else:
             left, places = loaded(b, describe[0], 64, not turned[0])
         right, more = loaded(b, describe[-1], columns, not turned[-1])
