@@ -5,6 +5,7 @@ One cluster of 2 CPUs on this machine serves all tests, with a small object stor
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -20,6 +21,8 @@ import psutil
 import pytest
 import torch
 
+from tests.helpers.snippets import Reader, blocks
+from tests.helpers.stand_ins import ADDED, NOT_RUN, REPLACED, fill
 from tests.helpers.waiting import PATIENCE
 from w2vbert_fast.inference.jobs.inputs import open_inputs
 from w2vbert_fast.inference.jobs.job import Job, read_results
@@ -118,6 +121,26 @@ def committed(out: Path) -> list[Path]:
 
 def batches(folder: Path) -> int:
     return len((folder / "batches").read_text().split())
+
+
+def test_the_blocks_of_the_page(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/use/scaling.md, with two clips and a cluster of two CPUs."""
+    fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    clips = [json.loads(line) for line in Path("corpus.jsonl").read_text().splitlines()]
+    rows = [{"id": clip["id"], "audio_filepath": clip["audio"]} for clip in clips]
+    (tmp_path / "corpus").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus" / "0.parquet")
+    (tmp_path / "shards").rename(tmp_path / "clips")
+    places = {"s3://bucket": str(tmp_path), "/shared": str(tmp_path)}
+    places["me/my-model"] = str(tmp_path / "hf-audio/wav2vec2-bert-CV16-en")
+    page = ROOT / "docs" / "use" / "scaling.md"
+    Reader({**REPLACED, **places}, ADDED, NOT_RUN).read(blocks(page), apart=False)
+    said = {clip["id"]: clip["text"] for clip in clips}
+    written = pq.read_table(tmp_path / "transcripts" / "rows").to_pylist()
+    assert {row["id"]: row["text"] for row in written} == said
+    assert {row["id"]: row["text"] for row in read_results("out")} == said
+    assert pq.read_table(tmp_path / "clips_parquet").num_rows == 1
 
 
 def test_a_killed_actor_loses_nothing_and_a_failed_job_goes_on(

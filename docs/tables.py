@@ -1,0 +1,256 @@
+"""Writes the tables of README and docs that a command can make: `python docs/tables.py`.
+
+A table stands below `<!-- table: NAME -->`, up to an empty line, and is what `TABLES[NAME]`
+returns. `--check` writes nothing and names the tables that are not what they would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*/*.md")))
+RESULTS = ROOT / "bench" / "results" / "cpu_2_cores"
+OURS = "w2vbert_fast"
+
+_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:.+\n)*)")
+_LIBRARIES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "ctranslate2": "CTranslate2"}
+_WORK = {
+    "1x10s": "1 x 10 s",
+    "1x30s": "1 x 30 s",
+    "1x60s": "1 x 60 s",
+    "1x300s": "1 x 300 s",
+    "16x1-20s": "16 utterances of 1 to 19 s",
+    "1x30s, adapter": "1 x 30 s, one adapter layer",
+    "1x30s, layer 17": "`encode(layer=17)`, 1 x 30 s",
+    "8x30s": "features, 8 x 30 s",
+    "16x1-20s, demo": "waveform to text, 16 utterances, demo model",
+    "train 1x30s": "1 x 30 s",
+    "train 8x1-20s": "8 utterances of 1 to 19 s",
+}
+_IN_README = (
+    ("1x10s", "fp32"),
+    ("1x10s", "int8"),
+    ("1x30s", "bf16"),
+    ("1x30s, layer 17", "fp32"),
+    ("16x1-20s", "fp32"),
+    ("16x1-20s, demo", "fp32"),
+)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, one line a row."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _rows(file: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / file).read_text())["rows"]
+    return [row for row in rows if row["seconds"] is not None]
+
+
+def _peer(row: dict[str, Any]) -> str:
+    library = _LIBRARIES.get(row["implementation"], row["implementation"])
+    return ", ".join(filter(None, (library, row["configuration"])))
+
+
+def _digits(number: float) -> str:
+    """Three of them."""
+    return f"{number:#.3g}".rstrip(".")
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return _digits(row["seconds"]["median"])
+
+
+def _ratio(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    return f"{theirs['seconds']['median'] / ours['seconds']['median']:.1f}"
+
+
+def _median(row: dict[str, Any]) -> float:
+    return float(row["seconds"]["median"])
+
+
+def _ours(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Ours with its weights as stored."""
+    return next(
+        row
+        for row in rows
+        if row["implementation"] == OURS and "packed" not in row["configuration"]
+    )
+
+
+def speed() -> str:
+    """Six rows for README: the fastest peer of each."""
+    table = []
+    everything = _rows("all.json")
+    for work, dtype in _IN_README:
+        rows = [row for row in everything if (row["workload"], row["dtype"]) == (work, dtype)]
+        ours = _ours(rows)
+        best = min((row for row in rows if row["implementation"] != OURS), key=_median)
+        table.append(
+            [
+                _WORK[work],
+                str(ours["layers"] or ""),
+                dtype,
+                _peer(best),
+                _seconds(best),
+                _seconds(ours),
+                _ratio(best, ours),
+            ]
+        )
+    header = ["work", "layers", "dtype", "fastest other", "seconds", "here", "ratio"]
+    return markdown(header, table)
+
+
+def speed_of_all() -> str:
+    """Every row of that run: each peer's fastest configuration, and both forms of ours."""
+    return _all("all.json")
+
+
+def training() -> str:
+    """Training steps; of one utterance in fp32 there are two runs."""
+    return _all("train_30s.json", "train_30s_fp32.json", "train_mixed.json")
+
+
+def _all(*files: str) -> str:
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for file in files:
+        for row in _rows(file):
+            groups.setdefault((file, row["workload"], row["dtype"]), []).append(row)
+    table = []
+    for (_, work, dtype), rows in groups.items():
+        ours = _ours(rows)
+        fastest: dict[str, dict[str, Any]] = {}
+        for row in sorted(rows, key=_median):
+            name = row["implementation"]
+            if name == OURS:
+                name += row["configuration"]
+            fastest.setdefault(name, row)
+        for row in fastest.values():
+            of_ours = row["implementation"] == OURS
+            table.append(
+                [
+                    _WORK[work],
+                    str(row["layers"] or ""),
+                    dtype,
+                    f"**{_peer(row)}**" if of_ours else _peer(row),
+                    _seconds(row),
+                    f"{_digits(row['seconds']['p20'])} to {_digits(row['seconds']['p80'])}",
+                    str(row["seconds"]["rounds"]),
+                    "" if row is ours else _ratio(row, ours),
+                ]
+            )
+    header = ["work", "layers", "dtype", "what", "median, s", "p20 to p80", "rounds", "ratio"]
+    return markdown(header, table)
+
+
+def devices() -> str:
+    """The implementation of an operation, by device and dtype."""
+    import torch
+
+    from w2vbert_fast.models.optimized.int8 import check_int8
+    from w2vbert_fast.ops import dispatch
+
+    names = {"triton": "Triton", "cpu": "oneDNN, blocked attention", "plain": "plain PyTorch"}
+
+    def int8(device: str) -> str:
+        try:
+            check_int8(torch.device(device))
+        except ValueError as error:
+            return "" if "int8 needs the CPU" in str(error) else "oneDNN"
+        return "oneDNN"
+
+    table = []
+    for label, device, wanted in (
+        ("CUDA (capability 7.5), ROCm", "cuda", "triton"),
+        ("CPU", "cpu", "cpu"),
+        ("others", "mps", "plain"),
+    ):
+        found = [
+            names[dispatch._if_possible(wanted, device, dtype)]  # type: ignore[arg-type]
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ]
+        table.append([label, *found, int8(device)])
+    return markdown(["device", "float32", "bfloat16", "float16", "int8"], table)
+
+
+@functools.cache
+def _counts() -> dict[str, Any]:
+    from bench.ledger.forward import ledger
+
+    return ledger()
+
+
+def ledger() -> str:
+    """A forward pass, counted."""
+    from bench.ledger.forward import counts_table
+
+    table = counts_table(_counts())
+    return markdown(table.header, table.rows)
+
+
+def roofline() -> str:
+    """Its roofline times."""
+    from bench.ledger.forward import roofline_table
+
+    table = roofline_table(_counts(), [gpu["name"] for gpu in _counts()["gpus"]])
+    return markdown(table.header, table.rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "devices": devices,
+    "speed": speed,
+    "speed-all": speed_of_all,
+    "training": training,
+    "ledger": ledger,
+    "roofline": roofline,
+}
+SLOW = ("ledger", "roofline")
+"""Those that take more than a second; a test looks at the others."""
+
+
+def current(text: str, names: Iterable[str] = TABLES) -> str:
+    """A page with its tables as they would be made now.
+
+    Args:
+        text: of the page.
+        names: of the tables that are made; others stay.
+
+    Raises:
+        ValueError: a table has no name of `TABLES`.
+    """
+
+    def made(found: re.Match[str]) -> str:
+        if found[2] not in TABLES:
+            raise ValueError(f"there is no table {found[2]!r}; there are {', '.join(TABLES)}")
+        return found[1] + TABLES[found[2]]() if found[2] in names else found[0]
+
+    return _TABLE.sub(made, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    stale = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        made = current(text)
+        if made != text:
+            stale += 1
+            print(f"{page.relative_to(ROOT)}: {'not current' if options.check else 'written'}")
+            if not options.check:
+                page.write_text(made, encoding="utf-8")
+    return int(options.check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
