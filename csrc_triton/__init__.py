@@ -13,44 +13,6 @@ is given:
 * `RuntimeError`: the tensors are on a CPU and Triton's interpreter is off.
 """
 
-from .attention import build_tile_map, shaw_attention, shaw_attention_backward
-from .conv import conv_norm_act, conv_norm_act_backward
-from .ctc import ctc_greedy
-from .fbank import log_mel_filterbank, normalize_and_stack
-from .gemm import (
-    feed_forward_backward,
-    linear,
-    linear_backward,
-    linear_glu,
-    linear_glu_backward,
-)
-from .norm import (
-    layer_norm,
-    layer_norm_backward,
-    residual_double_layer_norm,
-    residual_double_layer_norm_backward,
-    residual_layer_norm,
-    residual_layer_norm_backward,
-)
+from . import attention, conv, ctc, fbank, gemm, norm
 
-__all__ = [
-    "build_tile_map",
-    "conv_norm_act",
-    "conv_norm_act_backward",
-    "ctc_greedy",
-    "feed_forward_backward",
-    "layer_norm",
-    "layer_norm_backward",
-    "linear",
-    "linear_backward",
-    "linear_glu",
-    "linear_glu_backward",
-    "log_mel_filterbank",
-    "normalize_and_stack",
-    "residual_double_layer_norm",
-    "residual_double_layer_norm_backward",
-    "residual_layer_norm",
-    "residual_layer_norm_backward",
-    "shaw_attention",
-    "shaw_attention_backward",
-]
+__all__ = ["attention", "conv", "ctc", "fbank", "gemm", "norm"]

@@ -97,7 +97,7 @@ def offsets(num_tokens: int, batch: int) -> Tensor:
 
 def attention(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     fused = empty(num_tokens, 3, HEADS, WIDTH // HEADS, dtype=dtype)
-    csrc_triton.shaw_attention(
+    csrc_triton.attention.shaw_attention(
         *fused.unbind(1),
         offsets(num_tokens, batch),
         num_tokens,
@@ -109,33 +109,33 @@ def attention(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
 
 def attention_without_positions(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     query, key, value = (empty(num_tokens, HEADS, 64, dtype=dtype) for _ in range(3))
-    csrc_triton.shaw_attention(query, key, value, offsets(num_tokens, batch), num_tokens)
+    csrc_triton.attention.shaw_attention(query, key, value, offsets(num_tokens, batch), num_tokens)
 
 
 def linear(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     x, weight = empty(num_tokens, WIDTH, dtype=dtype), empty(INNER, WIDTH, dtype=dtype)
-    csrc_triton.linear(x, weight, empty(INNER, dtype=dtype), activation="silu")
+    csrc_triton.gemm.linear(x, weight, empty(INNER, dtype=dtype), activation="silu")
 
 
 def linear_glu(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     x = empty(num_tokens, WIDTH, dtype=dtype)
-    csrc_triton.linear_glu(x, empty(2 * WIDTH, WIDTH, dtype=dtype))
+    csrc_triton.gemm.linear_glu(x, empty(2 * WIDTH, WIDTH, dtype=dtype))
 
 
 def norm(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     x = empty(num_tokens, WIDTH, dtype=dtype)
-    csrc_triton.layer_norm(x, *norm_weights(dtype), 1e-5)
+    csrc_triton.norm.layer_norm(x, *norm_weights(dtype), 1e-5)
 
 
 def residual_norm(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     x = empty(num_tokens, WIDTH, dtype=dtype)
     scale = 0.5 if num_tokens % 2 else 1.0
-    csrc_triton.residual_layer_norm(x, x, scale, *norm_weights(dtype), 1e-5)
+    csrc_triton.norm.residual_layer_norm(x, x, scale, *norm_weights(dtype), 1e-5)
 
 
 def double_norm(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     x, weights = empty(num_tokens, WIDTH, dtype=dtype), norm_weights(dtype)
-    csrc_triton.residual_double_layer_norm(x, x, 0.5, *weights, *weights, 1e-5)
+    csrc_triton.norm.residual_double_layer_norm(x, x, 0.5, *weights, *weights, 1e-5)
 
 
 def norm_weights(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -145,20 +145,22 @@ def norm_weights(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def conv(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     x, taps = empty(num_tokens, WIDTH, dtype=dtype), empty(WIDTH, 31, dtype=dtype)
     cu_seqlens = offsets(num_tokens, batch)
-    csrc_triton.conv_norm_act(x, taps, *norm_weights(dtype), 1e-5, "silu", cu_seqlens)
+    csrc_triton.conv.conv_norm_act(x, taps, *norm_weights(dtype), 1e-5, "silu", cu_seqlens)
 
 
 def ctc(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     logits = empty(num_tokens, 32, dtype=dtype)
-    csrc_triton.ctc_greedy(logits, offsets(num_tokens, batch), batch)  # nor is the blank known
+    csrc_triton.ctc.ctc_greedy(logits, offsets(num_tokens, batch), batch)  # nor is the blank known
 
 
 def fbank(num_tokens: int, batch: int, dtype: torch.dtype) -> None:
     # Some samples more than fill frames: a multiple of 16 is what 400 + 160 n always is.
     samples = torch.empty(400 + 160 * num_tokens + num_tokens % 160, device="meta")
     cu_seqlens = offsets(num_tokens, batch)
-    features, frames = csrc_triton.log_mel_filterbank(samples, cu_seqlens, num_frames=num_tokens)
-    csrc_triton.normalize_and_stack(features, frames, num_stacked=max(num_tokens // 2, 1))
+    features, frames = csrc_triton.fbank.log_mel_filterbank(
+        samples, cu_seqlens, num_frames=num_tokens
+    )
+    csrc_triton.fbank.normalize_and_stack(features, frames, num_stacked=max(num_tokens // 2, 1))
 
 
 Launch = Callable[[int, int, torch.dtype], None]
@@ -205,7 +207,10 @@ def test_every_launcher_is_here() -> None:
         "normalize_and_stack",
         *LAUNCHES,
     } - {"attention", "attention_without_positions", "fbank"}
-    assert covered == {n for n in csrc_triton.__all__ if "backward" not in n} - {"build_tile_map"}
+    packages = (getattr(csrc_triton, name) for name in csrc_triton.__all__)
+    launchers = {name for package in packages for name in getattr(package, "__all__", ())}
+    forward = {name for name in launchers if "backward" not in name}
+    assert forward - {"build_tile_map", "tile_bound"} == covered - {"ctc_greedy"}
 
 
 def test_no_tokens_compile_nothing(compilations: Compilations) -> None:
@@ -265,5 +270,7 @@ def test_a_recompilation_is_seen(compilations: Compilations) -> None:
         _length_specialises_kernel[(1,)](empty(16, dtype=torch.float32), num_rows, BLOCK=16)
     assert compilations.by_kernel() == {"_length_specialises_kernel": 4}
     attention(5, 1, torch.float32)
-    csrc_triton.shaw_attention(*(empty(5, 2, 32, dtype=torch.float32),) * 3, offsets(5, 1), 5)
+    csrc_triton.attention.shaw_attention(
+        *(empty(5, 2, 32, dtype=torch.float32),) * 3, offsets(5, 1), 5
+    )
     assert compilations.by_kernel()["shaw_attention_fwd_kernel"] == 2
