@@ -196,29 +196,21 @@ def share(default: float, doc: str) -> Any:
     return real(default, 0, doc, high=1)
 
 
-def boolean(default: bool, doc: str, *, optional: bool = False, common: bool = False) -> Any:
-    """`True` or `False`; None as well where `optional`."""
+def choice(default: object, options: Collection[object], doc: str, *, common: bool = False) -> Any:
+    """One of a few values, each of its own type."""
 
     def convert(value: object) -> object:
-        if isinstance(value, bool) or (value is None and optional):
-            return value
-        raise TypeError
-
-    needed = "True, False or None" if optional else "True or False"
-    return Field(default, needed, convert, doc, common)
-
-
-def choice(
-    default: str | None, options: Collection[str | None], doc: str, *, common: bool = False
-) -> Any:
-    """One of a few strings (or None)."""
-
-    def convert(value: object) -> object:
-        if (value is None or isinstance(value, str)) and value in options:
+        if any(isinstance(value, type(option)) and value == option for option in options):
             return value
         raise ValueError
 
     return Field(default, f"one of {', '.join(map(repr, options))}", convert, doc, common)
+
+
+def boolean(default: bool, doc: str, *, optional: bool = False, common: bool = False) -> Any:
+    """`True` or `False`; None as well where `optional`."""
+    options = (True, False, None) if optional else (True, False)
+    return choice(default, options, doc, common=common)
 
 
 def activation(default: str, doc: str) -> Any:

@@ -39,14 +39,14 @@ def apply_linear(
 
 
 def is_untouched(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
-    """No subclass, and not watched."""
-    return type(module) is kind and not is_watched(module)
+    """Whether a module is of this class, no subclass, and nobody has touched it."""
+    return type(module) is kind and not is_touched(module)
 
 
-def is_watched(module: nn.Module) -> bool:
+def is_touched(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says: it has hooks, or a `forward` of its
     own (as offloading libraries put in)."""
-    own = module.__dict__  # a third of the time that attributes take
+    own = module.__dict__  # asked often, and attributes take longer
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]

@@ -602,9 +602,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             ValueError: the model is in training mode, not on the CPU, in a dtype that oneDNN does
                 not multiply here, or has no encoder layers.
         """
-        encoders = self._parts_with("layer_graphs")
-        if not encoders:
-            raise ValueError(f"{type(self).__name__} has no encoder layers")
+        encoders = self._parts_with("layer_graphs", "encoder layers")
         if self.training:
             raise ValueError("the model is in training mode; weights are packed for inference")
         parameter = next(self.parameters())
@@ -656,9 +654,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             ValueError: an argument is impossible, or the model has no encoder layers.
             TypeError: an argument is no integer.
         """
-        encoders = self._parts_with("layer_graphs")
-        if not encoders:
-            raise ValueError(f"{type(self).__name__} has no encoder layers")
+        encoders = self._parts_with("layer_graphs", "encoder layers")
         settings = (max_tokens, buckets, max_graphs)
         fresh = [LayerGraphs(*settings) if enabled else None for _ in encoders]
         for encoder, graphs in zip(encoders, fresh, strict=True):
@@ -712,7 +708,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
                 "torch.autograd.graph.save_on_cpu)"
             )
         given = (policy, budget_bytes, gradient_checkpointing_kwargs or {}, every_n_layers)
-        parts = self._checkpointed_parts()
+        parts = self._parts_with("gradient_checkpointing", "layers that can be checkpointed")
         settings = [Recompute(*given) for _ in parts]
         for module, own in zip(parts, settings, strict=True):
             module.recompute = own
@@ -720,7 +716,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the layers' activations for the backward pass."""
-        for module in self._checkpointed_parts():
+        what = "layers that can be checkpointed"
+        for module in self._parts_with("gradient_checkpointing", what):
             module.gradient_checkpointing = False
 
     def activation_checkpointing_enable(
@@ -731,15 +728,16 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
 
     activation_checkpointing_disable = gradient_checkpointing_disable  # its newer name
 
-    def _checkpointed_parts(self) -> list[Any]:
-        parts = self._parts_with("gradient_checkpointing")
-        if not parts:
-            raise ValueError(f"{type(self).__name__} has no layers that can be checkpointed")
-        return parts
+    def _parts_with(self, attribute: str, what: str | None = None) -> list[Any]:
+        """The submodules that have an attribute; it is an error when `what` they are is not there.
 
-    def _parts_with(self, attribute: str) -> list[Any]:
-        """The submodules that have an attribute."""
-        return [part for part in self.modules() if part is not self and hasattr(part, attribute)]
+        Raises:
+            ValueError: there is none.
+        """
+        parts = [part for part in self.modules() if part is not self and hasattr(part, attribute)]
+        if not parts and what is not None:
+            raise ValueError(f"{type(self).__name__} has no {what}")
+        return parts
 
 
 def _on_meta(make: Callable[[Wav2Vec2BertConfig], _Model], config: Wav2Vec2BertConfig) -> _Model:

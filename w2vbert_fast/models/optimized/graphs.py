@@ -28,7 +28,7 @@ from w2vbert_fast.models.layers import (
     Wav2Vec2BertFeedForward,
     Wav2Vec2BertSelfAttention,
     has_global_hooks,
-    is_watched,
+    is_touched,
 )
 from w2vbert_fast.models.optimized.cuda_graphs import CudaGraphs, GraphDevice
 from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
@@ -112,7 +112,7 @@ class _State:
     modules: list[nn.Module]
     kinds: list[type]
     switches: list[tuple[bool, bool | None]]
-    watched: list[bool]
+    touched: list[bool]
     parameters: list[tuple[Any, ...]]
 
     @classmethod
@@ -132,7 +132,7 @@ class _State:
                 (encoder.training, encoder.__dict__.get("use_fast_kernels")),
                 *[(own["training"], own.get("use_fast_kernels")) for own in attributes],
             ],
-            [is_watched(module) for module in modules],
+            [is_touched(module) for module in modules],
             [(id(p), p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters],
         )
 
@@ -145,7 +145,7 @@ class _State:
         if unknown := {*self.kinds} - _KNOWN:
             names = ", ".join(sorted(kind.__name__ for kind in unknown))
             return f"the encoder has parts with a state of their own ({names})"
-        if any(self.watched):
+        if any(self.touched):
             return "a part of the encoder has hooks or another forward"
         for module in self.modules:
             kinds = {type(parameter) for parameter in module._parameters.values()}
