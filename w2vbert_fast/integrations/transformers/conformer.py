@@ -12,7 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -68,116 +68,98 @@ def _activation(module: Any) -> str | Callable[[Tensor], Tensor]:
     return called
 
 
-class _FeedForward:
-    use_fast_kernels = True
+class _View:
+    """A module as our code reads it: its parts by their names, some of them as something else.
 
+    Args:
+        module: the module.
+        **own: attributes that no part has, or another value than the part.
+    """
+
+    use_fast_kernels = True
+    forward: Any
+
+    def __init__(self, module: nn.Module, **own: Any) -> None:
+        self.__dict__.update(module._modules, training=module.training, **own)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class _FeedForward(_View):
     def __init__(self, module: nn.Module) -> None:
         parts: dict[str, Any] = module._modules
-        self.training = module.training
-        self.activation = _activation(parts["intermediate_act_fn"])
-        self.intermediate_dense = _linear(parts["intermediate_dense"])
-        self.intermediate_dropout = parts["intermediate_dropout"]
-        self.output_dense = _linear(parts["output_dense"])
-        self.output_dropout = parts["output_dropout"]
+        super().__init__(
+            module,
+            activation=_activation(parts["intermediate_act_fn"]),
+            intermediate_dense=_linear(parts["intermediate_dense"]),
+            output_dense=_linear(parts["output_dense"]),
+        )
 
     forward: Any = layers.Wav2Vec2BertFeedForward.forward
 
-    def __call__(self, x: Tensor) -> Any:
-        return self.forward(x)
 
-
-class _Convolution:
-    use_fast_kernels = True
-
+class _Convolution(_View):
     def __init__(self, module: nn.Module) -> None:
-        parts: dict[str, Any] = module._modules
-        self.training = module.training
-        self.activation = _activation(parts["activation"])
-        self.layer_norm = parts["layer_norm"]
-        self.pointwise_conv1 = parts["pointwise_conv1"]
-        self.depthwise_conv = parts["depthwise_conv"]
-        self.depthwise_layer_norm = parts["depthwise_layer_norm"]
-        self.pointwise_conv2 = parts["pointwise_conv2"]
-        self.dropout = parts["dropout"]
+        super().__init__(module, activation=_activation(module._modules["activation"]))
 
     depthwise_weight: Any = layers.Wav2Vec2BertConvolutionModule.depthwise_weight
     forward: Any = layers.Wav2Vec2BertConvolutionModule.forward
 
-    def __call__(self, *args: Any) -> Any:
-        return self.forward(*args)
+
+_OF_ATTENTION = {
+    "relative": ("pos_bias_u", "pos_bias_v"),
+    "relative_key": ("left_max_position_embeddings", "right_max_position_embeddings"),
+}
 
 
-class _SelfAttention:
-    use_fast_kernels = True
-
+class _SelfAttention(_View):
     def __init__(self, module: Any) -> None:
-        parts: dict[str, Any] = module._modules
-        self.training = module.training
-        self.num_heads, self.head_size = module.num_heads, module.head_size
-        self.position_embeddings_type = module.position_embeddings_type
-        self.linear_q = _linear(parts["linear_q"])
-        self.linear_k = _linear(parts["linear_k"])
-        self.linear_v = _linear(parts["linear_v"])
-        self.linear_out = _linear(parts["linear_out"])
-        self.dropout = parts["dropout"]
-        if self.position_embeddings_type == "relative":
-            self.linear_pos = _linear(parts["linear_pos"])
-            self.pos_bias_u, self.pos_bias_v = module.pos_bias_u, module.pos_bias_v
-        elif self.position_embeddings_type == "relative_key":
-            self.left_max_position_embeddings = module.left_max_position_embeddings
-            self.right_max_position_embeddings = module.right_max_position_embeddings
-            self.distance_embedding = parts["distance_embedding"]
+        kind = module.position_embeddings_type
+        names = ("num_heads", "head_size", *_OF_ATTENTION.get(kind, ()))
+        own = {name: getattr(module, name) for name in names}
+        for name, part in module._modules.items():
+            if name.startswith("linear_"):
+                own[name] = _linear(part)
+        super().__init__(module, position_embeddings_type=kind, **own)
 
     _project: Any = StackedSelfAttention._project
     forward: Any = layers.Wav2Vec2BertSelfAttention.forward
 
-    def __call__(self, *args: Any) -> Any:
-        return self.forward(*args)
 
-
-class _Layer:
-    use_fast_kernels = True
-
+class _Layer(_View):
     def __init__(self, module: nn.Module) -> None:
         parts: dict[str, Any] = module._modules
-        self.training = module.training
-        self.ffn1_layer_norm = parts["ffn1_layer_norm"]
-        self.ffn1 = _FeedForward(parts["ffn1"])
-        self.self_attn_layer_norm = parts["self_attn_layer_norm"]
-        self.self_attn_dropout = parts["self_attn_dropout"]
-        self.self_attn = _SelfAttention(parts["self_attn"])
-        self.conv_module = _Convolution(parts["conv_module"])
-        self.ffn2_layer_norm = parts["ffn2_layer_norm"]
-        self.ffn2 = _FeedForward(parts["ffn2"])
-        self.final_layer_norm = parts["final_layer_norm"]
+        super().__init__(
+            module,
+            ffn1=_FeedForward(parts["ffn1"]),
+            self_attn=_SelfAttention(parts["self_attn"]),
+            conv_module=_Convolution(parts["conv_module"]),
+            ffn2=_FeedForward(parts["ffn2"]),
+        )
 
     open: Any = layers.Wav2Vec2BertEncoderLayer.open
     from_normed: Any = layers.Wav2Vec2BertEncoderLayer.from_normed
     _close_block: Any = layers.Wav2Vec2BertEncoderLayer._close_block
 
 
-class _AdapterLayer:
-    use_fast_kernels = True
-
+class _AdapterLayer(_View):
     def __init__(self, module: Any) -> None:
-        parts: dict[str, Any] = module._modules
-        self.training = module.training
-        self.kernel_size, self.stride = module.kernel_size, module.stride
-        self.residual_layer_norm = parts["residual_layer_norm"]
-        self.residual_conv = parts["residual_conv"]
-        self.self_attn_layer_norm = parts["self_attn_layer_norm"]
-        self.self_attn_conv = parts["self_attn_conv"]
-        self.self_attn = _SelfAttention(parts["self_attn"])
-        self.self_attn_dropout = parts["self_attn_dropout"]
-        self.ffn_layer_norm = parts["ffn_layer_norm"]
-        self.ffn = _FeedForward(parts["ffn"])
+        super().__init__(
+            module,
+            kernel_size=module.kernel_size,
+            stride=module.stride,
+            self_attn=_SelfAttention(module._modules["self_attn"]),
+            ffn=_FeedForward(module._modules["ffn"]),
+        )
 
     shortened: Any = adapter.Wav2Vec2BertAdapterLayer.shortened
     _conv_glu: Any = adapter.Wav2Vec2BertAdapterLayer._conv_glu
     forward: Any = adapter.Wav2Vec2BertAdapterLayer.forward
-
-    def __call__(self, *args: Any) -> Any:
-        return self.forward(*args)
 
 
 _features: ContextVar[tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None] = ContextVar(
