@@ -1,14 +1,16 @@
-"""Writing files so that a crash never leaves half a file under its final name."""
+"""Files, JSON among them, of which a crash never leaves half under the final name."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -65,3 +67,29 @@ def write_text(final: Path, text: str) -> None:
     with staged_file(final) as staged:
         staged.path.write_text(text, encoding="utf-8")
         staged.commit()
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a UTF-8 JSON file that holds an object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON, or no object; the message names the file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def to_json_string(content: Mapping[str, Any]) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write a UTF-8 JSON file; a reader finds the old content or the new, never a part of it."""
+    write_text(Path(path), to_json_string(content))

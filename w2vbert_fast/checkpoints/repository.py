@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.checkpoints.json_files import read_json
+from w2vbert_fast.checkpoints.files import read_json
 from w2vbert_fast.checkpoints.keywords import READING, take
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")

@@ -147,7 +147,8 @@ def convert_original(
     if config is None:
         config = _inferred_config(kept, source)
     state_dict = {names[name]: tensor for name, tensor in kept.items()}
-    _check_against(config, state_dict, {new: old for old, new in names.items()}, source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    _check_names(config, shapes, {new: old for old, new in names.items()}, source)
     config.architectures = [Wav2Vec2BertModel.__name__]
     config.dtype = next(iter(state_dict.values())).dtype
     files = write_checkpoint(state_dict, out, max_shard_size=max_shard_size)
@@ -320,16 +321,6 @@ def _inferred_config(tensors: Mapping[str, Tensor], source: Path) -> Wav2Vec2Ber
         mask_time_prob=0.05 if "masker.temporal_mask_embed" in tensors else 0.0,
         apply_spec_augment=False,
     )
-
-
-def _check_against(
-    config: Wav2Vec2BertConfig,
-    state_dict: Mapping[str, Tensor],
-    original: Mapping[str, str],
-    source: Path,
-) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    _check_names(config, shapes, original, source)
 
 
 def _check_names(

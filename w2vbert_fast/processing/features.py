@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from w2vbert_fast.checkpoints.files import read_json, to_json_string, write_json
 from w2vbert_fast.checkpoints.hub import FilesMixin
-from w2vbert_fast.checkpoints.json_files import read_json, to_json_string, write_json
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.ops.fbank import (
     FRAME_LENGTH,
@@ -28,7 +28,8 @@ from w2vbert_fast.ops.fbank import (
 from w2vbert_fast.processing.batch import BatchFeature, ragged_array, tensor_type
 from w2vbert_fast.processing.padding import (
     check_length_arguments,
-    collect_features,
+    check_sizes,
+    collect,
     pad_rows,
     padding_strategy,
     stack_rows,
@@ -275,14 +276,10 @@ class SeamlessM4TFeatureExtractor(FilesMixin):
         strategy = padding_strategy(padding, max_length)
         check_length_arguments(max_length, truncation, pad_to_multiple_of)
         kind = tensor_type(return_tensors)
-        entries = collect_features(processed_features)
+        entries = collect(processed_features, "processed_features", "input_features")
+        check_sizes(entries, "input_features")
         given = entries.pop("input_features")
         given_masks = entries.pop("attention_mask", None)
-        for name, value in (("attention_mask", given_masks), *entries.items()):
-            if value is not None and len(value) != len(given):
-                raise ValueError(
-                    f"{name} has {len(value)} entries, input_features has {len(given)}"
-                )
         if kind is None and len(given) > 0 and isinstance(given[0], Tensor):
             kind = "pt"
         rows = [to_features(row, index) for index, row in enumerate(given)]

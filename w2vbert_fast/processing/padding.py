@@ -129,27 +129,38 @@ def stack_rows(
     return BatchFeature(entries)
 
 
-def collect_features(processed: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A mapping of lists with `input_features`, from that or from a list of mappings.
+def collect(given: Any, name: str, needed: str) -> dict[str, Any]:
+    """A mapping of lists, from that or from a list of mappings with an utterance or text each.
+
+    Args:
+        given: what a collate function was given.
+        name: of that argument, for messages.
+        needed: the entry that it must hold.
 
     Raises:
-        TypeError: It is neither.
-        ValueError: There are no `input_features`.
+        TypeError: it is neither.
+        ValueError: it is empty, or the entry is missing.
     """
-    if isinstance(processed, Mapping):
-        entries = dict(processed)
-    elif isinstance(processed, list | tuple) and all(isinstance(x, Mapping) for x in processed):
-        if not processed:
-            raise ValueError("processed_features must hold an utterance, got an empty list")
-        entries = {key: [example[key] for example in processed] for key in processed[0]}
+    if isinstance(given, Mapping):
+        entries = dict(given)
+    elif isinstance(given, list | tuple) and all(isinstance(item, Mapping) for item in given):
+        if not given:
+            raise ValueError(f"{name} must hold one example at least, got an empty list")
+        entries = {key: [item[key] for item in given] for key in given[0]}
     else:
         raise TypeError(
-            "processed_features must be a mapping or a list of mappings, got "
-            f"{type(processed).__name__}"
+            f"{name} must be a mapping or a list of mappings, got {type(given).__name__}"
         )
-    if "input_features" not in entries:
-        raise ValueError(f"processed_features must hold input_features, got {sorted(entries)}")
+    if needed not in entries:
+        raise ValueError(f"{name} must hold {needed}, got {sorted(entries)}")
     return entries
+
+
+def check_sizes(entries: Mapping[str, Any], needed: str) -> None:
+    """Raises ValueError where an entry has not as many rows as the one that is needed."""
+    for key, value in entries.items():
+        if value is not None and len(value) != len(entries[needed]):
+            raise ValueError(f"{key} has {len(value)} entries, {needed} has {len(entries[needed])}")
 
 
 def to_features(row: Any, index: int) -> Tensor:

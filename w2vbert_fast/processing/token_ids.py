@@ -9,7 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from w2vbert_fast.processing.batch import BatchFeature, ragged_array, tensor_type
-from w2vbert_fast.processing.padding import check_length_arguments, padding_strategy, round_up
+from w2vbert_fast.processing.padding import (
+    check_length_arguments,
+    check_sizes,
+    collect,
+    padding_strategy,
+    round_up,
+)
 
 NO_LIMIT = int(1e30)
 """The `model_max_length` that files hold when there is none."""
@@ -111,18 +117,7 @@ def collect_ids(
         TypeError: `encoded` is something else.
         ValueError: `input_ids` is missing, or entries have different batch sizes.
     """
-    if isinstance(encoded, Mapping):
-        entries = dict(encoded)
-    elif isinstance(encoded, list | tuple) and all(isinstance(item, Mapping) for item in encoded):
-        if not encoded:
-            raise ValueError("encoded_inputs must hold a text, got an empty list")
-        entries = {key: [item[key] for item in encoded] for key in encoded[0]}
-    else:
-        raise TypeError(
-            f"encoded_inputs must be a mapping or a list of mappings, got {type(encoded).__name__}"
-        )
-    if "input_ids" not in entries:
-        raise ValueError(f"encoded_inputs must hold input_ids, got {sorted(entries)}")
+    entries = collect(encoded, "encoded_inputs", "input_ids")
     ids = entries["input_ids"]
     first = ids[0] if isinstance(ids, list | tuple) and ids else ids
     kind = "pt" if isinstance(first, Tensor) else "np" if isinstance(first, np.ndarray) else None
@@ -133,11 +128,7 @@ def collect_ids(
     is_single = is_id_list(rows["input_ids"])
     if is_single:
         return {key: [value] for key, value in rows.items()}, kind, True
-    for key, value in rows.items():
-        if len(value) != len(rows["input_ids"]):
-            raise ValueError(
-                f"{key} has {len(value)} entries, input_ids has {len(rows['input_ids'])}"
-            )
+    check_sizes(rows, "input_ids")
     return rows, kind, False
 
 

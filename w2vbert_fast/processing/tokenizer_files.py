@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.checkpoints.files import make_folder
-from w2vbert_fast.checkpoints.json_files import write_json
+from w2vbert_fast.checkpoints.files import make_folder, write_json
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.processing.added_tokens import AddedToken, is_special_token, token_content
 

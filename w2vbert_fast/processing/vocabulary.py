@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from w2vbert_fast.checkpoints.json_files import read_json
+from w2vbert_fast.checkpoints.files import read_json
 from w2vbert_fast.processing.added_tokens import (
     AddedToken,
     TokenSplitter,

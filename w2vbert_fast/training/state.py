@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2vbert_fast.checkpoints.json_files import read_json, write_json
+from w2vbert_fast.checkpoints.files import read_json, write_json
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _TRAINER_FILE = "trainer.json"

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.checkpoints.files import make_folder
-from w2vbert_fast.checkpoints.json_files import write_json
+from w2vbert_fast.checkpoints.files import make_folder, write_json
 from w2vbert_fast.training.batches import BatchPlan
 from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.data import (

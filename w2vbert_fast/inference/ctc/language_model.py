@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.checkpoints.json_files import read_json
+from w2vbert_fast.checkpoints.files import read_json
 from w2vbert_fast.checkpoints.repository import Repository
 
 FOLDER = "language_model"

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.checkpoints.files import make_folder
-from w2vbert_fast.checkpoints.json_files import read_json, write_json
+from w2vbert_fast.checkpoints.files import make_folder, read_json, write_json
 from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results, to_disk
 from w2vbert_fast.inference.jobs.inputs import Inputs
 from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Journal, differences
