@@ -120,29 +120,12 @@ def _fits(x: Tensor, conv_weight: Tensor, *_: Any) -> bool:
     return channels <= MAX_TRITON_CHANNELS and kernel_size in TRITON_KERNEL_SIZES
 
 
-def _on_triton(
-    x: Tensor,
-    conv_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    activation: str,
-    cu_seqlens: Tensor,
-    seqused_k: Tensor | None = None,
-) -> Tensor:
-    from csrc_triton.conv import conv_norm_act as kernel
-
-    parameters = (conv_weight, norm_weight, norm_bias, eps)
-    name = None if activation == "linear" else activation
-    return kernel(x, *parameters, name, cu_seqlens, seqused_k=seqused_k)
-
-
 _conv_norm_act_op = operation(
     "conv_norm_act(Tensor x, Tensor conv_weight, Tensor norm_weight, Tensor norm_bias, float eps, "
     "str activation, Tensor cu_seqlens, Tensor? seqused_k=None) -> Tensor",
     _contiguous,
     fake=lambda x, *_: x.new_empty(x.shape),
-    triton=_on_triton,
+    triton="csrc_triton.conv:conv_norm_act",
     takes=_fits,
     cpu=cpu.conv_norm_act,
     autocast="lower",
@@ -154,30 +137,11 @@ def _backward_fake(_: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), *(p.new_empty(p.shape, dtype=dtype) for p in others[:3])
 
 
-def _backward_on_triton(
-    grad: Tensor,
-    x: Tensor,
-    conv_weight: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    activation: str,
-    cu_seqlens: Tensor,
-    seqused_k: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    from csrc_triton.conv import conv_norm_act_backward as kernel
-
-    parameters = (conv_weight, norm_weight, norm_bias, eps)
-    name = None if activation == "linear" else activation
-    grads = kernel(grad, x, *parameters, name, cu_seqlens, seqused_k=seqused_k)
-    return grads[0], grads[1].contiguous(), *grads[2:]
-
-
 gradient(
     "conv_norm_act_backward(Tensor grad, Tensor x, Tensor conv_weight, Tensor norm_weight, "
     "Tensor norm_bias, float eps, str activation, Tensor cu_seqlens, Tensor? seqused_k=None) "
     "-> (Tensor grad_x, Tensor grad_conv_weight, Tensor grad_norm_weight, Tensor grad_norm_bias)",
     cpu.conv_norm_act_backward,
     fake=_backward_fake,
-    triton=_backward_on_triton,
+    triton="csrc_triton.conv:conv_norm_act_backward",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -176,19 +176,11 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(tensors) * first.shape[0], *first.shape[1:]), first.stride())
 
 
-def _linear_on_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
-) -> Tensor:
-    from csrc_triton.gemm import linear as kernel
-
-    return kernel(x, weight, bias, activation=activation)
-
-
 _linear_op = operation(
     "linear(Tensor x, Tensor weight, Tensor? bias, str? activation=None) -> Tensor",
     linear,
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
-    triton=_linear_on_triton,
+    triton="csrc_triton.gemm:linear",
     cpu=cpu.linear,
     autocast="lower",
 )
@@ -264,47 +256,19 @@ def _wanted(needs: list[bool], *tensors: Tensor | None) -> list[Tensor]:
     ]
 
 
-def _linear_backward_on_triton(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    needs: list[bool],
-) -> tuple[Tensor | None, ...]:
-    from csrc_triton.gemm import linear_backward as kernel
-
-    wanted = (needs[0], needs[1], needs[2])
-    return kernel(grad, x, weight, bias, activation=activation, needs=wanted)
-
-
-def _linear_glu_backward_on_triton(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
-    from csrc_triton.gemm import linear_glu_backward as kernel
-
-    return kernel(grad, x, weight, bias, needs=(needs[0], needs[1], needs[2]))
-
-
-def _feed_forward_backward_on_triton(*args: Any) -> tuple[Tensor | None, ...]:
-    from csrc_triton.gemm import feed_forward_backward as kernel
-
-    return kernel(*args)
-
-
 gradient(
     "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str? activation, "
     "bool[] needs) -> Tensor[]",
     cpu.linear_backward,
     fake=lambda grad, x, weight, bias, activation, needs: _wanted(needs, x, weight, bias),
-    triton=_linear_backward_on_triton,
+    triton="csrc_triton.gemm:linear_backward",
 )
 gradient(
     "linear_glu_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, bool[] needs) "
     "-> Tensor[]",
     cpu.linear_glu_backward,
     fake=lambda grad, x, weight, bias, needs: _wanted(needs, x, weight, bias),
-    triton=_linear_glu_backward_on_triton,
+    triton="csrc_triton.gemm:linear_glu_backward",
 )
 gradient(
     "feed_forward_backward(Tensor grad, Tensor x, Tensor weight1, Tensor? bias1, str activation, "
@@ -313,5 +277,5 @@ gradient(
     fake=lambda grad, x, weight1, bias1, activation, weight2, bias2, needs: _wanted(
         needs, x, weight1, bias1, weight2, bias2
     ),
-    triton=_feed_forward_backward_on_triton,
+    triton="csrc_triton.gemm:feed_forward_backward",
 )

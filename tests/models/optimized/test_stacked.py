@@ -35,8 +35,8 @@ def launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     activation: str | None = None,
+    *,
     out: Tensor | None = None,
 ) -> Tensor:
     y = F.linear(x, weight, bias)
