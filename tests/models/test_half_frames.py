@@ -433,7 +433,8 @@ def test_opcheck_and_gradients(name: str, implementation: dispatch.Implementatio
         result = torch.library.opcheck(operation, tuple(map(leaf, given)))
         assert set(result.values()) == {"SUCCESS"}
         backward = getattr(torch.ops.w2vbert, f"{name}_backward").default
-        torch.library.opcheck(backward, (*arguments(f"{name}_backward"), SEQUSED))
+        example = "attention, dropout" if name == "shaw_attention" else f"{name}_backward"
+        torch.library.opcheck(backward, (*arguments(example)[:-1], SEQUSED))
         exact = gradients(plain, tuple(leaf(arg, torch.float64) for arg in given))
         got = gradients(operation, tuple(map(leaf, given)))
     for mine, expected in zip(got, exact, strict=True):
