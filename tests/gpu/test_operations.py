@@ -13,6 +13,7 @@ from triton import knobs
 
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops.examples import Sizes, example
+from w2vbert_fast.ops.operation import OPERATIONS
 
 from .lane import DEVICE, DTYPES, WIDTH, WITHOUT_DEVICE, Judge, choose, random
 from .models import SIZES, batch, fast, kernels, make
@@ -41,21 +42,8 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     return first.round() if name == "ctc_greedy" else first, *others
 
 
-NAMES = (
-    "layer_norm",
-    "residual_layer_norm",
-    "residual_double_layer_norm",
-    "linear",
-    "linear_glu",
-    "feed_forward",
-    "linear_stacked",
-    "conv_norm_act",
-    "shaw_attention",
-    "attention_tile_map",
-    "ctc_greedy",
-    "log_mel_filterbank",
-    "normalize_and_stack",
-)
+# Those of gradients have a lane of their own.
+NAMES = sorted(name for name in OPERATIONS if not name.endswith("_backward"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
