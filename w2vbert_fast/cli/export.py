@@ -50,6 +50,7 @@ def _export(paths: Paths, settings: Settings) -> Exported:
     import torch
 
     import w2vbert_fast
+    from w2vbert_fast import models
     from w2vbert_fast.export import FORMATS, export
     from w2vbert_fast.export.formats import OLDEST_OPSET, SUFFIXES
 
@@ -77,10 +78,10 @@ def _export(paths: Paths, settings: Settings) -> Exported:
     name = "Wav2Vec2BertModel"
     if layer is None and config.architectures:
         name = config.architectures[0]
-    names = [known for known in w2vbert_fast.__all__ if known.startswith("Wav2Vec2BertFor")]
-    if name not in (*names, "Wav2Vec2BertModel"):
-        raise ValueError(f"{model} is a {name}, which cannot be exported; {', '.join(names)} can")
-    loaded = getattr(w2vbert_fast, name).from_pretrained(folder, dtype=torch.float32)
+    if name not in models.__all__:
+        names = ", ".join(models.heads.__all__)
+        raise ValueError(f"{model} is a {name}, which cannot be exported; {names} can")
+    loaded = getattr(models, name).from_pretrained(folder, dtype=torch.float32)
     extractor = None
     if settings.waveform:
         extractor = w2vbert_fast.SeamlessM4TFeatureExtractor.from_pretrained(folder)
