@@ -9,14 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from bench import machine, targets
 from bench.context import limit_threads
 from bench.peers.pytorch import quiet
-from bench.rows import SCHEMA, Row, read_json, read_row
+from bench.rows import SCHEMA, Row, parse, read_json
 from bench.workloads import DEFAULT, REPOSITORY, WORKLOADS
 
 PEERS = (
@@ -30,14 +30,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workload", action="append", choices=tuple(WORKLOADS), help="repeat for several"
     )
-    p.add_argument("--peer", action="append", choices=(*PEERS, "none"), help="repeat for several")
+    p.add_argument("--peer", dest="peers", action="append", choices=(*PEERS, "none"),
+                   help="repeat for several")  # fmt: skip
     p.add_argument("--match", default="", help='of the peers, only labels with this, as "sdpa, c"')
-    p.add_argument("--dtype", action="append", choices=("fp32", "bf16", "int8"))
+    p.add_argument("--dtype", dest="dtypes", action="append", choices=("fp32", "bf16", "int8"))
     p.add_argument("--rounds", type=int, default=5, help="rounds at most (5)")
     p.add_argument("--budget", type=float, default=4.0, help="seconds of timing a candidate (4)")
     p.add_argument("--layers", type=int, help="encoder layers (2 or 4 on a CPU, 24 on a GPU)")
     p.add_argument("--threads", type=int, default=machine.cores(), help="CPU threads (all cores)")
-    p.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    p.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     p.add_argument("--out", type=Path, metavar="FILE", help="results as JSON")
     p.add_argument(
         "--check", action="store_true", help="print the targets; exit 1 if one is missed"
@@ -57,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.check:
             print("--from needs --check", file=sys.stderr)
             return 2
-        files = [(path, read_json(path)["rows"]) for path in arguments.source]
-        read = [read_row(row, str(path)) for path, rows in files for row in rows]
-        return _check(targets.evaluate(read))
+        try:
+            files = [parse(read_json(path), str(path)) for path in arguments.source]
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return _check(targets.evaluate([row for file in files for row in file.rows]))
     quiet()
     limit_threads(arguments.threads)
     import torch
@@ -79,16 +83,8 @@ def _measure(arguments: argparse.Namespace) -> int:
     device = torch.device(arguments.device)
     started = time.perf_counter()
     settings = Settings(
-        device=arguments.device,
-        threads=arguments.threads,
-        layers=arguments.layers,
-        rounds=arguments.rounds,
-        budget=arguments.budget,
+        **{f.name: getattr(arguments, f.name) for f in fields(Settings) if f.name in arguments},
         pause=0.25 if arguments.device == "cpu" else 0.0,
-        peers=None if arguments.peer is None else set(arguments.peer),
-        match=arguments.match,
-        dtypes=None if arguments.dtype is None else set(arguments.dtype),
-        memory=not arguments.no_memory,
     )
     for dtype in machine.DTYPES:
         if settings.dtypes is None or dtype in settings.dtypes or "int8" in settings.dtypes:

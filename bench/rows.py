@@ -124,12 +124,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_row(raw: Any, place: str) -> Row:
-    """Check a row of a results file.
-
-    Raises:
-        ValueError: as `parse`.
-    """
+def _row(raw: Any, place: str) -> Row:
     row = Row(**_fields_of(Row, raw, place))
     _need(row.kind in KINDS, place, f"kind is {row.kind!r}; it must be one of {tuple(KINDS)}")
     one = (row.seconds is None) == isinstance(row.skipped, str)
@@ -161,7 +156,7 @@ def parse(raw: Any, place: str) -> Results:
     schema = raw.get("schema")
     _need(schema == SCHEMA, place, f"schema is {schema!r}; it must be {SCHEMA!r}")
     given = _fields_of(Results, raw, place)
-    rows = [read_row(row, f"{place}: rows[{i}]") for i, row in enumerate(raw["rows"])]
+    rows = [_row(row, f"{place}: rows[{i}]") for i, row in enumerate(raw["rows"])]
     filled = tuple(replace(row, layers=row.layers or raw["layers"]) for row in rows)
     return Results(**{**given, "rows": filled, "targets": tuple(given.get("targets") or ())})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,9 +50,9 @@ class Settings:
     rounds: int = 5
     budget: float = 4.0
     pause: float = 0.25
-    peers: set[str] | None = None
+    peers: Collection[str] | None = None
     match: str = ""
-    dtypes: set[str] | None = None
+    dtypes: Collection[str] | None = None
     memory: bool = True
     gemms: dict[str, Gemm] = field(default_factory=dict)
     folder: Path | None = None
@@ -119,7 +119,7 @@ def run_workload(
 
 
 def select(
-    candidates: Sequence[Candidate], peers: set[str] | None, match: str = ""
+    candidates: Sequence[Candidate], peers: Collection[str] | None, match: str = ""
 ) -> list[Candidate]:
     """Ours, those of `peers`, and transformers' first of each dtype, the measure of all."""
     kept, compared_with = [], set()

@@ -75,13 +75,6 @@ class Workload:
 
     def facts(self) -> dict[str, Any]:
         """As the JSON file has them."""
-        return {
-            "batch": self.batch,
-            "frames": self.frames,
-            "audio_seconds": self.batch * self.frames * FRAME_SECONDS,
-            "dtype": self.dtype,
-            "layers": self.layers,
-            "arch": self.arch,
-            "sdpa": self.sdpa,
-            "mask": self.mask,
-        }
+        seconds = self.batch * self.frames * FRAME_SECONDS
+        own = {name: value for name, value in vars(self).items() if name != "overrides"}
+        return {**own, "audio_seconds": seconds}

@@ -21,7 +21,7 @@ from bench import agreement, flops, machine, measure, memory, peers, runner, tar
 from bench import context as shared
 from bench.agreement import judge
 from bench.measure import Candidate, Prepared, Unavailable
-from bench.rows import Row
+from bench.rows import SCHEMA, Row
 
 CPU = torch.device("cpu")
 SMALL = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32",), layers=1)
@@ -439,10 +439,17 @@ def test_check_reads_results_and_fails_on_a_miss(
     made = (targets.Target("share", 0.85, "", targets.share("1x30s", "fp32")),)
     monkeypatch.setattr(targets.evaluate, "__defaults__", (made, True))
     path = tmp_path / "result.json"
+    names = ("machine", "versions", "gemm_rate")
+    file = {"schema": SCHEMA, "commit": "", "date": "", "threads": 1, "layers": 4}
+    file |= {name: {} for name in names}
     for value, status in ((0.9, 0), (0.8, 1)):
-        path.write_text(json.dumps({"rows": [dataclasses.asdict(row(share_of_gemm=value))]}))
+        rows = [dataclasses.asdict(row(share_of_gemm=value))]
+        path.write_text(json.dumps({**file, "rows": rows}))
         assert command.main(["--check", "--from", str(path)]) == status
     assert "NOT REACHED" in capsys.readouterr().out
+    path.write_text("{}")
+    assert command.main(["--check", "--from", str(path)]) == 2
+    assert "schema is None" in capsys.readouterr().err
 
 
 def test_misuse_is_told(capsys: pytest.CaptureFixture[str]) -> None:
