@@ -13,6 +13,6 @@ is given:
 * `RuntimeError`: the tensors are on a CPU and Triton's interpreter is off.
 """
 
-from . import attention, conv, ctc, fbank, gemm, norm
+from csrc_triton import attention, conv, ctc, fbank, gemm, norm
 
 __all__ = ["attention", "conv", "ctc", "fbank", "gemm", "norm"]

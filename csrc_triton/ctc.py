@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .architectures import architecture
-from .launch import check_device, check_tensor
-from .specs import KernelSpec, kernel_spec
+from csrc_triton.architectures import architecture
+from csrc_triton.launch import check_device, check_tensor
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 NO_TOKEN = -1
 """What stands in `token_ids` after the last token of an utterance."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from .architectures import cpu_architecture
+from csrc_triton.architectures import cpu_architecture
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -43,16 +43,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..functions import kept_weights
-from ..specs import KernelSpec, kernel_spec
-from .config import (
+from csrc_triton.attention.config import (
     AttentionBackwardConfig,
     ScoresLayout,
     attention_backward_config,
     scores_layout,
 )
-from .forward import LOG2_E, absent_arguments, check_attention
-from .tile_map import checked_tile_map
+from csrc_triton.attention.forward import LOG2_E, absent_arguments, check_attention
+from csrc_triton.attention.tile_map import checked_tile_map
+from csrc_triton.functions import kept_weights
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..architectures import tiles_for
+from csrc_triton.architectures import tiles_for
 
 SCRATCH_LIMIT = 256 * 2**20
 """Bytes of position scores that one launch may keep; more work is split into several launches."""

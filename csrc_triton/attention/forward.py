@@ -42,12 +42,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..functions import kept_weights
-from ..launch import check_device, check_offsets, check_tensor
-from ..specs import KernelSpec, kernel_spec
-from .config import AttentionConfig, ScratchLayout, attention_config, scratch_layout
-from .tile_map import checked_tile_map
+from csrc_triton.architectures import architecture
+from csrc_triton.attention.config import (
+    AttentionConfig,
+    ScratchLayout,
+    attention_config,
+    scratch_layout,
+)
+from csrc_triton.attention.tile_map import checked_tile_map
+from csrc_triton.functions import kept_weights
+from csrc_triton.launch import check_device, check_offsets, check_tensor
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 LOG2_E = 1.4426950408889634
 """Scores are scaled by it, so that the softmax needs powers of two only."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import check_tensor
+from csrc_triton.launch import check_tensor
 
 
 def tile_bound(batch_size: int, num_tokens: int, max_seqlen: int, block_m: int) -> int:

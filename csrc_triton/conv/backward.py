@@ -31,8 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..functions import (
+from csrc_triton.architectures import architecture
+from csrc_triton.conv.config import ConvBackwardConfig, conv_backward_config
+from csrc_triton.conv.forward import check_conv, slide_window, tap_by_tap
+from csrc_triton.functions import (
     activation_constant,
     activation_derivative,
     locate_block,
@@ -40,10 +42,8 @@ from ..functions import (
     standardize,
     used_end,
 )
-from ..launch import num_blocks
-from ..specs import KernelSpec, kernel_spec
-from .config import ConvBackwardConfig, conv_backward_config
-from .forward import check_conv, slide_window, tap_by_tap
+from csrc_triton.launch import num_blocks
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])

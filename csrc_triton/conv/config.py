@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import warp_size
-from ..norm.config import NormBackwardConfig, norm_backward_config
+from csrc_triton.architectures import warp_size
+from csrc_triton.norm.config import NormBackwardConfig, norm_backward_config
 
 MIN_KERNEL_SIZE = 3
 MAX_KERNEL_SIZE = 63

@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..functions import activate, activation_constant, locate_block, used_end
-from ..launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
-from ..specs import KernelSpec, kernel_spec
-from .config import ConvConfig, conv_config
+from csrc_triton.architectures import architecture
+from csrc_triton.conv.config import ConvConfig, conv_config
+from csrc_triton.functions import activate, activation_constant, locate_block, used_end
+from csrc_triton.launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit

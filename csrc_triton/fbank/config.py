@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import warp_size
+from csrc_triton.architectures import warp_size
 
 MAX_MEL_BINS = 256
 """Most mel bins of a program."""

@@ -35,12 +35,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..functions import locate_block
-from ..launch import check_device, check_tensor, num_blocks
-from ..specs import KernelSpec, kernel_spec
-from .config import MAX_MEL_BINS, FbankConfig, NormalizeConfig, fbank_config, normalize_config
-from .tables import (
+from csrc_triton.architectures import architecture
+from csrc_triton.fbank.config import (
+    MAX_MEL_BINS,
+    FbankConfig,
+    NormalizeConfig,
+    fbank_config,
+    normalize_config,
+)
+from csrc_triton.fbank.tables import (
     FOLDED,
     FOLDED_PADDED,
     FRAME_LENGTH,
@@ -50,6 +53,9 @@ from .tables import (
     mel_filters,
     povey_window,
 )
+from csrc_triton.functions import locate_block
+from csrc_triton.launch import check_device, check_tensor, num_blocks
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit

@@ -1,12 +1,12 @@
 """Linear layers with what follows them, and their gradients."""
 
-from .backward import (
+from csrc_triton.gemm.backward import (
     epilogue_backward,
     feed_forward_backward,
     linear_backward,
     linear_glu_backward,
 )
-from .forward import linear, linear_glu
+from csrc_triton.gemm.forward import linear, linear_glu
 
 __all__ = [
     "epilogue_backward",

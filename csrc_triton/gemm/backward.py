@@ -27,12 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..functions import activate, activation_constant, activation_derivative
-from ..launch import check_device, check_tensor
-from ..specs import KernelSpec, kernel_spec
-from .config import EpilogueBackwardConfig, epilogue_backward_config
-from .forward import check_linear, linear
+from csrc_triton.architectures import architecture
+from csrc_triton.functions import activate, activation_constant, activation_derivative
+from csrc_triton.gemm.config import EpilogueBackwardConfig, epilogue_backward_config
+from csrc_triton.gemm.forward import check_linear, linear
+from csrc_triton.launch import check_device, check_tensor
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import multiprocessors, tiles_for, warp_size
+from csrc_triton.architectures import multiprocessors, tiles_for, warp_size
 
 
 @dataclass(frozen=True)

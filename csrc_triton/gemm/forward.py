@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..functions import activate, activation_constant
-from ..launch import check_device, check_tensor
-from ..specs import KernelSpec, kernel_spec
-from .config import LinearConfig, linear_candidates, linear_config
+from csrc_triton.architectures import architecture
+from csrc_triton.functions import activate, activation_constant
+from csrc_triton.gemm.config import LinearConfig, linear_candidates, linear_config
+from csrc_triton.launch import check_device, check_tensor
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..functions import norm_gradient, standardize
-from ..launch import check_rows
-from ..specs import KernelSpec, kernel_spec
-from .config import NormBackwardConfig, norm_backward_config
+from csrc_triton.architectures import architecture
+from csrc_triton.functions import norm_gradient, standardize
+from csrc_triton.launch import check_rows
+from csrc_triton.norm.config import NormBackwardConfig, norm_backward_config
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit(do_not_specialize=["num_rows"])

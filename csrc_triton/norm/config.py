@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import multiprocessors, warp_size
+from csrc_triton.architectures import multiprocessors, warp_size
 
 MAX_WIDTH = 8192
 """Widest row that a program holds in registers."""

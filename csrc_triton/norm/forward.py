@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import architecture
-from ..launch import check_rows
-from ..specs import KernelSpec, kernel_spec
-from .config import NormConfig, norm_config
+from csrc_triton.architectures import architecture
+from csrc_triton.launch import check_rows
+from csrc_triton.norm.config import NormConfig, norm_config
+from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit

@@ -176,7 +176,7 @@ def _merged(shares: list[Share]) -> dict[str, Any]:
 
 
 def _report(results: dict[str, Any], verdict: str, interpreted: bool) -> None:
-    from .lane import table
+    from tests.gpu.lane import table
 
     folder = Path(os.environ.get("OUT") or ROOT / "build")
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.gpu.lane import DEVICE, INTERPRETED, VIRTUAL, Judge, table
 from tests.helpers.poison import poison_allocations
-
-from .lane import DEVICE, INTERPRETED, VIRTUAL, Judge, table
 
 if INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("W2VBERT_GPU_TESTS=interpret needs TRITON_INTERPRET=1")

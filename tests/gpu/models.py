@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import w2vbert_fast
+from tests.gpu.lane import DEVICE, WITHOUT_DEVICE, choose
 from w2vbert_fast.ops.dispatch import force_triton
-
-from .lane import DEVICE, WITHOUT_DEVICE, choose
 
 TINY: dict[str, Any] = {
     "hidden_size": 48,

@@ -12,9 +12,7 @@ from torch import Tensor
 from csrc_triton.architectures import architecture
 from csrc_triton.attention import shaw_attention
 from csrc_triton.attention.config import AttentionConfig, attention_config
-from w2vbert_fast import ops
-
-from .lane import (
+from tests.gpu.lane import (
     DEVICE,
     DTYPES,
     HALF,
@@ -30,6 +28,7 @@ from .lane import (
     packed,
     random,
 )
+from w2vbert_fast import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
 

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.conv import conv_norm_act
-from w2vbert_fast.ops import conv as plain
-
-from .lane import (
+from tests.gpu.lane import (
     DTYPES,
     LENGTHS,
     LONG,
@@ -22,6 +20,7 @@ from .lane import (
     strided,
     wide,
 )
+from w2vbert_fast.ops import conv as plain
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
 

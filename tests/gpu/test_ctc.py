@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from csrc_triton.ctc import ctc_greedy
+from tests.gpu.lane import DEVICE, DTYPES, LENGTHS, LONG, Judge, choose, packed, random, strided
 from w2vbert_fast import ops
-
-from .lane import DEVICE, DTYPES, LENGTHS, LONG, Judge, choose, packed, random, strided
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
 

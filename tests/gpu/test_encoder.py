@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.gpu.lane import DEVICE, DTYPES, Judge
+from tests.gpu.models import LENGTHS, SIZES, batch, fast, import_transformers, kernels, make
+from tests.gpu.test_fbank import speech
 from w2vbert_fast import ops
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
-
-from .lane import DEVICE, DTYPES, Judge
-from .models import LENGTHS, SIZES, batch, fast, import_transformers, kernels, make
-from .test_fbank import speech
 
 pytestmark = pytest.mark.gpu
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
+from tests.gpu.lane import DATA, DEVICE, Judge, Sentinels, choose, packed, random
+from tests.gpu.models import import_transformers
 from w2vbert_fast.ops import fbank as plain
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
-
-from .lane import DATA, DEVICE, Judge, Sentinels, choose, packed, random
-from .models import import_transformers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
 

@@ -12,9 +12,7 @@ from torch import Tensor
 from csrc_triton.architectures import architecture
 from csrc_triton.gemm import linear, linear_glu
 from csrc_triton.gemm.config import linear_candidates
-from w2vbert_fast import ops
-
-from .lane import (
+from tests.gpu.lane import (
     DEVICE,
     DTYPES,
     INNER,
@@ -27,6 +25,7 @@ from .lane import (
     random,
     strided,
 )
+from w2vbert_fast import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
 

@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.gpu.lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, Judge, choose, random
+from tests.gpu.models import LENGTHS as MODEL_LENGTHS
+from tests.gpu.models import SIZES, batch, kernels, make
 from w2vbert_fast import ops
 from w2vbert_fast.ops.examples import Sizes, example
-
-from .lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, Judge, choose, random
-from .models import LENGTHS as MODEL_LENGTHS
-from .models import SIZES, batch, kernels, make
 
 pytestmark = pytest.mark.gpu
 

@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.gpu.lane import DEVICE, DTYPES, WITHOUT_DEVICE, Judge, choose
+from tests.gpu.models import SIZES, batch, kernels, make
+from tests.gpu.test_encoder import LARGEST_LIMIT, POOLED, answers
+from tests.gpu.test_operations import no_waiting
 from tests.helpers.graphs import Rerun
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.optimized.graphs import LayerGraphs
-
-from .lane import DEVICE, DTYPES, WITHOUT_DEVICE, Judge, choose
-from .models import SIZES, batch, kernels, make
-from .test_encoder import LARGEST_LIMIT, POOLED, answers
-from .test_operations import no_waiting
 
 pytestmark = pytest.mark.gpu
 

@@ -15,10 +15,9 @@ from csrc_triton.ctc import ctc_greedy
 from csrc_triton.fbank import normalize_and_stack
 from csrc_triton.gemm import linear
 from csrc_triton.norm import layer_norm, residual_layer_norm
+from tests.gpu.lane import DEVICE, SMALL, WIDTH, Judge, choose, packed, random, wide
+from tests.gpu.test_attention import sampled_attention
 from w2vbert_fast import ops
-
-from .lane import DEVICE, SMALL, WIDTH, Judge, choose, packed, random, wide
-from .test_attention import sampled_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -7,19 +7,8 @@ import torch
 from torch import Tensor
 
 from csrc_triton.norm import layer_norm, residual_double_layer_norm, residual_layer_norm
+from tests.gpu.lane import DTYPES, LENGTHS, LONG, Judge, Sentinels, choose, random, strided, wide
 from w2vbert_fast.ops import norm as plain
-
-from .lane import (
-    DTYPES,
-    LENGTHS,
-    LONG,
-    Judge,
-    Sentinels,
-    choose,
-    random,
-    strided,
-    wide,
-)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from tests.gpu.lane import DEVICE, DTYPES, WIDTH, WITHOUT_DEVICE, Judge, choose, random
+from tests.gpu.models import SIZES, batch, fast, kernels, make
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops.examples import Sizes, example
 from w2vbert_fast.ops.operation import OPERATIONS
-
-from .lane import DEVICE, DTYPES, WIDTH, WITHOUT_DEVICE, Judge, choose, random
-from .models import SIZES, batch, fast, kernels, make
 
 pytestmark = pytest.mark.gpu
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from csrc_triton.conv import conv_norm_act
+from tests.kernels.conftest import POISON_INTEGER
 from w2vbert_fast.ops import conv as plain
-
-from .conftest import POISON_INTEGER
 
 EPS = 1e-5
 RAGGED = (0, 1, 2, 31, 0, 63, 64, 65, 0)

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from csrc_triton.conv import conv_norm_act_backward
 from csrc_triton.functions import ACTIVATIONS
+from tests.kernels.conftest import POISON_INTEGER
 from w2vbert_fast.ops import conv as plain
-
-from .conftest import POISON_INTEGER
 
 EPS = 1e-5
 

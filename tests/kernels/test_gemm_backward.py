@@ -16,9 +16,8 @@ from csrc_triton.gemm import (
     linear_backward,
     linear_glu_backward,
 )
+from tests.kernels.conftest import POISON_INTEGER
 from w2vbert_fast.ops.activations import get_activation
-
-from .conftest import POISON_INTEGER
 
 LENGTHS = (1, 2, 31, 63, 64, 65, 130)
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from csrc_triton.norm import layer_norm, residual_double_layer_norm, residual_layer_norm
+from tests.kernels.conftest import POISON_INTEGER
 from w2vbert_fast.ops import norm as plain
-
-from .conftest import POISON_INTEGER
 
 EPS = 1e-5
 LENGTHS = (1, 2, 31, 63, 64, 65, 217)

@@ -12,9 +12,8 @@ from csrc_triton.norm import (
     residual_layer_norm,
     residual_layer_norm_backward,
 )
+from tests.kernels.conftest import POISON_INTEGER
 from w2vbert_fast.ops import norm as plain
-
-from .conftest import POISON_INTEGER
 
 EPS = 1e-5
 LENGTHS = (1, 2, 31, 63, 64, 65, 130)

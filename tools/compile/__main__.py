@@ -2,7 +2,7 @@
 
 import sys
 
-from .aot import main
+from tools.compile.aot import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,11 +28,10 @@ import csrc_triton
 from csrc_triton.architectures import ARCHITECTURES
 from csrc_triton.launch import interpreting
 from csrc_triton.specs import TRITON_TYPES, KernelSpec
+from tools.compile.arguments import add_arguments, chosen, show
+from tools.compile.machine_code import Code, Target, machine_code
+from tools.compile.occupancy import blocks_per_multiprocessor
 from tools.table import Table
-
-from .arguments import add_arguments, chosen, show
-from .machine_code import Code, Target, machine_code
-from .occupancy import blocks_per_multiprocessor
 
 TARGETS = (
     "cuda:80",

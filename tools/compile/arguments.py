@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from csrc_triton.specs import TRITON_TYPES
+from tools.compile.machine_code import Target, default_cache
 from tools.table import Table
-
-from .machine_code import Target, default_cache
 
 Row = TypeVar("Row", bound=Any)
 

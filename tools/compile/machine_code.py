@@ -17,8 +17,7 @@ from triton.compiler import ASTSource
 from csrc_triton.architectures import ARCHITECTURES
 from csrc_triton.specs import KernelSpec
 from tools.answers import keep, kept
-
-from . import amdgcn, sass
+from tools.compile import amdgcn, sass
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import sys
 
-from .races import main
+from tools.verify.races import main
 
 if __name__ == "__main__":
     sys.exit(main())

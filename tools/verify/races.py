@@ -38,9 +38,8 @@ from tools.compile.aot import shipped_kernels
 from tools.compile.arguments import add_arguments, chosen, show
 from tools.compile.machine_code import Target, compile_kernel
 from tools.table import Table
-
-from . import stores
-from .stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+from tools.verify import stores
+from tools.verify.stores import CannotFollow, Store, duplicate_stores, keep_one_thread
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
 State = Literal["proved", "refuted", "not decided"]
