@@ -26,7 +26,7 @@ Where `seqused_k` says how many tokens of an utterance are keys, the loops over 
 the queries behind them find their keys on the left.
 
 With dropout the sums of a row run over all keys, and the values are added up over the kept ones
-(`dropout`), divided by 1 - p.
+(`functions.kept_weights`), divided by 1 - p.
 
 Per token and layer, with C channels in H heads, T frames and 16-bit elements: 8 C bytes of q, k, v
 and output, 4 H (L + R + 1) bytes written to scratch and read back (mostly in the L2 cache), and

@@ -33,10 +33,6 @@ class ConvConfig:
     num_warps: int
     search: int = 128
 
-    def loads_per_output(self, kernel_size: int) -> float:
-        """Elements of input and convolution weight that are loaded for each output element."""
-        return (self.rows + 2 * kernel_size) / self.rows
-
 
 # Most channels of a block -> rows and threads of a program. A thread's window and accumulators take
 # 2 x rows x (block_channels / threads) registers: 64 of the 128 that a thread of a 512-thread block
