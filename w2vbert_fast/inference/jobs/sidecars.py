@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from w2vbert_fast.checkpoints.files import write_text
-from w2vbert_fast.inference.jobs.folders import Folder
 from w2vbert_fast.inference.jobs.formats import BESIDE
-from w2vbert_fast.inference.jobs.inputs import Files, Inputs
+from w2vbert_fast.inference.jobs.inputs import Files, Folder, Inputs
 from w2vbert_fast.inference.transcripts import Transcript
 
 
