@@ -249,13 +249,13 @@ def gradient(
         found: list[Tensor | None] = [None] * len(inputs)
         grads = take_grads(grads)
         if not has_one_output:
-            given = next((grad for grad in grads if grad is not None), None)
-            if given is None:
+            given = [grad for grad in grads if grad is not None]
+            if not given:
                 return tuple(found)
-            grads = tuple(
-                torch.zeros_like(given) if grad is None and not optional else grad
-                for grad, optional in zip(grads, may_be_none, strict=True)
-            )
+            if len(given) < len(grads):
+                pairs = zip(grads, may_be_none, strict=True)
+                zeros = torch.zeros_like(given[0])
+                grads = tuple([zeros if g is None and not optional else g for g, optional in pairs])
         needs = [ctx.needs_input_grad[i] for i in places]
         results = backward(*arrange((*grads, *ctx.saved_tensors, *ctx.others, needs)))
         left = iter(results)
