@@ -56,7 +56,7 @@ test-transformers: $(dev)
 test-torch: test-torch-oldest test-torch-newest
 
 torch_tests := $(addprefix tests/models/,$(addsuffix .py,test_models test_encode test_fast_path optimized/test_packed optimized/test_int8)) \
-    $(addprefix tests/ops/test_,$(addsuffix .py,ops cpu_path autograd)) \
+    $(addprefix tests/ops/test_,$(addsuffix .py,plain_forms cpu gradients)) \
     tests/processing/test_features.py tests/checkpoints/test_checkpoint.py tests/inference/test_offline.py \
     tests/training/test_training.py tests/integrations/test_integration_transformers.py tests/cli/test_doctor.py
 

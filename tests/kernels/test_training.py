@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.reference import TINY, padded_batch, pair, relative_error
-from tests.ops.test_autograd import Calls, check, gradients, leaf
-from tests.ops.test_operations import DIFFERENTIABLE, arguments
+from tests.ops.test_gradients import Calls, check, gradients, leaf
+from tests.ops.test_operation import DIFFERENTIABLE, arguments
 from w2vbert_fast import ops
 from w2vbert_fast.ops.dispatch import force_triton
 

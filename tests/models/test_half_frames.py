@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tests.helpers.graph_models import graphed
 from tests.helpers.reference import CLASSES, POSITIONS, TINY, pair, relative_error
 from tests.models.optimized.test_int8 import Rounded, needs_int8
-from tests.ops.test_autograd import gradients, leaf, plain_form
-from tests.ops.test_operations import arguments
+from tests.ops.test_gradients import gradients, leaf, plain_form
+from tests.ops.test_operation import arguments
 from w2vbert_fast import ops
 from w2vbert_fast.export.graph import ExportGraph
 from w2vbert_fast.integrations.transformers import accelerate

@@ -210,6 +210,7 @@ def gradient(
 
     torch.library.register_autograd(f"w2vbert::{backward_name}", refuse, lib=_LIBRARY)
 
+    # What is where: values of the forward pass are its arguments and then its results.
     forward_schema = getattr(torch.ops.w2vbert, name).default._schema
     backward_schema = getattr(torch.ops.w2vbert, backward_name).default._schema
     entries = (*forward_schema.arguments, *forward_schema.returns)
@@ -228,6 +229,7 @@ def gradient(
         found = [result.name.removeprefix("grad_") for result in backward_schema.returns]
     places = [inputs.index(n) for n in found]
 
+    # The same as functions, so that a call looks nothing up by name.
     take_grads = _picker(of_outputs)
     take_tensors = _picker([values.index(n) for n in tensors])
     take_others = _picker([values.index(n) for n in others])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.reference import POSITIONS, TINY, padded_batch, pair, relative_error
-from tests.ops.test_operations import DIFFERENTIABLE, arguments
+from tests.ops.test_operation import DIFFERENTIABLE, arguments
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops import dispatch

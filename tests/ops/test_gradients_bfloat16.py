@@ -7,8 +7,8 @@ import torch
 from torch import randn
 
 from tests.helpers.reference import relative_error
-from tests.ops.test_autograd import cumulative, gradients, leaf, plain_form
-from tests.ops.test_operations import DIFFERENTIABLE
+from tests.ops.test_gradients import cumulative, gradients, leaf, plain_form
+from tests.ops.test_operation import DIFFERENTIABLE
 from w2vbert_fast.ops.examples import Sizes, example
 
 N, WIDTH, INNER = 300, 160, 256
