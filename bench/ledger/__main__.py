@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .forward import ledger, render
-from .training import render_training, training_ledger
-from .workload import DTYPES, Workload
+from bench.ledger.forward import ledger, render
+from bench.ledger.training import render_training, training_ledger
+from bench.ledger.workload import DTYPES, Workload
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from .cost import ACTIVATION_FLOPS, NORM_FLOPS, SOFTMAX_FLOPS, Cost, size_of, total_size
+from bench.ledger.cost import ACTIVATION_FLOPS, NORM_FLOPS, SOFTMAX_FLOPS, Cost, size_of, total_size
 
 # They return memory as it comes, or another view of a tensor that `is_view` does not know of.
 _NO_LAUNCH = {

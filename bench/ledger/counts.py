@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
+from bench.ledger.cost import Cost
+from bench.ledger.hardware import GPUS, Gpu
+from bench.ledger.trace import Operation
+from bench.ledger.workload import FRAME_SECONDS, Workload
 from bench.table import Table
-
-from .cost import Cost
-from .hardware import GPUS, Gpu
-from .trace import Operation
-from .workload import FRAME_SECONDS, Workload
 
 
 def layer_of(longer: Sequence[Operation], shorter: Sequence[Operation]) -> list[Operation]:

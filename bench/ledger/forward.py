@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.ledger.counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
+from bench.ledger.trace import Trace, place, trace, without_data
+from bench.ledger.workload import Workload
 from bench.measure import OURS
 from bench.table import Table
-
-from .counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
-from .trace import Trace, place, trace, without_data
-from .workload import Workload
 
 SCHEMA = "w2vbert-ledger/v1"
 

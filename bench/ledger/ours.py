@@ -12,6 +12,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from bench.ledger.cost import (
+    ACTIVATION_FLOPS,
+    NORM_FLOPS,
+    SOFTMAX_FLOPS,
+    Call,
+    Cost,
+    size_of,
+    total_size,
+)
 from csrc_triton.attention import build_tile_map, tile_bound
 from csrc_triton.attention.config import (
     attention_backward_config,
@@ -25,16 +34,6 @@ from csrc_triton.gemm.backward import products
 from csrc_triton.gemm.config import epilogue_backward_config
 from csrc_triton.launch import num_blocks
 from csrc_triton.norm.config import norm_backward_config
-
-from .cost import (
-    ACTIVATION_FLOPS,
-    NORM_FLOPS,
-    SOFTMAX_FLOPS,
-    Call,
-    Cost,
-    size_of,
-    total_size,
-)
 
 COSTS: dict[str, Callable[[Call], Cost]] = {}
 """By name of the operation."""

@@ -25,12 +25,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.ledger.aten import aten_cost, launches
+from bench.ledger.cost import Call, Cost
+from bench.ledger.ours import COSTS
 from csrc_triton import architectures
 from w2vbert_fast.ops import dispatch
-
-from .aten import aten_cost, launches
-from .cost import Call, Cost
-from .ours import COSTS
 
 DEVICE = "meta"
 """Tensors on it count; those on the CPU are the host's bookkeeping."""

@@ -12,14 +12,13 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench.ledger.cost import Cost
+from bench.ledger.counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
+from bench.ledger.forward import EAGER, OURS, SDPA, build
+from bench.ledger.trace import AsOnAGpu, Operation, StepTrace, place, trace_step, without_data
+from bench.ledger.workload import Workload
 from bench.table import Table
 from w2vbert_fast.models.recompute import Recompute
-
-from .cost import Cost
-from .counts import by_kind, counts, described, facts, kinds_table, layer_of, rooflines
-from .forward import EAGER, OURS, SDPA, build
-from .trace import AsOnAGpu, Operation, StepTrace, place, trace_step, without_data
-from .workload import Workload
 
 SCHEMA = "w2vbert-ledger-training/v1"
 RUNS: tuple[tuple[str, str], ...] = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from bench.context import Context
 from bench.measure import Candidate
-
-from . import engines, pytorch, speech, training
+from bench.peers import engines, pytorch, speech, training
 
 
 def candidates_of(context: Context, dtypes: tuple[str, ...]) -> list[Candidate]:

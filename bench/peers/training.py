@@ -17,9 +17,8 @@ from bench.context import Context, gather
 from bench.flops import reference_bytes
 from bench.machine import DTYPES
 from bench.measure import Candidate, Prepared, joined
+from bench.peers.pytorch import compile_layers, in_batches, with_weights
 from bench.workloads import batches
-
-from .pytorch import compile_layers, in_batches, with_weights
 
 BATCHINGS = ("one by one", "padded batch")
 CONFIGURATIONS = (("sdpa", ""), ("eager", ""), ("sdpa", "compiled"), ("eager", "compiled"))

@@ -17,9 +17,8 @@ from typing import Any
 
 from bench.ledger.forward import SCHEMA as LEDGER_SCHEMA
 from bench.ledger.forward import ledger as count_ledger
+from bench.report.page import ledger_picture, page, speed_picture
 from bench.rows import Results, parse, read_json
-
-from .page import ledger_picture, page, speed_picture
 
 
 def load(files: Sequence[Path]) -> tuple[list[Results], dict[str, Any] | None]:

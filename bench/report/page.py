@@ -12,11 +12,10 @@ import jinja2
 from bench.ledger.counts import described, kinds_table
 from bench.ledger.forward import counts_table, roofline_table
 from bench.measure import OURS
+from bench.report.charts import STYLE, Bar, BarChart, Line, bar_charts, digits, line_chart, picture
 from bench.rows import Results, Row
 from bench.table import Table
 from bench.workloads import KINDS
-
-from .charts import STYLE, Bar, BarChart, Line, bar_charts, digits, line_chart, picture
 
 _DTYPES = ("fp32", "bf16", "fp16", "int8")
 _REACHED = {True: "reached", False: "missed", None: "not measured"}

@@ -79,13 +79,18 @@ all utterances end to end, so that there is no padding and no mask. `cu_seqlens`
             return self.close_block(x, self.feed_forward(normed, 1), 0.5, 4)[1]
 """
 
-from .activations import ACTIVATIONS, get_activation
-from .attention import attention_tile_map, relative_attention, rotate, shaw_attention
-from .conv import causal_depthwise_conv, conv_norm_act, tap_major
-from .ctc import ctc_greedy, ctc_loss, greedy_decode
-from .fbank import log_mel_filterbank, normalize_and_stack, normalize_utterances
-from .gemm import feed_forward, linear, linear_glu, linear_stacked
-from .norm import layer_norm, residual_double_layer_norm, residual_layer_norm
+from w2vbert_fast.ops.activations import ACTIVATIONS, get_activation
+from w2vbert_fast.ops.attention import (
+    attention_tile_map,
+    relative_attention,
+    rotate,
+    shaw_attention,
+)
+from w2vbert_fast.ops.conv import causal_depthwise_conv, conv_norm_act, tap_major
+from w2vbert_fast.ops.ctc import ctc_greedy, ctc_loss, greedy_decode
+from w2vbert_fast.ops.fbank import log_mel_filterbank, normalize_and_stack, normalize_utterances
+from w2vbert_fast.ops.gemm import feed_forward, linear, linear_glu, linear_stacked
+from w2vbert_fast.ops.norm import layer_norm, residual_double_layer_norm, residual_layer_norm
 
 __all__ = [
     "ACTIVATIONS",

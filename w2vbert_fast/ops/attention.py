@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import positions_in_sequence, sequence_ids
-from .cpu import attention as cpu
-from .dispatch import on_triton_device, records_gradient, runs_triton
-from .operation import gradient, operation
+from w2vbert_fast.layout import positions_in_sequence, sequence_ids
+from w2vbert_fast.ops.cpu import attention as cpu
+from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient, runs_triton
+from w2vbert_fast.ops.operation import gradient, operation
 
 MAX_TRITON_HEAD_SIZE = 128
 """Attention with larger heads runs in plain PyTorch."""

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import positions_in_sequence, sequence_ids
-from .activations import get_activation
-from .cpu import conv as cpu
-from .gemm import is_fused
-from .norm import layer_norm
-from .operation import gradient, operation
+from w2vbert_fast.layout import positions_in_sequence, sequence_ids
+from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu import conv as cpu
+from w2vbert_fast.ops.gemm import is_fused
+from w2vbert_fast.ops.norm import layer_norm
+from w2vbert_fast.ops.operation import gradient, operation
 
 MAX_TRITON_CHANNELS = 2048
 TRITON_KERNEL_SIZES = range(3, 64)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import PackedBatch, positions_in_sequence, sequence_ids
-from .dispatch import runs_triton
-from .operation import operation
+from w2vbert_fast.layout import PackedBatch, positions_in_sequence, sequence_ids
+from w2vbert_fast.ops.dispatch import runs_triton
+from w2vbert_fast.ops.operation import operation
 
 IGNORED_LABEL = -100
 

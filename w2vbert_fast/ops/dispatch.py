@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .cpu import capability
+from w2vbert_fast.ops.cpu import capability
 
 logger = logging.getLogger(__name__)
 

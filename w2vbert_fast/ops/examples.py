@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operation import OPERATIONS
+from w2vbert_fast.ops.operation import OPERATIONS
 
 
 @dataclass(frozen=True)

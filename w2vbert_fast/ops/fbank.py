@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .dispatch import takes_fast_path
-from .operation import operation
+from w2vbert_fast.ops.dispatch import takes_fast_path
+from w2vbert_fast.ops.operation import operation
 
 FRAME_LENGTH = 400
 """Samples in a frame."""

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import get_activation
-from .cpu import gemm as cpu
-from .dispatch import on_triton_device, records_gradient
-from .operation import gradient, operation
+from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu import gemm as cpu
+from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
+from w2vbert_fast.ops.operation import gradient, operation
 
 FUSED_ACTIVATIONS = ("gelu", "gelu_new", "relu", "selu", "silu", "swish")
 """Activations that the fast implementations have; others run after the matrix product."""

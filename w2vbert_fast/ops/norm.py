@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import norm as cpu
-from .operation import gradient, operation
+from w2vbert_fast.ops.cpu import norm as cpu
+from w2vbert_fast.ops.operation import gradient, operation
 
 MAX_TRITON_WIDTH = 8192
 """Wider rows are normalised by PyTorch."""

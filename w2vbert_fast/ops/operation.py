@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from . import dispatch
+from w2vbert_fast.ops import dispatch
 
 _Result = TypeVar("_Result")
 

@@ -52,9 +52,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capability import onednn_linear
-from .conv import utterances_of
-from .gemm import linear, matmul_transposed
+from w2vbert_fast.ops.cpu.capability import onednn_linear
+from w2vbert_fast.ops.cpu.conv import utterances_of
+from w2vbert_fast.ops.cpu.gemm import linear, matmul_transposed
 
 _BLOCK_BYTES = 2 << 20
 """Scores in flight where a head is scored by itself: the second-level caches of two cores."""

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import get_activation
-from .gemm import activation_gradient
-from .norm import layer_norm, layer_norm_into, norm_gradient, takes_passes
+from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu.gemm import activation_gradient
+from w2vbert_fast.ops.cpu.norm import layer_norm, layer_norm_into, norm_gradient, takes_passes
 
 _LOW_PRECISION_CHANNELS = 256
 """Fewer channels than this are convolved in float32: for 32 or fewer oneDNN 3.12 does not come to

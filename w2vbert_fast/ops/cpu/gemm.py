@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import get_activation
-from .capability import onednn_linear
+from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu.capability import onednn_linear
 
 # Name of an activation -> oneDNN's name and variant.
 _EPILOGUES = {

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import get_activation
-from .gemm import row_blocks
+from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu.gemm import row_blocks
 
 _ZERO_POINT = 128
 _LEAST = {"silu": -0.2785, "swish": -0.2785, "gelu": -0.17, "gelu_new": -0.1701, "relu": 0.0}
