@@ -83,7 +83,7 @@ _TYPES = {
     **dict.fromkeys(("share_ptr", "scratch_ptr", "shift_ptr", "delta_ptr", "lse_ptr"), "*fp32"),
     **dict.fromkeys(("eps", "scale", "scale_log2", "dropout_p"), "fp32"),
     "seed_ptr": "*i64",
-    "sums_ptr": "*fp64",
+    "scratch_sums_ptr": "*fp64",
 }
 
 

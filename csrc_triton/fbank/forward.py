@@ -169,7 +169,7 @@ def _log_mel_fwd_kernel(
 def _sum_blocks_kernel(
     features_ptr,  # fp32 [num_frames, NUM_FEATURES]
     cu_seqlens_ptr,  # int32 [num_sequences + 1]
-    sums_ptr,  # fp64 [num_blocks, 2, NUM_FEATURES]: of the deviations and of their squares
+    scratch_sums_ptr,  # fp64 [num_blocks, 2, NUM_FEATURES]: of the deviations and of their squares
     num_frames,
     num_sequences,
     stride_features_row,
@@ -199,16 +199,16 @@ def _sum_blocks_kernel(
         deviation = tl.where(mask, deviation, 0.0)  # [TILE, BLOCK_M]
         total += tl.sum(deviation, 0)
         squares += tl.sum(deviation * deviation, 0)
-    sums_ptr += block.to(tl.int64) * (2 * NUM_FEATURES)
-    tl.store(sums_ptr + columns, total, mask=is_column)
-    tl.store(sums_ptr + NUM_FEATURES + columns, squares, mask=is_column)
+    scratch_sums_ptr += block.to(tl.int64) * (2 * NUM_FEATURES)
+    tl.store(scratch_sums_ptr + columns, total, mask=is_column)
+    tl.store(scratch_sums_ptr + NUM_FEATURES + columns, squares, mask=is_column)
 
 
 @triton.jit(do_not_specialize=["num_frames", "num_sequences", "num_stacked"])
 def _normalize_stack_kernel(
     features_ptr,  # fp32 [num_frames, NUM_FEATURES]
     cu_seqlens_ptr,  # int32 [num_sequences + 1]
-    sums_ptr,  # fp64 [num_blocks, 2, NUM_FEATURES]
+    scratch_sums_ptr,  # fp64 [num_blocks, 2, NUM_FEATURES]
     out_cu_seqlens_ptr,  # int32 [num_sequences + 1], in stacked frames
     out_ptr,  # fp32 [num_stacked, STRIDE * NUM_FEATURES]
     num_frames,
@@ -233,11 +233,11 @@ def _normalize_stack_kernel(
     length = end - start
     total = tl.zeros([BLOCK_M], dtype=tl.float64)
     squares = tl.zeros([BLOCK_M], dtype=tl.float64)
-    sums_ptr += (start // FRAMES + sequence).to(tl.int64) * (2 * NUM_FEATURES)
+    scratch_sums_ptr += (start // FRAMES + sequence).to(tl.int64) * (2 * NUM_FEATURES)
     for _ in range(0, length, FRAMES):
-        total += tl.load(sums_ptr + columns, mask=is_column, other=0.0)
-        squares += tl.load(sums_ptr + NUM_FEATURES + columns, mask=is_column, other=0.0)
-        sums_ptr += 2 * NUM_FEATURES
+        total += tl.load(scratch_sums_ptr + columns, mask=is_column, other=0.0)
+        squares += tl.load(scratch_sums_ptr + NUM_FEATURES + columns, mask=is_column, other=0.0)
+        scratch_sums_ptr += 2 * NUM_FEATURES
     base_ptr = features_ptr + start.to(tl.int64) * stride_features_row
     base = tl.load(base_ptr + columns, mask=is_column, other=0.0).to(tl.float64)
     deviation = total / length.to(tl.float64)

@@ -85,11 +85,10 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return elementwise(i, program, function, *[dtype_of(m["type"])] * 2)
 
 
-@rule(r"fma\.rn(?:\.(?P<ftz>ftz))?\.f32")
+@rule(rf"fma\.rn{FLOAT}")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    return elementwise(
-        i, program, flushing(fused_multiply_add, bool(m["ftz"])), *[np.dtype("f4")] * 3
-    )
+    function = flushing(fused_multiply_add, bool(m["ftz"]))
+    return elementwise(i, program, function, *[dtype_of(m["type"])] * 3)
 
 
 @rule(rf"(mul|mad)\.(?P<part>lo|hi|wide)\.{INTEGER}")
@@ -258,7 +257,9 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return elementwise(i, program, _COMPARE[m["compare"]], *[dtype_of(m["type"])] * 2)
 
 
-@rule(rf"setp\.(?P<compare>(?:eq|ne|lt|le|gt|ge)u?|num|nan){FLOAT}")
+@rule(
+    r"setp\.(?P<compare>(?:eq|ne|lt|le|gt|ge)u?|num|nan)(?:\.(?P<ftz>ftz))?\.(?P<type>f16|f32|f64)"
+)
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     name = m["compare"]
 
@@ -299,6 +300,16 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     # float64 has more than twice the bits: a quotient rounded there and again is rounded right.
     function = _through_float64(np.divide)
     return elementwise(i, program, flushing(function, bool(m["ftz"])), *[np.dtype("f4")] * 2)
+
+
+@rule(r"(div|sqrt|rcp)\.rn\.f64")
+def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    function, sources = {
+        "div": (np.divide, 2),
+        "sqrt": (np.sqrt, 1),
+        "rcp": (lambda a: 1 / a, 1),
+    }[m[1]]
+    return elementwise(i, program, function, *[np.dtype("f8")] * sources)
 
 
 @rule(r"mov\.(?P<type>[sub](?:16|32|64)|f32|f64|pred)")

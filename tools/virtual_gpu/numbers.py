@@ -40,18 +40,46 @@ def flush(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) < _LEAST_NORMAL, np.copysign(np.float32(0), values), values)
 
 
-def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of float32, rounded once.
-
-    The product is exact in float64. Its sum with c is rounded to odd there, which keeps the second
-    rounding, to float32, from being a rounding of a rounding (Boldo and Melquiond, "Emulation of
-    FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008).
-    """
-    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-    total = product + addend
-    part = total - product
-    error = (product - (total - part)) + (addend - part)
+def _sum_rounded_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a + b of float64: what is not exact becomes the neighbour whose last bit is 1."""
+    total, error = _sum_and_error(a, b)
     bits = total.view(np.int64)
     inexact = np.isfinite(total) & (total != 0) & (error != 0) & ((bits & 1) == 0)
     away = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
-    return np.where(inexact, (bits + away).view(np.float64), total).astype(np.float32)
+    return np.where(inexact, (bits + away).view(np.float64), total)
+
+
+def _sum_and_error(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _product_and_error(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dekker, "A floating-point technique for extending the available precision", 1971."""
+
+    def halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        far = np.float64(2**27 + 1) * x
+        high = far - (far - x)
+        return high, x - high
+
+    product = a * b
+    (a1, a2), (b1, b2) = halves(a), halves(b)
+    return product, ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float32, or of float64 within 2**-900 to 2**900, rounded once.
+
+    A sum that is rounded to odd keeps the rounding after it from being a rounding of a rounding
+    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
+    rounding to odd", 2008). In float32 the product is exact in float64.
+    """
+    if a.dtype == np.float32:
+        product = a.astype(np.float64) * b.astype(np.float64)
+        return _sum_rounded_to_odd(product, c.astype(np.float64)).astype(np.float32)
+    high, low = _product_and_error(a, b)
+    upper, upper_error = _sum_and_error(c, low)
+    total, error = _sum_and_error(high, upper)
+    whole = total + _sum_rounded_to_odd(upper_error, error)
+    return np.where(np.isfinite(low) & np.isfinite(error), whole, a * b + c)

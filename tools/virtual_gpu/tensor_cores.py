@@ -141,3 +141,25 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             put(block, spread(block, out[:, number].reshape(-1), mask), mask)
 
     return multiply
+
+
+@rule(r"mma\.sync\.aligned\.m8n8k4\.row\.col\.f64\.f64\.f64\.f64")
+def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    to, a, b, c = (vector(operand) for operand in i.operands)
+    if (len(to), len(a), len(b), len(c)) != (2, 1, 1, 2):
+        raise unsupported(i)
+    puts = [writer(i, name, program) for name in to]
+    wide = np.dtype("f8")
+    read_a, read_b, *reads_c = (reader(i, name, wide, program) for name in (*a, *b, *c))
+
+    def multiply(block: Block, mask: Mask) -> None:
+        if not whole_warps(mask):
+            raise Fault("mma.sync by a part of a warp", block.active(mask))
+        x = chosen(read_a, block, mask).reshape(-1, 8, 4)
+        y = chosen(read_b, block, mask).reshape(-1, 8, 4).swapaxes(1, 2)
+        z = np.stack([chosen(r, block, mask).reshape(-1, 8, 4) for r in reads_c], 3)
+        out = (x @ y + z.reshape(-1, 8, 8)).reshape(-1, 8, 4, 2)
+        for number, put in enumerate(puts):
+            put(block, spread(block, out[..., number].reshape(-1), mask), mask)
+
+    return multiply

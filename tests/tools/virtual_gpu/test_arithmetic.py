@@ -163,6 +163,52 @@ def test_a_fused_multiply_add_rounds_once() -> None:
     assert got[0] > got[1]
 
 
+def test_float64_rounds_once() -> None:
+    generator = np.random.default_rng(1)
+    a, b, c = generator.standard_normal((3, 32))
+    c[:8] = -(a[:8] * b[:8])  # what is left is the product's own rounding error
+    a[8:12], b[8:12], c[8:12] = 1 + 2.0**-27, 1 + 2.0**-27, [2.0**-120, -(2.0**-120), 0, 1e300]
+    a[12:15], b[12:15], c[12:15] = [np.inf, np.nan, 0.0], 1.0, [1.0, 1.0, -0.0]
+    raw = [torch.from_numpy(x.view(np.int64).copy()) for x in (a, b, c)]
+
+    def of(statement: str, count: int) -> np.ndarray:
+        return computed(statement, *raw[:count]).numpy().view(np.float64)
+
+    fused = of("fma.rn.f64 %rd25, %rd20, %rd21, %rd22;", 3)
+    right = [
+        float(Fraction(x) * Fraction(y) + Fraction(z))
+        for x, y, z in zip(a[15:], b[15:], c[15:], strict=True)
+    ]
+    assert fused[15:].tolist() == right
+    for at in range(12):
+        assert fused[at] == float(Fraction(a[at]) * Fraction(b[at]) + Fraction(c[at]))
+    assert fused[12] == np.inf and np.isnan(fused[13]) and fused[14] == 0
+    quotient = of("div.rn.f64 %rd25, %rd20, %rd21;", 2)
+    assert quotient[15:].tolist() == [
+        float(Fraction(x) / Fraction(y)) for x, y in zip(a[15:], b[15:], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("compare", ["eq", "ne", "lt", "geu", "num"])
+def test_halves_are_compared(compare: str) -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, float("nan"), 65504.0, 6e-8]).half()
+    a, b = (x.reshape(-1)[:32] for x in torch.meshgrid(values, values, indexing="ij"))
+    x, y = (v.view(torch.int16).long() & 0xFFFF for v in (a, b))
+    statement = (
+        f"cvt.u16.u32 %rs0, %r20;\ncvt.u16.u32 %rs1, %r21;\nsetp.{compare}.f16 %p0, %rs0, %rs1;\n"
+        "selp.b32 %r25, 1, 0, %p0;"
+    )
+    unordered = a.isnan() | b.isnan()
+    right = {
+        "eq": a == b,
+        "ne": (a != b) & ~unordered,
+        "lt": a < b,
+        "geu": (a >= b) | unordered,
+        "num": ~unordered,
+    }[compare]
+    assert computed(statement, x, y).tolist() == right.long().tolist()
+
+
 AWKWARD = [0.0, -0.0, 1.0, -1.5, 3.0e38, 3.4e38, 65504.0, 65520.0, 1e-8, 1e-40, math.inf]
 AWKWARD += [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, -math.inf, 6e-8, 1 / 3]
 

@@ -105,3 +105,34 @@ def test_matrices_of_shared_memory_come_and_go_in_the_manual_s_order(trans: str)
                     row, column = column, row
                 assert got[lane, number, half] == matrices[number, row, column]
     assert torch.equal(tensors["back"], rows)
+
+
+def test_a_product_in_float64_is_that_of_the_matrices() -> None:
+    """PTX ISA, "Matrix Fragments for mma.m8n8k4 with .f64 floating point type"."""
+    torch.manual_seed(0)
+    a, b, c = (
+        torch.randint(-9, 9, shape, dtype=torch.float64) for shape in ((8, 4), (4, 8), (8, 8))
+    )
+    lanes = range(32)
+    tensors = {
+        "a": torch.stack([a[lane >> 2, lane % 4] for lane in lanes]),
+        "b": torch.stack([b[lane % 4, lane >> 2] for lane in lanes]),
+        "c0": torch.stack([c[lane >> 2, lane % 4 * 2] for lane in lanes]),
+        "c1": torch.stack([c[lane >> 2, lane % 4 * 2 + 1] for lane in lanes]),
+        "out0": torch.zeros(32, dtype=torch.float64),
+        "out1": torch.zeros(32, dtype=torch.float64),
+    }
+    loads = "".join(f"ld.global.b64 %rd{20 + i}, [%rd{10 + i}];\n" for i in range(4))
+    body = f"""
+    {loads}
+    mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64
+        {{%rd24, %rd25}}, {{%rd20}}, {{%rd21}}, {{%rd22, %rd23}};
+    st.global.b64 [%rd14], %rd24;
+    st.global.b64 [%rd15], %rd25;
+    """
+    execute(written(body, tensors))
+    exact = a @ b + c
+    for lane in lanes:
+        row, column = lane >> 2, lane % 4 * 2
+        assert tensors["out0"][lane] == exact[row, column]
+        assert tensors["out1"][lane] == exact[row, column + 1]
