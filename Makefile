@@ -15,7 +15,7 @@ bench := $(VENV)/.stamp-bench
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers test-torch gpu-test aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
+.PHONY: help demo test test-transformers test-torch gpu-test virtual aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
         gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types docs format clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-transformers  only what drives transformers, also with the oldest and the newest one"
 	@echo "make test-torch  what needs no Triton, with the oldest and the newest PyTorch (installs both)"
 	@echo "make gpu-test  run the GPU tests, with the python on the path; nothing is installed"
+	@echo "make virtual  the GPU tests without one: kernels compiled, then executed in NumPy (an hour)"
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
 	@echo "make bench   time this library and its peers side by side (BENCH_ARGS=...)"
@@ -72,6 +73,12 @@ test-torch-%: tests/torch_%.txt tests/torch_range.txt
 	build/torch-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
 	    -r $< -r tests/torch_range.txt
 	PYTHONPATH=. build/torch-$*/bin/python -m pytest -p no:cacheprovider $(torch_tests) $(deselected) $(PYTEST_ARGS)
+
+# The tests of the GPU on tensors in memory: the kernels compiled for both targets and executed in
+# NumPy. An hour or more; PYTEST_ARGS="-k test_norm" for a part.
+virtual: $(dev)
+	$(bin)/python -m tests.gpu --virtual sm_80 $(PYTEST_ARGS)
+	$(bin)/python -m tests.gpu --virtual sm_90 $(PYTEST_ARGS)
 
 aot: $(dev)
 	$(bin)/python -m tools.compile

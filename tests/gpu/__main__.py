@@ -1,6 +1,7 @@
 """Runs the GPU lane in several processes, and ends with one table.
 
-    python -m tests.gpu [--processes N] [--limit SECONDS] [--interpret] [pytest's arguments]
+    python -m tests.gpu [--processes N] [--limit SECONDS] [--interpret | --virtual TARGET]
+                        [pytest's arguments]
 
 Most of the time goes into compiling kernels, which takes a CPU core each, so the tests are dealt
 out to several processes. It installs nothing: torch, triton and pytest must be there; transformers
@@ -45,21 +46,24 @@ def main() -> int:
     if missing:
         print(f"error: {sys.executable} has no {', '.join(missing)}", file=sys.stderr)
         return 2
+    on_cpu = options.interpret or options.virtual is not None
     if options.interpret:
         os.environ |= {"TRITON_INTERPRET": "1", "W2VBERT_GPU_TESTS": "interpret"}
-    device = None if options.interpret else _device()
-    if device is None and not options.interpret:
+    elif options.virtual is not None:
+        os.environ["W2VBERT_GPU_TESTS"] = options.virtual
+    device = None if on_cpu else _device()
+    if device is None and not on_cpu:
         print("NOTHING RAN: PyTorch sees no CUDA or ROCm device, so the GPU tests are skipped.")
         return 0
     versions = _versions() | {"device": device}
     print(", ".join(f"{name} {value}" for name, value in versions.items() if value), flush=True)
 
     # Only a GPU is taken away after a while.
-    limit, grace = (math.inf, math.inf) if options.interpret else (LIMIT, GRACE)
+    limit, grace = (math.inf, math.inf) if on_cpu else (LIMIT, GRACE)
     if options.limit is not None:
         limit = options.limit
     os.environ["W2VBERT_GPU_DEADLINE"] = str(time.time() + limit - (time.perf_counter() - started))
-    count = options.processes or (1 if options.interpret else min(8, (os.cpu_count() or 2) // 2))
+    count = options.processes or (1 if on_cpu else min(8, (os.cpu_count() or 2) // 2))
     with tempfile.TemporaryDirectory() as folder:
         shares = [
             _start(Path(folder), number, max(count, 1), pytest_arguments)
@@ -71,7 +75,12 @@ def main() -> int:
     # 5: no test was selected, as in a share of few.
     failed = any(status not in (0, 5) for status in statuses) or set(statuses) == {5}
     failed = failed or bool(results["not_run"])
-    _report(results, "FAILED" if failed else "passed", options.interpret)
+    where = device or "nowhere"
+    if options.interpret:
+        where = "in Triton's interpreter, NOT on a GPU"
+    elif options.virtual is not None:
+        where = f"compiled for {options.virtual} and executed in NumPy, NOT on a GPU"
+    _report(results, "FAILED" if failed else "passed", where)
     return 1 if failed else 0
 
 
@@ -83,10 +92,17 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
         "--limit",
         type=float,
         metavar="SECONDS",
-        help=f"no test starts after them; default: {LIMIT:.0f} on a GPU, none with --interpret",
+        help=f"no test starts after them; default: {LIMIT:.0f} on a GPU, none without one",
     )
-    parser.add_argument(
+    elsewhere = parser.add_mutually_exclusive_group()
+    elsewhere.add_argument(
         "--interpret", action="store_true", help="small CPU tensors in Triton's interpreter"
+    )
+    elsewhere.add_argument(
+        "--virtual",
+        metavar="TARGET",
+        choices=("sm_80", "sm_90"),
+        help="small CPU tensors, the kernels compiled for TARGET and executed in NumPy",
     )
     return parser.parse_known_args()
 
@@ -175,7 +191,7 @@ def _merged(shares: list[Share]) -> dict[str, Any]:
     }
 
 
-def _report(results: dict[str, Any], verdict: str, interpreted: bool) -> None:
+def _report(results: dict[str, Any], verdict: str, where: str) -> None:
     from tests.gpu.lane import table
 
     folder = Path(os.environ.get("OUT") or ROOT / "build")
@@ -184,9 +200,6 @@ def _report(results: dict[str, Any], verdict: str, interpreted: bool) -> None:
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{table(results)}\n")
     counts = ", ".join(f"{number} {outcome}" for outcome, number in results["outcomes"].items())
-    where = (
-        "in Triton's interpreter, NOT on a GPU" if interpreted else results["versions"]["device"]
-    )
     if results["not_run"]:
         print(f"NOT RUN in the time there was: {', '.join(results['not_run'])}")
     print(f"{verdict}: {counts} in {results['seconds_in_all']:.0f} s, {where}; {file}")

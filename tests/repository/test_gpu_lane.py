@@ -40,6 +40,17 @@ def test_without_a_gpu_it_says_that_nothing_ran(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_some_of_its_tests_on_a_virtual_gpu(tmp_path: Path) -> None:
+    selection = "test_norm.py and test_layer_norm and bfloat16 and 48"
+    result = run(tmp_path, "--virtual", "sm_90", "-k", selection)
+    assert result.returncode == 0, result.stdout
+    said = "1 passed in"
+    assert said in result.stdout
+    assert "compiled for sm_90 and executed in NumPy, NOT on a GPU" in result.stdout
+    assert "layer_norm                  bfloat16" in result.stdout
+    assert json.loads((tmp_path / "gpu_test.json").read_text())["outcomes"] == {"passed": 1}
+
+
 def test_some_of_its_tests_in_the_interpreter(tmp_path: Path) -> None:
     selection = "test_norm.py or (test_attention.py and ragged)"
     result = run(tmp_path, "--interpret", "-k", selection)

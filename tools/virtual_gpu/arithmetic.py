@@ -258,23 +258,25 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 
 
 @rule(
-    r"setp\.(?P<compare>(?:eq|ne|lt|le|gt|ge)u?|num|nan)(?:\.(?P<ftz>ftz))?\.(?P<type>f16|f32|f64)"
+    r"setp\.(?P<compare>(?:eq|ne|lt|le|gt|ge)u?|num|nan)"
+    r"(?:\.(?P<ftz>ftz))?\.(?P<type>bf16|f16|f32|f64)"
 )
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     name = m["compare"]
 
     def compared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        if m["type"] == "bf16":
+            a, b = bfloat16_to_float32(a), bfloat16_to_float32(b)
         unordered = np.isnan(a) | np.isnan(b)
         if name in ("num", "nan"):
             return unordered == (name == "nan")
         found = _COMPARE[name[:2]](a, b)
         return found | unordered if name.endswith("u") else found & ~unordered
 
+    dtype = np.dtype("u2") if m["type"] == "bf16" else dtype_of(m["type"])
     if m["ftz"]:
-        return elementwise(
-            i, program, lambda a, b: compared(flush(a), flush(b)), *[dtype_of(m["type"])] * 2
-        )
-    return elementwise(i, program, compared, *[dtype_of(m["type"])] * 2)
+        return elementwise(i, program, lambda a, b: compared(flush(a), flush(b)), dtype, dtype)
+    return elementwise(i, program, compared, dtype, dtype)
 
 
 _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {

@@ -143,23 +143,30 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return multiply
 
 
-@rule(r"mma\.sync\.aligned\.m8n8k4\.row\.col\.f64\.f64\.f64\.f64")
+@rule(r"mma\.sync\.aligned\.(?:m8n8k4|m16n8k(?P<depth>4|8|16))\.row\.col\.f64\.f64\.f64\.f64")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    slices = int(m["depth"] or 4) // 4  # of K, each of as many columns as a group has lanes
+    halves = 2 if m["depth"] else 1  # of M, each of 8 rows
     to, a, b, c = (vector(operand) for operand in i.operands)
-    if (len(to), len(a), len(b), len(c)) != (2, 1, 1, 2):
+    if (len(to), len(a), len(b), len(c)) != (2 * halves, halves * slices, slices, 2 * halves):
         raise unsupported(i)
     puts = [writer(i, name, program) for name in to]
-    wide = np.dtype("f8")
-    read_a, read_b, *reads_c = (reader(i, name, wide, program) for name in (*a, *b, *c))
+    reads_a, reads_b, reads_c = (
+        [reader(i, name, np.dtype("f8"), program) for name in names] for names in (a, b, c)
+    )
 
     def multiply(block: Block, mask: Mask) -> None:
         if not whole_warps(mask):
             raise Fault("mma.sync by a part of a warp", block.active(mask))
-        x = chosen(read_a, block, mask).reshape(-1, 8, 4)
-        y = chosen(read_b, block, mask).reshape(-1, 8, 4).swapaxes(1, 2)
-        z = np.stack([chosen(r, block, mask).reshape(-1, 8, 4) for r in reads_c], 3)
-        out = (x @ y + z.reshape(-1, 8, 8)).reshape(-1, 8, 4, 2)
+        # [warps, slices, halves, 8, 4], [warps, slices, 8, 4] and [warps, halves, 2, 8, 4]
+        x = _words(reads_a, block, mask).reshape(-1, slices, halves, 8, 4)
+        x = x.transpose(0, 2, 3, 1, 4).reshape(-1, 8 * halves, 4 * slices)
+        y = _words(reads_b, block, mask).transpose(0, 1, 3, 2).reshape(-1, 4 * slices, 8)
+        z = _words(reads_c, block, mask).reshape(-1, halves, 2, 8, 4)
+        z = z.transpose(0, 1, 3, 4, 2).reshape(-1, 8 * halves, 8)
+        out = (x @ y + z).reshape(-1, halves, 8, 4, 2).transpose(0, 1, 4, 2, 3)
+        out = out.reshape(-1, 2 * halves, LANES)
         for number, put in enumerate(puts):
-            put(block, spread(block, out[..., number].reshape(-1), mask), mask)
+            put(block, spread(block, out[:, number].reshape(-1), mask), mask)
 
     return multiply

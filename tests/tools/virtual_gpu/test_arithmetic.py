@@ -189,13 +189,16 @@ def test_float64_rounds_once() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
 @pytest.mark.parametrize("compare", ["eq", "ne", "lt", "geu", "num"])
-def test_halves_are_compared(compare: str) -> None:
-    values = torch.tensor([0.0, -0.0, 1.0, float("nan"), 65504.0, 6e-8]).half()
+def test_halves_are_compared(compare: str, kind: str) -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, float("nan"), 65504.0, 6e-8])
+    values = values.to(torch.float16 if kind == "f16" else torch.bfloat16)
     a, b = (x.reshape(-1)[:32] for x in torch.meshgrid(values, values, indexing="ij"))
     x, y = (v.view(torch.int16).long() & 0xFFFF for v in (a, b))
     statement = (
-        f"cvt.u16.u32 %rs0, %r20;\ncvt.u16.u32 %rs1, %r21;\nsetp.{compare}.f16 %p0, %rs0, %rs1;\n"
+        "cvt.u16.u32 %rs0, %r20;\ncvt.u16.u32 %rs1, %r21;\n"
+        f"setp.{compare}.{kind} %p0, %rs0, %rs1;\n"
         "selp.b32 %r25, 1, 0, %p0;"
     )
     unordered = a.isnan() | b.isnan()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -107,32 +109,43 @@ def test_matrices_of_shared_memory_come_and_go_in_the_manual_s_order(trans: str)
     assert torch.equal(tensors["back"], rows)
 
 
-def test_a_product_in_float64_is_that_of_the_matrices() -> None:
-    """PTX ISA, "Matrix Fragments for mma.m8n8k4 with .f64 floating point type"."""
+@pytest.mark.parametrize(("rows", "depth"), [(8, 4), (16, 4), (16, 8), (16, 16)])
+def test_a_product_in_float64_is_that_of_the_matrices(rows: int, depth: int) -> None:
+    """PTX ISA, "Matrix Fragments for mma.m8n8k4 with .f64" and those of m16n8k4, k8 and k16."""
     torch.manual_seed(0)
-    a, b, c = (
-        torch.randint(-9, 9, shape, dtype=torch.float64) for shape in ((8, 4), (4, 8), (8, 8))
+    shapes = ((rows, depth), (depth, 8), (rows, 8))
+    a, b, c = (torch.randint(-9, 9, shape, dtype=torch.float64) for shape in shapes)
+    halves = rows // 8
+    a_of = [
+        lambda g, t, i=i: a[g + 8 * (i % halves), i // halves * 4 + t]
+        for i in range(halves * depth // 4)
+    ]
+    b_of = [lambda g, t, i=i: b[t + 4 * i, g] for i in range(depth // 4)]
+    c_of = [lambda g, t, i=i: c[g + 8 * (i // 2), 2 * t + (i & 1)] for i in range(2 * halves)]
+    parts = [*a_of, *b_of, *c_of]
+    sources = torch.stack(
+        [torch.stack([part(lane >> 2, lane % 4) for part in parts]) for lane in range(32)]
     )
-    lanes = range(32)
-    tensors = {
-        "a": torch.stack([a[lane >> 2, lane % 4] for lane in lanes]),
-        "b": torch.stack([b[lane % 4, lane >> 2] for lane in lanes]),
-        "c0": torch.stack([c[lane >> 2, lane % 4 * 2] for lane in lanes]),
-        "c1": torch.stack([c[lane >> 2, lane % 4 * 2 + 1] for lane in lanes]),
-        "out0": torch.zeros(32, dtype=torch.float64),
-        "out1": torch.zeros(32, dtype=torch.float64),
-    }
-    loads = "".join(f"ld.global.b64 %rd{20 + i}, [%rd{10 + i}];\n" for i in range(4))
+    out = torch.zeros(32, 2 * halves, dtype=torch.float64)
+    names = [f"%rd{30 + i}" for i in range(len(parts) + 2 * halves)]
+    taken = iter(names)
+    groups = [[next(taken) for _ in part] for part in (a_of, b_of, c_of, range(2 * halves))]
+    loads = "".join(
+        f"ld.global.b64 {name}, [%rd20+{8 * i}];\n" for i, name in enumerate(names[: len(parts)])
+    )
+    stores = "".join(f"st.global.b64 [%rd21+{8 * i}], {n};\n" for i, n in enumerate(groups[3]))
+    x, y, z, to = (f"{{{', '.join(group)}}}" for group in groups)
     body = f"""
+    mad.wide.u32 %rd20, %r0, {8 * len(parts)}, %rd0;
+    mad.wide.u32 %rd21, %r0, {8 * 2 * halves}, %rd1;
     {loads}
-    mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64
-        {{%rd24, %rd25}}, {{%rd20}}, {{%rd21}}, {{%rd22, %rd23}};
-    st.global.b64 [%rd14], %rd24;
-    st.global.b64 [%rd15], %rd25;
+    mma.sync.aligned.m{rows}n8k{depth}.row.col.f64.f64.f64.f64 {to}, {x}, {y}, {z};
+    {stores}
     """
-    execute(written(body, tensors))
+    launch = written(body, {"sources": sources, "out": out})
+    execute(dataclasses.replace(launch, ptx=launch.ptx.replace("%rd<32>", "%rd<64>")))
     exact = a @ b + c
-    for lane in lanes:
-        row, column = lane >> 2, lane % 4 * 2
-        assert tensors["out0"][lane] == exact[row, column]
-        assert tensors["out1"][lane] == exact[row, column + 1]
+    for lane in range(32):
+        for i in range(2 * halves):
+            row, column = (lane >> 2) + 8 * (i // 2), lane % 4 * 2 + (i & 1)
+            assert out[lane, i] == exact[row, column]
