@@ -304,14 +304,14 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return elementwise(i, program, flushing(function, bool(m["ftz"])), *[np.dtype("f4")] * 2)
 
 
-@rule(r"(div|sqrt|rcp)\.rn\.f64")
+@rule(r"div\.rn\.f64")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    function, sources = {
-        "div": (np.divide, 2),
-        "sqrt": (np.sqrt, 1),
-        "rcp": (lambda a: 1 / a, 1),
-    }[m[1]]
-    return elementwise(i, program, function, *[np.dtype("f8")] * sources)
+    return elementwise(i, program, np.divide, *[np.dtype("f8")] * 2)
+
+
+@rule(r"(sqrt|rcp)\.rn\.f64")
+def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    return elementwise(i, program, _FUNCTIONS[m[1]], np.dtype("f8"))
 
 
 @rule(r"mov\.(?P<type>[sub](?:16|32|64)|f32|f64|pred)")
