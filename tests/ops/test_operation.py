@@ -81,7 +81,7 @@ def test_every_registered_operation_is_checked() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("w2vbert::")
     }
-    assert registered == set(NAMES) and len(DIFFERENTIABLE) == 8
+    assert registered == set(NAMES) and len(DIFFERENTIABLE) >= 8
 
 
 @pytest.mark.skipif(not has_triton(), reason="no Triton that compiles the kernels")

@@ -33,7 +33,7 @@ def test_every_argument_is_named(arch: str, dtype: str) -> None:
     assert families["shaw_attention_bwd_keys"] == families["shaw_attention_bwd_queries"] == 4
     assert families["shaw_attention_bwd_prepare"] == 2
     assert sum(n for family, n in families.items() if family.startswith("conv_")) == 2 + 7
-    assert sum(n for family, n in families.items() if family.endswith("norm_fwd")) == 3
+    assert sum(n for family, n in families.items() if family.endswith("layer_norm_fwd")) == 3
     assert sum(n for family, n in families.items() if family.endswith("layer_norm_bwd")) == 4
     assert sum(n for family, n in families.items() if family.startswith("ctc_")) == 3
     assert families["log_mel_fwd"] == (2 if dtype == "float32" else 0)

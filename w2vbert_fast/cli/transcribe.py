@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from w2vbert_fast.inference.transcripts import Transcript
 
 SHORT = "Print what is said in audio files."
+TIMED = [name for name, kind in FORMATS.items() if kind.has_times]
 DEMO_NOTICE = (
     "the model 'demo' knows English telephone prompts only; "
     "for open speech: --model hf-audio/wav2vec2-bert-CV16-en"
@@ -78,7 +79,7 @@ class Target:
 class Decoding:
     timestamps: str | None = option(
         None,
-        "Times and confidences. Default: word for srt, vtt and json, else none.",
+        f"Times and confidences. Default: word for {listed(TIMED, 'and')}, else none.",
         metavar="none|word|character",
     )
     beam: int = option(0, "Hypotheses of the beam search; 0 decodes greedily.")
