@@ -185,6 +185,7 @@ def interleave(
     rounds: int,
     budget: float,
     pause: float,
+    warm: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Run every candidate once a round, and the best GEMM of each dtype before them.
@@ -197,6 +198,8 @@ def interleave(
         budget: seconds for one candidate: a slow one stops earlier, ours not before round 3.
         pause: seconds of rest before each run, so that another library's waiting threads have gone
             to sleep.
+        warm: call each once before it is timed, so that it finds code and weights in the caches as
+            where it runs again and again, and not what the one before it left there.
         clock: for tests.
 
     Returns:
@@ -230,6 +233,8 @@ def interleave(
                 ):
                     timing.stopped = True
                     continue
+                if warm:
+                    timing.prepared.run()
                 timing.seconds.append(timed(timing.prepared.run))
                 timing.prepared.reset()
     return {dtype: values for dtype, values in rates.items() if values}

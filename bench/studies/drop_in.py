@@ -5,8 +5,8 @@ python -m bench.studies.drop_in [--width 192] [--seconds 0.5] [--layers 4] [--ro
 
 The same random weights and features of an encoder, as wide as the published one unless told
 otherwise, in four forms: transformers with eager and with SDPA attention, transformers accelerated,
-and this package's own model with its fast kernels. The forms take turns.
-docs/use/transformers.md has the numbers.
+and this package's own model with its fast kernels. The forms take turns, with an untimed call
+before each timed one. docs/use/transformers.md has the numbers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measure(models: dict[str, Any], x: Tensor, rounds: int, limit: float) -> dic
         prepared = Prepared(partial(model, x), list)
         candidate = Candidate(name, "", "", lambda prepared=prepared: prepared)
         timings.append(Timing(candidate, prepared))
-    interleave(timings, {}, x.device, rounds=rounds, budget=math.inf, pause=0.0)
+    interleave(timings, {}, x.device, rounds=rounds, budget=math.inf, pause=0.0, warm=True)
     return {timing.candidate.implementation: timing.seconds for timing in timings}
 
 

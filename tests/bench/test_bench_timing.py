@@ -41,6 +41,23 @@ def test_runs_are_interleaved_and_slow_ones_stop_early() -> None:
     assert rates == {"fp32": [25.0] * 3}
 
 
+def test_a_warm_call_is_made_before_the_timed_one_and_not_timed() -> None:
+    now, order = [0.0], []
+
+    def make(name: str, first: float, again: float) -> Timing:
+        def run() -> None:
+            now[0] += again if order and order[-1] == name else first
+            order.append(name)
+
+        return Timing(Candidate(name, "", "fp32", lambda: Prepared(run, list)), Prepared(run, list))
+
+    timings = [make("a", 5.0, 1.0), make("b", 7.0, 2.0)]
+    options = {"rounds": 2, "budget": 100.0, "pause": 0.0, "clock": lambda: now[0]}
+    measure.interleave(timings, {}, CPU, warm=True, **options)  # type: ignore[arg-type]
+    assert order == ["a", "a", "b", "b"] * 2
+    assert [t.seconds for t in timings] == [[1.0] * 2, [2.0] * 2]
+
+
 def test_our_candidates_get_three_rounds_and_the_gemm_as_long_as_an_encoder() -> None:
     now, calls = [0.0], {"ours": 0, "gemm": 0}
 
