@@ -313,6 +313,9 @@ def test_our_layer_by_hand(counted: dict[str, Any]) -> None:
     weights = 4 * width * inner + 7 * width * width
     forward = tokens * (2 * weights + 4 * frames * width + 2 * width * 73)
     assert runs["none"]["forward"]["matrix_flops"] == forward
+    # A kernel is told that a result has no gradient, not given zeros for it.
+    ways = [run["layer_operations"]["backward"] for run in counted["runs"] if run["path"] == OURS]
+    assert not [row for rows in ways for row in rows if row["operation"] == "aten.zeros_like"]
     again = 2 * tokens * (2 * width * inner + 2 * width * width)
     backward = tokens * (4 * weights + 14 * frames * width + 6 * width * 73) + again
     assert runs["none"]["backward"]["matrix_flops"] == backward

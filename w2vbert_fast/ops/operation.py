@@ -256,8 +256,10 @@ def gradient(
                 return tuple(found)
             if len(given) < len(grads):
                 pairs = zip(grads, may_be_none, strict=True)
-                zeros = torch.zeros_like(given[0])
-                grads = tuple([zeros if g is None and not optional else g for g, optional in pairs])
+                grads = tuple(
+                    torch.zeros_like(given[0]) if grad is None and not optional else grad
+                    for grad, optional in pairs
+                )
         needs = [ctx.needs_input_grad[i] for i in places]
         results = backward(*arrange((*grads, *ctx.saved_tensors, *ctx.others, needs)))
         left = iter(results)
