@@ -6,6 +6,12 @@ import sys
 
 import torch
 
+# PyTorch 2.5 cannot be asked. There what compiles without Dynamo is an export; one with Dynamo
+# (`strict=True`) looks like `torch.compile`.
+_is_exporting = getattr(torch.compiler, "is_exporting", None) or (
+    lambda: not torch.compiler.is_dynamo_compiling()
+)
+
 
 def recorder() -> str | None:
     """What records the operations of this call as a graph: "torch.jit.trace" (the older ONNX
@@ -17,8 +23,6 @@ def recorder() -> str | None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit.trace"
     if torch.compiler.is_compiling():
-        # In PyTorch 2.5 nothing tells the two apart.
-        is_exporting = getattr(torch.compiler, "is_exporting", bool)
-        return "torch.export" if is_exporting() else None
+        return "torch.export" if _is_exporting() else None
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return "make_fx" if tracer is not None and tracer.get_proxy_mode() is not None else None
