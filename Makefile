@@ -56,17 +56,24 @@ test-transformers: $(dev)
 # Each in an environment of its own, of several GB. -oldest and -newest may be made alone.
 test-torch: test-torch-oldest test-torch-newest
 
-torch_tests := $(addprefix tests/models/,$(addsuffix .py,test_models test_encode test_fast_path optimized/test_packed optimized/test_int8)) \
-    $(addprefix tests/ops/test_,$(addsuffix .py,plain_forms cpu gradients)) \
-    tests/processing/test_features.py tests/checkpoints/test_checkpoint.py tests/inference/test_offline.py \
-    tests/training/test_training.py tests/integrations/test_integration_transformers.py tests/cli/test_doctor.py
+torch_tests := $(addprefix tests/,$(addsuffix .py,$(addprefix models/test_,models encode fast_path outputs tracing) \
+    $(addprefix models/optimized/test_,packed int8) $(addprefix ops/test_,plain_forms cpu gradients) \
+    processing/test_features checkpoints/test_checkpoint inference/test_offline cli/test_doctor \
+    $(addprefix training/test_,training reference_trainer) integrations/test_pipelines \
+    $(addprefix integrations/test_integration_,transformers transformers_guards transformers_use)))
 
-# What that transformers computes otherwise, what its Triton is too old for, and a score of 50 % after 24
-# steps that must be more.
-test-torch-oldest: deselected := --deselect tests/models/test_models.py::test_ctc_loss_semantics \
-    --deselect tests/models/test_fast_path.py::test_a_layer_is_fourteen_launches_and_nothing_else \
-    --deselect tests/models/test_fast_path.py::test_around_the_layers_there_is_one_norm_one_work_list_and_one_copy_of_the_taps \
-    --deselect 'tests/training/test_training.py::test_every_task_trains_and_saves_what_the_reference_loads[xvector]'
+# That transformers counts labels that hold the blank, and loads no optimiser's state with PyTorch 2.5. That
+# Triton is too old for the kernels. That Dynamo traces neither that transformers' decorators nor the making of
+# an output. Each is the beginning of names.
+test-torch-oldest: deselected := $(foreach test, \
+    models/test_models.py::test_ctc_loss_semantics[True \
+    training/test_reference_trainer.py::test_a_run_is_taken_up_again_from_its_checkpoint \
+    models/test_fast_path.py::test_a_layer_is_fourteen_launches_and_nothing_else \
+    models/test_fast_path.py::test_around_the_layers_there_is_one_norm_one_work_list_and_one_copy_of_the_taps \
+    models/test_tracing.py::test_a_record_of_an_accelerated_model_holds_for_other_masks[strict \
+    integrations/test_integration_transformers_use.py::test_compiled[False] \
+    models/test_outputs.py::test_compiled_models_return_outputs[True], \
+    --deselect 'tests/$(test)')
 
 test-torch-%: tests/torch_%.txt tests/torch_range.txt
 	$(PYTHON) -m venv --clear build/torch-$*

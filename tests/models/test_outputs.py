@@ -224,9 +224,10 @@ def test_outputs_are_instances_of_the_reference_class() -> None:
     assert isinstance(output, outputs.ModelOutput)
 
 
-def test_compiled_models_return_outputs() -> None:
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_models_return_outputs(fullgraph: bool) -> None:
     model, features = _model(), torch.randn(2, 9, 160)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
     with torch.no_grad():
         ours, plain = compiled(features, output_hidden_states=True), model(features)
     assert list(ours) == ["logits", "hidden_states"]

@@ -230,6 +230,8 @@ class Wav2Vec2BertConfig(HubMixin):
     )
 
     model_type: ClassVar[str] = "wav2vec2-bert"
+    # Which revision on the hub is not kept. The pipelines of transformers up to 5.16 read it.
+    _commit_hash: ClassVar[None] = None
     # Two configurations are equal by value, and values can be changed.
     __hash__ = None  # type: ignore[assignment]
 
