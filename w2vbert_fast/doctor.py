@@ -38,8 +38,8 @@ PACKAGES = (
     "rich",
     "transformers",
 )
-TESTED_TORCH = ("2.5", "2.13")
-"""The oldest and the newest PyTorch that the tests were run with."""
+TESTED_TORCH = ("2.5", "2.15")
+"""The oldest and the newest PyTorch that tests were run with."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 # Of the plain form's own error in the same dtype, both against float64; see `_limit`.
 ERROR_RATIO = 2.0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,15 @@ OPERATIONS = {
     if name != "attention_tile_map" and not name.endswith("_backward")
 }
 CPU = torch.device("cpu")
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def test_the_tested_range_is_what_the_lanes_install() -> None:
+    pins = [(TESTS / f"torch_{which}.txt").read_text() for which in ("oldest", "newest")]
+    found = [re.findall(r"^torch==(\d+\.\d+)", text, re.MULTILINE) for text in pins]
+    assert found == [[version] for version in doctor.TESTED_TORCH]
+    assert f'"torch>={doctor.TESTED_TORCH[0]}"' in (TESTS.parent / "pyproject.toml").read_text()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
