@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, report
+from w2vbert_fast.cli.messages import ITEMS_FAILED, fail, log_shown, report
 from w2vbert_fast.cli.options import REQUIRED, argument, given, option
 from w2vbert_fast.inference.jobs.formats import help_text
 
@@ -214,7 +214,12 @@ def run_job(
     runner = make_runner(TASKS[task](**task_options), Flow(**flow))
     run = Run(runner, open_inputs(inputs), out, job.formats or (), options)
     with _stoppable(), log_shown("w2vbert_fast.inference", below_progress=True):
-        summary = run.run()
+        try:
+            summary = run.run()
+        except BrokenPipeError as error:
+            # Nobody reads its progress: an error of the job, as a full disk is. What prints texts
+            # ends as every command of a pipe does.
+            fail(error)
     if not options.log_json:
         report(_ending(summary, out))
     return ITEMS_FAILED if summary.errors else 0
