@@ -36,7 +36,7 @@ from w2vbert_fast import (
     Wav2Vec2CTCTokenizer,
 )
 from w2vbert_fast.training import FinetuneConfig, Utterance, finetune
-from w2vbert_fast.training.evaluation import error_rates
+from w2vbert_fast.training.scores import error_rates
 
 SAMPLING_RATE = 16_000
 REAL_SPEEDS = (0.85, 0.92, 1.0, 1.08, 1.16)
