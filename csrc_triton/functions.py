@@ -103,21 +103,32 @@ def activation_derivative(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def locate_block(
-    block, cu_seqlens_ptr, num_sequences, num_rows, BLOCK: tl.constexpr, SEARCH: tl.constexpr
-):
+def last_not_after(position, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
+    """The last utterance that begins at `position`, a scalar or a tensor, or before it.
+
+    Utterances are halved until one is left, so that `position` reads about log2 of their offsets.
+    Positions are rows where BLOCK is 0, else the numbers of blocks of BLOCK rows (`locate_block`).
+    """
+    sequence = position * 0
+    left = num_sequences
+    while left > 1:
+        half = left // 2
+        begin = tl.load(cu_seqlens_ptr + sequence + half)
+        if BLOCK > 0:
+            begin = begin // BLOCK + sequence + half
+        sequence += tl.where(begin <= position, half, 0)
+        left -= half
+    return sequence
+
+
+@triton.jit
+def locate_block(block, cu_seqlens_ptr, num_sequences, num_rows, BLOCK: tl.constexpr):
     """The utterance of a block: its number, first row, end, and the block's first row.
 
     The block is empty when its first row is not before the utterance's end. `num_rows` bounds the
     end, so that offsets beyond the data cannot lead outside of it.
     """
-    sequence = -1
-    for first in range(0, num_sequences, SEARCH):
-        candidates = first + tl.arange(0, SEARCH)  # [SEARCH]
-        is_sequence = candidates < num_sequences
-        offsets = tl.load(cu_seqlens_ptr + candidates, mask=is_sequence, other=0)
-        begins = is_sequence & (offsets // BLOCK + candidates <= block)
-        sequence += tl.sum(begins.to(tl.int32), 0)
+    sequence = last_not_after(block, cu_seqlens_ptr, num_sequences, BLOCK)
     start = tl.load(cu_seqlens_ptr + sequence)
     end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), num_rows)
     row = start + (block - (start // BLOCK + sequence)) * BLOCK

@@ -64,11 +64,10 @@ def _slide_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
-    SEARCH: tl.constexpr,
     HAS_SEQUSED: tl.constexpr,
 ):
     sequence, start, end, first = locate_block(
-        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS, SEARCH
+        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS
     )
     if first >= end:
         return
@@ -159,13 +158,12 @@ def _conv_bwd_weight_kernel(
     TAPS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SEARCH: tl.constexpr,
     HAS_SEQUSED: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     first_tap = tl.program_id(2) * TAPS
     sequence, start, end, first = locate_block(
-        chunk, cu_seqlens_ptr, num_sequences, num_rows, CHUNK, SEARCH
+        chunk, cu_seqlens_ptr, num_sequences, num_rows, CHUNK
     )
     x_end = used_end(sequence, start, end, seqused_k_ptr, HAS_SEQUSED)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -315,8 +313,8 @@ def _constants(
         "ROWS": config.norm.rows,
         "BLOCK_C": config.norm.block_width,
     }
-    search = {"SEARCH": config.search, "HAS_SEQUSED": has_seqused}
-    return {**block, **slide, **search}, norm, {**block, **weight, **search}
+    used = {"HAS_SEQUSED": has_seqused}
+    return {**block, **slide, **used}, norm, {**block, **weight, **used}
 
 
 def kernel_specs(

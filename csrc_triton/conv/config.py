@@ -24,14 +24,12 @@ class ConvConfig:
         block_channels: the channels, rounded up to a power of two.
         unroll: taps in the body of the loop over taps.
         num_warps: warps in a block.
-        search: utterances that a program looks at together to find its own.
     """
 
     rows: int
     block_channels: int
     unroll: int
     num_warps: int
-    search: int = 128
 
 
 # Most channels of a block -> rows and threads of a program. A thread's window and accumulators take
@@ -61,7 +59,7 @@ def conv_config(channels: int, kernel_size: int, dtype: torch.dtype, arch: str) 
         )
     block_channels = max(16, 1 << (channels - 1).bit_length())
     if arch == "interpreter":
-        return ConvConfig(16, block_channels, unroll=5, num_warps=1, search=8)
+        return ConvConfig(16, block_channels, unroll=5, num_warps=1)
     bounds = [bound for bound in _ROWS_AND_THREADS if block_channels <= bound]
     rows, threads = _ROWS_AND_THREADS[bounds[0]] if bounds else _WIDEST
     return ConvConfig(rows, block_channels, unroll=5, num_warps=max(1, threads // warp_size(arch)))
@@ -80,7 +78,6 @@ class ConvBackwardConfig:
         chunk: successive rows over which a program sums up the weight's gradient, a multiple of
             `taps`.
         taps: taps whose gradients a program sums up.
-        search: utterances that a program looks at together to find its own.
     """
 
     norm: NormBackwardConfig
@@ -90,7 +87,6 @@ class ConvBackwardConfig:
     num_warps: int
     chunk: int
     taps: int
-    search: int
 
 
 def conv_backward_config(
@@ -111,8 +107,8 @@ def conv_backward_config(
     norm = norm_backward_config(channels, dtype, arch)
     if arch == "interpreter":
         block = min(forward.block_channels, 32)
-        return ConvBackwardConfig(norm, 16, 5, block, num_warps=1, chunk=32, taps=8, search=8)
+        return ConvBackwardConfig(norm, 16, 5, block, num_warps=1, chunk=32, taps=8)
     # Two channels a thread: 16-bit loads of 4 bytes, and window and sums fit 128 registers.
     block = min(max(forward.block_channels, 2 * warp_size(arch)), 128)
     num_warps = block // 2 // warp_size(arch)
-    return ConvBackwardConfig(norm, 16, 5, block, num_warps, chunk=256, taps=8, search=128)
+    return ConvBackwardConfig(norm, 16, 5, block, num_warps, chunk=256, taps=8)

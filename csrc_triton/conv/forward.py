@@ -158,12 +158,11 @@ def _conv_norm_act_fwd_kernel(
     LOG_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
-    SEARCH: tl.constexpr,
     HAS_SEQUSED: tl.constexpr,
 ):
     ROWS: tl.constexpr = 1 << LOG_ROWS
     sequence, start, end, first = locate_block(
-        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS, SEARCH
+        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_rows, ROWS
     )
     if first >= end:
         return
@@ -285,7 +284,6 @@ def _constants(
         "LOG_ROWS": config.rows.bit_length() - 1,
         "BLOCK_C": config.block_channels,
         "UNROLL": config.unroll,
-        "SEARCH": config.search,
         "HAS_SEQUSED": has_seqused,
     }
 

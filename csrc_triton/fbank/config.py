@@ -21,14 +21,12 @@ class FbankConfig:
         block_k: samples of a folded frame that a step of the transform's loop takes.
         block_n: pairs of DFT bins that are accumulated together; divides 128.
         num_warps: warps in a block.
-        search: utterances that a program looks at together to find its own.
     """
 
     frames: int
     block_k: int
     block_n: int
     num_warps: int
-    search: int = 64
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,11 @@ class NormalizeConfig:
         frames: frames of one program.
         tile_frames: frames that it reads at once; divides `frames`.
         num_warps: warps in a block.
-        search: utterances that a program looks at together to find its own.
     """
 
     frames: int
     tile_frames: int
     num_warps: int
-    search: int = 64
 
 
 # Dtype of the transform -> frames, block_k, block_n, threads. A thread holds 4 accumulators of
@@ -65,7 +61,7 @@ def fbank_config(dtype: torch.dtype, arch: str) -> FbankConfig:
         arch: as of `architectures.architecture`.
     """
     if arch == "interpreter":
-        return FbankConfig(frames=64, block_k=64, block_n=64, num_warps=1, search=4)
+        return FbankConfig(frames=64, block_k=64, block_n=64, num_warps=1)
     frames, block_k, block_n, threads = _TILES[dtype]
     return FbankConfig(frames, block_k, block_n, num_warps=threads // warp_size(arch))
 
@@ -77,5 +73,5 @@ def normalize_config(arch: str) -> NormalizeConfig:
         arch: as of `architectures.architecture`.
     """
     if arch == "interpreter":
-        return NormalizeConfig(frames=32, tile_frames=16, num_warps=1, search=4)
+        return NormalizeConfig(frames=32, tile_frames=16, num_warps=1)
     return NormalizeConfig(frames=256, tile_frames=16, num_warps=128 // warp_size(arch))

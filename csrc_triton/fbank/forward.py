@@ -53,7 +53,7 @@ from csrc_triton.fbank.tables import (
     mel_filters,
     povey_window,
 )
-from csrc_triton.functions import locate_block
+from csrc_triton.functions import last_not_after, locate_block
 from csrc_triton.launch import check_device, check_tensor, num_blocks
 from csrc_triton.specs import KernelSpec, kernel_spec
 
@@ -85,18 +85,11 @@ def _log_mel_fwd_kernel(
     FOLDED: tl.constexpr,
     FOLDED_PADDED: tl.constexpr,
     PAIRS: tl.constexpr,
-    SEARCH: tl.constexpr,
 ):
     dtype: tl.constexpr = basis_ptr.dtype.element_ty
     frames = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
     is_frame = frames < num_frames
-    sequences = tl.zeros([BLOCK_F], dtype=tl.int32)
-    for first in range(0, num_sequences, SEARCH):
-        candidates = first + tl.arange(0, SEARCH)  # [SEARCH]
-        is_sequence = candidates < num_sequences
-        ends = tl.load(frame_cu_seqlens_ptr + candidates + 1, mask=is_sequence, other=0)
-        is_over = is_sequence[None, :] & (ends[None, :] <= frames[:, None])  # [BLOCK_F, SEARCH]
-        sequences += tl.sum(is_over.to(tl.int32), 1)
+    sequences = last_not_after(frames, frame_cu_seqlens_ptr, num_sequences, BLOCK=0)
     first_frames = tl.load(frame_cu_seqlens_ptr + sequences, mask=is_frame, other=0)
     starts = tl.load(cu_seqlens_ptr + sequences, mask=is_frame, other=0).to(tl.int64)
     starts += (frames - first_frames).to(tl.int64) * 160  # [BLOCK_F]
@@ -177,12 +170,9 @@ def _sum_blocks_kernel(
     FRAMES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    SEARCH: tl.constexpr,
 ):
     block = tl.program_id(0)
-    _, start, end, first = locate_block(
-        block, cu_seqlens_ptr, num_sequences, num_frames, FRAMES, SEARCH
-    )
+    _, start, end, first = locate_block(block, cu_seqlens_ptr, num_sequences, num_frames, FRAMES)
     if first >= end:
         return
     columns = tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -221,10 +211,9 @@ def _normalize_stack_kernel(
     FRAMES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    SEARCH: tl.constexpr,
 ):
     sequence, start, end, first = locate_block(
-        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_frames, FRAMES, SEARCH
+        tl.program_id(0), cu_seqlens_ptr, num_sequences, num_frames, FRAMES
     )
     if first >= end:
         return
@@ -405,7 +394,6 @@ def _log_mel_constants(num_mel_bins: int, config: FbankConfig) -> dict[str, int]
         "FOLDED": FOLDED,
         "FOLDED_PADDED": FOLDED_PADDED,
         "PAIRS": PAIRS,
-        "SEARCH": config.search,
     }
 
 
@@ -415,7 +403,6 @@ def _normalize_constants(num_features: int, config: NormalizeConfig) -> dict[str
         "FRAMES": config.frames,
         "TILE": config.tile_frames,
         "BLOCK_M": block_mel(num_features),
-        "SEARCH": config.search,
     }
 
 

@@ -82,8 +82,9 @@ def test_rows_that_are_not_read() -> None:
     assert_close(ours, exact)
 
 
-def test_more_utterances_than_one_step_of_the_search() -> None:
-    lengths = [1 + i % 3 for i in range(19)]
+@pytest.mark.parametrize("batch", [1, 2, 3, 19])
+def test_every_utterance_is_found(batch: int) -> None:
+    lengths = [(7 * i + 1) % 20 for i in range(batch)]  # one of 19 has none
     tensors, cu_seqlens = make(lengths, 16, 5)
     ours = conv_norm_act(*tensors, EPS, None, cu_seqlens)
     assert_close(ours, exactly(tensors, None, cu_seqlens))

@@ -1,0 +1,70 @@
+"""What kernels cost, counted: instructions that a virtual GPU executes, and machine code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from csrc_triton.conv import conv_norm_act, conv_norm_act_backward
+from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
+from csrc_triton.launch import interpreting
+from tools.virtual_gpu.driver import activated
+from tools.virtual_gpu.executor import Counts, Executor
+from tools.virtual_gpu.global_memory import Checks
+from tools.virtual_gpu.record import Launch
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter compiles nothing")
+
+MANY = 50_000
+
+
+def instructions_of_the_first_block(target: str, call: Callable[[], object]) -> dict[str, int]:
+    """By launch of a kernel over utterances, how many instructions its warps execute."""
+    counted: dict[str, int] = {}
+
+    def count(launch: Launch, counts: Counts) -> None:
+        if "cu_seqlens_ptr" in launch.tensors:
+            counted[f"{launch.kernel} {len(counted)}"] = counts.instructions.total()
+
+    checks = Checks(races=False, written_once=False, written_whole=False, garbage=False)
+    execute = Executor(checks, count)
+    with (
+        torch.no_grad(),
+        activated(target, lambda launch: execute(replace(launch, grid=(1, 1, 1)))),
+    ):
+        call()
+    return counted
+
+
+def convolve(lengths: Tensor) -> None:
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    x = torch.randn(int(cu_seqlens[-1]), 64, dtype=torch.bfloat16)
+    arguments = (torch.ones(64, 31), torch.ones(64), torch.ones(64), 1e-5, "silu", cu_seqlens)
+    conv_norm_act(x, *arguments)
+    conv_norm_act_backward(x, x, *arguments)
+
+
+def features(lengths: Tensor) -> None:
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0) * 400, (1, 0)).int()
+    mel, cu_seqlens = log_mel_filterbank(torch.randn(int(cu_seqlens[-1])), cu_seqlens)
+    normalize_and_stack(mel, cu_seqlens)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("call", [convolve, features])
+def test_a_block_finds_its_utterance_among_many(
+    call: Callable[[Tensor], None], target: str
+) -> None:
+    few, many = (
+        instructions_of_the_first_block(
+            target, lambda batch=batch: call(torch.tensor([40] + (batch - 1) * [0]))
+        )
+        for batch in (16, MANY)
+    )
+    assert few.keys() == many.keys() and len(few) >= 3
+    for name, count in few.items():
+        assert count < many[name] <= 1.2 * count, name
