@@ -162,6 +162,7 @@ def test_columns_that_are_carried_keep_the_names_that_they_had() -> None:
     """A job that is continued must call them as it did: these get the prefix `input_`."""
     assert own_columns() == {
         *("index", "id", "audio_filepath", "offset", "seconds", "louder_channel"),
+        *("salvaged", "expected_seconds", "channels"),
         *("text", "words", "shape", "embedding", "label", "scores", "segments"),
         *("error_type", "error", "extra"),
         *("npy_file", "srt_file", "vtt_file", "txt_file", "safetensors_file"),

@@ -16,8 +16,10 @@ def command(
     source: jobs.Inputs,
     model: jobs.Model,
     target: jobs.Out,
+    sound: jobs.Sound,
     chunks: jobs.Chunks,
     job: jobs.Job,
 ) -> int:
     """Run the job; the exit status."""
-    return jobs.run_job("classify", source.inputs, target.out, values(model, chunks), job)
+    task = {**values(model, chunks), **sound.of_task()}
+    return jobs.run_job("classify", source.inputs, target.out, task, job)

@@ -24,9 +24,10 @@ def command(
     model: jobs.Model,
     target: jobs.Out,
     embedding: Embedding,
+    sound: jobs.Sound,
     chunks: jobs.Chunks,
     job: jobs.Job,
 ) -> int:
     """Run the job; the exit status."""
-    task = values(model, embedding, chunks)
+    task = {**values(model, embedding, chunks), **sound.of_task()}
     return jobs.run_job("embed", source.inputs, target.out, task, job)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from w2vbert_fast.cli.messages import ITEMS_FAILED, fail, log_shown, report
-from w2vbert_fast.cli.options import REQUIRED, argument, given, option
+from w2vbert_fast.cli.options import REQUIRED, argument, given, option, values
 from w2vbert_fast.inference.jobs.formats import help_text
 
 if TYPE_CHECKING:
@@ -74,6 +74,26 @@ class Chunks:
         None, "What neighbouring chunks have in common. Default: 4."
     )
     vad: bool = option(False, "Cut long recordings at silences.")
+
+
+@dataclass(kw_only=True)
+class Sound:
+    """What is taken of recordings, as tasks have it."""
+
+    channels: str = option("mix", "The mean of all channels, or one, from 0.", metavar="mix|N")
+    track: str | None = option(
+        None,
+        "Audio track of a video, from 0, or its language. Default: the file's.",
+        metavar="N|LANG",
+    )
+    salvage: bool = option(False, "Take what decodes of damaged files, and say so in the row.")
+
+    def of_task(self) -> dict[str, Any]:
+        """Arguments of a task: numbers as numbers."""
+        return {
+            name: int(value) if isinstance(value, str) and value.isdecimal() else value
+            for name, value in values(self).items()
+        }
 
 
 @dataclass(kw_only=True)

@@ -76,6 +76,25 @@ class Target:
 
 
 @dataclass(kw_only=True)
+class Sound(jobs.Sound):
+    """What is taken of recordings, channel by channel too."""
+
+    channels: str = option(
+        "mix",
+        "The mean of all channels; split: each by itself, merged by time; or one, from 0.",
+        metavar="mix|split|N",
+    )
+    speakers: str | None = option(
+        None, "Names of the channels, such as agent,customer; with split.", metavar="NAMES"
+    )
+
+    def of_task(self) -> dict[str, Any]:
+        """Arguments of `Transcribe`: names one by one."""
+        names = [] if self.speakers is None else [n.strip() for n in self.speakers.split(",")]
+        return {**super().of_task(), "speakers": names}
+
+
+@dataclass(kw_only=True)
 class Decoding:
     timestamps: str | None = option(
         None,
@@ -133,6 +152,7 @@ def command(
     model: Model,
     printing: Printing,
     target: Target,
+    sound: Sound,
     decoding: Decoding,
     chunks: jobs.Chunks,
     job: jobs.Job,
@@ -153,7 +173,7 @@ def command(
             _refuse(["--timestamps"], f"has no effect on what is printed; {more}")
     if model.model == "demo":
         report(DEMO_NOTICE)
-    task = {**values(model, chunks), **decoding.of_task(formats)}
+    task = {**values(model, chunks), **sound.of_task(), **decoding.of_task(formats)}
     if target.out is not None and is_job:
         return jobs.run_job("transcribe", source.inputs, target.out, task, job)
     return _print(source.inputs, task, job, formats, target.out, printing.as_json)

@@ -31,20 +31,21 @@ _LONGEST_PROBE_SECONDS = 10.0
 
 @dataclass
 class _Recording:
-    """A recording of a window on its way through the model."""
+    """A recording of a window on its way through the model: of each channel chunks and outputs."""
 
     loaded: Loaded
-    chunks: list[Chunk]
-    outputs: list[Any]
+    chunks: list[list[Chunk]]
+    outputs: list[list[Any]]
     missing: int
     failure: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A piece in a batch: the recording's place in the window and the chunk's in the recording."""
+    """A piece in a batch: the recording's place in the window, and the chunk's in a channel."""
 
     recording: int
+    channel: int
     chunk: int
     piece: Piece
 
@@ -98,15 +99,17 @@ class Batcher:
         recordings: list[_Recording | None] = []
         units: list[_Unit] = []
         for place, loaded in enumerate(window):
-            if loaded.samples is None:
+            if not loaded.channels:
                 recordings.append(None)
                 yield self.task.failed(loaded, loaded.error_type or "Error", loaded.error or "")
                 continue
-            chunks = self.task.chunks(loaded.samples)
-            recordings.append(_Recording(loaded, chunks, [None] * len(chunks), len(chunks)))
-            for number, chunk in enumerate(chunks):
-                piece = Piece(loaded.samples[chunk.start : chunk.end], len(chunks) == 1)
-                units.append(_Unit(place, number, piece))
+            cut = [self.task.chunks(samples) for samples in loaded.channels]
+            outputs: list[list[Any]] = [[None] * len(chunks) for chunks in cut]
+            recordings.append(_Recording(loaded, cut, outputs, sum(map(len, cut))))
+            for channel, (samples, chunks) in enumerate(zip(loaded.channels, cut, strict=True)):
+                for number, chunk in enumerate(chunks):
+                    piece = Piece(samples[chunk.start : chunk.end], len(chunks) == 1)
+                    units.append(_Unit(place, channel, number, piece))
         # The longest first: what does not fit into memory shows at once.
         units.sort(key=lambda unit: unit.piece.samples.numel(), reverse=True)
         batches = self._batches(units, budget)
@@ -124,14 +127,14 @@ class Batcher:
                 else:
                     batches += [[unit] for unit in reversed(batch)]
                 continue
-            outputs = [None] if isinstance(outcome, Exception) else outcome
+            made = [None] if isinstance(outcome, Exception) else outcome
             finished += sum(unit.piece.samples.numel() for unit in batch)
             if self.watch is not None:
                 self.watch(finished / rate, total / rate)
-            for unit, output in zip(batch, outputs, strict=True):
+            for unit, output in zip(batch, made, strict=True):
                 recording = recordings[unit.recording]
                 assert recording is not None
-                recording.outputs[unit.chunk] = output
+                recording.outputs[unit.channel][unit.chunk] = output
                 recording.missing -= 1
                 if isinstance(outcome, Exception) and recording.failure is None:
                     recording.failure = _describe(outcome, recording.loaded)
@@ -186,7 +189,9 @@ class Batcher:
         if recording.failure is not None:
             return self.task.failed(loaded, *recording.failure)
         try:
-            return self.task.finish(loaded, recording.chunks, recording.outputs)
+            channels = zip(recording.chunks, recording.outputs, strict=True)
+            results = [self.task.finish(loaded, chunks, outputs) for chunks, outputs in channels]
+            return self.task.join(results)
         except ValueError as error:
             return self.task.failed(loaded, "ValueError", str(error))
 

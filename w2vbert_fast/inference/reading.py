@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
-from w2vbert_fast.recordings.audio import Audio, AudioError, convert_array, load_audio
+from w2vbert_fast.recordings.audio import (
+    EVERYTHING,
+    Audio,
+    AudioError,
+    Salvaged,
+    Selection,
+    convert_array,
+    load_channels,
+)
 from w2vbert_fast.recordings.rows import Row
 
 _ANNOUNCED_BYTES = 16 << 20
@@ -31,19 +39,22 @@ class Loaded:
 
     Attributes:
         row: the row.
-        samples: float32 `[num_samples]` on the CPU; None after an error.
+        channels: of each channel that is computed by itself, float32 `[num_samples]` on the CPU;
+            none after an error.
         seconds: length of the audio; None after an error.
         error_type: kind of the error; None: none.
         error: what is wrong; None: nothing.
         louder_channel: the channel that was taken because all of them cancel; None: their mean.
+        salvaged: what is wrong with a file of which was taken what decodes; None: nothing.
     """
 
     row: Row
-    samples: Tensor | None = None
+    channels: tuple[Tensor, ...] = ()
     seconds: float | None = None
     error_type: str | None = None
     error: str | None = None
     louder_channel: int | None = None
+    salvaged: Salvaged | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,12 @@ class Decoder:
     Attributes:
         sampling_rate: samples per second that the model reads.
         longest: recordings, or parts, of more seconds are errors.
+        selection: what is taken of them.
     """
 
     sampling_rate: int = 16_000
     longest: float = LONGEST_SECONDS
+    selection: Selection = EVERYTHING
 
     def __call__(self, row: Row) -> Loaded:
         """Read a row.
@@ -79,19 +92,27 @@ class Decoder:
         except Exception as error:  # A row costs itself and never the job, whatever its bytes do.
             kind = type(error).__name__
             return Loaded(row, error_type=kind, error=str(error) or kind)
-        return Loaded(row, audio.samples, audio.seconds, louder_channel=audio.louder_channel)
+        first = audio[0]
+        return Loaded(
+            row,
+            tuple(channel.samples for channel in audio),
+            first.seconds,
+            louder_channel=first.louder_channel,
+            salvaged=first.salvaged,
+        )
 
-    def _read(self, row: Row) -> Audio:
+    def _read(self, row: Row) -> list[Audio]:
         if row.sampling_rate is None:
-            return load_audio(
+            return load_channels(
                 row.audio,
+                self.selection,
                 sampling_rate=self.sampling_rate,
                 offset=row.offset,
                 duration=row.duration,
                 longest=self.longest,
             )
-        audio = convert_array(row.audio, row.sampling_rate)
-        if audio.samples.numel() < FRAME_LENGTH + FRAME_SHIFT:
+        audio = convert_array(row.audio, row.sampling_rate, self.selection.channels)
+        if audio[0].samples.numel() < FRAME_LENGTH + FRAME_SHIFT:
             raise AudioError(row.name, "too short: two analysis windows, 35 ms, are needed")
         return audio
 

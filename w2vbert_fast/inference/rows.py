@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from w2vbert_fast.recordings.audio import Audio
+from w2vbert_fast.recordings.audio import Audio, Salvaged
 from w2vbert_fast.recordings.rows import Row
 
 _CONTENT = (bytes, bytearray, memoryview)
@@ -34,6 +34,7 @@ class Result:
         error: what is wrong; None: nothing.
         louder_channel: the channel that was taken, from 0, because in the mean of all of them what
             is said cancels; None: the mean.
+        salvaged: what is wrong with a file of which was taken what decodes; None: nothing.
     """
 
     index: int
@@ -45,10 +46,15 @@ class Result:
     error_type: str | None = None
     error: str | None = None
     louder_channel: int | None = None
+    salvaged: Salvaged | None = None
 
     def fields(self) -> dict[str, Any]:
         """The columns that the task adds to a table."""
         return {}
+
+    def salvage_fields(self) -> dict[str, Any]:
+        """The columns of a recording of which was taken what decodes; of others none."""
+        return {} if self.salvaged is None else self.salvaged.fields()
 
     @property
     def tensor(self) -> Tensor | None:

@@ -85,7 +85,8 @@ class Runner(Generic[R]):
     @property
     def decoder(self) -> Decoder:
         """What reads the audio of a row; the model must be loaded, or is."""
-        return Decoder(self.task.extractor.sampling_rate, self.flow.longest)
+        task = self.task
+        return Decoder(task.extractor.sampling_rate, self.flow.longest, task.selection)
 
     def __call__(self, items: Any, *, ordered: bool = True) -> Iterator[R]:
         """Process recordings, lazily; what is wrong with one becomes an error in its result.

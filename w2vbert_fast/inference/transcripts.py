@@ -12,7 +12,13 @@ from typing import Any
 from w2vbert_fast.inference.ctc.timestamps import Word
 from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline
 from w2vbert_fast.inference.runner import Flow, Runner
-from w2vbert_fast.inference.tasks.transcribe import Transcribe, Transcription, word_fields
+from w2vbert_fast.inference.tasks.transcribe import (
+    ChannelText,
+    Transcribe,
+    Transcription,
+    word_fields,
+)
+from w2vbert_fast.recordings.audio import Salvaged
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class Transcript:
         words: the words with their times, where `timestamps` were asked for.
         louder_channel: the channel that was taken, from 0, because in the mean of all of them what
             is said cancels; None: the mean.
+        channels: what was said on each channel, where each was transcribed by itself, or one of
+            them alone.
+        salvaged: what is wrong with a file of which was taken what decodes; None: nothing.
     """
 
     file: str
@@ -38,6 +47,8 @@ class Transcript:
     error: str | None = None
     words: tuple[Word, ...] | None = None
     louder_channel: int | None = None
+    channels: tuple[ChannelText, ...] | None = None
+    salvaged: Salvaged | None = None
 
     @property
     def real_time_factor(self) -> float | None:
@@ -63,6 +74,10 @@ class Transcript:
             content["real_time_factor"] = round(self.real_time_factor, 5)
             if self.louder_channel is not None:
                 content["louder_channel"] = self.louder_channel
+            if self.salvaged is not None:
+                content.update(self.salvaged.fields())
+            if self.channels is not None:
+                content["channels"] = [channel._asdict() for channel in self.channels]
             if self.words is not None:
                 content["words"] = [word_fields(word, characters) for word in self.words]
         text = json.dumps(content, ensure_ascii=False, indent=indent)
@@ -126,5 +141,7 @@ def transcripts(runner: Runner[Transcription], audio: Any) -> Generator[Transcri
             result.error,
             result.words,
             result.louder_channel,
+            result.channels,
+            result.salvaged,
         )
         start = time.perf_counter()

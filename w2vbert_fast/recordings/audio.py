@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import torch
 from w2vbert_fast.ops.fbank import FRAME_LENGTH, FRAME_SHIFT
 from w2vbert_fast.recordings.audio_files import (
     Block,
+    Damaged,
     File,
     Samples,
     Source,
@@ -35,7 +36,7 @@ from w2vbert_fast.recordings.audio_files import (
 from w2vbert_fast.recordings.ffmpeg_reader import DURATION_TOLERANCE_SECONDS, open_ffmpeg
 from w2vbert_fast.recordings.flac import flac_streams
 from w2vbert_fast.recordings.headers import corrected
-from w2vbert_fast.recordings.mixdown import Channels, to_mono
+from w2vbert_fast.recordings.mixdown import Channels, convert, each, louder, mean, one
 from w2vbert_fast.recordings.ogg import read_pages
 from w2vbert_fast.recordings.sndfile_reader import open_sndfile
 from w2vbert_fast.recordings.waveforms import to_waveform
@@ -70,6 +71,24 @@ class AudioError(ValueError):
         return type(self), (self.path, self.reason)
 
 
+class Salvaged(NamedTuple):
+    """What is wrong with a recording of which was taken what decodes.
+
+    Attributes:
+        reason: what is wrong.
+        expected_seconds: how long it should be; None: the file does not say it, or says it wrongly.
+    """
+
+    reason: str
+    expected_seconds: float | None
+
+    def fields(self) -> dict[str, Any]:
+        """As rows of tables have it."""
+        expected = self.expected_seconds
+        rounded = None if expected is None else round(expected, 4)
+        return {"salvaged": self.reason, "expected_seconds": rounded}
+
+
 class Audio(NamedTuple):
     """A decoded recording.
 
@@ -78,11 +97,51 @@ class Audio(NamedTuple):
         seconds: length of the recording as it was stored, in seconds.
         louder_channel: the channel that was taken, from 0, because the mean of all of them would
             have cancelled what is said; None: the mean was taken.
+        salvaged: of a damaged file of which was taken what decodes; None: all of it decodes.
     """
 
     samples: torch.Tensor
     seconds: float
     louder_channel: int | None = None
+    salvaged: Salvaged | None = None
+
+
+MIX, SPLIT = "mix", "split"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is taken of recordings.
+
+    Attributes:
+        channels: "mix": the mean of all; "split": each by itself; or a number: that one, from 0.
+        track: audio track of a file with several, by its place among them, from 0, or by its
+            language as the file has it, such as "deu"; None: the container's default.
+        salvage: take what decodes of damaged files.
+
+    Raises:
+        ValueError: a value is none of these.
+    """
+
+    channels: str | int = MIX
+    track: int | str | None = None
+    salvage: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, words in (
+            ("channels", self.channels, (MIX, SPLIT)),
+            ("track", self.track, None),
+        ):
+            if isinstance(value, str) and value and (words is None or value in words):
+                continue
+            if value is None and words is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                other = "a language" if words is None else " or ".join(words)
+                raise ValueError(f"{name} must be {other}, or a number from 0, got {value!r}")
+
+
+EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)
@@ -141,10 +200,11 @@ class _Part:
         seconds = origin + position / rate
         if seconds > 0 and (early or (self.offset > 0 and position <= start)):
             end = "" if stop is None else f" to {origin + stop / rate:.2f}"
-            raise Unreadable(
+            reason = (
                 f"ends after {seconds:.2f} seconds; the part from {self.offset:.2f}{end} "
                 "is not there"
             )
+            raise (Damaged(reason) if position > start else Unreadable(reason))
 
     def _places(self, rate: int, origin: float) -> tuple[int, int | None]:
         """First sample of the part and the one behind it, counted from `origin` in seconds."""
@@ -166,6 +226,9 @@ def load_audio(
     offset: float = 0.0,
     duration: float | None = None,
     longest: float | None = None,
+    channel: int | None = None,
+    track: int | str | None = None,
+    salvage: bool = False,
 ) -> Audio:
     """Read an audio file, or a part of it, as one channel at a given sampling rate.
 
@@ -189,6 +252,10 @@ def load_audio(
             second before the part does gives what there is.
         longest: refuse more than this many seconds, before or while they are decoded; None: no
             limit but the memory's.
+        channel: take this channel, from 0; None: the mean of all.
+        track: the audio track of a file with several, by its place among them, from 0, or by its
+            language as the file has it, such as "deu"; None: the container's default.
+        salvage: of a damaged file take what decodes, and say so in `salvaged`.
 
     Returns:
         The samples, float32 ``[num_samples]``, the length of what was read in seconds, and the
@@ -198,11 +265,48 @@ def load_audio(
         AudioError: the file is missing, a folder, not to be opened, empty, not audio, without an
             audio stream, of a coding that nobody here decodes, truncated or damaged, without
             samples, shorter than 35 ms, longer than ``longest``, ends before the part that is asked
-            for, or holds NaN or infinite samples.
-        ValueError: ``sampling_rate``, ``duration`` or ``longest`` is not positive, or ``offset``
-            negative.
+            for, has not that channel or track, or holds NaN or infinite samples.
+        ValueError: ``sampling_rate``, ``duration`` or ``longest`` is not positive, or ``offset``,
+            ``channel`` or ``track`` negative.
         MemoryError: there is not enough of it.
         ImportError: soundfile, PyAV or soxr is needed and not installed, or cannot be loaded.
+    """
+    selection = Selection(MIX if channel is None else channel, track, salvage)
+    (audio,) = load_channels(
+        path,
+        selection,
+        sampling_rate=sampling_rate,
+        offset=offset,
+        duration=duration,
+        longest=longest,
+    )
+    return audio
+
+
+def load_channels(
+    path: str | os.PathLike[str] | bytes,
+    selection: Selection,
+    *,
+    sampling_rate: int = SAMPLING_RATE,
+    offset: float = 0.0,
+    duration: float | None = None,
+    longest: float | None = None,
+) -> list[Audio]:
+    """Read an audio file as `load_audio` does: one channel, or each of them by itself.
+
+    Args:
+        path: as `load_audio`.
+        selection: which channels and which track, and whether damage is borne.
+        sampling_rate: as `load_audio`.
+        offset: as `load_audio`.
+        duration: as `load_audio`.
+        longest: as `load_audio`.
+
+    Returns:
+        The channels that are asked for, equally long.
+
+    Raises:
+        Exception: as `load_audio`.
     """
     if sampling_rate < 1:
         raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
@@ -210,18 +314,47 @@ def load_audio(
     name = CONTENT_NAME if isinstance(path, bytes) else os.fspath(path)
     try:
         with open_content(path) if isinstance(path, bytes) else open_file(name) as file:
-            samples, seconds, channel = _one_channel(lambda: _blocks(file, part), sampling_rate)
+            samples, seconds, channel, salvaged = _selected(file, part, selection, sampling_rate)
     except Unreadable as error:
         raise AudioError(name, str(error)) from error.__cause__
     except OSError as error:
         raise AudioError(name, error.strerror or str(error)) from error
     if seconds == 0:
         raise AudioError(name, "holds no samples")
-    if samples.size * SAMPLING_RATE < MIN_SAMPLES * sampling_rate:
+    if samples.shape[1] * SAMPLING_RATE < MIN_SAMPLES * sampling_rate:
         raise AudioError(
             name, f"too short: {seconds * 1000:.1f} ms; two analysis windows, 35 ms, are needed"
         )
-    return Audio(torch.from_numpy(samples), seconds, channel)
+    return [Audio(torch.from_numpy(row), seconds, channel, salvaged) for row in samples]
+
+
+def _selected(
+    file: File, part: _Part, selection: Selection, sampling_rate: int
+) -> tuple[Samples, float, int | None, Salvaged | None]:
+    """Samples ``[channels, num_samples]``, their length in seconds, the channel that was taken as
+    the louder one, and what was wrong."""
+
+    def read(make: Callable[[], Generator[Block, None, None]]) -> tuple[Samples, float, int | None]:
+        return _channels(make, selection.channels, sampling_rate)
+
+    try:
+        return *read(lambda: _blocks(file, part, selection.track)), None
+    except Damaged as error:
+        if not selection.salvage:
+            raise
+        # FFmpeg goes on behind damage, libsndfile does not; and it knows fewer formats.
+        found = read(lambda: _until_damaged(_blocks(file, part, selection.track, damaged=True)))
+        if found[1] == 0:
+            raise
+        stated = part.duration
+        if stated is None and error.stated is not None:
+            stated = max(0.0, error.stated - part.offset)
+        return *found, Salvaged(str(error), stated)
+
+
+def _until_damaged(blocks: Iterable[Block]) -> Generator[Block, None, None]:
+    with contextlib.suppress(Damaged):
+        yield from blocks
 
 
 def stated_seconds(path: str | os.PathLike[str]) -> float | None:
@@ -266,11 +399,24 @@ def holds_audio(path: str | os.PathLike[str] | bytes) -> bool:
         return False
 
 
-def _blocks(file: File, part: _Part) -> Generator[Block, None, None]:
-    """The samples of a part of a file, from its beginning on."""
-    streams = iter(_streams(file, exact=part.offset > 0))
-    source = _open(next(streams), part.first_sample)
-    source = source._replace(blocks=_one_after_another(source, streams))
+def _blocks(
+    file: File, part: _Part, track: int | str | None = None, *, damaged: bool = False
+) -> Generator[Block, None, None]:
+    """The samples of a part of a file, from its beginning on.
+
+    Args:
+        file: the file.
+        part: the part.
+        track: the audio track; None: the container's default.
+        damaged: read it with FFmpeg, whatever it is.
+    """
+    if damaged or track is not None:
+        file.seek(0)
+        source = _open_by_ffmpeg(corrected(file, truncated=damaged), track, part.first_sample)
+    else:
+        streams = iter(_streams(file, exact=part.offset > 0))
+        source = _open(next(streams), part.first_sample)
+        source = source._replace(blocks=_one_after_another(source, streams))
     with contextlib.closing(source.blocks):
         _check_rate(source.sampling_rate)
         yield from part.cut(source)
@@ -286,11 +432,25 @@ def _streams(file: File, *, exact: bool) -> Iterable[File]:
         return [corrected(file)]
     pages = read_pages(file)
     if not pages.ended:
-        raise Unreadable("truncated: the Ogg stream has no last page")
+        raise Damaged("truncated: the Ogg stream has no last page")
     if len(pages.starts) == 1:
         return [file]
     ends = [*pages.starts[1:], size_of(file)]
     return [Window(file, start, end) for start, end in zip(pages.starts, ends, strict=True)]
+
+
+def _open_by_ffmpeg(
+    file: File, track: int | str | None, start: Callable[[int, int], int]
+) -> Source:
+    """Open a file with FFmpeg; with libsndfile where it is of a kind that FFmpeg refuses."""
+    try:
+        return open_ffmpeg(file, track)
+    except Unreadable:
+        file.seek(0)
+        source = None if track is not None else open_sndfile(file, start)
+        if source is None:
+            raise
+        return source
 
 
 def _open(file: File, start: Callable[[int, int], int]) -> Source:
@@ -305,16 +465,19 @@ def _one_after_another(first: Source, others: Iterable[File]) -> Generator[Block
             yield from blocks
 
 
-def _one_channel(
-    read: Callable[[], Iterable[Block]], sampling_rate: int
+def _channels(
+    read: Callable[[], Iterable[Block]], wanted: str | int, sampling_rate: int
 ) -> tuple[Samples, float, int | None]:
-    """One channel's samples ``[num_samples]``, the length in seconds, and the channel if it is not
-    the mean of all. `read` is called again where the mean would lose what is said."""
+    """Samples ``[channels, num_samples]``, the length in seconds, and the channel if it is the
+    louder one. `read` is called again where the mean would lose what is said."""
+    if wanted != MIX:
+        pick = one(wanted) if isinstance(wanted, int) else each()
+        return *convert(read(), sampling_rate, pick), None
     channels = Channels()
-    samples, seconds = to_mono(read(), sampling_rate, None, channels)
+    samples, seconds = convert(read(), sampling_rate, mean(channels))
     channel = channels.to_read_alone()
     if channel is not None:
-        samples, seconds = to_mono(read(), sampling_rate, channel, channels)
+        samples, seconds = convert(read(), sampling_rate, louder(channel))
     return samples, seconds, channel
 
 
@@ -337,11 +500,13 @@ def to_mono_16khz(array: torch.Tensor | npt.ArrayLike, sampling_rate: int) -> to
         TypeError: samples that are neither integers nor floating-point numbers.
         ImportError: the rate has to change and soxr is not installed.
     """
-    return convert_array(array, sampling_rate).samples
+    return convert_array(array, sampling_rate)[0].samples
 
 
-def convert_array(array: torch.Tensor | npt.ArrayLike, sampling_rate: int) -> Audio:
-    """As `to_mono_16khz`, with the length in seconds and the channel that was taken."""
+def convert_array(
+    array: torch.Tensor | npt.ArrayLike, sampling_rate: int, channels: str | int = MIX
+) -> list[Audio]:
+    """As `to_mono_16khz`, of the channels that `Selection` names, with what is known of them."""
     if sampling_rate < 1:
         raise ValueError(f"sampling_rate must be positive, got {sampling_rate}")
     values = array if isinstance(array, torch.Tensor) else np.asarray(array)
@@ -360,7 +525,7 @@ def convert_array(array: torch.Tensor | npt.ArrayLike, sampling_rate: int) -> Au
     samples: Samples = to_waveform(values.reshape(-1), 0).cpu().numpy().reshape(-1, shape[-1])
     block = Block(sampling_rate, samples)
     try:
-        found, seconds, channel = _one_channel(lambda: [block], SAMPLING_RATE)
+        found, seconds, channel = _channels(lambda: [block], channels, SAMPLING_RATE)
     except Unreadable as error:
         raise ValueError(f"array {error}") from None
-    return Audio(torch.from_numpy(found), seconds, channel)
+    return [Audio(torch.from_numpy(row), seconds, channel) for row in found]

@@ -28,6 +28,19 @@ class Unreadable(Exception):
     """The reason why a file cannot be read, on its way to the AudioError that names the file."""
 
 
+class Damaged(Unreadable):
+    """The reason is damage, so that what lies before it, or around it, may be decoded.
+
+    Args:
+        reason: what is wrong.
+        stated: the length that the file states, in seconds; None: none that is known.
+    """
+
+    def __init__(self, reason: str, stated: float | None = None) -> None:
+        super().__init__(reason)
+        self.stated = stated
+
+
 class Block(NamedTuple):
     """Successive samples of a recording.
 

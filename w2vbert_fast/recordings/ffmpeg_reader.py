@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.recordings.audio_files import Block, File, Samples, Source, Unreadable, read_at
+from w2vbert_fast.recordings.audio_files import (
+    Block,
+    Damaged,
+    File,
+    Samples,
+    Source,
+    Unreadable,
+    read_at,
+)
 from w2vbert_fast.recordings.timeline import Frame, on_timeline
 
 DURATION_TOLERANCE_SECONDS = 0.5
@@ -81,11 +89,16 @@ class _ForFFmpeg:
             raise MemoryError("not enough memory to decode it") from error
 
 
-def open_ffmpeg(file: File) -> Source:
+def open_ffmpeg(file: File, track: int | str | None = None) -> Source:
     """Open a file with FFmpeg's demuxers and decoders.
 
+    Args:
+        file: the file.
+        track: the audio track, by its place among them, from 0, or by its language; None: the one
+            that the container, or else FFmpeg, takes for the main one.
+
     Raises:
-        Unreadable: it is no audio, or of a kind that FFmpeg does not decode.
+        Unreadable: it is no audio, without that track, or of a kind that FFmpeg does not decode.
         OSError: it cannot be read.
         MemoryError: there is not enough memory.
         ImportError: PyAV is not installed.
@@ -97,7 +110,11 @@ def open_ffmpeg(file: File) -> Source:
     except (av.FFmpegError, MemoryError) as error:
         guarded.check(error)
         raise Unreadable("cannot be read as audio: unknown format, or damaged") from error
-    stream = container.streams.best("audio")
+    try:
+        stream = container.streams.best("audio") if track is None else _track(container, track)
+    except Unreadable:
+        container.close()
+        raise
     if stream is None:
         found = any(one.type == "audio" for one in container.streams)
         container.close()
@@ -108,6 +125,21 @@ def open_ffmpeg(file: File) -> Source:
         container.close()
         raise Unreadable(_UNKNOWN_CODING)
     return Source(stream.rate, _blocks(av, container, stream, file, guarded))
+
+
+def _track(container: Any, track: int | str) -> Any:
+    """The audio stream of a number or a language; None where there is no audio."""
+    streams = [one for one in container.streams if one.type == "audio"]
+    languages = [str(one.metadata.get("language", "unknown")) for one in streams]
+    if isinstance(track, int):
+        if track < len(streams):
+            return streams[track]
+    elif track.lower() in map(str.lower, languages):
+        return streams[[language.lower() for language in languages].index(track.lower())]
+    if not streams:
+        return None
+    listed = ", ".join(f"{number} ({language})" for number, language in enumerate(languages))
+    raise Unreadable(f"has no audio track {track}; it has {listed}")
 
 
 _UNKNOWN_CODING = (
@@ -127,7 +159,7 @@ def _blocks(
             yield from _joined(on_timeline(frames, _origin(container, stream), restarts))
         except av.FFmpegError as error:
             guarded.check(error)
-            raise Unreadable(f"truncated or damaged: {error}") from error
+            raise Damaged(f"truncated or damaged: {error}") from error
 
 
 def _origin(container: Any, stream: Any) -> float | None:
@@ -149,7 +181,7 @@ def _frames(
     """Decoded frames with their times; without time stamps, from the lengths of frames and holes.
 
     Raises:
-        Unreadable: there are too many packets that cannot be decoded, or too few.
+        Damaged: there are too many packets that cannot be decoded, or too few.
     """
     packets = bad_packets = 0
     end_seconds = clock = 0.0
@@ -178,12 +210,14 @@ def _frames(
         if not timed:
             holes.decoded(packet, clock - before)
     guarded.check()
-    if bad_packets > max(_MAX_BAD_PACKETS, _MAX_BAD_PACKET_SHARE * packets):
-        raise Unreadable(f"damaged: {bad_packets} of {packets} audio packets cannot be decoded")
     stated = _stated_end_seconds(container, stream)
+    if bad_packets > max(_MAX_BAD_PACKETS, _MAX_BAD_PACKET_SHARE * packets):
+        raise Damaged(
+            f"damaged: {bad_packets} of {packets} audio packets cannot be decoded", stated
+        )
     if stated is not None and end_seconds < stated - DURATION_TOLERANCE_SECONDS:
-        raise Unreadable(
-            f"truncated or damaged: it ends after {end_seconds:.2f} of {stated:.2f} seconds"
+        raise Damaged(
+            f"truncated or damaged: it ends after {end_seconds:.2f} of {stated:.2f} seconds", stated
         )
 
 
@@ -274,21 +308,28 @@ class _Holes:
 
 
 def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Blocks of about a second instead of single frames."""
+    """Blocks of about a second instead of single frames; those before an error, too."""
     parts: list[Samples] = []
     count = rate = channels = 0
-    for block in blocks:
-        samples = block.samples
-        same = block.sampling_rate == rate and samples.shape[0] == channels
-        if parts and (not same or count + samples.shape[1] > _JOINED_SAMPLES):
+    try:
+        for block in blocks:
+            samples = block.samples
+            same = block.sampling_rate == rate and samples.shape[0] == channels
+            if parts and (not same or count + samples.shape[1] > _JOINED_SAMPLES):
+                yield Block(rate, np.concatenate(parts, axis=1))
+                parts, count = [], 0
+            rate, channels = block.sampling_rate, samples.shape[0]
+            if samples.shape[1] > _JOINED_SAMPLES:
+                yield block  # a gap may be hours of it
+                continue
+            parts.append(samples)
+            count += samples.shape[1]
+    except GeneratorExit:
+        raise
+    except Exception:
+        if parts:
             yield Block(rate, np.concatenate(parts, axis=1))
-            parts, count = [], 0
-        rate, channels = block.sampling_rate, samples.shape[0]
-        if samples.shape[1] > _JOINED_SAMPLES:
-            yield block  # a gap may be hours of it
-            continue
-        parts.append(samples)
-        count += samples.shape[1]
+        raise
     if parts:
         yield Block(rate, np.concatenate(parts, axis=1))
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from w2vbert_fast.recordings.audio_files import File, Unreadable, Window, read_at, size_of
+from w2vbert_fast.recordings.audio_files import Damaged, File, Window, read_at, size_of
 
 # A program that writes to a pipe cannot know the size beforehand and puts one near these limits.
 _SMALLEST_UNKNOWN_SIZE = {4: 0x7FFF_0000, 8: 0x7FFF_0000_0000_0000}
@@ -78,19 +78,29 @@ class Corrected(Window):
         return bytes(content)
 
 
-def corrected(file: File) -> File:
+def corrected(file: File, *, truncated: bool = False) -> File:
     """A file as its header should describe it; the file itself where there is nothing to correct.
 
     Of WAV (RF64 and BW64 too), W64, AIFF, AU and CAF.
 
+    Args:
+        file: the file.
+        truncated: take a file that ends before the samples that its header states for what is left
+            of it.
+
     Raises:
-        Unreadable: the file ends before the samples that its header states.
+        Damaged: the file ends before the samples that its header states.
     """
     header = _read_header(file)
     if header is None:
         return file
     present = size_of(file) - header.start
-    actual = _actual_size(file, header, present)
+    try:
+        actual = _actual_size(file, header, present)
+    except Damaged:
+        if not truncated:
+            raise
+        actual = present
     if actual == header.stated:
         return file
     patches = {}
@@ -108,7 +118,7 @@ def _actual_size(file: File, header: _Header, present: int) -> int:
     if stated >= _SMALLEST_UNKNOWN_SIZE[width]:
         return present
     if stated > present + _LARGEST_HEADER:
-        raise Unreadable(f"truncated: {present} of {stated} bytes of samples are there")
+        raise Damaged(f"truncated: {present} of {stated} bytes of samples are there")
     if stated >= present:
         return stated
     if header.following is None:

@@ -8,7 +8,8 @@ the caller then reads the file again, its louder channel alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -102,58 +103,112 @@ def _without_hum(samples: Samples) -> Samples:
     return found
 
 
-def to_mono(
-    blocks: Iterable[Block], sampling_rate: int, channel: int | None, channels: Channels
-) -> tuple[Samples, float]:
-    """Average the channels of blocks, or take one, and convert their rate.
+Pick = Callable[[Block], Samples]
+"""What is made of the channels of a block: samples ``[channels, num_samples]``."""
+
+
+def mean(channels: Channels) -> Pick:
+    """The mean of all channels; what they have in common is noted."""
+
+    def pick(block: Block) -> Samples:
+        channels.add(block)
+        return _mono(block.samples, None)
+
+    return pick
+
+
+def louder(channel: int) -> Pick:
+    """A channel, in blocks that have it; of others the mean."""
+    return lambda block: _mono(block.samples, channel)
+
+
+def one(channel: int) -> Pick:
+    """A channel that all blocks must have."""
+
+    def pick(block: Block) -> Samples:
+        count = block.samples.shape[0]
+        if channel >= count:
+            has = f"{count} channel{'s' if count > 1 else ''}"
+            raise Unreadable(f"has no channel {channel}: it has {has}, counted from 0")
+        return _finite(block.samples[channel : channel + 1])
+
+    return pick
+
+
+def each() -> Pick:
+    """All channels, of which there must be as many in all blocks."""
+    counts: set[int] = set()
+
+    def pick(block: Block) -> Samples:
+        counts.add(block.samples.shape[0])
+        if len(counts) > 1:
+            raise Unreadable(
+                f"has now {min(counts)}, now {max(counts)} channels, which cannot be told apart"
+            )
+        return _finite(block.samples)
+
+    return pick
+
+
+def convert(blocks: Iterable[Block], sampling_rate: int, pick: Pick) -> tuple[Samples, float]:
+    """Make one channel, or several, of those of blocks, and convert their rate.
 
     Args:
         blocks: in order; rate and number of channels may change.
         sampling_rate: samples per second to return.
-        channel: the channel to take, in blocks that have it; None: the mean of all.
-        channels: takes in what the channels have in common.
+        pick: what is made of the channels.
 
     Returns:
-        The samples ``[num_samples]``, and the length of the blocks in seconds.
+        The samples ``[channels, num_samples]``, and the length of the blocks in seconds.
 
     Raises:
-        Unreadable: there are NaN or infinite samples.
+        Unreadable: there are NaN or infinite samples, or not the channels that are wanted.
         ImportError: the rate has to change and soxr is not installed.
     """
     parts: list[Samples] = []
     stream = None
-    rate = frames = 0
+    rate = frames = count = 0
     seconds = 0.0
     for block in blocks:
         if block.sampling_rate != rate:
             if stream is not None:
-                parts.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
+                parts.append(_last(stream, count))
             seconds += frames / rate if frames else 0.0
             rate, frames, stream = block.sampling_rate, 0, None
-            if rate != sampling_rate:
-                stream = require("soxr", "audio").ResampleStream(
-                    rate, sampling_rate, 1, dtype="float32", quality="HQ"
-                )
         frames += block.samples.shape[1]
         for start in range(0, block.samples.shape[1], _STRETCH):
             stretch = block.samples[:, start : start + _STRETCH]
-            mono = _mono(stretch, channel)
-            if channel is None:
-                channels.add(Block(rate, stretch))
-            parts.append(mono if stream is None else stream.resample_chunk(mono))
+            picked = pick(Block(rate, stretch))
+            count = picked.shape[0]
+            if rate != sampling_rate and stream is None:
+                stream = require("soxr", "audio").ResampleStream(
+                    rate, sampling_rate, count, dtype="float32", quality="HQ"
+                )
+            parts.append(picked if stream is None else stream.resample_chunk(picked.T).T)
     if stream is not None:
-        parts.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
+        parts.append(_last(stream, count))
     seconds += frames / rate if frames else 0.0
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32), seconds
+    if not parts:
+        return np.zeros((1, 0), np.float32), seconds
+    return np.concatenate(parts, axis=1), seconds
+
+
+def _last(stream: Any, channels: int) -> Samples:
+    """What a resampler still holds."""
+    rest: Samples = stream.resample_chunk(np.zeros((0, channels), np.float32), last=True)
+    return rest.T
 
 
 def _mono(samples: Samples, channel: int | None) -> Samples:
     count = samples.shape[0]
     with np.errstate(invalid="ignore", over="ignore"):
         if count == 1 or (channel is not None and channel < count):
-            mono = samples[channel or 0] if count > 1 else samples[0]
-        else:
-            mono = np.full(count, 1 / count, np.float32) @ samples
-    if not np.isfinite(mono).all():
+            first = (channel or 0) if count > 1 else 0
+            return _finite(samples[first : first + 1])
+        return _finite((np.full(count, 1 / count, np.float32) @ samples)[None])
+
+
+def _finite(samples: Samples) -> Samples:
+    if not np.isfinite(samples).all():
         raise Unreadable("holds NaN or infinite samples")
-    return np.ascontiguousarray(mono)
+    return np.ascontiguousarray(samples)

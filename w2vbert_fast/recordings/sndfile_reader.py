@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.recordings.audio_files import Block, File, Source, Unreadable, read_at
+from w2vbert_fast.recordings.audio_files import Block, Damaged, File, Source, Unreadable, read_at
 from w2vbert_fast.recordings.ogg import read_pages
 
 _BLOCK_FRAMES = 1 << 20
@@ -42,7 +42,7 @@ def open_sndfile(file: File, start: Callable[[int, int], int]) -> Source | None:
     except soundfile.LibsndfileError as error:
         file.seek(0)
         if error.code == _SF_ERR_MALFORMED_FILE:
-            raise Unreadable(f"truncated or damaged: {error.error_string}") from error
+            raise Damaged(f"truncated or damaged: {error.error_string}") from error
         return None
     # MP3 within another format; and a FLAC stream of unknown length, which libsndfile reports as
     # the largest integer before it fails at the end.
@@ -65,6 +65,7 @@ def _blocks(
     """Blocks from a position on, at which the file stands already."""
     with sound:
         rate: int = sound.samplerate
+        stated = sound.frames / rate
         frames = position
         while frames < sound.frames:
             try:
@@ -72,11 +73,12 @@ def _blocks(
             except decode_error as error:
                 if getattr(error, "code", None) == _SF_ERR_SYSTEM:
                     raise Unreadable(f"cannot be read: {error}") from error
-                raise Unreadable(f"truncated or damaged: {error}") from error
+                raise Damaged(f"truncated or damaged: {error}", stated) from error
             if len(samples) == 0:
-                raise Unreadable(
+                raise Damaged(
                     f"truncated or damaged: {frames / rate:.2f} of "
-                    f"{sound.frames / rate:.2f} seconds can be decoded"
+                    f"{stated:.2f} seconds can be decoded",
+                    stated,
                 )
             frames += len(samples)
             yield Block(rate, samples.T)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from w2vbert_fast.recordings.audio_files import Block, Unreadable
+from w2vbert_fast.recordings.audio_files import Block, Damaged
 
 # `min_hard_comp` of FFmpeg's resampler: what is shorter is jitter.
 _SMALLEST_GAP = 0.1
@@ -52,7 +52,7 @@ def on_timeline(
         clock_restarts: the format lets its clock jump, so that hours ahead are another clock.
 
     Raises:
-        Unreadable: a gap is longer than a day.
+        Damaged: a gap is longer than a day.
     """
     held: deque[tuple[float, Block]] = deque()  # by how much frames are late, if nothing is silent
     held_seconds = 0.0
@@ -97,7 +97,7 @@ def on_timeline(
 
 def _silence(seconds: float, like: Block) -> Block:
     if seconds > _LONGEST_GAP:
-        raise Unreadable(
+        raise Damaged(
             f"damaged: its time stamps leave out {seconds / 3600:.0f} hours between two frames"
         )
     count = round(seconds * like.sampling_rate)

@@ -7,6 +7,9 @@ the next one allows.
 
 What is a word between spaces may be a whole recording where a script has none between its words:
 there cues and lines end between characters too, by the same rules (`_scripts`).
+
+Channels that were transcribed each by itself have cues of their own, which may overlap, and show
+who speaks.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from w2vbert_fast.inference.ctc.timestamps import Character, Word
+from w2vbert_fast.inference.ctc.turns import label
 from w2vbert_fast.processing.scripts import columns, ends_sentence, graphemes, may_break
 
 _MILLISECONDS = 1000
@@ -62,17 +66,21 @@ class Cue:
         start: when it appears, in seconds.
         end: when it disappears, in seconds.
         lines: its lines.
+        channel: the channel of its words, as they have it.
     """
 
     start: float
     end: float
     lines: list[str]
+    channel: int | str | None = None
 
 
 DEFAULT_LAYOUT = Layout()
 
 
-def cues(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> list[Cue]:
+def cues(
+    words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT, *, labels: bool = True
+) -> list[Cue]:
     """Put words into cues.
 
     Args:
@@ -81,24 +89,28 @@ def cues(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> list[Cue]:
             a line or than `max_seconds`. Times inside of a word are those of its characters, or
             evenly spread if they do not spell it.
         layout: the limits.
+        labels: begin each cue with the name of its channel, if it has one.
 
     Returns:
-        The cues in order; they do not overlap.
+        The cues in order of time; those of a channel do not overlap.
 
     Raises:
         ValueError: a word begins before the one before it, ends before it begins, or has a time
             that is negative or not finite.
     """
-    groups = _groups(words, layout)
     made: list[Cue] = []
-    following = math.inf
-    for group in reversed(groups):
-        # A word that lasts into the next one, and is cut, may have a part that begins behind that.
-        start = min(group[0].start, following)
-        end = max(min(group[-1].end, start + layout.max_seconds), start + layout.min_seconds)
-        made.append(Cue(start, max(start, min(end, following)), _lines(group, layout)))
-        following = start
-    return made[::-1]
+    for channel, own in _by_channel(words).items():
+        following = math.inf
+        of_channel: list[Cue] = []
+        for group in reversed(_groups(own, layout, channel if labels else None)):
+            # A word that lasts into the next one, and is cut, may have a part behind its beginning.
+            start = min(group[0].start, following)
+            end = max(min(group[-1].end, start + layout.max_seconds), start + layout.min_seconds)
+            end = max(start, min(end, following))
+            of_channel.append(Cue(start, end, _lines(group, layout), channel))
+            following = start
+        made += reversed(of_channel)
+    return sorted(made, key=lambda cue: cue.start)
 
 
 def srt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
@@ -116,13 +128,13 @@ def srt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
     """
     blocks = [
         f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n" + "\n".join(lines) + "\n"
-        for number, (start, end, lines) in enumerate(_in_milliseconds(cues(words, layout)), 1)
+        for number, (start, end, lines, _) in enumerate(_in_milliseconds(cues(words, layout)), 1)
     ]
     return "\n".join(blocks)
 
 
 def vtt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
-    """WebVTT: cues with times as ``00:01:02.345`` behind the header.
+    """WebVTT: cues with times as ``00:01:02.345`` behind the header, and voices of channels.
 
     Args:
         words: as in `cues`.
@@ -135,11 +147,17 @@ def vtt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
         ValueError: as `cues`.
     """
     blocks = ["WEBVTT\n"]
-    for start, end, lines in _in_milliseconds(cues(words, layout)):
-        # The three characters that begin markup.
-        text = "\n".join(lines).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for start, end, lines, channel in _in_milliseconds(cues(words, layout, labels=False)):
+        text = _escaped("\n".join(lines))
+        if channel is not None:
+            text = f"<v {_escaped(label(channel))}>{text}"
         blocks.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{text}\n")
     return "\n".join(blocks)
+
+
+def _escaped(text: str) -> str:
+    """Text without the three characters that begin markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def txt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
@@ -155,7 +173,12 @@ def txt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
     Raises:
         ValueError: as `cues`.
     """
-    return "".join(_joined(group) + "\n" for group in _groups(words, layout))
+    groups = [
+        group
+        for channel, own in _by_channel(words).items()
+        for group in _groups(own, layout, channel)
+    ]
+    return "".join(_joined(group) + "\n" for group in sorted(groups, key=lambda g: g[0].start))
 
 
 @dataclass(frozen=True)
@@ -191,15 +214,25 @@ def _checked(words: Iterable[Word]) -> list[Word]:
     return checked
 
 
-def _groups(words: Iterable[Word], layout: Layout) -> list[list[_Piece]]:
-    """What each cue holds."""
+def _by_channel(words: Iterable[Word]) -> dict[int | str | None, list[Word]]:
+    found: dict[int | str | None, list[Word]] = {}
+    for word in words:
+        found.setdefault(word.channel, []).append(word)
+    return found
+
+
+def _groups(words: Iterable[Word], layout: Layout, channel: int | str | None) -> list[list[_Piece]]:
+    """What each cue of a channel holds, its name first."""
     groups: list[list[_Piece]] = []
     for word in _checked(words):
         for piece in _pieces(word, layout):
             if groups and _goes_on(groups[-1], piece, layout):
                 groups[-1].append(piece)
-            else:
+            elif channel is None:
                 groups.append([piece])
+            else:
+                name = _Piece(f"{label(channel)}:", piece.start, piece.start, False)
+                groups.append([name, piece])
     return groups
 
 
@@ -298,14 +331,15 @@ def _lines(pieces: Sequence[_Piece], layout: Layout) -> list[str]:
     return _filled(pieces, width)
 
 
-def _in_milliseconds(made: Iterable[Cue]) -> list[tuple[int, int, list[str]]]:
-    """Start, end and lines; rounding keeps the order and shows every cue for a millisecond."""
+def _in_milliseconds(made: Iterable[Cue]) -> list[tuple[int, int, list[str], int | str | None]]:
+    """Start, end, lines and channel; rounding keeps the order and shows every cue for a
+    millisecond."""
     rows = []
-    last = 0
+    last: dict[int | str | None, int] = {}
     for cue in made:
-        start = max(round(cue.start * _MILLISECONDS), last)
-        last = max(round(cue.end * _MILLISECONDS), start + 1)
-        rows.append((start, last, cue.lines))
+        start = max(round(cue.start * _MILLISECONDS), last.get(cue.channel, 0))
+        end = last[cue.channel] = max(round(cue.end * _MILLISECONDS), start + 1)
+        rows.append((start, end, cue.lines, cue.channel))
     return rows
 
 

@@ -80,6 +80,8 @@ class Word:
         confidence: the product of its characters' confidences, 0 to 1: the probability that the
             model gives to all of the characters together, taken as independent.
         characters: its characters in order.
+        channel: the channel that it was said on, its number or name, where each was transcribed by
+            itself; None: there is one.
     """
 
     text: str
@@ -87,6 +89,7 @@ class Word:
     end: float
     confidence: float
     characters: list[Character]
+    channel: int | str | None = None
 
 
 @dataclass(frozen=True)

@@ -495,7 +495,7 @@ class Formats:
         if self.table.is_typed:
             string = require("pyarrow", "offline").string()
             others = [name for name in self.names if not FORMATS[name].is_table]
-            own = [*task.columns(), *((f"{name}_file", string) for name in others)]
+            own = [*task.typed_columns(), *((f"{name}_file", string) for name in others)]
         stem = f"{PARTS}{number:06d}"
         return [FORMATS[name](folder, stem, columns, own) for name in self.names]
 
@@ -520,7 +520,7 @@ def own_columns() -> frozenset[str]:
     return frozenset(
         (
             *("index", "id", "audio_filepath", "offset", "seconds", "louder_channel"),
-            *("error_type", "error", EXTRA),
+            *("error_type", "error", EXTRA, "salvaged", "expected_seconds"),
             *(name for task in TASKS.values() for name in task.column_names),
             *(
                 f"{name}_file"
@@ -540,6 +540,7 @@ def table_row(result: Result, files: Mapping[str, str] | None = None) -> dict[st
         "offset": result.offset,
         "seconds": None if result.seconds is None else round(result.seconds, 4),
         "louder_channel": result.louder_channel,
+        **result.salvage_fields(),
     }
     if result.error is None:
         row.update(result.fields())

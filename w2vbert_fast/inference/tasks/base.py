@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast import models
+from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.inference.ctc.chunks import Chunk, split
 from w2vbert_fast.inference.pipeline import DEMO_FOLDER, DEMO_MODEL, features_of, find_device
@@ -27,6 +28,7 @@ from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.ops.cpu.capability import onednn_linear
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
+from w2vbert_fast.recordings.audio import MIX, SPLIT, Selection
 
 _OVERLAP_SECONDS = 4.0
 _SAMPLED_BLOCK = 1 << 16
@@ -59,10 +61,16 @@ class Task(abc.ABC):
         overlap_seconds: what neighbouring chunks have in common; None: 4, or half of `max_seconds`
             if that is less.
         vad: cut long recordings at silences instead, without an overlap.
+        channels: "mix": the mean of all; a number: that channel alone, from 0. `Transcribe` takes
+            "split", too: each by itself.
+        track: audio track of files with several, by its place among them, from 0, or by its
+            language as the file has it, such as "deu"; None: the container's default.
+        salvage: take what decodes of damaged files, and say so in the row.
         name: of the class, as the command line and job folders have it.
         result: of the class, what comes of a row.
         column_names: of the class, the columns of tables that it may add.
         has_tensors: of the class, results are tensors, which tables of text do not hold.
+        splits: of the class, channels can be computed each by itself.
     """
 
     model: str | os.PathLike[str] = DEMO_MODEL
@@ -72,11 +80,15 @@ class Task(abc.ABC):
     max_seconds: float = 300.0
     overlap_seconds: float | None = None
     vad: bool = False
+    channels: str | int = MIX
+    track: int | str | None = None
+    salvage: bool = False
 
     name: ClassVar[str] = "task"
     result: ClassVar[type[Result]] = Result
     column_names: ClassVar[tuple[str, ...]] = ()
     has_tensors: ClassVar[bool] = False
+    splits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.max_seconds >= 1:
@@ -88,6 +100,9 @@ class Task(abc.ABC):
                 "overlap_seconds must be from 0 to half of max_seconds, "
                 f"{self.max_seconds / 2:g}, got {self.overlap_seconds}"
             )
+
+        if self.selection.channels == SPLIT and not self.splits:
+            raise ValueError(f"channels {SPLIT!r} is not for {self.name}; name one by its number")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -113,6 +128,11 @@ class Task(abc.ABC):
     def finish(self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]) -> Result:
         """Put together what came of a recording's chunks."""
 
+    def join(self, results: Sequence[Result]) -> Result:
+        """Put together what came of a recording's channels, computed each by itself."""
+        (result,) = results
+        return result
+
     def failed(self, loaded: Loaded, error_type: str, error: str) -> Result:
         """The result of a row with an error."""
         return self.result(**identity(loaded), error_type=error_type, error=error)
@@ -128,6 +148,23 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def options(self) -> dict[str, Any]:
         """What decides about results, beside the model, as JSON has it."""
+
+    def typed_columns(self) -> list[tuple[str, Any]]:
+        """All columns that a task adds to tables of typed columns, as `columns`.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
+        found = self.columns()
+        if self.salvage:
+            arrow = require("pyarrow", "offline")
+            found += [("salvaged", arrow.string()), ("expected_seconds", arrow.float64())]
+        return found
+
+    @property
+    def selection(self) -> Selection:
+        """What is taken of recordings."""
+        return Selection(self.channels, self.track, self.salvage)
 
     @property
     @abc.abstractmethod
@@ -181,12 +218,19 @@ class Task(abc.ABC):
 
     def common_options(self) -> dict[str, Any]:
         """The options that all tasks have."""
+        # Only where they are given, so that folders of before know themselves.
+        more = {
+            name: getattr(self, name)
+            for name, usual in (("channels", MIX), ("track", None), ("salvage", False))
+            if getattr(self, name) != usual
+        }
         return {
             "task": self.name,
             "dtype": self.dtype,
             "max_seconds": self.max_seconds,
             "overlap_seconds": self.overlap,
             "vad": self.vad,
+            **more,
         }
 
 
@@ -269,6 +313,7 @@ def identity(loaded: Loaded) -> dict[str, Any]:
         "columns": row.columns,
         "seconds": loaded.seconds,
         "louder_channel": loaded.louder_channel,
+        "salvaged": loaded.salvaged,
     }
 
 

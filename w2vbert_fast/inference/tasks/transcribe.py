@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from w2vbert_fast.inference.ctc.chunks import Chunk, merge
 from w2vbert_fast.inference.ctc.language_model import FOLDER as LANGUAGE_MODEL_FOLDER
 from w2vbert_fast.inference.ctc.language_model import LanguageModel, find_language_model
 from w2vbert_fast.inference.ctc.pauses import split_at_pauses
+from w2vbert_fast.inference.ctc.turns import in_turns
 from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, load_pipeline
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
@@ -25,6 +26,7 @@ from w2vbert_fast.models import Wav2Vec2BertForCTC
 from w2vbert_fast.ops import greedy_decode
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.processing.scripts import is_unspaced
+from w2vbert_fast.recordings.audio import MIX, SPLIT
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.ctc.beam import BeamDecoder
@@ -42,6 +44,18 @@ _OF_LANGUAGE_MODELS = ("lm_weight", "word_bonus", "unigrams")
 TIMESTAMPS = ("none", "word", "character")
 
 
+class ChannelText(NamedTuple):
+    """What was said on a channel.
+
+    Attributes:
+        channel: its number, from 0, or the name that was given to it.
+        text: what was said.
+    """
+
+    channel: int | str
+    text: str
+
+
 @dataclass(frozen=True)
 class Transcription(Result):
     """A recording's text.
@@ -50,17 +64,22 @@ class Transcription(Result):
         text: what was said; None after an error.
         words: words with their characters, where timestamps were asked for.
         characters: whether tables have the characters too.
+        channels: what was said on each channel, where each was transcribed by itself, or one of
+            them alone; `text` and `words` are then those of all, in order of time.
     """
 
     text: str | None = None
     words: tuple[Word, ...] | None = None
     characters: bool = True
+    channels: tuple[ChannelText, ...] | None = None
 
     def fields(self) -> dict[str, Any]:
-        if self.words is None:
-            return {"text": self.text}
-        words = [word_fields(word, self.characters) for word in self.words]
-        return {"text": self.text, "words": words}
+        found: dict[str, Any] = {"text": self.text}
+        if self.channels is not None:
+            found["channels"] = [channel._asdict() for channel in self.channels]
+        if self.words is not None:
+            found["words"] = [word_fields(word, self.characters) for word in self.words]
+        return found
 
 
 def word_fields(word: Word, characters: bool) -> dict[str, Any]:
@@ -71,6 +90,8 @@ def word_fields(word: Word, characters: bool) -> dict[str, Any]:
         "end": round(word.end, 3),
         "confidence": round(word.confidence, 4),
     }
+    if word.channel is not None:
+        entry["channel"] = word.channel
     if characters and word.characters:
         entry["characters"] = [
             {
@@ -101,6 +122,8 @@ class Transcribe(Task):
             the checkpoint says.
         hotwords: words and phrases that are more probable than usual.
         hotword_weight: how much; None: the decoder's own.
+        speakers: names of the channels, as many as there are, where each is transcribed by itself
+            (`channels="split"`); none: their numbers.
     """
 
     timestamps: str = "none"
@@ -111,10 +134,12 @@ class Transcribe(Task):
     unigrams: str | os.PathLike[str] | None = None
     hotwords: Sequence[str] = ()
     hotword_weight: float | None = None
+    speakers: Sequence[str] = ()
 
     name = "transcribe"
     result = Transcription
-    column_names = ("text", "words")
+    column_names = ("text", "channels", "words")
+    splits = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +150,13 @@ class Transcribe(Task):
         if isinstance(self.hotwords, str):
             raise TypeError("hotwords must be several words, got a single string")
         self.hotwords = tuple(self.hotwords)
+        if isinstance(self.speakers, str):
+            raise TypeError("speakers must be several names, got a single string")
+        self.speakers = tuple(self.speakers)
+        if self.speakers and self.channels != SPLIT:
+            raise ValueError(f"speakers are names of channels; set channels to {SPLIT!r}")
+        if len(set(self.speakers)) < len(self.speakers) or "" in self.speakers:
+            raise ValueError(f"speakers must be different names, got {list(self.speakers)}")
         for name in (*_OF_LANGUAGE_MODELS, "lm", "hotwords", "hotword_weight"):
             given = getattr(self, name) not in (None, ())
             if given and self.beam == 0:
@@ -281,7 +313,7 @@ class Transcribe(Task):
     def run(self, pieces: Sequence[Piece]) -> list[Any]:
         """Token ids of pieces that need no more, else log-probabilities `[frames, vocab]`."""
         logits, lengths = self.pipeline.logits([piece.samples for piece in pieces])
-        frames_wanted = self.beam > 0 or self.timestamps != "none"
+        frames_wanted = self.beam > 0 or self._needs_words
         if not frames_wanted and all(piece.whole for piece in pieces):
             return greedy_decode(logits, lengths, blank=self.pipeline.blank)
         with torch.inference_mode():
@@ -319,7 +351,7 @@ class Transcribe(Task):
         offset = loaded.row.offset
         if self.beam > 0:
             text, _ = self.decoder.search(log_probs)
-        if self.timestamps != "none":
+        if self._needs_words:
             if text is None:
                 found = word_timestamps(log_probs, tokenizer, seconds, offset, delay=self.delay)
             else:
@@ -333,17 +365,57 @@ class Transcribe(Task):
         characters = self.timestamps == "character"
         return Transcription(**identity(loaded), text=text, words=words, characters=characters)
 
+    @property
+    def _needs_words(self) -> bool:
+        """Whether times of words are computed: channels are merged by them."""
+        return self.timestamps != "none" or self.channels == SPLIT
+
+    def join(self, results: Sequence[Result]) -> Transcription:
+        """The channels of a recording in order of time; what is wrong is a ValueError."""
+        found = [result for result in results if isinstance(result, Transcription)]
+        if self.channels == MIX:
+            return found[0]
+        if self.channels != SPLIT:
+            names: Sequence[int | str] = [int(self.channels)]
+        else:
+            names = self.speakers or range(len(found))
+        if len(names) != len(found):
+            raise ValueError(
+                f"it has {len(found)} channel{'s' if len(found) > 1 else ''}, and speakers names "
+                f"{len(names)}: {', '.join(map(str, names))}"
+            )
+        channels = tuple(
+            ChannelText(name, result.text or "") for name, result in zip(names, found, strict=True)
+        )
+        if self.channels != SPLIT:
+            words = found[0].words
+            text = found[0].text
+        else:
+            spoken = [result.words or () for result in found]
+            words, text = in_turns(dict(zip(names, spoken, strict=True)))
+        if self.timestamps == "none":
+            words = None
+        elif words is not None and self.channels != SPLIT:
+            words = tuple(replace(word, channel=names[0]) for word in words)
+        return replace(found[0], text=text, words=words, channels=channels)
+
     def columns(self) -> list[tuple[str, Any]]:
         arrow = require("pyarrow", "offline")
         string, number = arrow.string(), arrow.float64()
+        columns = [("text", string)]
+        channel = [("channel", string if self.speakers else arrow.int64())]
+        if self.channels == MIX:
+            channel = []
+        else:
+            columns.append(("channels", arrow.list_(arrow.struct([*channel, ("text", string)]))))
         if self.timestamps == "none":
-            return [("text", string)]
+            return columns
         times = [("start", number), ("end", number), ("confidence", number)]
-        word = [("word", string), *times]
+        word = [("word", string), *times, *channel]
         if self.timestamps == "character":
             characters = arrow.struct([("character", string), *times])
             word.append(("characters", arrow.list_(characters)))
-        return [("text", string), ("words", arrow.list_(arrow.struct(word)))]
+        return [*columns, ("words", arrow.list_(arrow.struct(word)))]
 
     def options(self) -> dict[str, Any]:
         model = self.language_model
@@ -351,6 +423,7 @@ class Transcribe(Task):
         more: dict[str, Any] = {
             "hotwords": list(self.hotwords),
             "hotword_weight": self.hotword_weight,
+            "speakers": list(self.speakers),
         }
         if model is not None:
             more["unigrams"] = None if model.unigrams is None else file_digest(model.unigrams)

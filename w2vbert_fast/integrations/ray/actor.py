@@ -268,7 +268,7 @@ def result_types(task: Task) -> dict[str, Any]:
     return {
         "seconds": pa.float64(),
         "louder_channel": pa.int64(),
-        **dict(task.columns()),
+        **dict(task.typed_columns()),
         "error_type": pa.string(),
         "error": pa.string(),
     }
@@ -278,6 +278,7 @@ def _cells(result: Result) -> dict[str, Any]:
     """A result's cells by column."""
     cells: dict[str, Any] = {**result.fields(), "seconds": result.seconds}
     cells["louder_channel"] = result.louder_channel
+    cells.update(result.salvage_fields())
     cells.update(error_type=result.error_type, error=result.error)
     embedding = getattr(result, "embedding", None)
     if embedding is not None:
