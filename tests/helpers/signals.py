@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -62,3 +63,24 @@ def write_container(
             frame.pts = start
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def film(languages: list[str | None]) -> bytes:
+    """A Matroska file with an audio track a language: 440 Hz, 880 Hz, ..."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        streams = []
+        for language in languages:
+            stream = container.add_stream("flac", rate=16_000, layout="mono")
+            if language is not None:
+                stream.metadata["language"] = language
+            streams.append(stream)
+        for number, stream in enumerate(streams):
+            time = np.arange(2 * 16_000) / 16_000
+            tone = 0.5 * np.sin(2 * np.pi * 440 * (number + 1) * time)
+            pcm = np.round(tone * 32_767).astype(np.int16)[None]
+            frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout="mono")
+            frame.sample_rate, frame.time_base, frame.pts = 16_000, Fraction(1, 16_000), 0
+            for packet in [*stream.encode(frame), *stream.encode(None)]:
+                container.mux(packet)
+    return file.getvalue()

@@ -153,7 +153,11 @@ class Reader:
             assert_requirement(arguments)
             return
         assert program == "w2vbert-fast", f"no rule runs {line!r}"
-        status, printed = run_cli(arguments)
+        content = b""
+        if "<" in arguments:
+            arguments, (_, file) = arguments[:-2], arguments[-2:]
+            content = Path(file).read_bytes()
+        status, printed = run_cli(arguments, content)
         assert status == 0, f"{line}\nexit status {status}\n{printed}"
         missing = [row for row in command.output if _timeless(row) not in _timeless(printed)]
         assert not missing, f"{line}\ndoes not print {missing}, but\n{printed}"
@@ -178,12 +182,18 @@ class _Terminal(io.TextIOWrapper):
         return buffer.getvalue().decode()
 
 
-def run_cli(arguments: list[str]) -> tuple[int, str]:
-    """Exit status of `w2vbert-fast` with these arguments, and all that it printed."""
+def run_cli(arguments: list[str], content: bytes = b"") -> tuple[int, str]:
+    """Exit status of `w2vbert-fast` with these arguments, and all that it printed.
+
+    Args:
+        arguments: the command's.
+        content: what comes through standard input.
+    """
     printed = _Terminal()
     with (
         mock.patch.dict(os.environ, {"TERM": "dumb"}),
         mock.patch.object(sys, "argv", ["w2vbert-fast", *arguments]),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(content))),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
     ):

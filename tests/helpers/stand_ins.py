@@ -14,9 +14,12 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 
 import w2vbert_fast
+from tests.helpers.signals import film
 from w2vbert_fast import Wav2Vec2BertConfig
 from w2vbert_fast.export.original import convert_to_original
 from w2vbert_fast.inference import load_audio
@@ -45,6 +48,8 @@ NOT_RUN = {
     "accelerate config": "asks questions",
     "accelerate launch": "starts a process for each GPU; its command is the one above on that page",
     "ray start": "starts a cluster of machines",
+    "w2vbert-fast transcribe https://example.org": "needs a network",
+    "w2vbert-fast transcribe --out results 's3://bucket": "needs a network, and an account",
     "RAY_ADDRESS=HEAD:6379 w2vbert-fast": "needs that cluster",
 }
 """Beginning of a command -> the reason why it is not run."""
@@ -128,6 +133,13 @@ def fill(path: Path) -> None:
     torch.save(
         {"model": {**tensors["model"], "final_target_proj.weight": torch.zeros(1)}}, converted
     )
+    first, second = (load_audio(sample).samples.numpy() for sample in samples[:2])
+    call = np.zeros((max(len(first), len(second)), 2), np.float32)
+    call[: len(first), 0], call[: len(second), 1] = first, second
+    soundfile.write(path / "call.wav", call, 16_000)
+    (path / "film.mkv").write_bytes(film(["eng", "deu"]))
+    whole = samples[0].read_bytes()
+    (path / "broken.flac").write_bytes(whole[: len(whole) // 2])
     with wave.open(str(path / "prompt.wav"), "wb") as prompt:
         prompt.setparams((1, 2, 16_000, 0, "NONE", ""))
         signal = load_audio(samples[1]).samples

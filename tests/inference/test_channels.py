@@ -39,9 +39,7 @@ def run(*arguments: str | Path) -> str:
 @pytest.fixture(scope="module")
 def spoken() -> dict[str, str]:
     """What the demo makes of two samples."""
-    return {
-        name: one(SAMPLES / f"{name}.flac").text for name in ("vm-starmain", "vm-torerecord")
-    }
+    return {name: one(SAMPLES / f"{name}.flac").text for name in ("vm-starmain", "vm-torerecord")}
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,16 @@
-"""What is taken of a recording: one channel or each, one of several tracks, what damage has left."""
+"""What is taken of a recording: a channel or each, one of several tracks, what damage has left."""
 
 from __future__ import annotations
 
 import io
-from fractions import Fraction
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from tests.helpers.signals import speech_like
+from tests.helpers.signals import film, speech_like
 from w2vbert_fast.inference import AudioError, load_audio
 from w2vbert_fast.recordings.audio import Selection, convert_array, load_channels
 
@@ -86,27 +84,6 @@ def test_selections_that_are_none(given: dict[str, Any], message: str) -> None:
 
 
 # --- tracks ---------------------------------------------------------------------------------------
-
-
-def film(languages: list[str | None]) -> bytes:
-    """A Matroska file with an audio track a language: 440 Hz, 880 Hz, ..."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as container:
-        streams = []
-        for language in languages:
-            stream = container.add_stream("flac", rate=RATE, layout="mono")
-            if language is not None:
-                stream.metadata["language"] = language
-            streams.append(stream)
-        for number, stream in enumerate(streams):
-            time = np.arange(2 * RATE) / RATE
-            tone = 0.5 * np.sin(2 * np.pi * 440 * (number + 1) * time)
-            pcm = np.round(tone * 32_767).astype(np.int16)[None]
-            frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout="mono")
-            frame.sample_rate, frame.time_base, frame.pts = RATE, Fraction(1, RATE), 0
-            for packet in [*stream.encode(frame), *stream.encode(None)]:
-                container.mux(packet)
-    return file.getvalue()
 
 
 def tone(samples: torch.Tensor) -> float:

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from w2vbert_fast.recordings.remote import is_remote, open_remote
+
 Samples = npt.NDArray[np.float32]
 
 
@@ -85,12 +87,20 @@ def open_content(content: bytes) -> io.BytesIO:
 
 
 def open_file(name: str) -> io.FileIO | io.BytesIO:
-    """Open a file for both readers: a descriptor and a seekable object.
+    """Open a file, or a copy of what a URL leads to, for both readers: a descriptor and a seekable
+    object.
 
     Raises:
         OSError: it is not there, or not to be opened.
         Unreadable: it is empty or no file.
+        ImportError: it is a URL, and what fsspec needs for it is not installed.
     """
+    if is_remote(name):
+        copy = open_remote(name)
+        if os.fstat(copy.fileno()).st_size > 0:
+            return copy
+        copy.close()
+        raise Unreadable("the file is empty")
     if "\0" in name:
         raise Unreadable("the name holds a null character")
     # Unbuffered, so that the object and its descriptor agree on the position.

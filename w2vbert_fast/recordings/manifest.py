@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from w2vbert_fast._extras import require
+from w2vbert_fast.recordings.remote import join
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted
 
 AUDIO_COLUMNS = ("audio_filepath", "audio", "file")
@@ -323,7 +324,7 @@ def manifest_row(
         if not isinstance(audio, str) or not audio:
             problem = f"{column} must be the name of a file, got {audio!r:.200}"
             return _bad(index, manifest, place, problem, identity, others)
-        audio = name = os.path.join(folder, audio)
+        audio = name = join(folder, audio)
     try:
         offset = _seconds(others, "offset", above_zero=False)
         duration = _seconds(others, "duration", above_zero=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,17 @@ from w2vbert_fast.inference.jobs.tar import Tar
 from w2vbert_fast.inference.jobs.which_files import (
     TAR_SUFFIXES,
     TWICE,
+    UNKNOWN,
     PassedOver,
     is_hidden,
     why_not,
     why_not_by_name,
 )
 from w2vbert_fast.recordings.manifest import open_manifest
+from w2vbert_fast.recordings.remote import find, is_remote
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
+
+STANDARD_INPUT = "-"
 
 
 class Files:
@@ -39,6 +44,41 @@ class Files:
             if wanted(index):
                 yield Row(index, path, path, path)
         return start + len(self.paths)
+
+
+class Elsewhere(Files):
+    """Recordings that a URL names, or those of a folder or a pattern there.
+
+    Args:
+        url: as `remote.find` takes it.
+
+    Attributes:
+        passed_over: what else is in the folder.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.passed_over = PassedOver()
+        found = []
+        for path in find(url):
+            reason = why_not_by_name(os.path.basename(path)) if path != url else ""
+            if reason == "":
+                found.append(path)
+            else:
+                self.passed_over.add(reason or UNKNOWN, path)
+        super().__init__(found)
+
+
+class StandardInput:
+    """The one recording that comes through standard input."""
+
+    def survey(self) -> tuple[int | None, dict[str, Any]]:
+        return 1, {"standard_input": 1}
+
+    def rows(self, start: int, wanted: Wanted) -> Rows:
+        if wanted(start):
+            name = "standard input"
+            yield Row(start, sys.stdin.buffer.read(), name, name)
+        return start + 1
 
 
 class Folder:
@@ -115,7 +155,7 @@ class Inputs:
         """What of folders, and of tar files that were read to their ends, is in no row."""
         found = PassedOver()
         for part in self.parts:
-            if isinstance(part, Folder | Tar):
+            if isinstance(part, Folder | Tar | Elsewhere):
                 found.update(part.passed_over)
         return found
 
@@ -136,7 +176,8 @@ def open_inputs(names: Sequence[str]) -> Inputs:
 
     A name is a manifest (.jsonl, .json, .csv, .tsv, .parquet), a tar file, a folder, a recording,
     or a pattern such as `calls/**/*.wav` of any of these. What exists under a name comes before
-    what it means as a pattern.
+    what it means as a pattern. "-" is a recording on standard input; a URL is a recording, and with
+    a "/" at its end or with "*" in it all that are there.
 
     Args:
         names: at least one.
@@ -153,7 +194,7 @@ def open_inputs(names: Sequence[str]) -> Inputs:
     sources: list[str] = []
     for name in names:
         for part in _parts(name):
-            if isinstance(part, Files) and parts and isinstance(parts[-1], Files):
+            if type(part) is Files and parts and type(parts[-1]) is Files:
                 parts[-1].paths += part.paths
                 continue
             parts.append(part)
@@ -175,6 +216,10 @@ def open_inputs(names: Sequence[str]) -> Inputs:
 
 
 def _parts(name: str) -> list[Part]:
+    if name == STANDARD_INPUT:
+        return [StandardInput()]
+    if is_remote(name):
+        return [Elsewhere(name)]
     if os.path.lexists(name) or not glob.has_magic(name):
         return [_part(name)]
     parts: list[Part] = []

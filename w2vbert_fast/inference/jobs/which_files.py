@@ -42,6 +42,7 @@ EMPTY = "are empty"
 MANIFEST = "are manifests, which are read when they are named"
 TAR = "are tar files, which are read when they are named"
 NO_FILE = "are no files"
+UNKNOWN = "have no ending of a recording's name, and are not fetched for a look into them"
 TWICE = "are links to what is read under another name"
 
 _HEAD = 2048
