@@ -21,7 +21,6 @@ from torch import Tensor
 
 from csrc_triton.architectures import architecture
 from csrc_triton.launch import check_device, check_tensor
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 NO_TOKEN = -1
 """What stands in `token_ids` after the last token of an utterance."""
@@ -174,43 +173,3 @@ def ctc_greedy(
                 num_warps=config.num_warps,
             )
     return token_ids, counts
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The CTC kernels, for a vocabulary of characters and one of word pieces."""
-    specs = []
-    for vocabulary in (32, 32_000):
-        config = ctc_config(vocabulary, arch)
-        specs.append(
-            kernel_spec(
-                f"ctc_argmax/{vocabulary}",
-                _ctc_argmax_kernel,
-                {"BLOCK_T": config.block_frames, "BLOCK_V": config.block_vocabulary},
-                dtype,
-                num_warps=config.num_warps,
-                num_stages=3,
-                outputs_per_program=config.block_frames,
-                blocks=3,
-                # Two steps over the vocabulary where it takes more than one, the second not full.
-                scalars={
-                    "num_frames": 2 * config.block_frames + 1,
-                    "vocabulary": min(vocabulary, config.block_vocabulary + 16),
-                },
-                stride=vocabulary,
-            )
-        )
-    specs.append(
-        kernel_spec(
-            "ctc_collapse",
-            _ctc_collapse_kernel,
-            {"NO_TOKEN": NO_TOKEN, "BLOCK_T": config.block_collapse},
-            dtype,
-            num_warps=config.num_warps,
-            num_stages=3,
-            blocks=2,
-            scalars={"blank": 0},
-            stride=0,
-            arrays={"cu_seqlens_ptr": (0, 3, 1100)},
-        )
-    )
-    return specs

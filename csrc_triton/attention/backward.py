@@ -49,10 +49,9 @@ from csrc_triton.attention.config import (
     attention_backward_config,
     scores_layout,
 )
-from csrc_triton.attention.forward import LOG2_E, absent_arguments, check_attention
+from csrc_triton.attention.forward import LOG2_E, check_attention
 from csrc_triton.attention.tile_map import checked_tile_map
 from csrc_triton.functions import kept_weights
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit
@@ -916,65 +915,3 @@ def _kernels(
             queries,
         ),
     )
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The kernels of the attention gradients, for 16 heads of 64, L = 64, R = 8."""
-    specs = []
-    for variant in ("relative_key", "relative_key_dropout", "no_positions", "relative_key_seqused"):
-        has_positions = variant != "no_positions"
-        has_dropout, has_seqused = variant.endswith("dropout"), variant.endswith("seqused")
-        left, right = (64, 8) if has_positions else (0, 0)
-        config = attention_backward_config(64, getattr(torch, dtype), arch, has_dropout=has_dropout)
-        length = config.tile + 22
-        layout = scores_layout(config, 1, length, left, right)
-        launches = _kernels(
-            config,
-            layout,
-            64,
-            left,
-            right,
-            has_positions=has_positions,
-            has_dropout=has_dropout,
-            has_seqused=has_seqused,
-        )
-        for step, launch in zip(("prepare", "keys", "queries"), launches, strict=True):
-            if step == "prepare" and (has_dropout or has_seqused):
-                continue  # has neither
-            names = launch.kernel.arg_names
-            absent = [n for n in absent_arguments(has_dropout, has_seqused) if n in names]
-            specs.append(
-                kernel_spec(
-                    f"shaw_attention_bwd_{step}/{variant}",
-                    launch.kernel,
-                    launch.constants,
-                    dtype,
-                    absent=absent,
-                    # The preparation without positions has no product.
-                    kind="gemm" if step != "prepare" or has_positions else "pointwise",
-                    num_warps=launch.options["num_warps"],
-                    num_stages=launch.options["num_stages"],
-                    # One head of an utterance of two tiles, the second a ragged one. The
-                    # utterance's last token is no key where `seqused_k` is read.
-                    blocks=2,
-                    scalars={
-                        **{n: 64 for n in names if n.startswith("stride_") and n.endswith("_head")},
-                        "stride_e_row": 64,
-                        "stride_lse_head": length,
-                        "stride_row_head": length,
-                        "head_blocks": layout.head_blocks,
-                        "first_head": 3,
-                        "num_heads": 1,
-                        "scale": 0.125,
-                        "scale_log2": 0.125,
-                        "dropout_p": 0.125,
-                    },
-                    stride=1024,
-                    arrays={
-                        "cu_seqlens_ptr": (0, length),
-                        "tile_map_ptr": (0, 0, 0, 1),
-                        "seqused_k_ptr": (length - 1,),
-                    },
-                )
-            )
-    return specs

@@ -52,7 +52,6 @@ from csrc_triton.attention.config import (
 from csrc_triton.attention.tile_map import checked_tile_map
 from csrc_triton.functions import kept_weights
 from csrc_triton.launch import check_device, check_offsets, check_tensor
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 LOG2_E = 1.4426950408889634
 """Scores are scaled by it, so that the softmax needs powers of two only."""
@@ -567,65 +566,3 @@ def shaw_attention(
                 **_options(config),
             )
     return out, log_sum_exp
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The attention kernels of an encoder of width 1024 (16 heads of 64, L = 64, R = 8)."""
-    specs = []
-    for variant in ("relative_key", "no_positions", "relative_key_dropout", "relative_key_seqused"):
-        has_positions, has_dropout = variant != "no_positions", variant.endswith("dropout")
-        has_seqused = variant.endswith("seqused")
-        config = attention_config(64, getattr(torch, dtype), arch, has_dropout=has_dropout)
-        left, right = (64, 8) if has_positions else (0, 0)
-        length = config.block_m + 22
-        specs.append(
-            kernel_spec(
-                f"shaw_attention_fwd/{variant}",
-                shaw_attention_fwd_kernel,
-                _constants(
-                    config,
-                    scratch_layout(config.block_m, config.block_n, left, right),
-                    64,
-                    left,
-                    right,
-                    True,
-                    has_positions=has_positions,
-                    has_dropout=has_dropout,
-                    has_seqused=has_seqused,
-                ),
-                dtype,
-                absent=absent_arguments(has_dropout, has_seqused),
-                kind="attention",
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                plain_twin=(
-                    "shaw_attention_fwd/no_positions" if has_positions and not has_dropout else None
-                ),
-                max_registers=config.max_registers,
-                # The last head of an utterance's first tile and the first head of its second, a
-                # ragged one. The utterance's last token is no key where `seqused_k` is read.
-                blocks=2,
-                scalars={
-                    "first_work": 15,
-                    "num_heads": 16,
-                    "scale_log2": 0.125,
-                    "dropout_p": 0.1,
-                    **dict.fromkeys(("stride_q_head", "stride_k_head", "stride_v_head"), 64),
-                    **dict.fromkeys(("stride_e_row", "stride_out_head"), 64),
-                    "stride_lse_head": length,
-                },
-                stride=1024,
-                arrays={
-                    "cu_seqlens_ptr": (0, length),
-                    "tile_map_ptr": (0, 0, 0, 1),
-                    "seqused_k_ptr": (length - 1,),
-                },
-            )
-        )
-    return specs
-
-
-def absent_arguments(has_dropout: bool, has_seqused: bool) -> tuple[str, ...]:
-    """Arguments of an attention kernel that are `None`."""
-    dropout = () if has_dropout else ("seed_ptr", "dropout_p")
-    return dropout if has_seqused else (*dropout, "seqused_k_ptr")

@@ -43,7 +43,6 @@ from csrc_triton.functions import (
     used_end,
 )
 from csrc_triton.launch import num_blocks
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])
@@ -315,50 +314,3 @@ def _constants(
     }
     used = {"HAS_SEQUSED": has_seqused}
     return {**block, **slide, **used}, norm, {**block, **weight, **used}
-
-
-def kernel_specs(
-    arch: str, dtype: str, channels: int = 1024, kernel_size: int = 31
-) -> list[KernelSpec]:
-    """The kernels as they ship for `channels` channels and `kernel_size` taps."""
-    config = conv_backward_config(channels, kernel_size, getattr(torch, dtype), arch)
-    channel_blocks = triton.cdiv(channels, config.block_channels)
-    _, norm, _ = _constants(channels, kernel_size, "silu", config, False)
-    specs = [
-        kernel_spec(
-            "conv_norm_act_bwd_norm",
-            _norm_act_bwd_kernel,
-            norm,
-            dtype,
-            num_warps=config.norm.num_warps,
-            # The first program goes round twice, the second time over one row.
-            blocks=2,
-            scalars={"num_rows": 2 * config.norm.rows + 1, "eps": 2.0**-17},
-            stride=channels,
-        )
-    ]
-    for has_seqused in (False, True):
-        slide, _, weight = _constants(channels, kernel_size, "silu", config, has_seqused)
-        for step, kernel, constants, rows, taps in (
-            ("conv_again", _slide_kernel, {**slide, "BACKWARDS": False}, config.rows, 1),
-            ("input", _slide_kernel, {**slide, "BACKWARDS": True}, config.rows, 1),
-            # The first taps and, of a second program, the next ones.
-            ("weight", _conv_bwd_weight_kernel, weight, config.chunk, 2),
-        ):
-            # An utterance of 3 frames and one that ends 5 frames into a block of its own.
-            num_rows = 2 * rows + 5
-            specs.append(
-                kernel_spec(
-                    f"conv_norm_act_bwd_{step}{'/seqused' if has_seqused else ''}",
-                    kernel,
-                    constants,
-                    dtype,
-                    absent=() if has_seqused else ("seqused_k_ptr",),
-                    num_warps=config.num_warps,
-                    blocks=(num_blocks(num_rows, 2, rows), channel_blocks, taps),
-                    scalars={"num_rows": num_rows, "num_sequences": 2},
-                    stride=channels,
-                    arrays={"cu_seqlens_ptr": (0, 3, num_rows), "seqused_k_ptr": (2, num_rows - 4)},
-                )
-            )
-    return specs

@@ -26,7 +26,6 @@ from csrc_triton.architectures import architecture
 from csrc_triton.conv.config import ConvConfig, conv_config
 from csrc_triton.functions import activate, activation_constant, locate_block, used_end
 from csrc_triton.launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit
@@ -286,27 +285,3 @@ def _constants(
         "UNROLL": config.unroll,
         "HAS_SEQUSED": has_seqused,
     }
-
-
-def kernel_specs(
-    arch: str, dtype: str, channels: int = 1024, kernel_size: int = 31
-) -> list[KernelSpec]:
-    """The kernel as it ships for `channels` channels and `kernel_size` taps."""
-    config = conv_config(channels, kernel_size, getattr(torch, dtype), arch)
-    num_rows = 2 * config.rows + 5
-    return [
-        kernel_spec(
-            "conv_norm_act_fwd/seqused" if has_seqused else "conv_norm_act_fwd",
-            _conv_norm_act_fwd_kernel,
-            _constants(channels, kernel_size, "silu", config, has_seqused),
-            dtype,
-            absent=() if has_seqused else ("seqused_k_ptr",),
-            num_warps=config.num_warps,
-            outputs_per_program=config.rows * channels,
-            blocks=num_blocks(num_rows, 2, config.rows),
-            scalars={"num_rows": num_rows, "num_sequences": 2, "eps": 2.0**-17},
-            stride=channels,
-            arrays={"cu_seqlens_ptr": (0, 3, num_rows), "seqused_k_ptr": (2, num_rows - 4)},
-        )
-        for has_seqused in (False, True)
-    ]

@@ -55,7 +55,6 @@ from csrc_triton.fbank.tables import (
 )
 from csrc_triton.functions import last_not_after, locate_block
 from csrc_triton.launch import check_device, check_tensor, num_blocks
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit
@@ -404,61 +403,3 @@ def _normalize_constants(num_features: int, config: NormalizeConfig) -> dict[str
         "TILE": config.tile_frames,
         "BLOCK_M": block_mel(num_features),
     }
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The kernels as they ship for 80 mel bins, for the compiler lane.
-
-    They run in fp32 and fp64 whatever the model's dtype, so only "float32" has any.
-    """
-    if dtype != "float32":
-        return []
-    specs = []
-    for compute_dtype, name in ((torch.float64, "fp64"), (torch.float32, "fp32")):
-        config = fbank_config(compute_dtype, arch)
-        types = {"window_ptr": "*" + name, "basis_ptr": "*" + name}
-        constants = _log_mel_constants(80, config)
-        specs.append(_spec(f"log_mel_fwd/{name}", _log_mel_fwd_kernel, constants, config, types))
-    normalize = normalize_config(arch)
-    constants = _normalize_constants(80, normalize)
-    specs.append(_spec("sum_blocks", _sum_blocks_kernel, constants, normalize))
-    constants = {**constants, "STRIDE": 2}
-    specs.append(_spec("normalize_stack", _normalize_stack_kernel, constants, normalize))
-    return specs
-
-
-def _spec(
-    name: str,
-    kernel: triton.JITFunction,
-    constants: dict[str, int],
-    config: FbankConfig | NormalizeConfig,
-    types: dict[str, str] | None = None,
-) -> KernelSpec:
-    """Its launch: an utterance of 3 frames and one that ends 5 frames into a block of its own."""
-    block = config.frames
-    frames = (0, 3, 2 * block + 5)
-    samples = (0, 1000, 1000 + FRAME_LENGTH + (2 * block + 1) * FRAME_SHIFT)
-    of_samples = kernel is _log_mel_fwd_kernel
-    normalizes = kernel is _normalize_stack_kernel
-    return kernel_spec(
-        name,
-        kernel,
-        constants,
-        "float32",
-        types=types,
-        num_warps=config.num_warps,
-        blocks=triton.cdiv(frames[-1], block) if of_samples else num_blocks(frames[-1], 2, block),
-        scalars={
-            "num_samples": samples[-1],
-            "num_frames": frames[-1],
-            "num_sequences": 2,
-            "num_stacked": 2 + block,
-            "stride_out_row": 160 if normalizes else 80,
-        },
-        stride=80,
-        arrays={
-            "cu_seqlens_ptr": samples if of_samples else frames,
-            "frame_cu_seqlens_ptr": frames,
-            "out_cu_seqlens_ptr": (0, 1, 2 + block),
-        },
-    )

@@ -32,7 +32,6 @@ from csrc_triton.functions import activate, activation_constant, activation_deri
 from csrc_triton.gemm.config import EpilogueBackwardConfig, epilogue_backward_config
 from csrc_triton.gemm.forward import check_linear, linear
 from csrc_triton.launch import check_device, check_tensor
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit
@@ -289,36 +288,3 @@ def _constants(
         "ROWS": config.rows,
         "BLOCK_COLUMNS": config.block_columns,
     }
-
-
-# (name, activation, gated, output, bias, columns)
-_SHIPPED = (
-    ("linear_bwd/bias_silu", "silu", False, False, True, 4096),
-    ("linear_bwd/bias_silu_output", "silu", False, True, True, 4096),
-    ("linear_glu_bwd", "identity", True, False, False, 1024),
-)
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The kernels of an encoder of width 1024 and feed-forward width 4096."""
-    specs = []
-    for name, activation, gated, has_out, has_bias, columns in _SHIPPED:
-        config = epilogue_backward_config(columns, getattr(torch, dtype), arch)
-        specs.append(
-            kernel_spec(
-                name,
-                _epilogue_bwd_kernel,
-                _constants(activation, gated, has_out, has_bias, config),
-                dtype,
-                absent=[n for n, has in (("out_ptr", has_out), ("share_ptr", has_bias)) if not has],
-                num_warps=config.num_warps,
-                # Two blocks of columns; the first programs go round twice, then over one row.
-                blocks=(2, 2),
-                scalars={
-                    "num_columns": 2 * config.block_columns,
-                    "num_rows": 2 * config.rows + 1,
-                },
-                stride=columns,
-            )
-        )
-    return specs

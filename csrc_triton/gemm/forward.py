@@ -27,9 +27,8 @@ from torch import Tensor
 
 from csrc_triton.architectures import architecture
 from csrc_triton.functions import activate, activation_constant
-from csrc_triton.gemm.config import LinearConfig, linear_candidates, linear_config
+from csrc_triton.gemm.config import LinearConfig, linear_config
 from csrc_triton.launch import check_device, check_tensor
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -206,46 +205,3 @@ def _constants(
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
     }
-
-
-# (name, activation, gated, bias, in_features)
-_SHIPPED = (
-    ("linear/bias", "identity", False, True, 1024),
-    ("linear/bias_features", "identity", False, True, 160),
-    ("linear/bias_silu", "silu", False, True, 1024),
-    ("linear_glu", "identity", True, False, 1024),
-)
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The linear kernels of an encoder of width 1024, feed-forward width 4096 and 160 features."""
-    specs: list[KernelSpec] = []
-    for config in linear_candidates(getattr(torch, dtype), arch):
-        for name, activation, gated, has_bias, in_features in _SHIPPED:
-            # The launch: two by two tiles, the last row and 16 columns past the first; a few steps
-            # over K.
-            columns = config.block_n // (2 if gated else 1) + 16
-            inner = in_features if in_features % config.block_k else 4 * config.block_k
-            spec = kernel_spec(
-                f"{name}/{config.block_m}x{config.block_n}x{config.block_k}",
-                _linear_kernel,
-                _constants(config, activation, gated, has_bias, in_features),
-                dtype,
-                absent=() if has_bias else ("bias_ptr",),
-                kind="gemm",
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                outputs_per_program=config.block_m * config.block_n // (2 if gated else 1),
-                blocks=4,
-                scalars={
-                    "num_tokens": config.block_m + 1,
-                    "out_features": columns,
-                    "in_features": inner,
-                    "stride_out_row": columns,
-                },
-                stride=inner,
-            )
-            # Where 160 features are whole steps, their kernel is that of 1024.
-            if not any(spec.constants == other.constants for other in specs):
-                specs.append(spec)
-    return specs

@@ -30,7 +30,6 @@ from csrc_triton.architectures import architecture
 from csrc_triton.functions import norm_gradient, standardize
 from csrc_triton.launch import check_rows
 from csrc_triton.norm.config import NormBackwardConfig, norm_backward_config
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -286,48 +285,3 @@ def _constants(
         "ROWS": config.rows,
         "BLOCK_WIDTH": config.block_width,
     }
-
-
-_SHIPPED: dict[str, dict[str, bool]] = {
-    "layer_norm_bwd": {},
-    "residual_layer_norm_bwd": {"has_grad_sum": True},
-    "residual_layer_norm_bwd/scaled": {"has_grad_sum": True, "has_scaled": True},
-    "residual_double_layer_norm_bwd": {
-        "has_residual": True,
-        "is_double": True,
-        "has_scaled": True,
-    },
-}
-# The arguments that a variant has where a constant says so.
-_PARTS = {
-    "residual_ptr": "HAS_RESIDUAL",
-    "grad_sum_ptr": "HAS_GRAD_SUM",
-    "grad_second_ptr": "IS_DOUBLE",
-    "first_bias_ptr": "IS_DOUBLE",
-    "second_weight_ptr": "IS_DOUBLE",
-    "dx_ptr": "HAS_SCALED",
-}
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The kernels as they ship for model width 1024, for the compiler lane."""
-    width = 1024
-    config = norm_backward_config(width, getattr(torch, dtype), arch)
-    specs = []
-    for name, variant in _SHIPPED.items():
-        constants = _constants(width, config, **variant)
-        specs.append(
-            kernel_spec(
-                name,
-                _norm_bwd_kernel,
-                constants,
-                dtype,
-                absent=[part for part, has in _PARTS.items() if not constants[has]],
-                num_warps=config.num_warps,
-                # The first program goes round twice, the second time over one row.
-                blocks=2,
-                scalars={"num_rows": 2 * config.rows + 1, "scale": 0.5, "eps": 2.0**-17},
-                stride=width,
-            )
-        )
-    return specs

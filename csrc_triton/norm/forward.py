@@ -23,7 +23,6 @@ from torch import Tensor
 from csrc_triton.architectures import architecture
 from csrc_triton.launch import check_rows
 from csrc_triton.norm.config import NormConfig, norm_config
-from csrc_triton.specs import KernelSpec, kernel_spec
 
 
 @triton.jit
@@ -200,27 +199,3 @@ def _constants(
         "ROWS": config.rows,
         "BLOCK_WIDTH": config.block_width,
     }
-
-
-def kernel_specs(arch: str, dtype: str) -> list[KernelSpec]:
-    """The kernels as they ship for model width 1024, for the compiler lane."""
-    width = 1024
-    config = norm_config(width, getattr(torch, dtype), arch)
-    return [
-        kernel_spec(
-            name,
-            _norm_fwd_kernel,
-            _constants(width, has_residual, is_double, config),
-            dtype,
-            num_warps=config.num_warps,
-            outputs_per_program=config.rows * width * (1 + has_residual),
-            blocks=3,
-            scalars={"num_rows": 2 * config.rows + 1, "scale": 0.5, "eps": 2.0**-17},
-            stride=width,
-        )
-        for name, has_residual, is_double in (
-            ("layer_norm_fwd", False, False),
-            ("residual_layer_norm_fwd", True, False),
-            ("residual_double_layer_norm_fwd", True, True),
-        )
-    ]

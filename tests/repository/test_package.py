@@ -152,7 +152,7 @@ def import_statements(name: str, path: Path) -> list[tuple[str, list[str]]]:
 ROOMS: dict[str, tuple[str, ...]] = {
     "csrc_triton": (),
     # Kernels seen from outside; what is installed never needs what is not.
-    "tools": ("csrc_triton",),
+    "tools": ("csrc_triton", "ops"),
     "_extras": (),
     "_lazy": (),
     "layout": (),

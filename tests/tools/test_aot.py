@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import runpy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.specs import KernelSpec
 from tools.compile import amdgcn, aot, machine_code, sass
-from tools.compile.aot import Row, check_kernel, shipped_kernels
-from tools.compile.machine_code import Target, compile_kernel, default_cache
+from tools.compile.aot import Row, check_kernel
+from tools.compile.machine_code import default_cache
 from tools.compile.occupancy import blocks_per_multiprocessor
+from tools.compile.shipped import Shipped, shipped_kernels
+from tools.compile.target import Target
+from tools.virtual_gpu.requests import Uncompiled, requests
 
 # One kernel of each family, with the largest tile of those that have several, and the plain twin of
 # attention. Of the products: the epilogue with an activation and the one with two accumulators.
@@ -25,11 +29,11 @@ from tools.compile.occupancy import blocks_per_multiprocessor
 QUICK = (
     "shaw_attention_fwd/relative_key",
     "shaw_attention_fwd/no_positions",
-    "linear/bias_silu/",
-    "linear_glu/",
-    "conv_norm_act_fwd",
-    "residual_double_layer_norm_fwd",
-    "ctc_argmax/32",
+    "linear/linear_silu",
+    "linear/linear_glu",
+    "conv_norm_act_fwd/conv_norm_act",
+    "norm_fwd/residual_double_layer_norm",
+    "ctc_argmax/characters",
 )
 QUICK_TENSOR_CORES = {"cuda:80": "HMMA", "cuda:90": "HGMMA", "hip:gfx942": "MFMA"}
 
@@ -64,52 +68,63 @@ def _broken_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), 0.0)
 
 
-def _pointwise(block: int = 1024, num_warps: int = 4, kind: Any = "pointwise") -> KernelSpec:
-    return KernelSpec(
-        name="normalise",
-        kernel=_normalise_kernel,
-        signature={"x_ptr": "*fp32"},
-        constants={"BLOCK": block},
-        kind=kind,
-        dtype="float32",
-        num_warps=num_warps,
-        num_stages=1,
-        divisible_by_16=frozenset({"x_ptr"}),
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _asked(target: str, call: Callable[[], object]) -> Uncompiled:
+    with requests(Target.parse(target).gpu) as found:
+        call()
+    (request,) = found
+    return request
+
+
+def _pointwise(
+    target: str,
+    block: int = 1024,
+    num_warps: int = 4,
+    kernel: Any = _normalise_kernel,
+    x: torch.Tensor | None = None,
+    **options: int,
+) -> Shipped:
+    x = _empty(block) if x is None else x
+    request = _asked(
+        target, lambda: kernel[(1,)](x, BLOCK=block, num_warps=num_warps, num_stages=1, **options)
     )
+    return Shipped("normalise", "float32", Target.parse(target), request)
 
 
-def _product(num_stages: int = 2, kind: Any = "gemm", extra: int = 0) -> KernelSpec:
-    return KernelSpec(
-        name=f"product/{extra}",
-        kernel=_product_kernel,
-        signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "steps": "i32"},
-        constants={"BLOCK": 64, "BLOCK_K": 64, "EXTRA": extra},
-        kind=kind,
-        dtype="bfloat16",
-        num_warps=4,
-        num_stages=num_stages,
-        divisible_by_16=frozenset({"a_ptr", "b_ptr", "out_ptr"}),
+def _product(
+    target: str, num_stages: int = 2, name: str = "product", extra: int = 0, steps: int = 17
+) -> Shipped:
+    a, out = _empty(64, 64, dtype=torch.bfloat16), _empty(64, 64)
+    request = _asked(
+        target,
+        lambda: _product_kernel[(1,)](
+            a, a, out, steps, BLOCK=64, BLOCK_K=64, EXTRA=extra, num_warps=4, num_stages=num_stages
+        ),
     )
+    return Shipped(name, "bfloat16", Target.parse(target), request)
 
 
-def _check(spec: KernelSpec, target: str, cache: Path, *others: KernelSpec) -> Row:
-    named = {other.name: other for other in (spec, *others)}
-    return check_kernel(spec, Target.parse(target), named, cache)
+def _check(kernel: Shipped, cache: Path, *others: Shipped) -> Row:
+    return check_kernel(kernel, {other.name: other for other in (kernel, *others)}, cache)
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_a_good_kernel_passes(target: str, tmp_path: Path) -> None:
-    row = _check(_pointwise(), target, tmp_path)
+    row = _check(_pointwise(target), tmp_path)
     assert row.problems == ()
     assert row.code is not None
-    assert row.code.tensor_core == {}
+    assert row.code.tensor_core == row.code.products == {}
     # 1024 elements, 4 warps: two loads of 4 elements a thread, or one where a warp has 64 threads.
     assert row.code.load_bits == {"128": 1 if "gfx" in target else 2}
     assert row.code.hot_loop is None
 
-    row = _check(_product(), target, tmp_path)
+    row = _check(_product(target), tmp_path)
     assert row.problems == ()
     assert row.code is not None
+    assert row.code.products == {"bfloat16": 1}
     assert list(row.code.tensor_core) == [QUICK_TENSOR_CORES[target]]
     assert row.code.hot_loop is not None
     assert row.code.hot_loop < row.code.instructions
@@ -117,43 +132,42 @@ def test_a_good_kernel_passes(target: str, tmp_path: Path) -> None:
 
 def test_a_spill_fails_where_none_is_allowed(tmp_path: Path) -> None:
     # 8192 values a warp: 256 registers a thread, where 255 is the most.
-    spilling = _pointwise(8192, num_warps=1)
-    row = _check(spilling, "cuda:80", tmp_path)
+    row = _check(_pointwise("cuda:80", 8192, num_warps=1), tmp_path)
     assert row.code is not None and row.code.spills > 0
     assert row.problems == (f"{row.code.spills} instructions load or store spilled registers",)
-    row = _check(spilling, "cuda:120", tmp_path)
+    row = _check(_pointwise("cuda:120", 8192, num_warps=1), tmp_path)
     assert row.code is not None and row.code.spills > 0
     assert row.problems == ()
 
 
 def test_the_cap_on_registers_is_kept(tmp_path: Path) -> None:
-    spec = _pointwise(4096, num_warps=1)
-    row = _check(spec, "cuda:80", tmp_path)
+    row = _check(_pointwise("cuda:80", 4096, num_warps=1), tmp_path)
     assert row.code is not None and row.code.registers > 128
-    row = _check(replace(spec, max_registers=64), "cuda:80", tmp_path)
+    row = _check(_pointwise("cuda:80", 4096, num_warps=1, maxnreg=64), tmp_path)
     assert row.code is not None and row.code.registers == 64
     assert row.problems == (f"{row.code.spills} instructions load or store spilled registers",)
 
 
 def test_spills_on_amd_are_counted(tmp_path: Path) -> None:
-    row = _check(_pointwise(32768, num_warps=1), "hip:gfx942", tmp_path)
+    row = _check(_pointwise("hip:gfx942", 32768, num_warps=1), tmp_path)
     assert row.code is not None and row.code.spills > 0
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
-@pytest.mark.parametrize("kind", ["gemm", "attention"])
-def test_a_product_without_tensor_cores_fails(kind: str, target: str, tmp_path: Path) -> None:
-    product = replace(_pointwise(kind=kind), dtype="bfloat16")
-    row = _check(product, target, tmp_path)
-    assert row.problems == (f"it is {kind} and has no tensor-core instruction",)
-    # Float32 has full precision on AMD's tensor cores alone.
-    row = _check(replace(product, dtype="float32"), target, tmp_path)
-    assert bool(row.problems) == target.startswith("hip")
-
-
-def test_tensor_cores_are_not_asked_of_turing(tmp_path: Path) -> None:
-    product = replace(_pointwise(kind="gemm"), dtype="float16")
-    assert _check(product, "cuda:75", tmp_path).problems == ()
+def test_a_product_without_tensor_cores_fails() -> None:
+    code = machine_code.Code(64, 0, 0, 0, {"float32": 2, "bfloat16": 1}, {}, {}, None, 1)
+    for target, multiplied in (
+        ("cuda:80", "bfloat16"),
+        # Float32 has full precision on AMD's tensor cores alone.
+        ("hip:gfx942", "float32 and bfloat16"),
+    ):
+        problems = list(aot.find_problems(_pointwise(target), code, 8, None))
+        assert problems == [f"it multiplies {multiplied} without a tensor-core instruction"]
+        used = replace(code, tensor_core={"HMMA": 1})
+        assert not list(aot.find_problems(_pointwise(target), used, 8, None))
+        others = replace(code, products={"float64": 1})
+        assert not list(aot.find_problems(_pointwise(target), others, 8, None))
+    # Nor are they asked of Turing.
+    assert not list(aot.find_problems(_pointwise("cuda:75"), code, 8, None))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +176,7 @@ def test_tensor_cores_are_not_asked_of_turing(tmp_path: Path) -> None:
 def test_too_much_shared_memory_fails(
     target: str, num_stages: int, limit: int, tmp_path: Path
 ) -> None:
-    row = _check(_product(num_stages), target, tmp_path)
+    row = _check(_product(target, num_stages), tmp_path)
     assert row.code is not None and row.code.shared_bytes > limit * 1024
     assert row.blocks == 0
     (problem,) = row.problems
@@ -171,71 +185,74 @@ def test_too_much_shared_memory_fails(
 
 
 def test_a_block_that_does_not_fit_fails() -> None:
-    code = machine_code.Code(129, 0, 0, 0, {}, {}, None, 1)
-    spec = _pointwise(num_warps=16)
+    code = machine_code.Code(129, 0, 0, 0, {}, {}, {}, None, 1)
     blocks = blocks_per_multiprocessor("sm_90", 16, code.registers, 0)
-    problems = list(aot.find_problems(spec, "sm_90", code, blocks, None))
+    problems = list(aot.find_problems(_pointwise("cuda:90", num_warps=16), code, blocks, None))
     assert problems == ["a block of 16 warps with 129 registers does not fit"]
 
 
 def test_a_kernel_that_does_not_compile_fails(tmp_path: Path) -> None:
-    broken = replace(_pointwise(block=1000), kernel=_broken_kernel)
-    row = _check(broken, "cuda:80", tmp_path)
+    row = _check(_pointwise("cuda:80", 1000, kernel=_broken_kernel), tmp_path)
     assert row.code is None
     (problem,) = row.problems
     assert problem.startswith("it does not compile: ") and "power of 2" in problem
     assert not list(tmp_path.iterdir())
 
 
-def test_a_slow_far_loop_fails(tmp_path: Path) -> None:
-    plain = _product(kind="attention")
-    same = replace(plain, name="same", plain_twin=plain.name)
-    row = _check(same, "cuda:80", tmp_path, plain)
+def test_a_slow_far_loop_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "PLAIN_TWINS", {"same": "product", "slow": "product"})
+    plain = _product("cuda:80")
+    row = _check(_product("cuda:80", name="same"), tmp_path, plain)
     assert row.far_loop == 1 and row.problems == ()
 
-    slow = replace(_product(kind="attention", extra=3), plain_twin=plain.name)
-    row = _check(slow, "cuda:80", tmp_path, plain)
+    slow = _product("cuda:80", name="slow", extra=3)
+    row = _check(slow, tmp_path, plain)
     assert row.far_loop is not None and row.far_loop > 1.1
     (problem,) = row.problems
     assert problem.startswith(f"its far loop has {row.far_loop:.2f} times the instructions of ")
     # Elsewhere it is shown and not judged.
-    row = _check(slow, "cuda:120", tmp_path, plain)
+    row = _check(_product("cuda:120", name="slow", extra=3), tmp_path, _product("cuda:120"))
     assert row.far_loop is not None and row.far_loop > 1.1 and row.problems == ()
 
-    row = _check(slow, "cuda:80", tmp_path)
-    assert row.problems == (f"its far loop, or that of {plain.name}, was not found",)
+    row = _check(slow, tmp_path)
+    assert row.problems == ("its far loop, or that of product, was not found",)
 
 
 def test_answers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = _check(_pointwise(), "cuda:80", tmp_path)
+    first = _check(_pointwise("cuda:80"), tmp_path)
 
     def compile_again(*_: object) -> None:
         raise RuntimeError("compiled again")
 
-    monkeypatch.setattr(machine_code, "compile_kernel", compile_again)
-    assert _check(_pointwise(), "cuda:80", tmp_path) == first
+    monkeypatch.setattr(Uncompiled, "compiled", compile_again)
+    assert _check(_pointwise("cuda:80"), tmp_path) == first
     for other in (
-        _pointwise(num_warps=8),
-        _pointwise(block=2048),
-        replace(_pointwise(), divisible_by_16=frozenset()),
-        replace(_pointwise(), signature={"x_ptr": "*fp16"}),
+        _pointwise("cuda:80", num_warps=8),
+        _pointwise("cuda:80", block=2048),
+        _pointwise("cuda:80", x=torch.empty(1025)[1:]),  # not aligned
+        _pointwise("cuda:80", x=_empty(1024, dtype=torch.float16)),
+        _pointwise("cuda:89"),
     ):
-        assert "compiled again" in _check(other, "cuda:80", tmp_path).problems[0]
-    assert "compiled again" in _check(_pointwise(), "cuda:89", tmp_path).problems[0]
+        assert "compiled again" in _check(other, tmp_path).problems[0]
 
 
 def test_exit_status_and_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    specs = [_pointwise(), _product()]
-    monkeypatch.setattr(aot, "shipped_kernels", lambda arch, dtype: specs)
+    extra: list[str] = []
+
+    def shipped(target: Target, dtype: str) -> list[Shipped]:
+        wrong = replace(_pointwise(target.name, 1000, kernel=_broken_kernel), name="wrong")
+        return [_pointwise(target.name), _product(target.name), *([wrong] if extra else [])]
+
+    monkeypatch.setattr(aot, "shipped_kernels", shipped)
     file = tmp_path / "rows.json"
     cache = ["--cache", str(tmp_path / "cache")]
     options = ["--targets", "cuda:80,hip:gfx942", "--dtypes", "bfloat16", "--json", str(file)]
     assert aot.main([*options, *cache]) == 0
     rows = json.loads(file.read_text())
     assert [(row["target"], row["kernel"]) for row in rows] == [
-        (target, spec.name) for target in ("cuda:80", "hip:gfx942") for spec in specs
+        (target, name) for target in ("cuda:80", "hip:gfx942") for name in ("normalise", "product")
     ]
     assert [list(row["code"]["tensor_core"]) for row in rows] == [[], ["HMMA"], [], ["MFMA"]]
     output = capsys.readouterr().out
@@ -243,10 +260,10 @@ def test_exit_status_and_output(
     assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
     assert output.endswith("4 kernels, 0 failed\n")
 
-    specs.append(replace(_pointwise(kind="gemm"), name="wrong", dtype="bfloat16"))
+    extra.append("one that does not compile")
     assert aot.main([*options, *cache]) == 1
     output = capsys.readouterr().out
-    assert "wrong, bfloat16, cuda:80: it is gemm and has no tensor-core instruction" in output
+    assert "wrong, float32, cuda:80: it does not compile: " in output
     assert output.endswith("6 kernels, 2 failed\n")
     assert [len(row["problems"]) for row in json.loads(file.read_text())] == [0, 0, 1, 0, 0, 1]
 
@@ -396,27 +413,18 @@ def test_reading_amd_code() -> None:
         amdgcn.resource_usage(AMD_LOOPS.replace("vgpr_spill_count", "none"))
 
 
-def _quick(arch: str) -> list[KernelSpec]:
-    specs = shipped_kernels(arch, "bfloat16")
-    # Large tiles come first.
-    return [next(spec for spec in specs if spec.name.startswith(name)) for name in QUICK]
-
-
 @pytest.mark.parametrize("name", QUICK_TENSOR_CORES)
 def test_shipped_kernels(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    target = Target.parse(name)
-    specs = {spec.name: spec for spec in _quick(target.arch)}
-    assert len(specs) == len(QUICK)
-    rows = [check_kernel(spec, target, specs, default_cache()) for spec in specs.values()]
+    shipped = {kernel.name: kernel for kernel in shipped_kernels(Target.parse(name), "bfloat16")}
+    rows = [check_kernel(shipped[quick], shipped, default_cache()) for quick in QUICK]
     with capsys.disabled():
         print("\n" + "\n".join(aot.table_line(row) for row in rows))
     assert [(row.kernel, row.problems) for row in rows if row.problems] == []
-    kinds = {row.kind: list(row.code.tensor_core) for row in rows if row.code}
-    assert kinds == {
-        "attention": [QUICK_TENSOR_CORES[name]],
-        "gemm": [QUICK_TENSOR_CORES[name]],
-        "pointwise": [],
-    }
+    for row in rows:
+        assert row.code is not None
+        multiplies = row.kernel.startswith(("shaw_attention", "linear"))
+        assert list(row.code.products) == (["bfloat16"] if multiplies else [])
+        assert list(row.code.tensor_core) == ([QUICK_TENSOR_CORES[name]] if multiplies else [])
     # Not one comparison fell out silently.
     far_loops = [row.far_loop for row in rows if row.kernel.endswith("relative_key")]
     assert len(far_loops) == 1 and far_loops[0] is not None
@@ -425,19 +433,20 @@ def test_shipped_kernels(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["cuda:80", "cuda:90"])
 def test_convolution_loads(name: str) -> None:
     """Global loads for each output element, counted in the machine code."""
-    target = Target.parse(name)
-    (spec,) = [s for s in shipped_kernels(target.arch, "bfloat16") if s.name == "conv_norm_act_fwd"]
-    text = sass.disassemble(compile_kernel(spec, target).asm["cubin"])
+    shipped = {kernel.name: kernel for kernel in shipped_kernels(Target.parse(name), "bfloat16")}
+    request = shipped["conv_norm_act_fwd/conv_norm_act"].request
+    text = sass.disassemble(request.compiled().asm["cubin"])
     loop = sass.hot_loop(text)
     assert loop is not None
 
     def elements(opcodes: Any) -> int:
         return sum(n * bits // 16 for bits, n in sass.global_load_widths(opcodes).items())
 
-    turns = spec.constants["K"] // spec.constants["UNROLL"]
+    constants = request.constants
+    turns = constants["K"] // constants["UNROLL"]
     of_thread = elements(sass.opcode_counts(text)) + (turns - 1) * elements(loop.opcodes)
-    assert spec.outputs_per_program is not None
-    loads = of_thread * 32 * spec.num_warps / spec.outputs_per_program
+    outputs = 2 ** constants["LOG_ROWS"] * constants["CHANNELS"]
+    loads = of_thread * 32 * request.options["num_warps"] / outputs
     # One tap's row of x and of the weight is the least that the loop must hold.
-    assert elements(loop.opcodes) >= 2 * spec.constants["UNROLL"]
+    assert elements(loop.opcodes) >= 2 * constants["UNROLL"]
     assert 2 * 31 / 16 <= loads <= 6

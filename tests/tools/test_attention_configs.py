@@ -15,9 +15,9 @@ from csrc_triton.attention.config import (
     attention_config,
     scratch_layout,
 )
-from csrc_triton.specs import KernelSpec
 from tools.compile import sass
-from tools.compile.machine_code import Target, compile_kernel
+from tools.compile.shipped import shipped_kernels
+from tools.compile.target import Target
 
 PLACES = [*ARCHITECTURES, "interpreter"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -128,11 +128,9 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
 @cache
 def machine_code(arch: str, dtype: str, name: str) -> tuple[str, int]:
     """Disassembly and bytes of stack of a kernel as it ships."""
-    spec: KernelSpec = next(
-        spec for spec in attention.forward.kernel_specs(arch, dtype) if spec.name.endswith(name)
-    )
-    target = Target.parse(f"cuda:{arch.removeprefix('sm_')}")
-    cubin = compile_kernel(spec, target).asm["cubin"]
+    kernels = shipped_kernels(Target.parse(f"cuda:{arch.removeprefix('sm_')}"), dtype)
+    (kernel,) = [kernel for kernel in kernels if kernel.name == f"shaw_attention_fwd/{name}"]
+    cubin = kernel.request.compiled().asm["cubin"]
     return sass.disassemble(cubin), sass.resource_usage(cubin)[1]
 
 

@@ -9,51 +9,58 @@ import torch
 
 from csrc_triton.architectures import warp_size
 from csrc_triton.norm.config import norm_backward_config
-from csrc_triton.specs import KernelSpec
-from tools.compile.aot import check_kernel, shipped_kernels
-from tools.compile.machine_code import Target, default_cache
+from tools.compile.aot import check_kernel
+from tools.compile.machine_code import default_cache
+from tools.compile.shipped import Shipped, shipped_kernels
+from tools.compile.target import Target
+from tools.virtual_gpu.requests import requests
 
 TENSOR_CORES = {"cuda:80": "HMMA", "cuda:90": "HGMMA", "hip:gfx942": "MFMA"}
 # Without the second form of a kernel that differs in a flag alone.
-SKIPPED = ("no_positions", "conv_again", "scaled", "bias_silu_output")
+SKIPPED = ("no_positions", "unscaled", "feed_forward", "seqused")
 
 
-def shipped(arch: str, dtype: str) -> list[KernelSpec]:
-    return [spec for spec in shipped_kernels(arch, dtype) if "_bwd" in spec.name]
+def backward(target: Target) -> list[Shipped]:
+    return [
+        kernel
+        for kernel in shipped_kernels(target, "bfloat16")
+        if "_bwd" in kernel.name or kernel.name.startswith("slide/")
+        if not any(text in kernel.name for text in SKIPPED)
+        if kernel.name != "slide/conv_norm_act"
+    ]
 
 
 def test_strides_and_sizes_of_one_compile() -> None:
     # Triton makes a constant of an argument whose value is 1, unless it is told not to.
-    for spec in shipped("sm_80", "bfloat16"):
-        if any(text in spec.name for text in SKIPPED):
-            continue
-        fixed = {*spec.kernel.do_not_specialize, *spec.kernel.do_not_specialize_on_alignment}
-        ones = [
-            name for name, type_ in spec.signature.items() if type_ == "i32" and name not in fixed
-        ]
-        assert ones, spec.name
-        changed = replace(
-            spec,
-            signature={name: t for name, t in spec.signature.items() if name not in ones},
-            constants={**spec.constants, **dict.fromkeys(ones, 1)},
-            divisible_by_16=spec.divisible_by_16 - set(ones),
-        )
-        assert check_kernel(changed, Target.parse("cuda:80"), {}, default_cache()).code, spec.name
+    target = Target.parse("cuda:80")
+    for kernel in backward(target):
+        function = kernel.request.source.fn
+        fixed = {*function.do_not_specialize, *function.do_not_specialize_on_alignment}
+        ones = {
+            a.name: 1 for a in kernel.request.arguments if a.type == "i32" and a.name not in fixed
+        }
+        assert ones, kernel.name
+        values = {a.name: a.value for a in kernel.request.arguments} | kernel.request.constants
+        options = kernel.request.options
+        with requests(target.gpu) as found:
+            function[kernel.request.grid](**(values | ones), **options)
+        assert set(ones) <= set(found[0].constants)
+        changed = replace(kernel, request=found[0])
+        assert check_kernel(changed, {}, default_cache()).code, kernel.name
 
 
 @pytest.mark.parametrize("target", list(TENSOR_CORES))
 def test_compiles_without_spills_and_with_tensor_cores(target: str) -> None:
-    parsed = Target.parse(target)
-    for spec in shipped(parsed.arch, "bfloat16"):
-        if any(text in spec.name for text in SKIPPED):
-            continue
-        row = check_kernel(spec, parsed, {}, default_cache())
-        assert row.problems == (), f"{spec.name}: {row.problems}"
+    kernels = backward(Target.parse(target))
+    assert len(kernels) == 13
+    for kernel in kernels:
+        row = check_kernel(kernel, {}, default_cache())
+        assert row.problems == (), f"{kernel.name}: {row.problems}"
         assert row.code is not None
-        assert row.code.spills == 0, spec.name
-        if spec.name.startswith("shaw_attention_bwd"):
-            assert spec.kind == "gemm", spec.name
-            assert TENSOR_CORES[target] in row.code.tensor_core, spec.name
+        assert row.code.spills == 0, kernel.name
+        if kernel.name.startswith("shaw_attention_bwd"):
+            assert row.code.products == {"bfloat16": row.code.products["bfloat16"]}, kernel.name
+            assert TENSOR_CORES[target] in row.code.tensor_core, kernel.name
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

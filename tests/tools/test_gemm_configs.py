@@ -17,8 +17,8 @@ from csrc_triton.gemm.config import (
     linear_config,
 )
 from csrc_triton.gemm.forward import _linear_kernel
-from csrc_triton.gemm.forward import kernel_specs as linear_specs
-from tools.compile.machine_code import Target, compile_kernel
+from tools.compile.shipped import shipped_kernels
+from tools.compile.target import Target
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "interpreter"])
@@ -80,13 +80,19 @@ def test_ctc_blocks() -> None:
         assert config.block_vocabulary * config.block_frames <= 2048
 
 
-def test_specs_cover_each_tile_and_epilogue() -> None:
-    specs = linear_specs("sm_90", "bfloat16")
-    assert {spec.kind for spec in specs} == {"gemm"}
-    for config in linear_candidates(torch.bfloat16, "sm_90"):
-        tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-        names = {spec.name.removesuffix(f"/{tile}") for spec in specs if spec.name.endswith(tile)}
-        assert names >= {"linear/bias", "linear/bias_silu", "linear_glu"}
+def test_each_tile_is_launched_with_each_epilogue() -> None:
+    target = Target.parse("cuda:90")
+    tiles = {(c.block_m, c.block_n) for c in linear_candidates(torch.bfloat16, "sm_90")}
+    found: dict[str, set[tuple[int, int]]] = {}
+    for kernel in shipped_kernels(target, "bfloat16"):
+        if kernel.request.name == "linear":
+            constants = kernel.request.constants
+            tile = (constants["BLOCK_M"], constants["BLOCK_N"])
+            found.setdefault(kernel.name.split("/")[1], set()).add(tile)
+    assert len(tiles) == 2
+    assert found == dict.fromkeys(
+        ("linear_silu", "linear", "linear_no_bias", "linear_features", "linear_glu"), tiles
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,22 +109,20 @@ def test_lengths_do_not_specialise(kernel: object, name: str) -> None:
     assert not parameter.is_constexpr
 
 
-@pytest.mark.parametrize("name", ["linear/bias_silu", "linear_glu", "linear/bias"])
+@pytest.mark.parametrize("name", ["linear_silu", "linear_glu", "linear"])
 def test_each_output_is_stored_once_and_wide(name: str) -> None:
-    arch = "sm_90"
-    tile = linear_candidates(torch.bfloat16, arch)[-1]
-    specs = linear_specs(arch, "bfloat16")
-    wanted = f"{name}/{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    (spec,) = [spec for spec in specs if spec.name == wanted]
-    ptx = compile_kernel(spec, Target.parse("cuda:90")).asm["ptx"]
+    kernels = {
+        kernel.name: kernel for kernel in shipped_kernels(Target.parse("cuda:90"), "bfloat16")
+    }
+    request = kernels[f"linear/{name}/BLOCK_M=64,BLOCK_N=64"].request
+    ptx = request.compiled().asm["ptx"]
 
     assert "wgmma.mma_async" in ptx
     assert "ld.local" not in ptx and "st.local" not in ptx
     stores = re.findall(r"\bst\.global(?:\.v(\d))?\.b(\d+)", ptx)
     assert {int(count or 1) * int(bits) for count, bits in stores} == {128}
-    assert spec.outputs_per_program is not None
-    stored = len(stores) * 16 * 32 * spec.num_warps
-    assert stored == spec.outputs_per_program * torch.bfloat16.itemsize
+    stored = len(stores) * 16 * 32 * request.options["num_warps"]
+    assert stored == 64 * 64 * torch.bfloat16.itemsize // (2 if name == "linear_glu" else 1)
     # Beside the bias, nothing is read but by the asynchronous copies of the loop.
     loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
     assert all(int(count or 1) * int(bits) < 128 for count, bits in loads)

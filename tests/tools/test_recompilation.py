@@ -2,34 +2,29 @@
 
 Triton compiles a kernel again when the types of its arguments change, or the value of a
 `constexpr`, or what it specialises on: an integer's being 1 or a multiple of 16, a pointer's
-alignment. Here the launchers run on tensors without memory, under a driver that only names a GPU,
-and a hook sees what Triton would compile and stops it there. So this needs neither a GPU nor a
-compiler.
+alignment. Here the launchers run on tensors without memory, and what they ask Triton for is listed
+(`tools.virtual_gpu.requests`). So this needs neither a GPU nor a compiler.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 import csrc_triton
 import w2vbert_fast
 from csrc_triton.gemm.config import linear_candidates
 from csrc_triton.launch import interpreting
+from tools.virtual_gpu.requests import Uncompiled, requests
 from w2vbert_fast.layout import PackedBatch
-from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.dispatch import force
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter compiles nothing")
 
@@ -41,49 +36,15 @@ TOKENS = (1, 2, 15, 16, 17, 31, 63, 64, 65, 217, 300, 1500, 1504, 24_000, 100_00
 WIDTH, INNER, HEADS = 1024, 4096, 16
 
 
-class NamedGpu:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"no device, {self.target.backend}:{self.target.arch}"
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-
-class Compilations:
-    """Which kernels would have been compiled: distinct keys of Triton's cache by kernel name."""
-
-    def __init__(self) -> None:
-        self.keys: set[tuple[str, str]] = set()
-
-    def __call__(self, *, key: Any, fn: Any, **_: Any) -> bool:
-        self.keys.add((fn.name, str(key)))
-        return True  # as if another process had compiled it: Triton then launches nothing
-
-    def by_kernel(self) -> Counter[str]:
-        return Counter(name for name, _ in self.keys)
-
-
 @pytest.fixture(params=ARCHITECTURES)
-def compilations(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Compilations]:
-    recorded = Compilations()
-    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", recorded)
-    for _, name, _ in pkgutil.walk_packages(csrc_triton.__path__, "csrc_triton."):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, "architecture", lambda device: request.param, raising=False)
-        monkeypatch.setattr(module, "check_device", lambda **tensors: None, raising=False)
-    # Not by `set_active`: where there is no GPU, nothing can be made active again afterwards.
-    monkeypatch.setattr(driver, "_active", NamedGpu(ARCHITECTURES[request.param]))
-    yield recorded
+def asked(request: pytest.FixtureRequest) -> Iterator[list[Uncompiled]]:
+    with requests(ARCHITECTURES[request.param]) as found:
+        yield found
+
+
+def by_kernel(asked: list[Uncompiled]) -> Counter[str]:
+    """How often each kernel would have been compiled."""
+    return Counter(kernel for kernel, _ in {(a.source.fn.__name__, a.key) for a in asked})
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -188,16 +149,16 @@ LAUNCHES: dict[str, tuple[Launch, dict[str, int]]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_lengths_share_their_kernels(
-    name: str, dtype: torch.dtype, compilations: Compilations, request: pytest.FixtureRequest
+    name: str, dtype: torch.dtype, asked: list[Uncompiled], request: pytest.FixtureRequest
 ) -> None:
     launch, expected = LAUNCHES[name]
     if not expected:
-        arch = request.node.callspec.params["compilations"]
+        arch = request.node.callspec.params["asked"]
         expected = {"_linear_kernel": len(linear_candidates(dtype, arch))}
     for num_tokens in TOKENS:
         for batch in (1, 2, 16, 19):
             launch(num_tokens, batch, dtype)
-    assert compilations.by_kernel() == expected
+    assert by_kernel(asked) == expected
 
 
 def test_every_launcher_is_here() -> None:
@@ -213,19 +174,16 @@ def test_every_launcher_is_here() -> None:
     assert forward - {"build_tile_map", "tile_bound"} == covered - {"ctc_greedy"}
 
 
-def test_no_tokens_compile_nothing(compilations: Compilations) -> None:
+def test_no_tokens_compile_nothing(asked: list[Uncompiled]) -> None:
     for name in ("linear", "linear_glu", "layer_norm", "conv_norm_act"):
         LAUNCHES[name][0](0, 0, torch.bfloat16)
     attention(0, 1, torch.bfloat16)
-    assert not compilations.keys
+    assert not asked
 
 
 @pytest.mark.parametrize("whole_model", [False, True])
-def test_a_layer_is_compiled_once(
-    whole_model: bool, compilations: Compilations, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_is_compiled_once(whole_model: bool, asked: list[Uncompiled]) -> None:
     """What the operations and the modules hand to the launchers, and not the launchers alone."""
-    monkeypatch.setattr(dispatch, "_forced", "triton")  # `force` asks for the interpreter
     config = w2vbert_fast.Wav2Vec2BertConfig(
         hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=1
     )
@@ -236,7 +194,7 @@ def test_a_layer_is_compiled_once(
     def run(*lengths: int) -> None:
         layout = PackedBatch.from_lengths(lengths, max(lengths), "cpu")
         x = torch.zeros(sum(lengths), 128, dtype=torch.bfloat16)
-        with torch.no_grad():
+        with torch.no_grad(), force("triton"):
             if whole_model:
                 model(torch.zeros(1, sum(lengths), 160, dtype=torch.bfloat16))
             else:
@@ -244,8 +202,8 @@ def test_a_layer_is_compiled_once(
 
     run(37)
     run(40_000)  # enough for linear's large tile
-    seen = set(compilations.keys)
-    assert {name for name, _ in seen} == {
+    seen = by_kernel(asked)
+    assert set(seen) == {
         "shaw_attention_fwd_kernel",
         "_linear_kernel",
         "_norm_fwd_kernel",
@@ -253,7 +211,7 @@ def test_a_layer_is_compiled_once(
     }
     for lengths in ((1,), (2,), (16,), (17, 1), (64, 0, 65), (1500,), (20_000, 3), (1, 1, 1, 1)):
         run(*lengths)
-        assert compilations.keys == seen, f"lengths {lengths} compile a kernel again"
+        assert by_kernel(asked) == seen, f"lengths {lengths} compile a kernel again"
 
 
 @triton.jit
@@ -262,15 +220,15 @@ def _length_specialises_kernel(x_ptr, num_rows, BLOCK: tl.constexpr):
     tl.store(x_ptr + rows, 0.0, mask=rows < num_rows)
 
 
-def test_a_recompilation_is_seen(compilations: Compilations) -> None:
+def test_a_recompilation_is_seen(asked: list[Uncompiled]) -> None:
     for num_rows in (3, 5, 7):
         _length_specialises_kernel[(1,)](empty(16, dtype=torch.float32), num_rows, BLOCK=16)
-    assert compilations.by_kernel() == {"_length_specialises_kernel": 1}
+    assert by_kernel(asked) == {"_length_specialises_kernel": 1}
     for num_rows in (1, 16, 2**31):
         _length_specialises_kernel[(1,)](empty(16, dtype=torch.float32), num_rows, BLOCK=16)
-    assert compilations.by_kernel() == {"_length_specialises_kernel": 4}
+    assert by_kernel(asked) == {"_length_specialises_kernel": 4}
     attention(5, 1, torch.float32)
     csrc_triton.attention.shaw_attention(
         *(empty(5, 2, 32, dtype=torch.float32),) * 3, offsets(5, 1), 5
     )
-    assert compilations.by_kernel()["shaw_attention_fwd_kernel"] == 2
+    assert by_kernel(asked)["shaw_attention_fwd_kernel"] == 2

@@ -9,15 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.specs import KernelSpec, ProofLaunch
-from tools.compile.aot import shipped_kernels
-from tools.compile.machine_code import Target, default_cache
+from tools.compile.machine_code import default_cache
+from tools.compile.shipped import Shipped, shipped_kernels
+from tools.compile.target import Target
 from tools.verify import races
 from tools.verify.races import Allowed, Row, verify_kernel
+from tools.verify.small import small_launches
 from tools.verify.stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+from tools.virtual_gpu.record import Argument
+from tools.virtual_gpu.requests import Uncompiled, requests
 
 needs_verifier = pytest.mark.skipif(not races.available(), reason="needs sentryward")
 
@@ -39,18 +43,15 @@ def _scale_kernel(x_ptr, out_ptr, length, SHARED: tl.constexpr, BLOCK: tl.conste
         tl.store(out_ptr + first + offsets, 2 * x, mask=mask)
 
 
-def _scale(shared: bool) -> KernelSpec:
-    return KernelSpec(
-        name="scale",
-        kernel=_scale_kernel,
-        signature={"x_ptr": "*fp32", "out_ptr": "*fp32", "length": "i32"},
-        constants={"SHARED": shared, "BLOCK": 128},
-        kind="pointwise",
-        dtype="float32",
-        num_warps=4,
-        num_stages=1,
-        proof=ProofLaunch(2, {"length": 200}),
-    )
+def _scale(shared: bool, blocks: int = 2) -> Uncompiled:
+    x = torch.zeros(200)
+    with requests(SM_80.gpu) as found:
+        _scale_kernel[(blocks,)](x, x, 200, SHARED=shared, BLOCK=128)
+    return found[0]
+
+
+def _verify(launch: Uncompiled, cache: Path, timeout: float = A_DAY) -> Row:
+    return verify_kernel(Shipped(launch.name, "float32", SM_80, launch), launch, cache, timeout)
 
 
 HEAD = """
@@ -82,28 +83,19 @@ TAIL = "\tret;\n}\n"
 REDUCED = "\tshfl.sync.bfly.b32 %r7, %r2, 1, 31, -1;\n\tadd.f32 %r8, %r2, %r7;\n"
 
 
-def _compiled(monkeypatch: pytest.MonkeyPatch, ptx: str) -> KernelSpec:
-    """A spec whose compiled form is this PTX."""
+def _compiled(monkeypatch: pytest.MonkeyPatch, ptx: str) -> Uncompiled:
+    """A launch whose compiled form is this PTX."""
     kernel = SimpleNamespace(asm={"ptx": ptx}, metadata=SimpleNamespace(shared=0))
-    monkeypatch.setattr(races, "compile_kernel", lambda spec, target: kernel)
-    return KernelSpec(
-        name="k",
-        kernel=SimpleNamespace(arg_names=["x_ptr", "n"]),
-        signature={"x_ptr": "*fp32", "n": "i32"},
-        constants={},
-        kind="pointwise",
-        dtype="float32",
-        num_warps=2,
-        num_stages=1,
-        proof=ProofLaunch(1, {"n": 3}),
-    )
+    monkeypatch.setattr(Uncompiled, "compiled", lambda launch: kernel)
+    arguments = [Argument("x_ptr", "*fp32", torch.zeros(64)), Argument("n", "i32", 3)]
+    return replace(_scale(False), kernel="t:k", grid=(1, 1, 1), arguments=arguments)
 
 
 @needs_verifier
 def test_a_good_kernel_is_proved_and_a_racy_one_refuted(tmp_path: Path) -> None:
-    row = verify_kernel(_scale(False), SM_80, tmp_path, A_DAY)
+    row = _verify(_scale(False), tmp_path)
     assert (row.state, row.reason, row.failed) == ("proved", "", False)
-    row = verify_kernel(_scale(True), SM_80, tmp_path, A_DAY)
+    row = _verify(_scale(True), tmp_path)
     assert (row.state, row.allowed, row.failed) == ("refuted", False, True)
     assert row.reason.startswith("conflicting_accesses_unordered")
     assert "test_verify.py:" in row.reason
@@ -123,9 +115,9 @@ def test_a_missing_barrier_is_refuted(tmp_path: Path, monkeypatch: pytest.Monkey
 	st.global.b32 [%rd3], %r13;
 """
     right = HEAD + exchange.replace("{barrier}", "bar.sync 0;") + TAIL
-    assert verify_kernel(_compiled(monkeypatch, right), SM_80, tmp_path, A_DAY).state == "proved"
+    assert _verify(_compiled(monkeypatch, right), tmp_path).state == "proved"
     wrong = HEAD + exchange.replace("{barrier}", "") + TAIL
-    row = verify_kernel(_compiled(monkeypatch, wrong), SM_80, tmp_path, A_DAY)
+    row = _verify(_compiled(monkeypatch, wrong), tmp_path)
     assert row.state == "refuted" and row.failed
 
 
@@ -139,20 +131,20 @@ def test_a_duplicate_store_must_be_of_one_value_and_listed(
     store = "\tst.shared.b32 [%r6], {value};\n"
 
     same = HEAD + REDUCED + store.replace("{value}", "%r8") + TAIL
-    row = verify_kernel(_compiled(monkeypatch, same), SM_80, tmp_path, A_DAY)
+    row = _verify(_compiled(monkeypatch, same), tmp_path)
     assert (row.state, row.allowed, row.failed) == ("refuted", listed, not listed)
     assert len(row.duplicates) == 1
 
     # Each lane's own value, under the same name and so no less listed.
     other = HEAD + REDUCED + store.replace("{value}", "%r2") + TAIL
-    row = verify_kernel(_compiled(monkeypatch, other), SM_80, tmp_path, A_DAY)
+    row = _verify(_compiled(monkeypatch, other), tmp_path)
     assert row.state == "refuted" and row.failed
     assert row.duplicates == () and "the values were not shown to be equal" in row.reason
 
     # A duplicate store does not hide a race beside it.
     both = HEAD + REDUCED + store.replace("{value}", "%r8")
     both += "\tst.global.b32 [%rd1], %r1;\n" + TAIL
-    row = verify_kernel(_compiled(monkeypatch, both), SM_80, tmp_path, A_DAY)
+    row = _verify(_compiled(monkeypatch, both), tmp_path)
     assert row.state == "refuted" and row.failed
 
 
@@ -161,7 +153,7 @@ def test_control_flow_that_depends_on_data_is_not_decided(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ptx = HEAD + "\tsetp.eq.s32 %p1, %r2, 0;\n\t@%p1 bra $L_end;\n\tbar.sync 0;\n$L_end:\n" + TAIL
-    row = verify_kernel(_compiled(monkeypatch, ptx), SM_80, tmp_path, A_DAY)
+    row = _verify(_compiled(monkeypatch, ptx), tmp_path)
     assert (row.state, row.failed) == ("not decided", False)
     assert row.reason.startswith("control_predicate_not_static")
 
@@ -244,17 +236,15 @@ $L_skip:
 
 @needs_verifier
 def test_proofs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = _scale(False)
-    first = verify_kernel(spec, SM_80, tmp_path, A_DAY)
+    first = _verify(_scale(False), tmp_path)
 
     def ask_again(*_: object) -> Any:
         raise RuntimeError("asked again")
 
     monkeypatch.setattr(races, "_ask", ask_again)
-    assert verify_kernel(spec, SM_80, tmp_path, A_DAY) == first
-    assert spec.proof is not None
+    assert _verify(_scale(False), tmp_path) == first
     with pytest.raises(RuntimeError, match="asked again"):
-        verify_kernel(replace(spec, proof=replace(spec.proof, blocks=3)), SM_80, tmp_path, A_DAY)
+        _verify(_scale(False, blocks=3), tmp_path)
 
 
 @needs_verifier
@@ -269,15 +259,17 @@ def test_a_proof_that_lacked_time_is_asked_for_again(
 
     monkeypatch.setattr(races, "_ask", ask)
     for timeout in (10.0, 10.0, 5.0, 20.0):
-        row = verify_kernel(_scale(False), SM_80, tmp_path, timeout)
+        row = _verify(_scale(False), tmp_path, timeout)
         assert (row.state, row.reason) == ("not decided", "time_budget")
     assert times == [10.0, 20.0]
 
 
-@needs_verifier
-def test_a_launch_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="signature differ: length"):
-        verify_kernel(replace(_scale(False), proof=ProofLaunch(2, {})), SM_80, tmp_path)
+def test_a_kernel_without_a_launch_is_not_decided(tmp_path: Path) -> None:
+    kernel = Shipped("k", "float32", SM_80, _scale(False))
+    row = verify_kernel(kernel, None, tmp_path)
+    assert (row.state, row.reason) == ("not decided", "no launch is given for it")
+    row = verify_kernel(replace(kernel, target=Target.parse("hip:gfx942")), None, tmp_path)
+    assert (row.state, row.reason) == ("not decided", "the verifier reads PTX")
 
 
 def test_exit_status_and_output(
@@ -289,10 +281,12 @@ def test_exit_status_and_output(
         "same": Row("cuda:80", "bfloat16", "same", "refuted", "x", 1.0, ("a.py:1",), True),
         "racy": Row("cuda:80", "bfloat16", "racy", "refuted", "race", 1.0, (), False),
     }
-    specs = [replace(_scale(False), name=name) for name in ("right", "open", "same")]
+    shipped = Shipped("right", "bfloat16", SM_80, _scale(False))
+    kernels = [replace(shipped, name=name) for name in ("right", "open", "same")]
     monkeypatch.setattr(races, "available", lambda: True)
-    monkeypatch.setattr(races, "shipped_kernels", lambda arch, dtype: specs)
-    monkeypatch.setattr(races, "verify_kernel", lambda spec, *_: rows[spec.name])
+    monkeypatch.setattr(races, "shipped_kernels", lambda target, dtype: kernels)
+    monkeypatch.setattr(races, "small_launches", lambda target, dtype: {})
+    monkeypatch.setattr(races, "verify_kernel", lambda kernel, *_: rows[kernel.name])
     file = tmp_path / "rows.json"
     options = ["--targets", "cuda:80", "--dtypes", "bfloat16", "--json", str(file)]
     assert races.main(options) == 0
@@ -302,7 +296,7 @@ def test_exit_status_and_output(
     assert [row["state"] for row in json.loads(file.read_text())] == [
         "proved", "not decided", "refuted",
     ]  # fmt: skip
-    specs.append(replace(_scale(False), name="racy"))
+    kernels.append(replace(shipped, name="racy"))
     assert races.main(options) == 1
     assert "4 questions: 1 proved, 2 refuted (1 of them allowed)" in capsys.readouterr().out
     assert races.main([*options, "--kernels", "nothing"]) == 2
@@ -322,25 +316,17 @@ def test_bad_timeout(capsys: pytest.CaptureFixture[str]) -> None:
         assert "it must be a number above 0" in capsys.readouterr().err
 
 
-def test_every_shipped_kernel_has_a_launch_for_the_verifier() -> None:
-    for dtype in ("bfloat16", "float32"):
-        for spec in shipped_kernels("sm_80", dtype):
-            assert spec.proof is not None, spec.name
-            scalars = {name for name, type_ in spec.signature.items() if type_[0] != "*"}
-            assert set(spec.proof.scalars) == scalars, spec.name
-            assert spec.proof.grid[0] > 1, spec.name
-
-
 @needs_verifier
 @pytest.mark.parametrize(
     ("name", "state", "allowed"),
     [
-        ("residual_layer_norm_fwd", "proved", False),
-        ("ctc_argmax/32000", "proved", False),
-        ("ctc_argmax/32", "refuted", True),
+        ("norm_fwd/residual_layer_norm", "proved", False),
+        ("ctc_argmax/word_pieces", "proved", False),
+        ("ctc_argmax/characters", "refuted", True),
     ],
 )
 def test_shipped_kernels(name: str, state: str, allowed: bool) -> None:
-    (spec,) = [spec for spec in shipped_kernels("sm_80", "bfloat16") if spec.name == name]
-    row = verify_kernel(spec, SM_80, default_cache(), A_DAY)
+    (kernel,) = [k for k in shipped_kernels(SM_80, "bfloat16") if k.name == name]
+    launch = small_launches(SM_80, "bfloat16")[kernel.request.key]
+    row = verify_kernel(kernel, launch, default_cache(), A_DAY)
     assert (row.state, row.allowed) == (state, allowed), row.reason

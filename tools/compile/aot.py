@@ -6,31 +6,28 @@ prints one row for each kernel, target and dtype. The exit status is 1 when a ke
 
 * does not compile;
 * spills registers on sm_80, sm_89 or sm_90;
-* has a product, and no tensor-core instruction where those multiply its dtype;
+* multiplies what tensor cores multiply, and has no tensor-core instruction;
 * needs more shared memory than the target has, or does not fit a multiprocessor otherwise;
 * is attention with positions and spends over 10 % more instructions on a far key block than the
   same kernel without positions, on sm_80 or sm_90.
+
+The kernels are those that the launchers ask for (`tools.compile.shipped`).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
-import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import csrc_triton
 from csrc_triton.architectures import ARCHITECTURES
 from csrc_triton.launch import interpreting
-from csrc_triton.specs import TRITON_TYPES, KernelSpec
 from tools.compile.arguments import add_arguments, chosen, show
-from tools.compile.machine_code import Code, Target, machine_code
+from tools.compile.machine_code import Code, machine_code
 from tools.compile.occupancy import blocks_per_multiprocessor
+from tools.compile.shipped import DTYPES, Shipped, shipped_kernels
 from tools.table import Table
 
 TARGETS = (
@@ -45,6 +42,11 @@ TARGETS = (
 NO_SPILLS = frozenset({"sm_80", "sm_89", "sm_90"})
 FAR_LOOP_COMPARED = frozenset({"sm_80", "sm_90"})
 FAR_LOOP_LIMIT = 1.10
+PLAIN_TWINS = dict.fromkeys(
+    ("shaw_attention_fwd/relative_key", "shaw_attention_fwd/relative_key_seqused"),
+    "shaw_attention_fwd/no_positions",
+)
+"""What a kernel's hot loop is compared with: the same kernel without its special part."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class Row:
     Attributes:
         target: such as `"cuda:90"`.
         dtype: of the activations.
-        kernel: name of its `KernelSpec`.
-        kind: "gemm", "attention" or "pointwise".
+        kernel: name of the `Shipped` one.
         code: what its machine code says; `None` when it did not compile.
         blocks: resident blocks of a multiprocessor.
         far_loop: instructions in the hot loop as a multiple of those of the plain twin.
@@ -65,74 +66,52 @@ class Row:
     target: str
     dtype: str
     kernel: str
-    kind: str
     code: Code | None
     blocks: int | None
     far_loop: float | None
     problems: tuple[str, ...]
 
 
-def shipped_kernels(arch: str, dtype: str) -> list[KernelSpec]:
-    """All kernels with a dtype, as they ship for model width 1024.
-
-    Args:
-        arch: such as `"sm_90"`.
-        dtype: "float16", "bfloat16" or "float32".
-    """
-    return [spec for module in _kernel_modules() for spec in module.kernel_specs(arch, dtype)]
-
-
-@functools.cache
-def _kernel_modules() -> tuple[Any, ...]:
-    """The modules that list kernels, those of forward passes first."""
-    found = pkgutil.walk_packages(csrc_triton.__path__, f"{csrc_triton.__name__}.")
-    names = sorted((name.endswith("backward"), name) for _, name, _ in found)
-    modules = [importlib.import_module(name) for _, name in names]
-    return tuple(module for module in modules if hasattr(module, "kernel_specs"))
-
-
 def find_problems(
-    spec: KernelSpec, arch: str, code: Code, blocks: int, far_loop: float | None
+    kernel: Shipped, code: Code, blocks: int, far_loop: float | None
 ) -> Iterator[str]:
     """What is wrong with a kernel's machine code; nothing, if all is well."""
+    arch, warps = kernel.target.arch, kernel.request.options["num_warps"]
     if arch in NO_SPILLS and code.spills:
         yield f"{code.spills} instructions load or store spilled registers"
-    has_product = spec.kind in ("gemm", "attention")
-    on_tensor_cores = has_product and spec.dtype in ARCHITECTURES[arch].matrix_types
+    on_tensor_cores = [name for name in code.products if name in ARCHITECTURES[arch].matrix_types]
     if on_tensor_cores and not code.tensor_core:
-        yield f"it is {spec.kind} and has no tensor-core instruction"
+        yield f"it multiplies {' and '.join(on_tensor_cores)} without a tensor-core instruction"
     limit = ARCHITECTURES[arch].block_shared_bytes
     if code.shared_bytes > limit:
         yield f"it needs {code.shared_bytes} bytes of shared memory; {arch} has {limit}"
     elif blocks == 0:
-        yield f"a block of {spec.num_warps} warps with {code.registers} registers does not fit"
-    if on_tensor_cores and spec.plain_twin is not None and arch in FAR_LOOP_COMPARED:
+        yield f"a block of {warps} warps with {code.registers} registers does not fit"
+    twin = PLAIN_TWINS.get(kernel.name)
+    if on_tensor_cores and twin is not None and arch in FAR_LOOP_COMPARED:
         if far_loop is None:
-            yield f"its far loop, or that of {spec.plain_twin}, was not found"
+            yield f"its far loop, or that of {twin}, was not found"
         elif far_loop > FAR_LOOP_LIMIT:
             yield (
-                f"its far loop has {far_loop:.2f} times the instructions of {spec.plain_twin}; "
+                f"its far loop has {far_loop:.2f} times the instructions of {twin}; "
                 f"at most {FAR_LOOP_LIMIT:.2f} are allowed"
             )
 
 
-def check_kernel(
-    spec: KernelSpec, target: Target, others: Mapping[str, KernelSpec], cache: Path
-) -> Row:
+def check_kernel(kernel: Shipped, others: Mapping[str, Shipped], cache: Path) -> Row:
     """Compiles one kernel and checks its machine code.
 
     Args:
-        spec: the kernel.
-        target: the GPU.
-        others: specs by name, among them the kernel's plain twin.
+        kernel: what is checked.
+        others: kernels of that target and dtype by name, among them its plain twin.
         cache: folder with the answers of earlier runs.
     """
-    facts = (target.name, spec.dtype, spec.name, spec.kind)
-    twin = others.get(spec.plain_twin) if spec.kind == "attention" and spec.plain_twin else None
+    facts = (kernel.target.name, kernel.dtype, kernel.name)
+    twin = others.get(PLAIN_TWINS.get(kernel.name, ""))
     far_loop = None
     try:
-        code = machine_code(spec, target, cache)
-        plain = machine_code(twin, target, cache) if twin else None
+        code = machine_code(kernel.request, cache)
+        plain = machine_code(twin.request, cache) if twin else None
     # Whatever the compiler and its passes raise belongs to this kernel; the others go on.
     except Exception as error:
         problem = f"it does not compile: {type(error).__name__}: {error}"
@@ -140,21 +119,20 @@ def check_kernel(
     if plain and plain.hot_loop and code.hot_loop:
         far_loop = code.hot_loop / plain.hot_loop
     blocks = blocks_per_multiprocessor(
-        target.arch,
-        spec.num_warps,
+        kernel.target.arch,
+        kernel.request.options["num_warps"],
         code.registers,
         code.shared_bytes,
         code.tensor_memory_columns,
     )
-    problems = tuple(find_problems(spec, target.arch, code, blocks, far_loop))
-    return Row(*facts, code, blocks, far_loop, problems)
+    return Row(*facts, code, blocks, far_loop, tuple(find_problems(kernel, code, blocks, far_loop)))
 
 
 _TABLE = Table(
     (
         ("target", 10),
         ("dtype", 8),
-        ("kernel", 46),
+        ("kernel", 52),
         ("registers", 9),
         ("spills", 6),
         ("shared", 7),
@@ -189,11 +167,11 @@ def table_line(row: Row) -> str:
 
 def _rows(options: argparse.Namespace) -> Iterator[Row]:
     for target in options.targets:
-        for dtype in options.dtypes or TRITON_TYPES:
-            specs = {spec.name: spec for spec in shipped_kernels(target.arch, dtype)}
-            for name, spec in specs.items():
+        for dtype in options.dtypes or DTYPES:
+            kernels = {kernel.name: kernel for kernel in shipped_kernels(target, dtype)}
+            for name, kernel in kernels.items():
                 if chosen(name, options.kernels):
-                    yield check_kernel(spec, target, specs, options.cache)
+                    yield check_kernel(kernel, kernels, options.cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tools.compile",
         description="Compiles every kernel as it ships and checks the machine code; no GPU needed.",
     )
-    add_arguments(parser, TARGETS, ",".join(TRITON_TYPES))
+    add_arguments(parser, TARGETS, ",".join(DTYPES))
     options = parser.parse_args(arguments)
     if interpreting():
         print("error: TRITON_INTERPRET is set, so nothing can be compiled", file=sys.stderr)

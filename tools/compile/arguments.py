@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from csrc_triton.specs import TRITON_TYPES
-from tools.compile.machine_code import Target, default_cache
+from tools.compile.machine_code import default_cache
+from tools.compile.shipped import DTYPES
+from tools.compile.target import Target
 from tools.table import Table
 
 Row = TypeVar("Row", bound=Any)
@@ -33,8 +34,8 @@ def _targets(text: str) -> list[Target]:
 
 def _dtypes(text: str) -> list[str]:
     dtypes = _listed(text)
-    if not dtypes or not set(dtypes) <= set(TRITON_TYPES):
-        raise argparse.ArgumentTypeError(f"it is {text!r}; known are {', '.join(TRITON_TYPES)}")
+    if not dtypes or not set(dtypes) <= set(DTYPES):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; known are {', '.join(DTYPES)}")
     return dtypes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,46 +12,10 @@ from typing import Any
 
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from csrc_triton.architectures import ARCHITECTURES
-from csrc_triton.specs import KernelSpec
 from tools.answers import keep, kept
 from tools.compile import amdgcn, sass
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU to compile for.
-
-    Attributes:
-        name: as on the command line, `"cuda:90"` or `"hip:gfx942"`.
-        arch: as of `architectures.architecture`, `"sm_90"` or `"gfx942"`.
-        gpu: Triton's target.
-    """
-
-    name: str
-    arch: str
-    gpu: GPUTarget
-
-    @classmethod
-    def parse(cls, name: str) -> Target:
-        """The target of a name.
-
-        Raises:
-            ValueError: there is no such target, or its limits are not known.
-        """
-        backend, _, number = name.partition(":")
-        arch = f"sm_{number}" if backend == "cuda" else number if backend == "hip" else ""
-        if arch not in ARCHITECTURES or (backend == "hip") != arch.startswith("gfx"):
-            known = ", ".join(
-                f"hip:{arch}" if arch.startswith("gfx") else f"cuda:{arch.removeprefix('sm_')}"
-                for arch in ARCHITECTURES
-            )
-            raise ValueError(f"target is {name!r}; it must be one of {known}")
-        gpu = int(number) if backend == "cuda" else number
-        return cls(name, arch, GPUTarget(backend, gpu, ARCHITECTURES[arch].warp_size))
+from tools.virtual_gpu.requests import Uncompiled
 
 
 @dataclass(frozen=True)
@@ -62,6 +27,7 @@ class Code:
         spills: instructions that load or store spilled registers; on AMD spilled vector registers.
         shared_bytes: shared memory of a block.
         tensor_memory_columns: tensor memory of a block.
+        products: number of products in the source by the dtype of what they multiply.
         tensor_core: number of tensor-core instructions by kind: HMMA (sm_70 on), HGMMA (sm_90),
             UTCHMMA (tcgen05, sm_100), MFMA (AMD).
         load_bits: number of loads from global memory by bits a thread, or "TMA" for bulk copies.
@@ -74,35 +40,15 @@ class Code:
     spills: int
     shared_bytes: int
     tensor_memory_columns: int
+    products: dict[str, int]
     tensor_core: dict[str, int]
     load_bits: dict[str, int]
     hot_loop: int | None
     instructions: int
 
 
-def source_and_options(spec: KernelSpec, target: Target) -> tuple[ASTSource, dict[str, Any]]:
-    """What `triton.compile` takes for a kernel as it ships."""
-    names = spec.kernel.arg_names
-    source = ASTSource(
-        spec.kernel,
-        {name: spec.signature.get(name, "constexpr") for name in names},
-        spec.constants,
-        {
-            (position,): [["tt.divisibility", 16]]
-            for position, name in enumerate(names)
-            if name in spec.divisible_by_16
-        },
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    if spec.max_registers is not None and target.gpu.backend == "cuda":
-        options["maxnreg"] = spec.max_registers
-    return source, options
-
-
-def compile_kernel(spec: KernelSpec, target: Target) -> Any:
-    """Triton's compiled kernel; its `asm` holds the machine code. Nothing is launched."""
-    source, options = source_and_options(spec, target)
-    return triton.compile(source, target=target.gpu, options=options)
+_PRODUCT = re.compile(r"\btt\.dot\b.*? : tensor<[\dx]*x(\w+)>")
+_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64"}
 
 
 def read_code(kernel: Any) -> Code:
@@ -138,6 +84,7 @@ def read_code(kernel: Any) -> Code:
         spills,
         metadata.shared,
         getattr(metadata, "tmem_size", 0),
+        dict(Counter(_DTYPES[name] for name in _PRODUCT.findall(kernel.asm["ttir"]))),
         tensor_core,
         load_bits,
         hot_loop,
@@ -156,14 +103,12 @@ def _readers() -> str:
     return "".join(Path(str(file)).read_text() for file in files)
 
 
-def _cache_key(spec: KernelSpec, target: Target) -> str:
-    """Changes with the kernel's source, its configuration, Triton and the code that reads."""
-    source, options = source_and_options(spec, target)
+def _cache_key(request: Uncompiled) -> str:
+    """Changes with the kernel's source, what is asked of Triton, Triton and the code that reads."""
     facts = (
-        source.hash(),
-        sorted(source.signature.items()),
-        target.name,
-        sorted(options.items()),
+        request.source.hash(),
+        request.key,
+        request.target,
         triton.__version__,
         knobs.nvidia.ptxas.path,
         _readers(),
@@ -171,17 +116,16 @@ def _cache_key(spec: KernelSpec, target: Target) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def machine_code(spec: KernelSpec, target: Target, cache: Path) -> Code:
+def machine_code(request: Uncompiled, cache: Path) -> Code:
     """Compiles a kernel and reads its code, or takes the answer of last time.
 
     Args:
-        spec: the kernel.
-        target: the GPU.
+        request: the kernel.
         cache: folder of the answers; made when it is missing.
     """
-    file = cache / f"{_cache_key(spec, target)}.json"
+    file = cache / f"{_cache_key(request)}.json"
     if (answer := kept(file)) is not None:
         return Code(**answer)
-    code = read_code(compile_kernel(spec, target))
+    code = read_code(request.compiled())
     keep(file, asdict(code))
     return code

@@ -7,7 +7,7 @@ unordered, one of them writing, and all barriers are met by the threads that the
 answers: "proved", "refuted" and "not decided", where the verifier has no rule for an instruction
 (wgmma), cannot follow control flow that depends on data, or ran out of time or memory.
 
-A proof is about one launch (`KernelSpec.proof`), distinct tensors that do not overlap, and the
+A proof is about one launch (`tools.verify.small`), distinct tensors that do not overlap, and the
 verifier's model of the GPU. A refutation whose witness is a store of one value by several threads
 is looked at once more with one of those threads alone: see `stores` and `ALLOWED`.
 """
@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from csrc_triton.launch import interpreting
-from csrc_triton.specs import KernelSpec
 from tools.answers import keep, kept
-from tools.compile.aot import shipped_kernels
 from tools.compile.arguments import add_arguments, chosen, show
-from tools.compile.machine_code import Target, compile_kernel
+from tools.compile.shipped import Shipped, shipped_kernels
 from tools.table import Table
 from tools.verify import stores
+from tools.verify.small import small_launches
 from tools.verify.stores import CannotFollow, Store, duplicate_stores, keep_one_thread
+from tools.virtual_gpu.requests import Uncompiled
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100")
 State = Literal["proved", "refuted", "not decided"]
@@ -53,6 +53,13 @@ _STATES: dict[str, State] = {
     "not_wellsynced": "refuted",
     "invalid_lifecycle": "refuted",
 }
+# The arrays whose contents steer the control flow, and are told; what a kernel computes is not.
+_STEERING = frozenset(
+    {
+        *("cu_seqlens_ptr", "frame_cu_seqlens_ptr", "out_cu_seqlens_ptr"),
+        *("seqused_k_ptr", "tile_map_ptr"),
+    }
+)
 _BAD_QUESTIONS = frozenset({"invalid_input", "missing_input"})
 
 
@@ -63,7 +70,7 @@ class Allowed:
     The name alone allows nothing: that the values are equal is proved anew each time.
 
     Attributes:
-        kernel: name of the `KernelSpec`.
+        kernel: name of the `Shipped` one.
         targets: where it was seen.
         reason: why the values are equal.
     """
@@ -76,7 +83,11 @@ class Allowed:
 _LANES = "the four lanes of a row hold the result of one butterfly reduction"
 _WARPS = "the four warps read one sum over rows from shared memory, and lay it out there anew"
 ALLOWED = (
-    Allowed("ctc_argmax/32", ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120"), _LANES),
+    Allowed(
+        "ctc_argmax/characters",
+        ("cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120"),
+        _LANES,
+    ),
     Allowed("shaw_attention_fwd/relative_key", ("cuda:80",), f"log-sum-exp: {_LANES}"),
     Allowed("shaw_attention_fwd/no_positions", ("cuda:80",), f"log-sum-exp: {_LANES}"),
     Allowed(
@@ -84,8 +95,8 @@ ALLOWED = (
         TARGETS,
         "delta: the lanes of a row hold the result of one butterfly reduction",
     ),
-    Allowed("linear_bwd/bias_silu", TARGETS, _WARPS),
-    Allowed("linear_bwd/bias_silu_output", TARGETS, _WARPS),
+    Allowed("epilogue_bwd/linear_silu", TARGETS, _WARPS),
+    Allowed("epilogue_bwd/feed_forward", TARGETS, _WARPS),
 )
 
 
@@ -116,7 +127,7 @@ class Row:
     Attributes:
         target: such as `"cuda:90"`.
         dtype: of the activations.
-        kernel: name of its `KernelSpec`.
+        kernel: name of the `Shipped` one.
         state: "proved", "refuted" or "not decided"; "refuted" also where the only witnesses are
             duplicate stores.
         reason: why it is not proved.
@@ -177,39 +188,32 @@ def _parameters(ptx: str) -> list[tuple[str, str]]:
     ]
 
 
-def _question(spec: KernelSpec, target: Target) -> _Question:
-    if spec.proof is None:
-        raise ValueError(f"{spec.name} has no launch for the verifier")
-    kernel = compile_kernel(spec, target)
+def _question(launch: Uncompiled) -> _Question:
+    kernel = launch.compiled()
     ptx, sources = _prepare(kernel.asm["ptx"])
-    parameters = dict(_parameters(ptx))
-    entry = re.search(r"\.entry\s+(\w+)", ptx)
+    parameters = _parameters(ptx)
     threads = re.search(r"\.reqntid\s+(\d+)", ptx)
-    if entry is None or threads is None:
-        raise ValueError(f"the PTX of {spec.name} names no entry or no number of threads")
-    names = [name for name in spec.kernel.arg_names if name in spec.signature]
-    place = {name: f"{entry[1]}_param_{position}" for position, name in enumerate(names)}
-    missing = {n for n in names if spec.signature[n][0] != "*"} ^ set(spec.proof.scalars)
-    if missing:
-        raise ValueError(f"the launch of {spec.name} for the verifier and its signature differ: "
-                         f"{', '.join(sorted(missing))}")  # fmt: skip
+    if threads is None or len(parameters) < len(launch.arguments):
+        raise ValueError(f"the PTX of {launch.name} does not fit what was launched")
+    scalars, arrays = [], []
+    # Behind its own parameters a kernel has those of Triton's scratch memory.
+    for argument, (parameter, kind) in zip(launch.arguments, parameters, strict=False):
+        if not argument.type.startswith("*"):
+            scalars.append({"parameter": parameter, "type": kind, "value": argument.value})
+        elif argument.type == "*i32" and argument.name in _STEERING:
+            shapes = [[value] for value in argument.value.flatten().tolist()]
+            arrays.append({"parameter": parameter, "element_type": "s32", "shapes": shapes})
     config = {
         "schema": "spverify.kernel-input/v1",
         "launch": {
-            "grid_dim": list(spec.proof.grid),
+            "grid_dim": list(launch.grid),
             "block_dim": [int(threads[1]), 1, 1],
             "dynamic_shared_bytes": kernel.metadata.shared,
         },
-        "arguments": [
-            {"parameter": place[name], "type": parameters[place[name]], "value": value}
-            for name, value in spec.proof.scalars.items()
-        ],
+        "arguments": scalars,
     }
-    if spec.proof.arrays:
-        config["shape_arrays"] = [
-            {"parameter": place[name], "element_type": "s32", "shapes": [[v] for v in values]}
-            for name, values in spec.proof.arrays.items()
-        ]
+    if arrays:
+        config["shape_arrays"] = arrays
     return _Question(ptx, sources, config)
 
 
@@ -316,29 +320,32 @@ def _proof(question: _Question, timeout: float, cache: Path) -> Proof:
     return proof
 
 
-def verify_kernel(spec: KernelSpec, target: Target, cache: Path, timeout: float = TIMEOUT) -> Row:
+def verify_kernel(
+    kernel: Shipped, launch: Uncompiled | None, cache: Path, timeout: float = TIMEOUT
+) -> Row:
     """Proves or refutes that a kernel is free of races and meets its barriers.
 
     Args:
-        spec: the kernel.
-        target: the GPU.
+        kernel: what ships.
+        launch: of that kernel, a small one; `None` where there is none.
         cache: folder with the answers of earlier runs, by PTX, launch and verifier.
         timeout: seconds for the proof; past them it is not decided.
 
     Raises:
-        ValueError: the spec's launch does not fit its signature, or the verifier rejects it.
+        ValueError: the verifier rejects the launch.
     """
-    facts = (target.name, spec.dtype, spec.name)
-    if target.gpu.backend != "cuda":
+    facts = (kernel.target.name, kernel.dtype, kernel.name)
+    if kernel.target.gpu.backend != "cuda":
         return Row(*facts, "not decided", "the verifier reads PTX", 0.0, (), False)
-    if spec.proof is None:
+    if launch is None:
         return Row(*facts, "not decided", "no launch is given for it", 0.0, (), False)
-    proof = _proof(_question(spec, target), timeout, cache)
+    proof = _proof(_question(launch), timeout, cache)
     state, reason, allowed = proof.state, proof.reason, False
     if proof.duplicates:
         places = ", ".join(proof.duplicates)
         entry = next(
-            (a for a in ALLOWED if a.kernel == spec.name and target.name in a.targets), None
+            (a for a in ALLOWED if a.kernel == kernel.name and kernel.target.name in a.targets),
+            None,
         )
         if state == "proved":
             state, allowed = "refuted", entry is not None
@@ -353,7 +360,7 @@ _TABLE = Table(
     (
         ("target", 9),
         ("dtype", 8),
-        ("kernel", 38),
+        ("kernel", 52),
         ("state", 22),
         ("seconds", 7),
         ("why", 3),
@@ -381,14 +388,16 @@ def _rows(options: argparse.Namespace) -> Iterator[Row]:
     for target in options.targets:
         seen: set[str] = set()
         for dtype in options.dtypes or ["bfloat16", "float32"]:
-            for spec in shipped_kernels(target.arch, dtype):
-                family = spec.name.split("/")[0]
+            launches = small_launches(target, dtype)
+            for kernel in shipped_kernels(target, dtype):
+                family = kernel.request.name
                 if options.dtypes is None and dtype == "float32" and family in seen:
                     continue
                 if dtype == "bfloat16":
                     seen.add(family)
-                if chosen(spec.name, options.kernels):
-                    yield verify_kernel(spec, target, options.cache, options.timeout)
+                if chosen(kernel.name, options.kernels):
+                    launch = launches.get(kernel.request.key)
+                    yield verify_kernel(kernel, launch, options.cache, options.timeout)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

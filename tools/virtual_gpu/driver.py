@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver as triton_drivers
 
-from .record import Argument, Launch
+from .record import Launch, leaves, named
 
 # Shared memory that one block can have, in bytes: CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability". Its keys are the targets there are.
@@ -60,16 +60,32 @@ class _Utils:
         return None, self.loaded, 0, 0, MOST_THREADS
 
 
-def _leaves(name: str, types: Any, value: Any) -> Iterator[Argument]:
-    """Arguments by name, elements of tuples as `name.0`, without those that were compiled in."""
-    if isinstance(types, tuple):
-        for i, (part_type, part) in enumerate(zip(types, value, strict=True)):
-            yield from _leaves(f"{name}.{i}", part_type, part)
-    elif types != "constexpr":
-        yield Argument(name, types, value)
+class NamedGpu:
+    """What Triton asks of a driver before it compiles. Its tensors are on the CPU."""
+
+    def __init__(self, gpu: GPUTarget) -> None:
+        self.gpu = gpu
+
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu
+
+    def get_current_device(self) -> tuple[object, ...]:
+        return self.gpu.backend, self.gpu.arch
+
+    def set_current_device(self, device: object) -> None:
+        pass
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
 
 
-class Driver:
+class Driver(NamedGpu):
     """The active driver of Triton while `activated` lasts.
 
     Args:
@@ -80,6 +96,7 @@ class Driver:
     def __init__(self, target: str, run: Run) -> None:
         if target not in SHARED_BYTES:
             raise ValueError(f"target is {target!r}; there are {', '.join(SHARED_BYTES)}")
+        super().__init__(GPUTarget("cuda", int(target.removeprefix("sm_")), THREADS_PER_WARP))
         self.target = target
         self.utils = _Utils(target)
         self.ptx: dict[int, str] = {}
@@ -121,18 +138,10 @@ class Driver:
         grid: tuple[int, int, int],
         values: Sequence[Any],
     ) -> Launch:
-        names = source.fn.arg_names
-
-        def named(path: Any) -> str:
-            if isinstance(path, str):
-                return path
-            first, *rest = path
-            return ".".join([names[first], *map(str, rest)])
-
         arguments = [
             argument
             for (name, types), value in zip(source.signature.items(), values, strict=True)
-            for argument in _leaves(name, types, value)
+            for argument in leaves(name, types, value)
         ]
         for argument in arguments:
             if argument.type.startswith(("tensordesc", "nvTmaDesc")):
@@ -156,8 +165,10 @@ class Driver:
             name=metadata.name,
             target=self.target,
             signature=source.signature,
-            constants={named(path): value for path, value in source.constants.items()},
-            hints={named(path): dict(hints) for path, hints in source.attrs.items() if hints},
+            constants={named(source.fn, path): value for path, value in source.constants.items()},
+            hints={
+                named(source.fn, path): dict(hints) for path, hints in source.attrs.items() if hints
+            },
             options={
                 field.name: getattr(metadata, field.name)
                 for field in options
@@ -178,24 +189,9 @@ class Driver:
 
     # What Triton asks of a driver.
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(self.target.removeprefix("sm_")), THREADS_PER_WARP)
-
-    def get_current_device(self) -> tuple[str, int]:
+    def get_current_device(self) -> tuple[object, ...]:
         # Triton keeps compiled kernels and properties by device: those of two drivers stay apart.
         return self.target, id(self)
-
-    def set_current_device(self, device: object) -> None:
-        pass
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
 
     def map_python_to_cpp_type(self, ty: str) -> str:
         return ty
@@ -206,16 +202,25 @@ class Driver:
 
 
 @contextlib.contextmanager
-def activated(target: str, run: Run) -> Iterator[Driver]:
-    """Triton launches go to `run` inside the block; the driver before is the driver after."""
+def active(driver: NamedGpu) -> Iterator[None]:
+    """Triton's driver inside the block; the one before is the one after."""
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
-    mine = Driver(target, run)
     before = triton_drivers._active
-    triton_drivers.set_active(mine)
-    knobs.runtime.kernel_load_end_hook.add(mine.loaded)
+    triton_drivers.set_active(driver)
     try:
-        yield mine
+        yield
     finally:
-        knobs.runtime.kernel_load_end_hook.remove(mine.loaded)
         triton_drivers.set_active(before)
+
+
+@contextlib.contextmanager
+def activated(target: str, run: Run) -> Iterator[Driver]:
+    """Triton launches go to `run` inside the block."""
+    mine = Driver(target, run)
+    with active(mine):
+        knobs.runtime.kernel_load_end_hook.add(mine.loaded)
+        try:
+            yield mine
+        finally:
+            knobs.runtime.kernel_load_end_hook.remove(mine.loaded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -32,26 +32,39 @@ class Argument:
         }
 
 
+def named(function: Any, path: Any) -> str:
+    """The name of an argument that Triton gives by its place; elements of tuples as `name.0`."""
+    if isinstance(path, str):
+        return path
+    first, *rest = path
+    return ".".join([function.arg_names[first], *map(str, rest)])
+
+
+def leaves(name: str, types: Any, value: Any) -> Iterator[Argument]:
+    """Arguments by name, elements of tuples as `name.0`, without those that were compiled in."""
+    if isinstance(types, tuple):
+        for i, (part_type, part) in enumerate(zip(types, value, strict=True)):
+            yield from leaves(f"{name}.{i}", part_type, part)
+    elif types != "constexpr":
+        yield Argument(name, types, value)
+
+
 @dataclass(frozen=True)
-class Launch:
-    """One launch of one compiled kernel.
+class Request:
+    """What a launch asks of Triton.
 
     Attributes:
         kernel: module and name of the function, `module:name`.
-        name: the entry's name in the PTX.
-        target: `sm_80`, `sm_90`.
+        target: `sm_90`, `gfx942`.
         signature: parameter -> Triton type; "constexpr" where the value was compiled in.
         constants: parameter -> the value compiled in (elements of tuples as `name.0`).
         hints: parameter -> {hint: value}, such as {"tt.divisibility": 16}.
         options: the compiler's options, num_warps and num_stages among them.
         grid: blocks in x, y and z.
         arguments: what the kernel was given, constants left out, in the order of its parameters.
-        ptx: the code.
-        shared_bytes: shared memory of one block.
     """
 
     kernel: str
-    name: str
     target: str
     signature: Mapping[str, Any]
     constants: Mapping[str, Any]
@@ -59,8 +72,6 @@ class Launch:
     options: Mapping[str, Any]
     grid: tuple[int, int, int]
     arguments: Sequence[Argument]
-    ptx: str
-    shared_bytes: int
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -79,8 +90,25 @@ class Launch:
             "options": dict(self.options),
             "grid": list(self.grid),
             "arguments": {a.name: a.described() for a in self.arguments},
-            "shared_bytes": self.shared_bytes,
         }
+
+
+@dataclass(frozen=True)
+class Launch(Request):
+    """One launch of one compiled kernel.
+
+    Attributes:
+        name: the entry's name in the PTX.
+        ptx: the code.
+        shared_bytes: shared memory of one block.
+    """
+
+    name: str
+    ptx: str
+    shared_bytes: int
+
+    def described(self) -> dict[str, Any]:
+        return {**super().described(), "shared_bytes": self.shared_bytes}
 
 
 class Recorder:

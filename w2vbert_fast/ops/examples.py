@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from w2vbert_fast.ops.operation import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class _Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if torch.device(self.device).type == "meta":
+            return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
         values = torch.randn(*shape, generator=self.generator)
         return values.to(self.device, self.dtype if dtype is None else dtype)
 
@@ -132,6 +132,7 @@ def example(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Arguments of `torch.ops.w2vbert.<name>`, of a gradient too: the same at each call.
 
@@ -141,19 +142,23 @@ def example(
         dtype: of its floating-point tensors; the filterbank's operations take float32 alone.
         device: where its tensors are.
         seed: of their values.
+        changes: arguments of the operation itself, not of its gradient, that are others, by name.
     """
     draw = _Draw(sizes or Sizes(), dtype, device, seed)
-    if name in _EXAMPLES:
-        return _EXAMPLES[name](draw, draw.sizes)
-    forward = name.removesuffix("_backward")
-    arguments = example(forward, sizes, dtype=dtype, device=device, seed=seed)
-    results = OPERATIONS[forward].call(*arguments)
-    results = (results,) if isinstance(results, Tensor) else results
+    forward = name if name in _EXAMPLES else name.removesuffix("_backward")
     of_forward, of_backward = (
         getattr(torch.ops.w2vbert, n).default._schema for n in (forward, name)
     )
+    arguments = _EXAMPLES[forward](draw, draw.sizes)
     values = {argument.name: argument.default_value for argument in of_forward.arguments}
     values |= dict(zip(values, arguments, strict=False))
+    if changes:
+        values |= changes
+        arguments = tuple(values.values())
+    if name == forward:
+        return arguments
+    results = getattr(torch.ops.w2vbert, forward)(*arguments)
+    results = (results,) if isinstance(results, Tensor) else results
     could_need = [a for a in of_backward.arguments if a.name in values and "Tensor" in str(a.type)]
     values["needs"] = [True] * len(could_need)
     values["grad"] = draw.tensor(*results[0].shape)

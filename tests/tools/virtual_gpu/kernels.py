@@ -46,7 +46,9 @@ def written(
         f"mov.u32 %r0, %tid.x;\n{loads}\n{body}\nret;\n}}\n"
     )
     arguments = [Argument(name, "*i64", tensor) for name, tensor in tensors.items()]
-    return Launch("t:k", "k", "sm_80", {}, {}, {}, {}, (1, 1, 1), arguments, ptx, shared)
+    return Launch(
+        "t:k", "sm_80", {}, {}, {}, {}, (1, 1, 1), arguments, name="k", ptx=ptx, shared_bytes=shared
+    )
 
 
 def execute(launch: Launch, **checks: bool) -> None:
