@@ -6,13 +6,25 @@ up to 2 ulp or so (PTX ISA, each instruction's table of errors). `div.full` is o
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .block import Block, Mask, Step, predicate, reader, unsigned, unsupported, vector, writer
+from .block import (
+    Blocks,
+    Mask,
+    Step,
+    predicate,
+    readable,
+    reader,
+    slot,
+    unsigned,
+    unsupported,
+    vector,
+    writable,
+    writer,
+)
 from .numbers import (
     bfloat16_to_float32,
     float32_to_bfloat16,
@@ -29,7 +41,9 @@ FLOAT = r"(?:\.(?P<ftz>ftz))?\.(?P<type>f32|f64)"
 
 
 def dtype_of(name: str) -> np.dtype:
-    """NumPy's type for a type of PTX; b32 is u32."""
+    """NumPy's type for a type of PTX; b32 is u32, pred bool."""
+    if name == "pred":
+        return np.dtype(bool)
     return np.dtype(f"{ {'s': 'i', 'u': 'u', 'b': 'u', 'f': 'f'}[name[0]] }{int(name[1:]) // 8}")
 
 
@@ -42,12 +56,54 @@ def elementwise(
     """destination = function(*sources), the sources of these types."""
     if len(i.operands) != len(dtypes) + 1:
         raise unsupported(i)
+    if (direct := _direct(i, program, function, dtypes)) is not None:
+        return direct
     put = writer(i, i.operands[0], program)
     reads = [
         reader(i, operand, dtype, program)
         for operand, dtype in zip(i.operands[1:], dtypes, strict=True)
     ]
     return lambda b, mask: put(b, function(*(read(b) for read in reads)), mask)
+
+
+def _direct(
+    i: Instruction,
+    program: Program,
+    function: Callable[..., np.ndarray],
+    dtypes: Sequence[np.dtype],
+) -> Step | None:
+    """The step of a function of NumPy that needs nothing else: it writes into the register."""
+    if not isinstance(function, np.ufunc):
+        return None
+    result = writable(i, i.operands[0], program)
+    made = function.resolve_dtypes((*dtypes, None))[-1]
+    places = [readable(i, name, t, program) for name, t in zip(i.operands[1:], dtypes, strict=True)]
+    same = made.itemsize == result.itemsize and (made.kind == "b") == (result.kind == "b")
+    slots = [place for place in places if place is not None]
+    if not same or len(slots) < len(places):
+        return None
+    to = slot(program, i.operands[0], made)
+    if len(slots) == 1:
+        (one,) = slots
+
+        def unary(b: Blocks, mask: Mask) -> None:
+            values = b.values
+            if mask is None:
+                function(values[one], out=values[to])
+            else:
+                function(values[one], out=values[to], where=mask)
+
+        return unary
+    left, right = slots
+
+    def binary(b: Blocks, mask: Mask) -> None:
+        values = b.values
+        if mask is None:
+            function(values[left], values[right], out=values[to])
+        else:
+            function(values[left], values[right], out=values[to], where=mask)
+
+    return binary
 
 
 def flushing(function: Callable[..., np.ndarray], ftz: bool) -> Callable[..., np.ndarray]:
@@ -149,20 +205,13 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 
 @rule(r"(and|or|xor)\.(?P<type>b16|b32|b64|pred)")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    function = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}[m[1]]
-    if m["type"] != "pred":
-        return elementwise(i, program, function, *[dtype_of(m["type"])] * 2)
-    put = writer(i, i.operands[0], program)
-    left, right = (predicate(i, operand, program) for operand in i.operands[1:])
-    return lambda b, mask: put(b, function(left(b), right(b)), mask)
+    function = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[m[1]]
+    return elementwise(i, program, function, *[dtype_of(m["type"])] * 2)
 
 
 @rule(r"not\.(?P<type>b16|b32|b64|pred)")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    if m["type"] != "pred":
-        return elementwise(i, program, np.invert, dtype_of(m["type"]))
-    put, read = writer(i, i.operands[0], program), predicate(i, i.operands[1], program)
-    return lambda b, mask: put(b, ~read(b), mask)
+    return elementwise(i, program, np.invert, dtype_of(m["type"]))
 
 
 @rule(r"(shl|shr)\.(?P<type>[sub](?:16|32|64))")
@@ -243,12 +292,12 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 
 
 _COMPARE: dict[str, Callable[..., np.ndarray]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
 }
 
 
@@ -276,6 +325,9 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     dtype = np.dtype("u2") if m["type"] == "bf16" else dtype_of(m["type"])
     if m["ftz"]:
         return elementwise(i, program, lambda a, b: compared(flush(a), flush(b)), dtype, dtype)
+    # What NumPy says of NaN is what PTX says but for "ne", which is false of it.
+    if m["type"] != "bf16" and name in ("eq", "neu", "lt", "le", "gt", "ge"):
+        return elementwise(i, program, _COMPARE[name[:2]], dtype, dtype)
     return elementwise(i, program, compared, dtype, dtype)
 
 
@@ -318,18 +370,17 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     to, source = i.operands
     if m["type"] == "pred":
-        put, read = writer(i, to, program), predicate(i, source, program)
-        return lambda b, mask: put(b, read(b), mask)
+        return elementwise(i, program, lambda a: a, np.dtype(bool))
     dtype = unsigned(int(m["type"][1:]))
     if not (to.startswith("{") or source.startswith("{")):
-        return elementwise(i, program, lambda a: a, dtype)
+        return elementwise(i, program, np.positive, dtype)
     parts = vector(to if to.startswith("{") else source)
     part = unsigned(8 * dtype.itemsize // len(parts))
     if to.startswith("{"):
         puts = [writer(i, name, program) for name in parts]
         read = reader(i, source, dtype, program)
 
-        def unpack(b: Block, mask: Mask) -> None:
+        def unpack(b: Blocks, mask: Mask) -> None:
             values = np.ascontiguousarray(read(b)).view(part).reshape(-1, len(parts))
             for put, column in zip(puts, values.T, strict=True):
                 put(b, np.ascontiguousarray(column), mask)

@@ -1,10 +1,15 @@
-"""The state of one block while it is executed, and how instructions read and write registers."""
+"""The state of blocks that are executed side by side, and how instructions use registers.
+
+Their threads stand in one row, one block after another: thread t is thread `t % per` of block
+`t // per` of them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,57 +21,121 @@ from .shared_memory import SharedMemory
 
 LANES = 32
 
-# Which threads an instruction is executed by; None: all of the block.
+# Which threads an instruction is executed by; None: all.
 Mask = np.ndarray | None
 
 
 @dataclass
 class Copy:
-    """A cp.async under way: bytes [k, width] of shared memory, and what they will be."""
+    """A cp.async under way: addresses [k] in shared memory, and what will be there, [k, width]."""
 
-    at: np.ndarray
+    address: np.ndarray
     values: np.ndarray
     threads: np.ndarray
 
+    def part(self, thread_of: np.ndarray) -> Copy:
+        moved = thread_of[self.threads]
+        kept = moved >= 0
+        return Copy(self.address[kept], self.values[kept], moved[kept])
+
 
 @dataclass
-class Block:
-    """One block.
+class Blocks:
+    """Blocks at the same instruction.
 
     Attributes:
-        number: counted from 0, x fastest.
-        index, grid: its place, and how many there are, in x, y and z.
-        registers: by name, one value for each thread, as unsigned integers or bool.
+        numbers: of each block, counted from 0, x fastest.
+        grid: how many blocks there are, in x, y and z.
         parameters: the bits of each parameter.
+        files: by width in bits, registers [registers of that width, threads] as unsigned integers,
+            those of width 1 as bool.
+        values: what instructions read and write, as `slot` numbered it.
+        counts: instructions that not all threads executed, of warps and by opcode.
         copies: cp.async of no group yet; groups: those committed, the oldest first.
         products, product_groups: the same of wgmma.
-        owed: accumulators of wgmma under way, and what they will be; lent: registers it reads.
-        fenced: the registers at the last wgmma.fence.
+        owed: what becomes of the accumulators of wgmma under way, by their names, and which product
+            of several makes it; owing: those accumulators; lent: registers that such a product
+            reads; unfenced: those written since the last wgmma.fence. The last three are sets as
+            `Program.bits` writes them.
     """
 
-    number: int
-    index: tuple[int, int, int]
+    numbers: np.ndarray
     grid: tuple[int, int, int]
-    registers: dict[str, np.ndarray]
+    program: Program
+    files: dict[int, np.ndarray]
     parameters: dict[str, int]
     memory: GlobalMemory
     shared: SharedMemory
-    threads: np.ndarray
+    counts: Counter[str]
+    values: list[np.ndarray] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     groups: list[list[Copy]] = field(default_factory=list)
     products: list[Any] = field(default_factory=list)
     product_groups: list[list[Any]] = field(default_factory=list)
-    owed: dict[str, np.ndarray] = field(default_factory=dict)
-    lent: set[str] = field(default_factory=set)
-    fenced: dict[str, np.ndarray] = field(default_factory=dict)
+    owed: dict[tuple[str, ...], tuple[np.ndarray, int]] = field(default_factory=dict)
+    owing: int = 0
+    lent: int = 0
+    unfenced: int = -1
+
+    def __post_init__(self) -> None:
+        self.per = self.program.threads
+        self.threads = np.arange(self.numbers.size * self.per)
+        self.block_of = self.numbers.repeat(self.per)
+        views: dict[tuple[int, np.dtype], list[np.ndarray]] = {}
+        self.values = []
+        for operand, dtype in self.program.slots:
+            place = self.program.places.get(operand)
+            if place is None:
+                self.values.append(np.full(self.threads.size, self._constant(operand, dtype)))
+                continue
+            width, row = place
+            if (width, dtype) not in views:
+                views[width, dtype] = list(self.files[width].view(dtype))
+            self.values.append(views[width, dtype][row])
+
+    def _constant(self, operand: str, dtype: np.dtype) -> np.ndarray:
+        """What is in every thread as it was from the beginning."""
+        bits = unsigned(8 * dtype.itemsize)
+        if operand.startswith("%"):
+            of_thread = _SPECIAL[operand](self)
+            return np.asarray(of_thread).astype(bits).view(dtype)
+        value = literal(operand)
+        assert value is not None
+        if dtype.kind == "b":
+            return np.array(value != 0)
+        return np.array(value & ((1 << 8 * dtype.itemsize) - 1), bits).view(dtype)
 
     def active(self, mask: Mask) -> np.ndarray:
         return self.threads if mask is None else np.flatnonzero(mask)
 
+    def place(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where in the grid blocks of these numbers are, in x, y and z."""
+        x, y, _ = self.grid
+        return numbers % x, numbers // x % y, numbers // (x * y)
 
-Step = Callable[[Block, Mask], None]
-Read = Callable[[Block], np.ndarray]
-Write = Callable[[Block, np.ndarray, Mask], None]
+    def part(self, which: np.ndarray) -> Blocks:
+        """Some of the blocks, which go on for themselves."""
+        threads = (which[:, None] * self.per + np.arange(self.per)).reshape(-1)
+        thread_of = np.full(self.threads.size, -1)
+        thread_of[threads] = np.arange(threads.size)
+        return replace(
+            self,
+            numbers=self.numbers[which],
+            files={width: file[:, threads] for width, file in self.files.items()},
+            shared=self.shared.part(which),
+            copies=[copy.part(thread_of) for copy in self.copies],
+            groups=[[copy.part(thread_of) for copy in group] for group in self.groups],
+            products=[product.part(which) for product in self.products],
+            product_groups=[[p.part(which) for p in group] for group in self.product_groups],
+            owed={
+                names: (values[:, threads], number) for names, (values, number) in self.owed.items()
+            },
+        )
+
+
+Step = Callable[[Blocks, Mask], None]
+Read = Callable[[Blocks], np.ndarray]
+Write = Callable[[Blocks, np.ndarray, Mask], None]
 
 
 def unsupported(instruction: Instruction) -> UnsupportedError:
@@ -77,80 +146,128 @@ def unsigned(width: int) -> np.dtype:
     return np.dtype(f"u{width // 8}")
 
 
-def _special(name: str) -> Callable[[Block], np.ndarray | int] | None:
-    if name == "%tid.x":
-        return lambda b: b.threads
-    if name == "%laneid":
-        return lambda b: b.threads % LANES
-    if name in ("%tid.y", "%tid.z"):
-        return lambda b: 0
-    if found := re.fullmatch(r"%(ctaid|nctaid)\.([xyz])", name):
-        axis = "xyz".index(found[2])
-        if found[1] == "ctaid":
-            return lambda b: b.index[axis]
-        return lambda b: b.grid[axis]
-    if name == "%ntid.x":
-        return lambda b: b.threads.size
-    return None
+def _threads(b: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, y, _ = b.program.shape
+    inside = b.threads % b.per
+    return inside % x, inside // x % y, inside // (x * y)
+
+
+def _axis(of: Callable[[Blocks], tuple[Any, ...]], axis: int) -> Callable[[Blocks], Any]:
+    return lambda b: of(b)[axis]
+
+
+_SPECIAL: dict[str, Callable[[Blocks], Any]] = {
+    "%laneid": lambda b: b.threads % LANES,
+    "%warpid": lambda b: b.threads % b.per // LANES,
+}
+for _number, _name in enumerate("xyz"):
+    _SPECIAL |= {
+        f"%tid.{_name}": _axis(_threads, _number),
+        f"%ntid.{_name}": _axis(lambda b: b.program.shape, _number),
+        f"%ctaid.{_name}": _axis(lambda b: b.place(b.block_of), _number),
+        f"%nctaid.{_name}": _axis(lambda b: b.grid, _number),
+    }
+
+
+def literal(operand: str) -> int | None:
+    """The bits of a constant."""
+    if found := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})", operand):
+        return int(found[1], 16)
+    if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
+        return int(operand.rstrip("U"), 0)
+    return 0 if operand == "global_smem" else None  # shared memory begins there
+
+
+def slot(program: Program, operand: str, dtype: np.dtype) -> int:
+    """Where `Blocks.values` has an operand."""
+    return program.slots.setdefault((operand, dtype), len(program.slots))
+
+
+def readable(i: Instruction, operand: str, dtype: np.dtype, program: Program) -> int | None:
+    """The slot of an operand that is as wide as `dtype`; None where it is a register of another
+    width."""
+    width = program.registers.get(operand)
+    if width is None and operand not in _SPECIAL and literal(operand) is None:
+        raise unsupported(i)
+    if width == 1 and dtype.itemsize != 1:
+        raise unsupported(i)
+    if width is not None and width != (1 if dtype.kind == "b" else 8 * dtype.itemsize):
+        return None
+    return slot(program, operand, dtype)
 
 
 def reader(i: Instruction, operand: str, dtype: np.dtype, program: Program) -> Read:
     """A function that gives the operand's value in every thread, as `dtype`."""
+    at = readable(i, operand, dtype, program)
+    if at is not None:
+        return lambda b: b.values[at]
+    # A wider register gives its low bits; a narrower one is extended with zeros.
     bits = unsigned(8 * dtype.itemsize)
-    width = program.registers.get(operand)
-    if width == 1:
-        if dtype.itemsize != 1:
-            raise unsupported(i)
-        return lambda b: b.registers[operand]
-    if width is not None:
-        if width == 8 * dtype.itemsize:
-            return lambda b: b.registers[operand].view(dtype)
-        # A wider register gives its low bits; a narrower one is extended with zeros.
-        return lambda b: b.registers[operand].astype(bits).view(dtype)
-    if special := _special(operand):
-        return lambda b: np.full(b.threads.size, special(b), bits).view(dtype)
-    if found := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})", operand):
-        value = int(found[1], 16)
-    elif re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", operand):
-        value = int(operand.rstrip("U"), 0)
-    elif operand == "global_smem":
-        value = 0  # shared memory begins here
-    else:
-        raise unsupported(i)
-    constant = np.array(value & ((1 << 8 * dtype.itemsize) - 1), bits).view(dtype)
-    return lambda b: np.full(b.threads.size, constant)
+    other = slot(program, operand, unsigned(program.registers[operand]))
+    return lambda b: b.values[other].astype(bits).view(dtype)
+
+
+_BOOL = np.dtype(bool)
 
 
 def predicate(i: Instruction, operand: str, program: Program) -> Read:
-    if program.registers.get(operand) == 1:
-        return lambda b: b.registers[operand]
-    if operand in ("0", "1", "-1"):
-        return lambda b: np.full(b.threads.size, operand != "0")
-    raise unsupported(i)
+    if program.registers.get(operand) != 1 and operand not in ("0", "1", "-1"):
+        raise unsupported(i)
+    return reader(i, operand, _BOOL, program)
+
+
+def writable(i: Instruction, operand: str, program: Program) -> np.dtype:
+    """The type of a register that can be written."""
+    width = program.registers.get(operand)
+    if width is None:
+        raise unsupported(i)
+    return _BOOL if width == 1 else unsigned(width)
 
 
 def writer(i: Instruction, operand: str, program: Program) -> Write:
-    """A function that puts values, one for each thread of the block, where the mask is set.
+    """A function that puts values, one for each thread, where the mask is set.
 
     Signed values are extended with their sign in a wider register, others with zeros.
     """
     if operand == "_":
         return lambda b, values, mask: None
-    width = program.registers.get(operand)
-    if width is None:
-        raise unsupported(i)
-    dtype = np.dtype(bool) if width == 1 else unsigned(width)
-    kept = np.dtype(f"i{width // 8}") if width > 1 else dtype
+    dtype = writable(i, operand, program)
+    at = slot(program, operand, dtype)
+    kept = np.dtype(f"i{dtype.itemsize}") if dtype.kind != "b" else dtype
 
-    def put(b: Block, values: np.ndarray, mask: Mask) -> None:
+    def put(b: Blocks, values: np.ndarray, mask: Mask) -> None:
         if values.dtype != dtype:
             if values.dtype.itemsize != dtype.itemsize:
                 signed = values.dtype.kind == "i"
                 values = values.astype(kept if signed else dtype)
             values = np.ascontiguousarray(values).view(dtype)
+        if mask is None:
+            np.copyto(b.values[at], values)
+        else:
+            np.copyto(b.values[at], values, where=mask)
+
+    return put
+
+
+def words(i: Instruction, operands: Sequence[str], program: Program) -> Read:
+    """A function that gives 32-bit operands in every thread, [operands, threads]."""
+    if all(program.registers.get(name) == 32 for name in operands):
+        rows = np.array([program.places[name][1] for name in operands])
+        return lambda b: b.files[32].take(rows, 0)
+    reads = [reader(i, name, unsigned(32), program) for name in operands]
+    return lambda b: np.stack([read(b) for read in reads])
+
+
+def words_writer(i: Instruction, operands: Sequence[str], program: Program) -> Write:
+    """A function that puts 32-bit values [operands, threads] where the mask is set."""
+    if any(program.registers.get(name) != 32 for name in operands):
+        raise unsupported(i)
+    rows = np.array([program.places[name][1] for name in operands])
+
+    def put(b: Blocks, values: np.ndarray, mask: Mask) -> None:
         if mask is not None:
-            values = np.where(mask, values, b.registers[operand])
-        b.registers[operand] = values
+            values = np.where(mask, values, b.files[32].take(rows, 0))
+        b.files[32][rows] = values
 
     return put
 

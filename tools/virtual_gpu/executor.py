@@ -1,10 +1,10 @@
-"""Executes a launch in NumPy, all threads of a block at once and one block after another."""
+"""Executes a launch in NumPy, all threads of some blocks at once, group after group."""
 
 from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,16 +12,17 @@ import torch
 
 # Imported for the rules that they register.
 from . import arithmetic, tensor_cores, transfers, warpgroups  # noqa: F401
-from .block import LANES, Block, Mask, Step, unsigned
+from .block import Blocks, Mask, unsigned
+from .code import BARRIERS, Code, Run, warps
 from .faults import Fault, UnsupportedError, ranges
 from .global_memory import Checks, GlobalMemory
-from .ptx import Instruction, Program, parse
+from .ptx import Instruction
 from .record import Argument, Launch
-from .rules import compiled
 from .shared_memory import SharedMemory
 
 _FLOATS = {"fp32": "f", "f32": "f", "fp64": "d", "fp16": "e"}
-_CONTROL = frozenset({"bra", "bra.uni", "ret", "bar.sync", "barrier.sync"})
+SIDE_BY_SIDE = 1024
+"""Threads up to which blocks are executed at once: NumPy's cost of a call is shared among them."""
 
 
 @dataclass
@@ -50,13 +51,6 @@ def _bits(argument: Argument) -> int:
     return int(value) & (2**64 - 1)
 
 
-def _blocks(grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
-    for z in range(grid[2]):
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                yield x, y, z
-
-
 class Executor:
     """Runs launches; called with one, it executes it on the tensors that it was given.
 
@@ -71,199 +65,268 @@ class Executor:
     ) -> None:
         self.checks = Checks() if checks is None else checks
         self.counted = counted
-        self._programs: dict[str, tuple[Program, list[Step | None]]] = {}
+        self._codes: dict[str, Code] = {}
 
     def __call__(self, launch: Launch) -> None:
-        memory = GlobalMemory(launch.tensors, self.checks)
+        code = self._code(launch.ptx)
+        memory = GlobalMemory(launch.tensors, self.checks, code.granules["global"])
         before = [storage.bytes.copy() for storage in memory.storages]
         with np.errstate(all="ignore"):
-            counts = self._run(launch, memory, seed=1)
             try:
+                counts = self._run(launch, code, memory, seed=1)
                 if self.checks.written_whole:
                     memory.check_written_whole()
                 if self.checks.garbage:
-                    self._run_again(launch, memory, before)
+                    self._run_again(launch, code, memory, before)
             except Fault as fault:
                 raise ExecutionError(f"kernel {launch.name}: {fault.message}") from None
+            finally:
+                memory.write_back()
         if self.counted is not None:
             self.counted(launch, counts)
 
-    def _run_again(self, launch: Launch, first: GlobalMemory, before: list[np.ndarray]) -> None:
+    def _run_again(
+        self, launch: Launch, code: Code, first: GlobalMemory, before: list[np.ndarray]
+    ) -> None:
         """A second run from the same inputs, the last block first. What the first run did not read
         before it was written starts as garbage; registers and shared memory start as other garbage.
         """
         garbage = np.random.default_rng(3)
-        after = [storage.bytes.copy() for storage in first.storages]
-        for storage, old in zip(first.storages, before, strict=True):
-            only_written = (storage.writer != 0) & ~storage.is_input
+        second = GlobalMemory(launch.tensors, self.checks, code.granules["global"])
+        for storage, one, old in zip(second.storages, first.storages, before, strict=True):
+            only_written = one.by_byte((one.writer != 0) & ~one.is_input)
             noise = garbage.integers(0, 256, storage.size, np.uint8)
             storage.bytes[:] = np.where(only_written, noise, old)
-        second = GlobalMemory(launch.tensors, self.checks)
-        self._run(launch, second, seed=2)
-        for storage, bytes_after in zip(second.storages, after, strict=True):
-            wrong = storage.bytes != bytes_after
+        self._run(launch, code, second, seed=2)
+        for storage, one in zip(second.storages, first.storages, strict=True):
+            wrong = storage.bytes != one.bytes
             if wrong.any() and not storage.is_scratch:
                 place = second.place(storage, int(np.flatnonzero(wrong)[0]))
-                storage.bytes[:] = bytes_after
                 raise Fault(
                     f"{place} depends on the order of blocks, or on what registers, shared memory "
                     "or outputs held before they were written: two runs differ in "
                     f"{int(wrong.sum())} bytes"
                 )
 
-    def _program(self, ptx: str) -> tuple[Program, list[Step | None]]:
-        if ptx not in self._programs:
-            program = parse(ptx)
-            steps = [
-                None if i.opcode in _CONTROL else compiled(i, program) for i in program.instructions
-            ]
-            self._programs[ptx] = program, steps
-        return self._programs[ptx]
+    def _code(self, ptx: str) -> Code:
+        if ptx not in self._codes:
+            self._codes[ptx] = Code(ptx)
+        return self._codes[ptx]
 
-    def _run(self, launch: Launch, memory: GlobalMemory, seed: int) -> Counts:
-        program, steps = self._program(launch.ptx)
+    def _at_once(self, code: Code, memory: GlobalMemory, seed: int) -> int:
+        """How many blocks are executed side by side. Where one may see what another leaves, the
+        second run has them one after another: it is in the order of blocks that it differs."""
+        apart = self.checks.races and not any(s.is_scratch for s in memory.storages)
+        if seed != 1 and not apart:
+            return 1
+        return max(1, SIDE_BY_SIDE // code.program.threads)
+
+    def _run(self, launch: Launch, code: Code, memory: GlobalMemory, seed: int) -> Counts:
+        program = code.program
         counts = Counts()
         garbage = np.random.default_rng(seed)
-        registers: dict[str, np.ndarray] = {}
-        for name, width in program.registers.items():
+        started: dict[int, np.ndarray] = {}
+        for width, number in Counter(program.registers.values()).items():
+            shape = number, program.threads
             if width == 1:
-                registers[name] = garbage.integers(0, 2, program.threads).astype(bool)
+                started[1] = garbage.integers(0, 2, shape).astype(bool)
             else:
-                most = 2**width
-                registers[name] = garbage.integers(0, most, program.threads, unsigned(width))
+                started[width] = garbage.integers(0, 2**width, shape, unsigned(width))
         bits = [_bits(argument) for argument in launch.arguments]
         # Behind its own parameters a kernel has those of scratch memory, which there is none of.
         bits += [0] * (len(program.parameters) - len(bits))
-        blocks = list(enumerate(_blocks(launch.grid)))
-        for number, index in blocks if seed == 1 else reversed(blocks):
-            block = Block(
-                number=number,
-                index=index,
+        numbers = np.arange(launch.grid[0] * launch.grid[1] * launch.grid[2])
+        at_once = self._at_once(code, memory, seed)
+        visits: Counter[int] = Counter()
+        for start in range(0, numbers.size, at_once):
+            some = (numbers if seed == 1 else numbers[::-1])[start : start + at_once]
+            blocks = Blocks(
+                numbers=some,
                 grid=launch.grid,
-                registers=dict(registers),
+                program=program,
+                files={width: np.tile(file, some.size) for width, file in started.items()},
                 parameters=dict(zip(program.parameters, bits, strict=True)),
                 memory=memory,
                 shared=SharedMemory(
-                    launch.shared_bytes, program.threads, garbage, self.checks.races
+                    launch.shared_bytes,
+                    program.threads,
+                    some.size,
+                    garbage,
+                    self.checks.races,
+                    code.granules["shared"],
+                    code.asynchronous,
                 ),
-                threads=np.arange(program.threads),
+                counts=counts.instructions,
             )
-            _execute(launch.name, program, steps, block, counts.instructions)
+            waiting = [(0, blocks)]
+            while waiting:
+                at, blocks = waiting.pop()
+                waiting += _Course(launch.name, code, blocks, visits).go(at)
+        for start, times in visits.items():
+            run = code.run(start)
+            assert run is not None
+            for opcode, number in run.opcodes.items():
+                counts.instructions[opcode] += times * number
         counts.loaded_bytes, counts.stored_bytes = memory.loaded_bytes, memory.stored_bytes
         return counts
 
 
-def _placed(kernel: str, block: Block, i: Instruction | None, fault: Fault) -> ExecutionError:
-    lines = [f"kernel {kernel}, block {block.index}: {fault.message}"]
-    if fault.threads is not None:
-        threads = np.unique(fault.threads)
-        lines.append(f"  threads {ranges(threads)} ({threads.size} of {block.threads.size})")
-    if i is not None:
-        lines.append(f"  PTX line {i.line}: {i.text}")
-        lines.append(f"  source {i.source or 'unknown'}")
-    return ExecutionError("\n".join(lines))
+class _Course:
+    """Blocks on their way, side by side until they part.
 
+    Args:
+        visits: how many warps went through which run, by where it begins.
+    """
 
-def _execute(
-    kernel: str, program: Program, steps: list[Step | None], block: Block, counts: Counter[str]
-) -> None:
-    """One block to its end. Of threads at different instructions those at the first go first, so
-    that they meet again where their ways do."""
-    threads = block.threads.size
-    at = np.zeros(threads, np.int64)
-    alive = np.ones(threads, bool)
-    waiting = np.zeros(threads, bool)
-    end = len(program.instructions)
-    together: int | None = 0  # where all threads are, if they are
-    i: Instruction | None = None
-    try:
-        while True:
-            if together is None:
-                running = alive & ~waiting
-                if not running.any():
-                    if not alive.any():
-                        break
-                    i = program.instructions[int(at[waiting][0])]
-                    if not alive.all() or (at != at[0]).any():
-                        here = waiting & (at == at[waiting][0])
-                        raise Fault("a barrier that not all threads reach", np.flatnonzero(here))
-                    waiting[:] = False
-                    block.shared.barrier()
-                    together = int(at[0]) + 1
-                    continue
-                here = int(at[running].min())
-                mask: Mask = running & (at == here)
+    def __init__(self, kernel: str, code: Code, blocks: Blocks, visits: Counter[int]) -> None:
+        self.kernel, self.code, self.blocks, self.visits = kernel, code, blocks, visits
+        self.here = 0
+
+    def go(self, at: int) -> list[tuple[int, Blocks]]:
+        """From an instruction to the end, or until they part: who goes on where."""
+        try:
+            return self._go(at)
+        except Fault as fault:
+            raise self._placed(fault) from None
+
+    def _placed(self, fault: Fault) -> ExecutionError:
+        b, lines = self.blocks, []
+        block, threads = 0, fault.threads
+        if threads is not None:
+            block = int(threads.min()) // b.per
+            threads = np.unique(threads[threads // b.per == block]) % b.per
+            lines.append(f"  threads {ranges(threads)} ({threads.size} of {b.per})")
+        if self.here < len(self.code.instructions):
+            i = self.code.instructions[self.here]
+            lines += [f"  PTX line {i.line}: {i.text}", f"  source {i.source or 'unknown'}"]
+        index = tuple(int(axis) for axis in b.place(b.numbers[block]))
+        place = f"kernel {self.kernel}, block {index}: {fault.message}"
+        return ExecutionError("\n".join([place, *lines]))
+
+    def _go(self, at: int) -> list[tuple[int, Blocks]]:
+        code, b = self.code, self.blocks
+        every = b.threads.size // 32
+        while at < len(code.instructions):
+            run = code.run(at)
+            if run is not None:
+                self._through(run)
+                self.visits[at] += every
+                at = run.end
+                continue
+            self.here = at
+            i = code.instructions[at]
+            going = code.going(at, b, None)
+            if going is not None and going.any():
+                if b.numbers.size > 1:
+                    return [(at, b.part(which)) for which in self._parted(going)]
+                at = self._apart(at)
+                continue
+            b.counts[i.opcode] += warps(b, going)
+            self._check_lent(i)
+            step = code.steps[at]
+            if going is not None:
+                at += 1
+            elif step is not None:
+                step(b, None)
+                at += 1
+            elif i.opcode.startswith("bra"):
+                at = code.program.labels[i.operands[0]]
+            elif i.opcode == "ret":
+                break
             else:
-                here, mask = together, None
-            if here >= end:
-                break
-            i = program.instructions[here]
-            going = mask
-            if i.guard is not None:
-                guard = block.registers[i.guard] ^ i.negated
-                going = guard if mask is None else mask & guard
-                if mask is None and going.all():
-                    going = None
-            some = going is None or bool(going.any())
-            counts[i.opcode] += (
-                threads // LANES if going is None else int(going.reshape(-1, LANES).any(1).sum())
-            )
-            step = steps[here]
-            if block.owed:
-                _check_lent(block, i)
-            if step is not None:
-                if some:
-                    step(block, going)
-                if together is not None:
-                    together += 1
-                    continue
-                at[mask] = here + 1
-            elif together is not None and going is None and i.opcode.startswith("bra"):
-                together = program.labels[i.operands[0]]
-                continue
-            elif together is not None and not some:
-                together += 1
-                continue
-            elif together is not None and going is None and i.opcode == "ret":
-                break
-            elif together is not None and going is None:
                 _one_barrier(i)
-                block.shared.barrier()
-                together += 1
-                continue
+                b.shared.barrier()
+                at += 1
+        self.here = len(code.instructions)
+        self._finished()
+        return []
+
+    def _parted(self, going: np.ndarray) -> list[np.ndarray]:
+        """Groups of blocks that go the same way with all their threads, or each by itself."""
+        by_block = going.reshape(-1, self.blocks.per)
+        some = by_block.any(1)
+        if (by_block.all(1) == some).all():
+            return [np.flatnonzero(~some), np.flatnonzero(some)]
+        return [np.array([block]) for block in range(len(by_block))]
+
+    def _through(self, run: Run) -> None:
+        b = self.blocks
+        if b.owed and (run.registers & b.owing or run.written & b.lent):
+            for self.here, step in run.steps:
+                self._check_lent(self.code.instructions[self.here])
+                step(b, None)
+        else:
+            for self.here, step in run.steps:
+                step(b, None)
+        b.unfenced |= run.written
+
+    def _check_lent(self, i: Instruction) -> None:
+        b = self.blocks
+        if not b.owed or i.opcode.startswith("wgmma."):
+            return
+        bits = b.program.bits
+        if taken := [name for name in sorted(i.registers) if bits([name]) & b.owing]:
+            raise Fault(f"{taken[0]} is used before the wgmma that adds to it was waited for")
+        if taken := [name for name in sorted(i.written) if bits([name]) & b.lent]:
+            raise Fault(f"{taken[0]} is written before the wgmma that reads it was waited for")
+
+    def _apart(self, start: int) -> int:
+        """One block whose threads part, until they are together again: where. Of threads at
+        different instructions those at the first go first, so that they meet where their ways do.
+        """
+        code, b = self.code, self.blocks
+        at = np.full(b.per, start)
+        alive = np.ones(b.per, bool)
+        waiting = np.zeros(b.per, bool)
+        end = len(code.instructions)
+        while True:
+            running = alive & ~waiting
+            if not running.any():
+                if not alive.any():
+                    return end
+                self.here = int(at[waiting][0])
+                here = waiting & (at == self.here)
+                if not alive.all() or not here.all():
+                    raise Fault("a barrier that not all threads reach", np.flatnonzero(here))
+                b.shared.barrier()
+                return self.here + 1
+            here = int(at[running].min())
+            if here >= end:
+                return end
+            self.here = here
+            mask: Mask = running & (at == here)
+            i = code.instructions[here]
+            going = code.going(here, b, mask)
+            assert going is not None
+            b.counts[i.opcode] += warps(b, going)
+            self._check_lent(i)
+            step = code.steps[here]
+            at[mask] = here + 1
+            if step is not None:
+                if going.any():
+                    step(b, None if going.all() else going)
+                    if code.asynchronous and not i.opcode.startswith("wgmma."):
+                        b.unfenced |= b.program.bits(i.written)
+            elif i.opcode.startswith("bra"):
+                at[going] = code.program.labels[i.operands[0]]
+            elif i.opcode == "ret":
+                alive[going] = False
             else:
-                if together is not None:
-                    at[:] = together
-                    together, mask = None, np.ones(threads, bool)
-                at[mask] = here + 1
-                if i.opcode.startswith("bra"):
-                    at[going] = program.labels[i.operands[0]]
-                elif i.opcode == "ret":
-                    alive[going] = False
-                else:
-                    _one_barrier(i)
-                    at[going] = here
-                    waiting |= going
+                _one_barrier(i)
+                at[going] = here
+                waiting |= going
             if alive.all() and not waiting.any() and (at == at[0]).all():
-                together = int(at[0])
-        i = None
-        if block.copies or any(block.groups):
+                return int(at[0])
+
+    def _finished(self) -> None:
+        b = self.blocks
+        if any(copy.threads.size for group in (*b.groups, b.copies) for copy in group):
             raise Fault("the block ends before a cp.async was waited for")
-        if block.owed or block.products or any(block.product_groups):
+        if b.owed or b.products or any(b.product_groups):
             raise Fault("the block ends before a wgmma was waited for")
-    except Fault as fault:
-        raise _placed(kernel, block, i, fault) from None
-
-
-def _check_lent(block: Block, i: Instruction) -> None:
-    if i.opcode.startswith("wgmma."):
-        return
-    if taken := sorted(block.owed.keys() & i.registers):
-        raise Fault(f"{taken[0]} is used before the wgmma that adds to it was waited for")
-    if taken := sorted(block.lent & i.written):
-        raise Fault(f"{taken[0]} is written before the wgmma that reads it was waited for")
 
 
 def _one_barrier(i: Instruction) -> None:
+    assert i.opcode in BARRIERS
     if i.operands not in (("0",), ("0x0",)):
         raise UnsupportedError(f"PTX line {i.line}: no rule for {i.text!r}")

@@ -12,6 +12,7 @@ import torch
 from .faults import Fault
 
 _MANY = np.int32(-1)
+_ALIGNED = 16  # the widest access
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,37 @@ class Checks:
 
 
 class _Storage:
-    """The bytes of one storage, and by byte which block (from 1) wrote and which read it, and
-    whether it was read before it was written."""
+    """One storage: its bytes, in a copy that begins and ends at a multiple of 16, and by granule
+    which block (from 1) wrote and which read it, and whether it was read before it was written."""
 
-    def __init__(self, tensor: torch.Tensor, is_scratch: bool) -> None:
+    def __init__(self, tensor: torch.Tensor, is_scratch: bool, granule: int) -> None:
         self.is_scratch = is_scratch
+        self.granule = granule
         storage = tensor.untyped_storage()
         self.keep = storage
         self.base, self.size = storage.data_ptr(), storage.nbytes()
-        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self.size).from_address(self.base))
-        self.writer = np.zeros(self.size, np.int32)
-        self.reader = np.zeros(self.size, np.int32)
-        self.is_input = np.zeros(self.size, bool)
+        self.before = self.base % _ALIGNED
+        total = -(-(self.before + self.size) // _ALIGNED) * _ALIGNED
+        self.outside = np.ctypeslib.as_array((ctypes.c_uint8 * self.size).from_address(self.base))
+        self.copy = np.zeros(total, np.uint8)
+        self.bytes = self.copy[self.before : self.before + self.size]
+        self.bytes[:] = self.outside
+        self.writer, self.reader = np.zeros((2, total // granule), np.int32)
+        self.is_input = np.zeros(total // granule, bool)
+        self._views: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def at_width(self, width: int) -> tuple[np.ndarray, ...]:
+        """Bytes, writer, reader and is_input as rows of one width."""
+        if width not in self._views:
+            notes = (self.writer, self.reader, self.is_input)
+            self._views[width] = (
+                self.copy.view(f"V{width}"),
+                *(note.reshape(-1, width // self.granule) for note in notes),
+            )
+        return self._views[width]
+
+    def by_byte(self, notes: np.ndarray) -> np.ndarray:
+        return notes.repeat(self.granule)[self.before : self.before + self.size]
 
 
 class GlobalMemory:
@@ -56,17 +76,25 @@ class GlobalMemory:
 
     Args:
         tensors: the tensors that may be accessed, anywhere in their storages.
+        granule: bytes of the narrowest access.
+
+    The tensors get what was stored when `write_back` is called.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], checks: Checks) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], checks: Checks, granule: int = 1
+    ) -> None:
         self.tensors = dict(tensors)
         self.checks = checks
         found = {t.untyped_storage().data_ptr(): t for t in tensors.values() if t.numel()}
         results = {
             t.untyped_storage().data_ptr() for name, t in tensors.items() if "scratch" not in name
         }
-        self.storages = [_Storage(found[base], base not in results) for base in sorted(found)]
+        self.storages = [
+            _Storage(found[base], base not in results, granule) for base in sorted(found)
+        ]
         self.bases = np.array([s.base for s in self.storages], np.int64)
+        self.sizes = np.array([s.size for s in self.storages], np.int64)
         self.loaded_bytes = self.stored_bytes = 0
 
     def place(self, storage: _Storage, offset: int) -> str:
@@ -90,10 +118,14 @@ class GlobalMemory:
                 return f"{name}{index}"
         return f"byte {offset} of the storage of {' and '.join(names)}, outside the view"
 
+    def write_back(self) -> None:
+        for storage in self.storages:
+            storage.outside[:] = storage.bytes
+
     def _find(
         self, what: str, address: np.ndarray, width: int, threads: np.ndarray
     ) -> list[tuple[_Storage, np.ndarray | slice, np.ndarray]]:
-        """Parts of an access by storage: (storage, which of the addresses, bytes [k, width])."""
+        """Parts of an access by storage: (storage, which of the addresses, rows of its views)."""
         address = address.astype(np.int64)
         if (wrong := address % width != 0).any():
             raise Fault(f"{what} of {width} bytes that is not aligned to them", threads[wrong])
@@ -102,8 +134,7 @@ class GlobalMemory:
         which = np.searchsorted(self.bases, address, "right") - 1
         nearest = np.maximum(which, 0)
         offset = address - self.bases[nearest]
-        sizes = np.array([s.size for s in self.storages])
-        wrong = (which < 0) | (offset + width > sizes[nearest])
+        wrong = (which < 0) | (offset + width > self.sizes[nearest])
         if wrong.any():
             at = int(np.flatnonzero(wrong)[0])
             storage = self.storages[nearest[at]]
@@ -115,78 +146,105 @@ class GlobalMemory:
                 f"{storage.size} of {' and '.join(names)}",
                 threads[wrong],
             )
-        steps = np.arange(width)
-        if (which == which[0]).all():
-            return [(self.storages[which[0]], slice(None), offset[:, None] + steps)]
+        first = int(which[0])
+        if (which == first).all():
+            storage = self.storages[first]
+            return [(storage, slice(None), (offset + storage.before) // width)]
         return [
-            (self.storages[s], which == s, offset[which == s][:, None] + steps)
+            (
+                self.storages[s],
+                which == s,
+                (offset[which == s] + self.storages[s].before) // width,
+            )
             for s in np.unique(which)
         ]
 
-    def load(self, address: np.ndarray, width: int, threads: np.ndarray, block: int) -> np.ndarray:
-        """Bytes [k, width] at k addresses."""
+    def _place_of(self, storage: _Storage, row: int, width: int, cell: int) -> str:
+        return self.place(storage, row * width + cell * storage.granule - storage.before)
+
+    def load(
+        self, address: np.ndarray, width: int, threads: np.ndarray, blocks: np.ndarray
+    ) -> np.ndarray:
+        """Bytes [k, width] at k addresses, for threads of these blocks, [k]."""
         out = np.empty((address.size, width), np.uint8)
         if not address.size:
             return out
         self.loaded_bytes += out.size
-        for storage, part, at in self._find("global load", address, width, threads):
-            out[part] = storage.bytes[at]
-            writer = storage.writer[at]
-            storage.is_input[at] |= writer == 0
+        for storage, part, rows in self._find("global load", address, width, threads):
+            data, writers, readers, are_inputs = storage.at_width(width)
+            out[part] = data.take(rows).view(np.uint8).reshape(-1, width)
+            block = (blocks[part] + 1).astype(np.int32)[:, None]
+            writer = writers.take(rows, 0)
+            if not (known := are_inputs.take(rows, 0)).all():
+                are_inputs[rows] = known | (writer == 0)
             judged = self.checks.races and not storage.is_scratch
-            if judged and (wrong := (writer != 0) & (writer != block + 1)).any():
-                row, column = np.argwhere(wrong)[0]
+            if judged and writer.any() and (wrong := (writer != 0) & (writer != block)).any():
+                row, cell = np.argwhere(wrong)[0]
                 raise Fault(
-                    f"race of blocks: {self.place(storage, at[row, column])} is read after block "
-                    f"number {writer[row, column] - 1} wrote it",
+                    f"race of blocks: {self._place_of(storage, rows[row], width, cell)} is read "
+                    f"after block number {writer[row, cell] - 1} wrote it",
                     threads[part][wrong.any(1)],
                 )
-            reader = storage.reader[at]
-            storage.reader[at] = np.where((reader == 0) | (reader == block + 1), block + 1, _MANY)
+            reader = readers.take(rows, 0)
+            if not ((reader == block) | (reader == _MANY)).all():
+                note = np.where((reader == 0) | (reader == block), block, _MANY)
+                readers[rows] = note
+                # Several blocks read one granule in this very load.
+                if (other := readers.take(rows, 0) != note).any():
+                    row, cell = np.nonzero(other)
+                    readers[rows[row], cell] = _MANY
         return out
 
     def store(
-        self, address: np.ndarray, values: np.ndarray, threads: np.ndarray, block: int
+        self, address: np.ndarray, values: np.ndarray, threads: np.ndarray, blocks: np.ndarray
     ) -> None:
-        """Stores bytes [k, width] at k addresses."""
+        """Stores bytes [k, width] at k addresses, from threads of these blocks, [k]."""
         if not address.size:
             return
+        width = values.shape[1]
         self.stored_bytes += values.size
-        for storage, part, at in self._find("global store", address, values.shape[1], threads):
-            writer, reader = storage.writer[at], storage.reader[at]
+        for storage, part, rows in self._find("global store", address, width, threads):
+            data, writers, readers, _ = storage.at_width(width)
+            writer, reader = writers.take(rows, 0), readers.take(rows, 0)
+            block = (blocks[part] + 1).astype(np.int32)[:, None]
             judged = self.checks.races and not storage.is_scratch
-            if judged and (wrong := (reader != 0) & (reader != block + 1)).any():
-                row, column = np.argwhere(wrong)[0]
+            if judged and reader.any() and (wrong := (reader != 0) & (reader != block)).any():
+                row, cell = np.argwhere(wrong)[0]
                 raise Fault(
-                    f"race of blocks: {self.place(storage, at[row, column])} is written after "
-                    "another block read it",
+                    f"race of blocks: {self._place_of(storage, rows[row], width, cell)} is written "
+                    "after another block read it",
                     threads[part][wrong.any(1)],
                 )
             if self.checks.written_once:
-                # Of threads that write one byte in this very store the last one's number stays.
-                mark = np.broadcast_to(np.arange(1, at.shape[0] + 1)[:, None], at.shape)
-                storage.writer[at] = mark
-                before = (writer != 0) & ~(storage.is_scratch & (writer == block + 1))
-                if (wrong := before | (storage.writer[at] != mark)).any():
-                    row, column = np.argwhere(wrong)[0]
+                # Of threads that write one granule in this very store the last one's number stays.
+                mark = np.arange(rows.size, dtype=np.int32)[:, None]
+                writers[rows] = mark
+                last = writers.take(rows, 0)
+                before = (writer != 0) & ~(storage.is_scratch & (writer == block))
+                if (wrong := before | (last != mark)).any():
+                    row, cell = np.argwhere(wrong)[0]
+                    first, other = writer[row, cell] - 1, blocks[part][last[row, cell]]
+                    if not writer[row, cell]:
+                        first = blocks[part][row]
+                    at_once = not writer[row, cell] and other == first
                     raise Fault(
-                        f"{self.place(storage, at[row, column])} is written twice"
+                        f"{self._place_of(storage, rows[row], width, cell)} is written twice, "
                         + (
-                            f", first by block number {writer[row, column] - 1}"
-                            if writer[row, column]
-                            else ", by two threads at once"
+                            "by two threads at once"
+                            if at_once
+                            else f"first by block number {first}"
                         ),
                         threads[part][wrong.any(1)],
                     )
-            storage.bytes[at] = values[part]
-            storage.writer[at] = block + 1
+            data[rows] = np.ascontiguousarray(values[part]).view(data.dtype)[:, 0]
+            writers[rows] = block
 
     def check_written_whole(self) -> None:
         """Raises Fault where some elements of a tensor were written and others were not."""
         for storage in self.storages:
             if storage.is_scratch:
                 continue
-            written = torch.from_numpy(storage.writer != 0)
+            written = torch.from_numpy(storage.by_byte(storage.writer != 0))
             for name, tensor in self.tensors.items():
                 if not tensor.numel() or tensor.untyped_storage().data_ptr() != storage.base:
                     continue

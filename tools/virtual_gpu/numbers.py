@@ -77,7 +77,16 @@ def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarra
     """
     if a.dtype == np.float32:
         product = a.astype(np.float64) * b.astype(np.float64)
-        return _sum_rounded_to_odd(product, c.astype(np.float64)).astype(np.float32)
+        total = product + c
+        rounded = total.astype(np.float32)
+        # Rounded twice it is wrong only where the first rounding led half way between two float32
+        # numbers, or may have among subnormal ones, which lie further apart.
+        doubtful = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
+        doubtful |= (np.abs(rounded) <= _LEAST_NORMAL) & (total != 0)
+        if doubtful.any():
+            exact = _sum_rounded_to_odd(product, c.astype(np.float64)).astype(np.float32)
+            return np.where(doubtful, exact, rounded)
+        return rounded
     high, low = _product_and_error(a, b)
     upper, upper_error = _sum_and_error(c, low)
     total, error = _sum_and_error(high, upper)

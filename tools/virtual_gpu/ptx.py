@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .faults import UnsupportedError
 
@@ -50,13 +55,45 @@ class Instruction:
 
 @dataclass
 class Program:
-    """An entry of PTX: registers by name with their width in bits (predicates: 1)."""
+    """An entry of PTX.
+
+    Attributes:
+        registers: by name, their width in bits (predicates: 1).
+        shape: threads of a block in x, y and z.
+        slots: operands and the types that rules want of them, numbered (`block.slot`).
+    """
 
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)
-    threads: int = 0
+    shape: tuple[int, int, int] = (0, 1, 1)
+    slots: dict[tuple[str, np.dtype], int] = field(default_factory=dict)
+
+    @functools.cached_property
+    def threads(self) -> int:
+        return math.prod(self.shape)
+
+    @functools.cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """By name: a register's width, and which of those of that width it is."""
+        count: Counter[int] = Counter()
+        found = {}
+        for name, width in self.registers.items():
+            found[name] = width, count[width]
+            count[width] += 1
+        return found
+
+    @functools.cached_property
+    def _bit(self) -> dict[str, int]:
+        return {name: 1 << number for number, name in enumerate(self.registers)}
+
+    def bits(self, names: Iterable[str]) -> int:
+        """A set of registers as an integer, a bit for each."""
+        found = 0
+        for name in names:
+            found |= self._bit.get(name, 0)
+        return found
 
 
 def split_operands(text: str) -> tuple[str, ...]:
@@ -102,8 +139,9 @@ def parse(ptx: str) -> Program:
                     source += " inlined at " + comment.partition("@[")[2].replace("]", "").strip()
         elif found := re.match(r"\.param\s+\.\w+.*?(\w+_param_\d+),?$", line):
             program.parameters.append(found[1])
-        elif found := re.match(r"\.reqntid\s+(\d+)$", line):
-            program.threads = int(found[1])
+        elif found := re.match(r"\.reqntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?$", line):
+            x, y, z = (int(size or 1) for size in found.groups())
+            program.shape = x, y, z
         elif found := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;", line):
             width = 1 if found[1] == "pred" else int(re.sub(r"\D", "", found[1]))
             program.registers |= {f"{found[2]}{i}": width for i in range(int(found[3]))}
@@ -121,6 +159,6 @@ def parse(ptx: str) -> Program:
                 elif piece.strip() and not (not text and piece.strip() in "{}"):
                     first = number if not text else first
                     text += " " * bool(text) + piece.strip()
-    if not program.threads:
-        raise UnsupportedError("no .reqntid in one dimension: how many threads a block has")
+    if not program.threads or program.threads % 32:
+        raise UnsupportedError("no .reqntid with whole warps: how many threads a block has")
     return program

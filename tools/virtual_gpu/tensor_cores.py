@@ -14,26 +14,27 @@ import numpy as np
 
 from .block import (
     LANES,
-    Block,
+    Blocks,
     Mask,
     Read,
     Step,
     address,
     reader,
-    unsigned,
     unsupported,
     vector,
     whole_warps,
+    words,
+    words_writer,
     writer,
 )
 from .faults import Fault
 from .numbers import bfloat16_to_float32
 from .ptx import Instruction, Program
 from .rules import rule
-from .transfers import chosen, spread
+from .transfers import chosen
 
 
-def _rows(where: Read, count: int, b: Block, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
+def _rows(where: Read, count: int, b: Blocks, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
     """Addresses of the rows, [warps * 8 * count], and the threads that give them."""
     if not whole_warps(mask):
         raise Fault("a matrix of a warp by a part of it", b.active(mask))
@@ -45,19 +46,18 @@ def _rows(where: Read, count: int, b: Block, mask: Mask) -> tuple[np.ndarray, np
 @rule(r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared\.b16")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     count = int(m["count"])
-    puts = [writer(i, name, program) for name in vector(i.operands[0])]
+    put = words_writer(i, vector(i.operands[0]), program)
     where = address(i, i.operands[1], 32, program)
 
-    def load(b: Block, mask: Mask) -> None:
+    def load(b: Blocks, mask: Mask) -> None:
         at, threads = _rows(where, count, b, mask)
         data = b.shared.load(at, 16, threads, whole_warp=True)
         matrices = data.view(np.uint16).reshape(-1, count, 8, 8)
         if m["trans"]:
             matrices = matrices.swapaxes(2, 3)
         # Two neighbours of a row for each lane, the lanes along the rows.
-        words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, LANES)
-        for number, put in enumerate(puts):
-            put(b, spread(b, words[:, number].reshape(-1), mask), mask)
+        lanes = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, LANES)
+        put(b, _by_register(b, lanes, mask), mask)
 
     return load
 
@@ -66,12 +66,13 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     count = int(m["count"])
     where = address(i, i.operands[0], 32, program)
-    reads = [reader(i, name, unsigned(32), program) for name in vector(i.operands[1])]
+    read = words(i, vector(i.operands[1]), program)
 
-    def store(b: Block, mask: Mask) -> None:
+    def store(b: Blocks, mask: Mask) -> None:
         at, threads = _rows(where, count, b, mask)
-        words = np.stack([chosen(r, b, mask).reshape(-1, LANES) for r in reads], 1)
-        matrices = words.view(np.uint16).reshape(-1, count, 8, 8)
+        values = read(b) if mask is None else read(b)[:, mask]
+        lanes = values.reshape(count, -1, LANES).swapaxes(0, 1)
+        matrices = np.ascontiguousarray(lanes).view(np.uint16).reshape(-1, count, 8, 8)
         if m["trans"]:
             matrices = matrices.swapaxes(2, 3)
         rows = np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
@@ -80,30 +81,35 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return store
 
 
-def _words(reads: list[Read], b: Block, mask: Mask) -> np.ndarray:
-    """Registers of whole warps, [warps, registers, groups of 4 lanes, lane in the group]."""
-    return np.stack([chosen(read, b, mask).reshape(-1, 8, 4) for read in reads], 1)
+def _by_register(b: Blocks, lanes: np.ndarray, mask: Mask) -> np.ndarray:
+    """[registers, threads] of [warps that take part, registers, lanes]."""
+    values = lanes.swapaxes(0, 1).reshape(lanes.shape[1], -1)
+    if mask is None:
+        return values
+    every = np.zeros((lanes.shape[1], b.threads.size), values.dtype)
+    every[:, mask] = values
+    return every
 
 
-# Operands of 16 x K and K x 8 as float32, from registers [warps, registers, 8, 4].
+# Operands of 16 x K and K x 8 as float32, from registers [registers, threads].
 
 
-def _a16(words: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    pairs = value(np.ascontiguousarray(words).view(np.uint16)).reshape(-1, 2, 2, 8, 4, 2)
-    return pairs.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 16, 16)
+def _a16(registers: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    pairs = value(registers.view(np.uint16)).reshape(2, 2, -1, 8, 4, 2)
+    return pairs.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 16)
 
 
-def _b16(words: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    pairs = value(np.ascontiguousarray(words).view(np.uint16)).reshape(-1, 2, 8, 4, 2)
-    return pairs.transpose(0, 1, 3, 4, 2).reshape(-1, 16, 8)
+def _b16(registers: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    pairs = value(registers.view(np.uint16)).reshape(2, -1, 8, 4, 2)
+    return pairs.transpose(1, 0, 3, 4, 2).reshape(-1, 16, 8)
 
 
-def _a32(words: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    return value(words).reshape(-1, 2, 2, 8, 4).transpose(0, 2, 3, 1, 4).reshape(-1, 16, 8)
+def _a32(registers: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return value(registers).reshape(2, 2, -1, 8, 4).transpose(2, 1, 3, 0, 4).reshape(-1, 16, 8)
 
 
-def _b32(words: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    return value(words).transpose(0, 1, 3, 2).reshape(-1, 8, 8)
+def _b32(registers: np.ndarray, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return value(registers).reshape(2, -1, 8, 4).transpose(1, 0, 3, 2).reshape(-1, 8, 8)
 
 
 VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -123,22 +129,18 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     to, a, b, c = (vector(operand) for operand in i.operands)
     if (len(to), len(a), len(b), len(c)) != (4, 4, 2, 4):
         raise unsupported(i)
-    puts = [writer(i, name, program) for name in to]
-    reads_a, reads_b, reads_c = (
-        [reader(i, name, unsigned(32), program) for name in names] for names in (a, b, c)
-    )
+    put = words_writer(i, to, program)
+    read_a, read_b, read_c = (words(i, names, program) for names in (a, b, c))
 
-    def multiply(block: Block, mask: Mask) -> None:
+    def multiply(block: Blocks, mask: Mask) -> None:
         if not whole_warps(mask):
             raise Fault("mma.sync by a part of a warp", block.active(mask))
-        x = left(_words(reads_a, block, mask), value).astype(np.float64)
-        y = right(_words(reads_b, block, mask), value).astype(np.float64)
-        z = _words(reads_c, block, mask).view(np.float32).reshape(-1, 2, 2, 8, 4)
-        z = z.transpose(0, 1, 3, 4, 2).reshape(-1, 16, 8)
+        x = left(read_a(block), value).astype(np.float64)
+        y = right(read_b(block), value).astype(np.float64)
+        z = read_c(block).view(np.float32).reshape(2, 2, -1, 8, 4)
+        z = z.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8)
         out = (x @ y + z).astype(np.float32).reshape(-1, 2, 8, 4, 2)
-        out = out.transpose(0, 1, 4, 2, 3).reshape(-1, 4, LANES)
-        for number, put in enumerate(puts):
-            put(block, spread(block, out[:, number].reshape(-1), mask), mask)
+        put(block, out.transpose(1, 4, 0, 2, 3).reshape(4, -1).view(np.uint32), mask)
 
     return multiply
 
@@ -155,18 +157,17 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         [reader(i, name, np.dtype("f8"), program) for name in names] for names in (a, b, c)
     )
 
-    def multiply(block: Block, mask: Mask) -> None:
+    def multiply(block: Blocks, mask: Mask) -> None:
         if not whole_warps(mask):
             raise Fault("mma.sync by a part of a warp", block.active(mask))
-        # [warps, slices, halves, 8, 4], [warps, slices, 8, 4] and [warps, halves, 2, 8, 4]
-        x = _words(reads_a, block, mask).reshape(-1, slices, halves, 8, 4)
-        x = x.transpose(0, 2, 3, 1, 4).reshape(-1, 8 * halves, 4 * slices)
-        y = _words(reads_b, block, mask).transpose(0, 1, 3, 2).reshape(-1, 4 * slices, 8)
-        z = _words(reads_c, block, mask).reshape(-1, halves, 2, 8, 4)
-        z = z.transpose(0, 1, 3, 4, 2).reshape(-1, 8 * halves, 8)
-        out = (x @ y + z).reshape(-1, halves, 8, 4, 2).transpose(0, 1, 4, 2, 3)
-        out = out.reshape(-1, 2 * halves, LANES)
-        for number, put in enumerate(puts):
-            put(block, spread(block, out[:, number].reshape(-1), mask), mask)
+        x, y, z = (np.stack([r(block) for r in reads]) for reads in (reads_a, reads_b, reads_c))
+        # [slices, halves, warps, 8, 4], [slices, warps, 8, 4] and [halves, 2, warps, 8, 4]
+        x = x.reshape(slices, halves, -1, 8, 4).transpose(2, 1, 3, 0, 4)
+        x = x.reshape(-1, 8 * halves, 4 * slices)
+        y = y.reshape(slices, -1, 8, 4).transpose(1, 0, 3, 2).reshape(-1, 4 * slices, 8)
+        z = z.reshape(halves, 2, -1, 8, 4).transpose(2, 0, 3, 4, 1).reshape(-1, 8 * halves, 8)
+        out = (x @ y + z).reshape(-1, halves, 8, 4, 2).transpose(1, 4, 0, 2, 3)
+        for put, values in zip(puts, out.reshape(2 * halves, -1), strict=True):
+            put(block, values, mask)
 
     return multiply

@@ -8,7 +8,7 @@ import numpy as np
 
 from .block import (
     LANES,
-    Block,
+    Blocks,
     Copy,
     Mask,
     Read,
@@ -29,12 +29,12 @@ CACHE = r"(?:\.(?:ca|cg|cs|wb|wt|nc|L1::(?:no_allocate|evict_\w+)))*"
 TYPE = r"(?:\.v(?P<count>[248]))?\.(?P<type>[subf](?:8|16|32|64))"
 
 
-def chosen(read: Read, b: Block, mask: Mask) -> np.ndarray:
+def chosen(read: Read, b: Blocks, mask: Mask) -> np.ndarray:
     values = read(b)
     return values if mask is None else values[mask]
 
 
-def spread(b: Block, values: np.ndarray, mask: Mask) -> np.ndarray:
+def spread(b: Blocks, values: np.ndarray, mask: Mask) -> np.ndarray:
     """Values of the active threads as values of all."""
     if mask is None:
         return np.ascontiguousarray(values)
@@ -65,12 +65,12 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     where = address(i, i.operands[1], 32 if shared else 64, program)
     kind = np.dtype(f"i{part.itemsize}") if m["type"][0] == "s" else part
 
-    def load(b: Block, mask: Mask) -> None:
+    def load(b: Blocks, mask: Mask) -> None:
         at, threads = chosen(where, b, mask), b.active(mask)
         if shared:
             data = b.shared.load(at, width, threads)
         else:
-            data = b.memory.load(at, width, threads, b.number)
+            data = b.memory.load(at, width, threads, b.block_of[threads])
         for put, column in zip(puts, data.view(kind).T, strict=True):
             put(b, spread(b, column, mask), mask)
 
@@ -87,13 +87,13 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     shared = m["space"] == "shared"
     where = address(i, i.operands[0], 32 if shared else 64, program)
 
-    def store(b: Block, mask: Mask) -> None:
+    def store(b: Blocks, mask: Mask) -> None:
         data = np.stack([chosen(read, b, mask) for read in reads], 1).view(np.uint8)
         at, threads = chosen(where, b, mask), b.active(mask)
         if shared:
             b.shared.store(at, data, threads)
         else:
-            b.memory.store(at, data, threads, b.number)
+            b.memory.store(at, data, threads, b.block_of[threads])
 
     return store
 
@@ -107,10 +107,11 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     if len(i.operands) not in (3, 4):
         raise unsupported(i)
 
-    def copy(b: Block, mask: Mask) -> None:
+    def copy(b: Blocks, mask: Mask) -> None:
         threads = b.active(mask)
-        at = b.shared.start_copy(chosen(to, b, mask), width, threads)
-        values = np.zeros(at.shape, np.uint8)  # what is not copied becomes zero
+        at = chosen(to, b, mask).copy()  # the register may be another by then
+        b.shared.start_copy(at, width, threads)
+        values = np.zeros((threads.size, width), np.uint8)  # what is not copied becomes zero
         some = np.ones(threads.size, bool)
         if given is not None:
             count = chosen(given, b, mask)
@@ -118,7 +119,8 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             if (wrong := some & (count != width)).any():
                 raise Fault(f"cp.async of a part of its {width} bytes", threads[wrong])
         addresses = chosen(source, b, mask)[some]
-        values[some] = b.memory.load(addresses, width, threads[some], b.number)
+        asking = threads[some]
+        values[some] = b.memory.load(addresses, width, asking, b.block_of[asking])
         b.copies.append(Copy(at, values, threads))
 
     return copy
@@ -126,7 +128,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 
 @rule(r"cp\.async\.commit_group")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    def commit(b: Block, mask: Mask) -> None:
+    def commit(b: Blocks, mask: Mask) -> None:
         if mask is not None:
             raise Fault("cp.async.commit_group by a part of the block", b.active(mask))
         b.groups.append(b.copies)
@@ -139,19 +141,19 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     left = int(i.operands[0], 0)
 
-    def wait(b: Block, mask: Mask) -> None:
+    def wait(b: Blocks, mask: Mask) -> None:
         if mask is not None:
             raise Fault("cp.async.wait_group by a part of the block", b.active(mask))
         while len(b.groups) > left:
             for copy in b.groups.pop(0):
-                b.shared.land(copy.at, copy.values, copy.threads)
+                b.shared.land(copy.address, copy.values, copy.threads)
 
     return wait
 
 
 @rule(r"bar\.warp\.sync")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    def wait(b: Block, mask: Mask) -> None:
+    def wait(b: Blocks, mask: Mask) -> None:
         if not whole_warps(mask):
             raise Fault("bar.warp.sync by a part of a warp", b.active(mask))
         b.shared.warp_barrier(b.active(mask))
@@ -168,7 +170,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     word = unsigned(32)
     read, lane, clamp, members = (reader(i, operand, word, program) for operand in i.operands[1:])
 
-    def shuffle(b: Block, mask: Mask) -> None:
+    def shuffle(b: Blocks, mask: Mask) -> None:
         if not whole_warps(mask) or (chosen(members, b, mask) != 0xFFFFFFFF).any():
             raise Fault("shfl.sync by a part of a warp", b.active(mask))
         me = b.threads % LANES
@@ -210,7 +212,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         "xor": np.bitwise_xor,
     }[m["how"]]
 
-    def reduce(b: Block, mask: Mask) -> None:
+    def reduce(b: Blocks, mask: Mask) -> None:
         if not whole_warps(mask) or (chosen(members, b, mask) != 0xFFFFFFFF).any():
             raise Fault("redux.sync by a part of a warp", b.active(mask))
         one = function.reduce(read(b).reshape(-1, LANES), axis=1, dtype=dtype)

@@ -12,9 +12,16 @@ from tests.tools.virtual_gpu.scripts import fused_attention, matrix_product
 from tools.virtual_gpu.executor import ExecutionError
 from tools.virtual_gpu.faults import Fault
 from tools.virtual_gpu.record import Launch
-from tools.virtual_gpu.warpgroups import operand_bytes
+from tools.virtual_gpu.warpgroups import operand_chunks
 
 MODES = {128: 1, 64: 2, 32: 3}
+
+
+def operand_bytes(described: int, rows: int, depth: int, size: int, by_depth: bool) -> torch.Tensor:
+    """Where each byte of each element lies, [rows, depth, size]."""
+    chunks = torch.tensor(operand_chunks(described, rows, depth, size, by_depth))
+    places = (chunks[..., None] * 16 + torch.arange(16)).reshape(chunks.shape[0], -1, size)
+    return places if by_depth else places.transpose(0, 1)
 
 
 def descriptor(start: int, leading: int, stride: int, mode: int) -> int:

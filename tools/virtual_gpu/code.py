@@ -1,0 +1,132 @@
+"""A program made ready to run: what executes each instruction, and which go in one go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from .block import LANES, Blocks, Mask, Step, predicate
+from .ptx import Instruction, parse
+from .rules import compiled
+
+BARRIERS = frozenset({"bar.sync", "barrier.sync"})
+CONTROL = frozenset({"bra", "bra.uni", "ret"}) | BARRIERS
+# What a block does as a whole: where a guard lets some blocks alone do it, they part before.
+_TOGETHER = ("cp.async.commit", "cp.async.wait", "wgmma.", "fence.proxy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Instructions that all threads execute one after another.
+
+    Attributes:
+        steps: each with where it stands.
+        end: where it goes on.
+        opcodes: how often which is executed, those under a guard left out: they count themselves.
+        registers, written: of all of them, as `Program.bits` has it.
+    """
+
+    steps: list[tuple[int, Step]]
+    end: int
+    opcodes: Counter[str]
+    registers: int
+    written: int
+
+
+class Code:
+    """Of one module of PTX.
+
+    Raises:
+        UnsupportedError: there is no rule for one of its instructions.
+    """
+
+    def __init__(self, ptx: str) -> None:
+        self.program = program = parse(ptx)
+        self.instructions = program.instructions
+        self.asynchronous = any(i.opcode.startswith("wgmma.") for i in self.instructions)
+        self.guards = [
+            None if i.guard is None else predicate(i, i.guard, program) for i in self.instructions
+        ]
+        self.steps: list[Step | None] = [
+            None if i.opcode in CONTROL else compiled(i, program) for i in self.instructions
+        ]
+        self.granules = {space: self._granule(space) for space in ("shared", "global")}
+        self._runs: dict[int, Run | None] = {}
+
+    def _granule(self, space: str) -> int:
+        """Bytes of the narrowest access to a memory."""
+        widths = [16]
+        for i in self.instructions:
+            parts = i.opcode.split(".")
+            if space not in parts[1:]:
+                continue
+            if parts[0] in ("ld", "st"):
+                count = next((int(p[1:]) for p in parts if p in ("v2", "v4", "v8")), 1)
+                widths.append(count * int(parts[-1][1:]) // 8)
+            elif parts[0] == "cp":
+                widths.append(int(i.operands[2], 0))
+        return min(widths)
+
+    def run(self, start: int) -> Run | None:
+        """What can be executed from there on without a decision; None: nothing."""
+        if start not in self._runs:
+            self._runs[start] = self._found(start)
+        return self._runs[start]
+
+    def _decides(self, i: Instruction) -> bool:
+        return i.opcode in CONTROL or (i.guard is not None and i.opcode.startswith(_TOGETHER))
+
+    def _found(self, start: int) -> Run | None:
+        steps, opcodes, registers, written = [], Counter[str](), 0, 0
+        at = start
+        while at < len(self.instructions) and not self._decides(i := self.instructions[at]):
+            # Products under way own their registers: what comes between two is looked at by itself.
+            product = i.opcode.startswith("wgmma.")
+            if product and at > start:
+                break
+            step = self.steps[at]
+            assert step is not None
+            if i.guard is None:
+                opcodes[i.opcode] += 1
+                steps.append((at, step))
+            else:
+                steps.append((at, self._guarded(at, step)))
+            at += 1
+            if product:
+                break
+            if self.asynchronous:
+                registers |= self.program.bits(i.registers)
+                written |= self.program.bits(i.written)
+        return Run(steps, at, opcodes, registers, written) if steps else None
+
+    def going(self, at: int, b: Blocks, mask: Mask) -> Mask:
+        """Of the threads at an instruction, those that execute it."""
+        read = self.guards[at]
+        if read is None:
+            return mask
+        guard = read(b)
+        if self.instructions[at].negated:
+            guard = ~guard
+        if mask is not None:
+            return mask & guard
+        return None if guard.all() else guard.copy()
+
+    def _guarded(self, at: int, step: Step) -> Step:
+        opcode = self.instructions[at].opcode
+
+        def execute(b: Blocks, mask: Mask) -> None:
+            going = self.going(at, b, mask)
+            b.counts[opcode] += warps(b, going)
+            if going is None or going.any():
+                step(b, going)
+
+        return execute
+
+
+def warps(b: Blocks, mask: Mask) -> int:
+    """How many have a thread that takes part."""
+    if mask is None:
+        return b.threads.size // LANES
+    return int(np.count_nonzero(mask.reshape(-1, LANES).any(1)))
