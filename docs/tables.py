@@ -205,11 +205,22 @@ def roofline() -> str:
     return markdown(table.header, table.rows)
 
 
+def host() -> str:
+    """Host time of launches, in multiples of a bare one, before launch plans."""
+    rows = json.loads((RESULTS.parent / "host_before.json").read_text())["rows"]
+    table = [
+        (row["name"], str(row["launches"]), f"{row['multiple']:.1f}", f"{row['microseconds']:.0f}")
+        for row in rows
+    ]
+    return markdown(("what", "launches", "a launch, x bare", "us in all"), table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "devices": devices,
     "speed": speed,
     "speed-all": speed_of_all,
     "training": training,
+    "host": host,
     "ledger": ledger,
     "roofline": roofline,
 }

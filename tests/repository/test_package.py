@@ -174,7 +174,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "cli": ("_extras", "doctor", "export", "inference", "integrations", "models", "training"),
     "bench": (
-        *("csrc_triton", "inference", "integrations", "models", "ops", "processing", "recordings"),
+        *("csrc_triton", "inference", "integrations", "layout", "models", "ops", "processing"),
+        *("recordings", "tools"),
     ),
 }
 

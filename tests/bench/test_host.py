@@ -1,0 +1,59 @@
+"""`python -m bench.host`: launches in multiples of a bare one."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from bench import host
+from bench.host import Result, Row
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Time goes by where a call says so, and every launch is counted."""
+    state = {"now": 0.0, "launches": 0}
+    monkeypatch.setattr(host.time, "thread_time", lambda: state["now"])
+    return state
+
+
+def test_a_launch_is_a_multiple_of_the_bare_one_of_its_round(clock: dict[str, float]) -> None:
+    paces = iter([1.0] * 5 + [1.0, 8.0, 8.0, 8.0, 2.0])  # of the machine: warm-up, then by round
+
+    def call(seconds: float, launches: int, pace: float) -> None:
+        clock["now"] += seconds * pace
+        clock["launches"] += launches
+
+    modes = []
+
+    @contextlib.contextmanager
+    def mode():
+        modes.append("in")
+        yield
+        modes.append("out")
+
+    pace = 1.0
+
+    def bare() -> None:
+        nonlocal pace
+        pace = next(paces)
+        call(1.0, 1, pace)
+
+    rows = [
+        Row("bare launch", bare),
+        Row("three of two", lambda: call(12.0, 3, pace)),
+        Row("a layer", lambda: call(30.0, 6, pace), lambda: call(10.0, 2, pace), mode),
+        Row("nothing launched", lambda: call(1.0, 0, 1.0)),
+    ]
+    results = host.measure(rows, lambda: int(clock["launches"]), rounds=5)
+    found = {row.name: (row.launches, round(row.multiple, 6)) for row in results}
+    assert found == {"bare launch": (1, 1.0), "three of two": (3, 4.0), "a layer": (4, 5.0)}
+    assert modes[:2] == ["in", "out"]
+
+
+def test_the_limits_are_checked() -> None:
+    (name, limit), *_ = host.LIMITS.items()
+    assert host.missed([Result(name, 14, limit, 1.0), Result("another", 1, 99.0, 1.0)]) == []
+    (line,) = host.missed([Result(name, 14, limit + 0.1, 1.0)])
+    assert name in line and f"at most {limit:g}" in line
