@@ -24,7 +24,7 @@ help:
 	@echo "make test-transformers  only what drives transformers, also with the oldest and the newest one"
 	@echo "make test-torch  what needs no Triton, with the oldest and the newest PyTorch (installs both)"
 	@echo "make gpu-test  run the GPU tests, with the python on the path; nothing is installed"
-	@echo "make virtual  the GPU tests without one: kernels compiled, then executed in NumPy (an hour)"
+	@echo "make virtual  the GPU tests without one: kernels compiled, then executed in NumPy (hours)"
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
 	@echo "make bench   time this library and its peers side by side (BENCH_ARGS=...)"
@@ -47,7 +47,7 @@ test: $(dev)
 # Not in .venv: on a machine with a GPU the Python that has the right PyTorch is on the path.
 gpu-test:
 	@python=$$(command -v python || command -v python3) || { echo "no python" >&2; exit 1; }; \
-	    PYTHONPATH=. "$$python" -m tests.gpu $(PYTEST_ARGS)
+	    PYTHONPATH=. "$$python" -m tests.kernels $(PYTEST_ARGS)
 
 # Part of `make test` as well.
 test-transformers: $(dev)
@@ -81,11 +81,14 @@ test-torch-%: tests/torch_%.txt tests/torch_range.txt
 	    -r $< -r tests/torch_range.txt
 	PYTHONPATH=. build/torch-$*/bin/python -m pytest -p no:cacheprovider $(torch_tests) $(deselected) $(PYTEST_ARGS)
 
-# The tests of the GPU on tensors in memory: the kernels compiled for both targets and executed in
-# NumPy. An hour or more; PYTEST_ARGS="-k test_norm" for a part.
+# The kernels compiled for both targets and executed in NumPy: every operation first, then all their
+# tests. Hours; a run that was cut goes on where it stopped. PYTEST_ARGS="-k test_norm" for a part.
 virtual: $(dev)
-	$(bin)/python -m tests.gpu --virtual sm_80 $(PYTEST_ARGS)
-	$(bin)/python -m tests.gpu --virtual sm_90 $(PYTEST_ARGS)
+	$(bin)/python -m tests.kernels --virtual sm_80 -k test_every_operation
+	$(bin)/python -m tests.kernels --virtual sm_90 -k test_every_operation
+	$(bin)/python -m tests.kernels --virtual sm_80 $(PYTEST_ARGS)
+	$(bin)/python -m tests.kernels --virtual sm_90 $(PYTEST_ARGS)
+	$(bin)/python -m tests.kernels --summary
 
 aot: $(dev)
 	$(bin)/python -m tools.compile

@@ -18,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*/*.md")))
 RESULTS = ROOT / "bench" / "results" / "cpu_2_cores"
+EXECUTED = ROOT / "docs" / "inside" / "executed.json"
+"""`python -m tests.kernels --summary` writes it."""
 OURS = "w2vbert_fast"
 
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:.+\n)*)")
@@ -215,12 +217,33 @@ def host() -> str:
     return markdown(("what", "launches", "a launch, x bare", "us in all"), table)
 
 
+def executed() -> str:
+    """Each kernel as compiled for each target and dtype: what ran without a GPU, and its errors."""
+    table = []
+    for row in json.loads(EXECUTED.read_text()):
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f} x"
+        error = f"{row['error']:.1e}" if row["error"] > 0 else ""
+        table.append(
+            [
+                f"`{row['kernel'].removeprefix('csrc_triton.')}`",
+                row["target"],
+                row["dtype"],
+                *(f"{row[count]:,}" for count in ("tests", "launches", "instructions")),
+                ratio or error or ("exact" if row["comparisons"] else ""),
+                f"{row['comparisons']:,}",
+            ]
+        )
+    header = ["kernel", "target", "dtype", "tests", "launches", "instructions", "worst error"]
+    return markdown([*header, "comparisons"], table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "devices": devices,
     "speed": speed,
     "speed-all": speed_of_all,
     "training": training,
     "host": host,
+    "executed": executed,
     "ledger": ledger,
     "roofline": roofline,
 }

@@ -24,10 +24,8 @@ with contextlib.suppress(ImportError):  # the GPU lane has no need of it
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # tests/gpu/lane.py says how the tests of that folder run without a GPU. Skipped here and not by
-    # a mark, so that the summary has one line for all of them.
-    elsewhere = os.environ.get("W2VBERT_GPU_TESTS", "small") != "small"
-    if "gpu" in item.keywords and not elsewhere and not torch.cuda.is_available():
+    # Skipped here and not by a mark, so that the summary has one line for all of them.
+    if "gpu" in item.keywords and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and PyTorch sees none")
 
 

@@ -14,6 +14,8 @@ from csrc_triton.attention import build_tile_map, shaw_attention
 from csrc_triton.attention.config import AttentionConfig, attention_config
 from w2vbert_fast import ops
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 LENGTHS = [0, 1, 2, 31, 63, 64, 65, 217, 300]
 SENTINEL = -123.0
 

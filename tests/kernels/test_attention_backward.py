@@ -19,6 +19,8 @@ from csrc_triton.attention.config import (
 )
 from w2vbert_fast import ops
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 SENTINEL = -123.0
 SEED = torch.tensor([2**40 + 7, 3])
 

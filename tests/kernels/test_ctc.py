@@ -14,6 +14,8 @@ from torch import Tensor
 from csrc_triton.ctc import CtcConfig, ctc_greedy
 from w2vbert_fast import ops
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 LENGTHS = [0, 1, 2, 31, 63, 64, 65, 217, 0]
 
 

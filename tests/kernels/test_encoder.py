@@ -20,6 +20,8 @@ from w2vbert_fast.ops import dispatch
 from w2vbert_fast.ops.dispatch import force_triton
 from w2vbert_fast.recordings.audio import load_audio
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 CLIP = Path(__file__).resolve().parent.parent / "data" / "digits_5.flac"
 LENGTHS = (33, 1, 18)
 SHORT = (5, 3)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
-from tests.kernels.conftest import POISON_INTEGER
+from tests.helpers.poison import POISON_INTEGER
 from w2vbert_fast.ops import fbank as plain
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
+
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 DATA = Path(__file__).parents[1] / "data"
 # Around the lengths at which a frame is gained, and utterances without any.

@@ -17,6 +17,8 @@ from tests.ops.test_operation import DIFFERENTIABLE, arguments
 from w2vbert_fast import ops
 from w2vbert_fast.ops.dispatch import force_triton
 
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
+
 FEATURES = TINY["feature_projection_input_dim"]
 LENGTHS = (33, 1, 18)
 STILL = {"apply_spec_augment": False}

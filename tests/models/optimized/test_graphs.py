@@ -1,6 +1,6 @@
 """`compile_for_inference`: when a graph runs, and that no answer changes.
 
-There is no CUDA here: `Rerun` stands in for capture and replay. `tests/gpu/test_graphs.py` has the
+There is no CUDA here: `Rerun` stands in for capture and replay. `tests/kernels/test_graphs.py` has the
 real ones, `test_stale_graphs.py` what makes a graph invalid.
 """
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from csrc_triton.architectures import architecture
 from csrc_triton.attention import shaw_attention
 from csrc_triton.attention.config import AttentionConfig, attention_config
-from tests.gpu.lane import (
+from tests.kernels.judge import Judge
+from tests.kernels.lane import (
     DEVICE,
     DTYPES,
     HALF,
@@ -23,14 +24,13 @@ from tests.gpu.lane import (
     LONG,
     RIGHT,
     VERY_LONG,
-    Judge,
     choose,
     packed,
     random,
 )
 from w2vbert_fast import ops
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 KERNEL = "shaw_attention"
 

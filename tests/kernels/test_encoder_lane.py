@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.lane import DEVICE, DTYPES, Judge
-from tests.gpu.models import LENGTHS, SIZES, batch, fast, import_transformers, kernels, make
-from tests.gpu.test_fbank import speech
+from tests.kernels.judge import Judge
+from tests.kernels.lane import DEVICE, DTYPES
+from tests.kernels.models import LENGTHS, SIZES, batch, fast, import_transformers, kernels, make
+from tests.kernels.test_fbank_lane import speech
 from w2vbert_fast import ops
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
-
-pytestmark = pytest.mark.gpu
 
 FRAMES = ("Wav2Vec2BertModel", "Wav2Vec2BertForCTC", "Wav2Vec2BertForAudioFrameClassification")
 # Errors of a whole model are sums of many roundings, which two implementations make in different

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from csrc_triton.ctc import ctc_greedy
-from tests.gpu.lane import DEVICE, DTYPES, LENGTHS, LONG, Judge, choose, packed, random, strided
+from tests.kernels.judge import Judge
+from tests.kernels.lane import DEVICE, DTYPES, LENGTHS, LONG, choose, packed, random, strided
 from w2vbert_fast import ops
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 
 def check(judge: Judge, logits: Tensor, lengths: list[int], blank: int) -> None:

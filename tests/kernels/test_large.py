@@ -15,11 +15,10 @@ from csrc_triton.ctc import ctc_greedy
 from csrc_triton.fbank import normalize_and_stack
 from csrc_triton.gemm import linear
 from csrc_triton.norm import layer_norm, residual_layer_norm
-from tests.gpu.lane import DEVICE, SMALL, WIDTH, Judge, choose, packed, random, wide
-from tests.gpu.test_attention import sampled_attention
+from tests.kernels.judge import Judge
+from tests.kernels.lane import DEVICE, SMALL, WIDTH, choose, packed, random, wide
+from tests.kernels.test_attention_lane import sampled_attention
 from w2vbert_fast import ops
-
-pytestmark = pytest.mark.gpu
 
 DTYPE = torch.float16
 LIMIT = choose(2**31, 2**13)

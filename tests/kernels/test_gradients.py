@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.gpu.lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, Judge, choose, random
-from tests.gpu.models import LENGTHS as MODEL_LENGTHS
-from tests.gpu.models import SIZES, batch, kernels, make
+from tests.kernels.judge import Judge
+from tests.kernels.lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, choose, random
+from tests.kernels.models import LENGTHS as MODEL_LENGTHS
+from tests.kernels.models import SIZES, batch, kernels, make
 from w2vbert_fast import ops
 from w2vbert_fast.ops.examples import Sizes, example
-
-pytestmark = pytest.mark.gpu
 
 LENGTHS = choose([0, 1, 2, 63, 64, 65, 217, 1500, 0], [0, 1, 31, 33, 0])
 TOKENS = sum(LENGTHS)

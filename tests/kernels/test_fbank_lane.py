@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
-from tests.gpu.lane import DATA, DEVICE, Judge, Sentinels, choose, packed, random
-from tests.gpu.models import import_transformers
+from tests.kernels.judge import Judge
+from tests.kernels.lane import DATA, DEVICE, Sentinels, choose, packed, random
+from tests.kernels.models import import_transformers
 from w2vbert_fast.ops import fbank as plain
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_buffers")]
+pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 RAGGED = [399, 0, 400, 559, 560, 1, 719, 720, 5000, 0]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import w2vbert_fast
-from tests.gpu.lane import DEVICE, WITHOUT_DEVICE, choose
+from tests.kernels.lane import DEVICE, WITHOUT_DEVICE, choose
 from w2vbert_fast.ops.dispatch import force_triton
 
 TINY: dict[str, Any] = {

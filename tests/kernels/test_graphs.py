@@ -13,15 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.gpu.lane import DEVICE, DTYPES, WITHOUT_DEVICE, Judge, choose
-from tests.gpu.models import SIZES, batch, kernels, make
-from tests.gpu.test_encoder import LARGEST_LIMIT, POOLED, answers
-from tests.gpu.test_operations import no_waiting
 from tests.helpers.graphs import Rerun
+from tests.kernels.judge import Judge
+from tests.kernels.lane import DEVICE, DTYPES, WITHOUT_DEVICE, choose
+from tests.kernels.models import SIZES, batch, kernels, make
+from tests.kernels.test_encoder_lane import LARGEST_LIMIT, POOLED, answers
+from tests.kernels.test_operations import no_waiting
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.optimized.graphs import LayerGraphs
-
-pytestmark = pytest.mark.gpu
 
 BUCKET = choose(2048, 32)
 BATCHES = choose(((1500, 217, 64, 31), (1700,), (300,) * 6, (5,)), ((18, 9), (25,), (5,)))

@@ -1,8 +1,11 @@
-"""The registered operations on the device: opcheck, compilation, no waiting for the host."""
+"""The registered operations: every one against float64, forward and backward; opcheck, compilation,
+no waiting for the host.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +14,23 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from tests.gpu.lane import DEVICE, DTYPES, WIDTH, WITHOUT_DEVICE, Judge, choose, random
-from tests.gpu.models import SIZES, batch, fast, kernels, make
+from tests.kernels.judge import ENOUGH_FOR_A_LARGEST, Judge
+from tests.kernels.lane import (
+    DEVICE,
+    DTYPES,
+    FP32_TOLERANCE,
+    INTERPRETED,
+    VIRTUAL,
+    WIDTH,
+    WITHOUT_DEVICE,
+    choose,
+    random,
+)
+from tests.kernels.models import SIZES, batch, fast, kernels, make
 from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.ops import dispatch
 from w2vbert_fast.ops.examples import Sizes, example
 from w2vbert_fast.ops.operation import OPERATIONS
-
-pytestmark = pytest.mark.gpu
 
 LENGTHS = choose([5, 0, 300, 64], [5, 0, 7])
 
@@ -39,6 +52,91 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     first, *others = example(name, EXAMPLES, dtype=dtype, device=DEVICE)
     # The first of equal logits counts.
     return first.round() if name == "ctc_greedy" else first, *others
+
+
+COMPARED = {
+    "small": Sizes(
+        lengths=(5, 0, 19),
+        width=48,
+        inner=80,
+        heads=2,
+        head_size=16,
+        left=64,
+        right=8,
+        taps=31,
+        vocabulary=32,
+    ),
+    "published": Sizes(
+        lengths=choose((64, 0, 1500, 217), (5, 0, 19)),
+        width=1024,
+        inner=4096,
+        heads=16,
+        head_size=64,
+        left=64,
+        right=8,
+        taps=31,
+        vocabulary=32,
+    ),
+}
+if INTERPRETED:  # a minute for each
+    del COMPARED["published"]
+OF_WAVEFORMS = {"log_mel_filterbank": 2e-3, "normalize_and_stack": 1e-5}
+"""In float32 alone, and by how much they may be off."""
+# The third is a work list, which depends on the tiles; attention makes its own.
+DTYPES_OF = {
+    name: DTYPES[:1] if name in OF_WAVEFORMS else DTYPES
+    for name in sorted(OPERATIONS.keys() - {"attention_tile_map"})
+}
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def in_float64(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name, dtypes in DTYPES_OF.items() for dtype in dtypes],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+@pytest.mark.parametrize("size", COMPARED)
+def test_every_operation(size: str, name: str, dtype: torch.dtype, judge: Judge) -> None:
+    limit = OF_WAVEFORMS.get(name)
+    operation = getattr(torch.ops.w2vbert, name)
+    # A gradient takes what the forward kernels gave: the log-sum-exp of plain bf16 is rounded.
+    with torch.no_grad(), dispatch.force_triton():
+        given = example(name, COMPARED[size], dtype=dtype, device=DEVICE)
+    with torch.no_grad(), dispatch.force("plain"):
+        if name == "ctc_greedy":  # the first of equal logits counts
+            given = (given[0].round(), *given[1:])
+        plain = leaves(operation(*given))
+        exact = plain if limit is not None else leaves(operation(*in_float64(given)))
+    with torch.no_grad(), dispatch.force_triton():
+        ours = leaves(operation(*given))
+    assert judge.row.launches or VIRTUAL is None
+    assert len(ours) == len(exact) > 0
+    for one, theirs, right in zip(ours, plain, exact, strict=True):
+        if not one.is_floating_point():
+            assert torch.equal(one, right)
+            judge.counted(name, one.dtype)
+            continue
+        if limit is not None:  # `exact` is plain PyTorch in float32
+            assert (one - right).abs().max() <= limit
+        few = one.numel() < ENOUGH_FOR_A_LARGEST
+        judge(
+            name,
+            one,
+            right.double(),
+            theirs,
+            inputs=dtype,
+            largest_limit=math.inf if few else None,
+            tolerance=FP32_TOLERANCE if limit is None else limit,
+        )
 
 
 # Those of gradients have a lane of their own.
