@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.ledger.forward import SCHEMA as LEDGER_SCHEMA
-from bench.ledger.forward import ledger as count_ledger
+from bench.ledger.forward import SCHEMA as LEDGER_SCHEMA, ledger as count_ledger
 from bench.report.page import ledger_picture, page, speed_picture
 from bench.rows import Results, parse, read_json
 

@@ -16,9 +16,19 @@ import torch
 from torch import Tensor
 
 import w2vbert_fast
-from bench import __main__ as command
-from bench import agreement, flops, machine, measure, memory, peers, runner, targets, workloads
-from bench import context as shared
+from bench import (
+    __main__ as command,
+    agreement,
+    context as shared,
+    flops,
+    machine,
+    measure,
+    memory,
+    peers,
+    runner,
+    targets,
+    workloads,
+)
 from bench.agreement import judge
 from bench.measure import Candidate, Prepared, Unavailable
 from bench.rows import SCHEMA, Row

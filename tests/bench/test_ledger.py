@@ -20,8 +20,7 @@ from bench.ledger.ours import COSTS
 from bench.ledger.trace import Counter, Operation, trace
 from bench.ledger.workload import Workload
 from csrc_triton import ctc
-from csrc_triton.attention import build_tile_map
-from csrc_triton.attention import forward as attention
+from csrc_triton.attention import build_tile_map, forward as attention
 from csrc_triton.conv import forward as conv
 from csrc_triton.fbank import forward as fbank
 from csrc_triton.gemm import forward as linear

@@ -26,8 +26,7 @@ from bench.ledger.training import (
 from bench.ledger.workload import Workload
 from csrc_triton.attention import backward as attention_backward
 from csrc_triton.conv import backward as conv_backward
-from csrc_triton.gemm import backward as linear_backward
-from csrc_triton.gemm import forward as linear
+from csrc_triton.gemm import backward as linear_backward, forward as linear
 from csrc_triton.norm import backward as norm_backward
 from tests.bench.test_ledger import (
     ATTENTION,

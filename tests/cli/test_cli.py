@@ -23,8 +23,7 @@ from typer.testing import CliRunner, Result
 
 import w2vbert_fast
 from tests.helpers.signals import speech_like, stereo, write_container
-from w2vbert_fast.cli import app as cli
-from w2vbert_fast.cli import messages
+from w2vbert_fast.cli import app as cli, messages
 from w2vbert_fast.inference import Pipeline, Transcript, load_audio, load_pipeline, transcribe
 
 DEMO = Path(w2vbert_fast.__file__).parent / "demo"

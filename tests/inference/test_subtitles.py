@@ -11,8 +11,7 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from w2vbert_fast.inference.ctc.subtitles import Layout, cues, srt, txt, vtt
 from w2vbert_fast.inference.ctc.timestamps import Character, Word

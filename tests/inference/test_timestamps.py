@@ -14,8 +14,7 @@ from torch import Tensor
 
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2CTCTokenizer
 from w2vbert_fast.inference import Pipeline, load_audio, load_pipeline
-from w2vbert_fast.inference.ctc import alignment as ctc_alignment
-from w2vbert_fast.inference.ctc import timestamps
+from w2vbert_fast.inference.ctc import alignment as ctc_alignment, timestamps
 from w2vbert_fast.inference.ctc.alignment import align
 from w2vbert_fast.inference.ctc.timestamps import (
     Delay,

@@ -31,9 +31,12 @@ from torch import nn
 
 from tests.helpers.reference import pair
 from w2vbert_fast.integrations import transformers as integration
-from w2vbert_fast.integrations.transformers import accelerate, classes
-from w2vbert_fast.integrations.transformers import probe as _probe
-from w2vbert_fast.integrations.transformers import versions as _versions
+from w2vbert_fast.integrations.transformers import (
+    accelerate,
+    classes,
+    probe as _probe,
+    versions as _versions,
+)
 from w2vbert_fast.integrations.transformers.versions import NEWEST, OLDEST
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from tests.kernels.judge import Judge
 from tests.kernels.lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, choose, random
-from tests.kernels.models import LENGTHS as MODEL_LENGTHS
-from tests.kernels.models import SIZES, batch, kernels, make
+from tests.kernels.models import LENGTHS as MODEL_LENGTHS, SIZES, batch, kernels, make
 from w2vbert_fast import ops
 from w2vbert_fast.ops.examples import Sizes, example
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models.fields import fields_of

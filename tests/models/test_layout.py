@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.helpers.reference import TINY, padded_batch
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC

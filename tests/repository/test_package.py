@@ -124,6 +124,11 @@ def test_unknown_names_are_attribute_errors() -> None:
     assert set(w2vbert_fast.__all__) <= set(dir(w2vbert_fast))
 
 
+def test_an_alias_is_the_class_it_stands_for() -> None:
+    assert w2vbert_fast.AutoModelForAudioXVector is w2vbert_fast.Wav2Vec2BertForXVector
+    assert w2vbert_fast.AutoTokenizer is w2vbert_fast.Wav2Vec2CTCTokenizer
+
+
 def imported(name: str, path: Path) -> Iterator[str]:
     """Dotted names of what a module imports anywhere, those for type checking included."""
     for base, names in import_statements(name, path):

@@ -215,8 +215,7 @@ def run_job(
         JobError, OSError, ValueError, TypeError, ImportError: the job has failed.
     """
     from w2vbert_fast.inference.jobs.inputs import open_inputs
-    from w2vbert_fast.inference.jobs.job import Job as Run
-    from w2vbert_fast.inference.jobs.job import JobOptions
+    from w2vbert_fast.inference.jobs.job import Job as Run, JobOptions
     from w2vbert_fast.inference.runner import Flow
     from w2vbert_fast.inference.tasks import TASKS
 

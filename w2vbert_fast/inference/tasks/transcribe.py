@@ -14,8 +14,11 @@ from torch import Tensor
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.inference.ctc.chunks import Chunk, merge
-from w2vbert_fast.inference.ctc.language_model import FOLDER as LANGUAGE_MODEL_FOLDER
-from w2vbert_fast.inference.ctc.language_model import LanguageModel, find_language_model
+from w2vbert_fast.inference.ctc.language_model import (
+    FOLDER as LANGUAGE_MODEL_FOLDER,
+    LanguageModel,
+    find_language_model,
+)
 from w2vbert_fast.inference.ctc.pauses import split_at_pauses
 from w2vbert_fast.inference.ctc.turns import in_turns
 from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, load_pipeline
