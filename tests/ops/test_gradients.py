@@ -105,6 +105,14 @@ def test_linear(activation: str | None) -> None:
         check("linear_glu", (x, weight, bias))
 
 
+def test_linear_without_outputs_has_a_gradient_of_its_bias() -> None:
+    x, weight, bias = (torch.ones(*shape, requires_grad=True) for shape in ((3, 4), (0, 4), (0,)))
+    ops.linear(x, weight, bias, fast=True).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.zeros(3, 4))
+    assert weight.grad is not None and weight.grad.shape == (0, 4)
+    assert bias.grad is not None and bias.grad.shape == (0,)
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_glu", "feed_forward"])
 def test_only_wanted_gradients_are_computed(name: str) -> None:
     args = arguments(name)

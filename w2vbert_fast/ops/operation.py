@@ -181,7 +181,7 @@ def gradient(
     tensors need a gradient, of the arguments of both schemas; these alone are then the results.
     Otherwise results are named: `grad_x` is the gradient of x, in any floating dtype. A gradient
     that is the same tensor as the one before it, which a form may return again and an operation may
-    not, is a result of shape `[0]`.
+    not, is a result of shape `[0]` where its argument has another shape.
 
     It has no gradient itself: whoever differentiates it gets a RuntimeError that says so.
 
@@ -242,7 +242,10 @@ def gradient(
         values = (*inputs, output) if has_one_output else (*inputs, *output)
         ctx.save_for_backward(*take_tensors(values))
         ctx.others = take_others(values)
-        ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in places]
+        ctx.kinds = [
+            (None, None) if inputs[i] is None else (inputs[i].dtype, inputs[i].shape)
+            for i in places
+        ]
         if not has_one_output:
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*[output[i] for i in not_differentiable])
@@ -264,10 +267,10 @@ def gradient(
         results = backward(*arrange((*grads, *ctx.saved_tensors, *ctx.others, needs)))
         left = iter(results)
         grad = None
-        for i, needed, dtype in zip(places, needs, ctx.dtypes, strict=True):
+        for i, needed, (dtype, shape) in zip(places, needs, ctx.kinds, strict=True):
             if needed or not selects:
                 result = next(left)
-                grad = grad if result.shape == (0,) else result
+                grad = grad if result.shape == (0,) != shape else result
                 if grad is not None and dtype is not None:
                     found[i] = grad.to(dtype)
         return tuple(found)
