@@ -5,8 +5,10 @@ One cluster of 2 CPUs on this machine serves all tests, with a small object stor
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import secrets
 import signal
 import tempfile
@@ -450,6 +452,18 @@ def test_a_job_with_ray_takes_names_only() -> None:
     with pytest.raises(ValueError, match="takes names of recordings, not tar files"):
         list(runner.windows([Row(0, b"RIFF", "a.wav", "a.wav")]))
     assert list(runner.windows([])) == []
+
+
+@pytest.mark.parametrize(
+    "function", [ours.transcribe_dataset, ours.embed_dataset, ours.classify_dataset]
+)
+def test_the_functions_show_their_arguments(function: Any) -> None:
+    documented = re.findall(r"^        (\w+): ", ours.transcribe_dataset.__doc__ or "", re.M)
+    parameters = inspect.signature(function).parameters
+    assert documented[: len(parameters) - 1] == list(parameters)[:-1]
+    assert parameters["options"].kind is inspect.Parameter.VAR_KEYWORD
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tempo'"):
+        function(None, tempo=2)
 
 
 def test_without_ray_the_command_that_installs_it_is_named(

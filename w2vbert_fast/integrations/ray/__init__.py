@@ -17,11 +17,13 @@ machine. docs/use/scaling.md says how to size a cluster.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.inference.runner import Flow
@@ -31,10 +33,13 @@ from w2vbert_fast.integrations.ray.runner import RayRunner
 
 _CHECKPOINT = "_checkpoint"
 _ROWS = "rows"
+_P = ParamSpec("_P")
 _READING = ("Read", "ReadFiles")  # Ray Data's operators behind which it filters rows that are done
 
 
-def transcribe_dataset(
+def _add(
+    kind: type[Task],
+    /,
     ds: Dataset,
     model: str | os.PathLike[str] = "demo",
     *,
@@ -48,6 +53,28 @@ def transcribe_dataset(
     flow: Flow | None = None,
     **options: Any,
 ) -> Dataset:
+    """What the functions for datasets do, with their arguments; see `transcribe_dataset`."""
+    actors = Actors(num_gpus, num_cpus, concurrency, rows_per_shard)
+    columns = Columns(audio, sampling_rate, keep_audio)
+    return map_dataset(ds, kind(model, **options), columns, actors, flow)
+
+
+def _arguments_of(
+    written: Callable[Concatenate[type[Task], _P], Dataset],
+) -> Callable[[Callable[..., Dataset]], Callable[_P, Dataset]]:
+    """Say to editors, type checkers and `help` which arguments a function takes."""
+    signature = inspect.signature(written)
+    signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def give(function: Callable[..., Dataset]) -> Callable[_P, Dataset]:
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return give
+
+
+@_arguments_of(_add)
+def transcribe_dataset(*args: Any, **arguments: Any) -> Dataset:
     """Add what is said to a dataset of recordings. Lazy: it runs when the result is used.
 
     The columns `text`, `seconds` (length of the audio), `error_type` and `error` are added, and
@@ -81,66 +108,34 @@ def transcribe_dataset(
         ValueError: an option has an impossible value, or the column of recordings is missing.
         ImportError: Ray is not installed.
     """
-    task = Transcribe(model, **options)
-    actors = Actors(num_gpus, num_cpus, concurrency, rows_per_shard)
-    return map_dataset(ds, task, Columns(audio, sampling_rate, keep_audio), actors, flow)
+    return _add(Transcribe, *args, **arguments)
 
 
-def embed_dataset(
-    ds: Dataset,
-    model: str | os.PathLike[str],
-    *,
-    audio: str | None = None,
-    sampling_rate: int | None = None,
-    num_gpus: float = 0.0,
-    num_cpus: float = 1.0,
-    concurrency: int | tuple[int, int] = 1,
-    rows_per_shard: int = ROWS_PER_SHARD,
-    keep_audio: bool = False,
-    flow: Flow | None = None,
-    **options: Any,
-) -> Dataset:
+@_arguments_of(_add)
+def embed_dataset(*args: Any, **arguments: Any) -> Dataset:
     """Add hidden states to a dataset of recordings; see `transcribe_dataset` for the arguments.
 
     The columns `embedding` (a list of vectors, or one vector with `pool="mean"`), `seconds`,
     `error_type` and `error` are added.
 
     Args:
-        ds: as for `transcribe_dataset`, and so are the other arguments.
         **options: of `Embed`: layer, stats (a file that every machine can open, or a mapping),
             pool, embedding_dtype, dtype, ...
     """
-    task = Embed(model, **options)
-    actors = Actors(num_gpus, num_cpus, concurrency, rows_per_shard)
-    return map_dataset(ds, task, Columns(audio, sampling_rate, keep_audio), actors, flow)
+    return _add(Embed, *args, **arguments)
 
 
-def classify_dataset(
-    ds: Dataset,
-    model: str | os.PathLike[str],
-    *,
-    audio: str | None = None,
-    sampling_rate: int | None = None,
-    num_gpus: float = 0.0,
-    num_cpus: float = 1.0,
-    concurrency: int | tuple[int, int] = 1,
-    rows_per_shard: int = ROWS_PER_SHARD,
-    keep_audio: bool = False,
-    flow: Flow | None = None,
-    **options: Any,
-) -> Dataset:
+@_arguments_of(_add)
+def classify_dataset(*args: Any, **arguments: Any) -> Dataset:
     """Add classes, or x-vectors, to a dataset of recordings, by the model's head.
 
     The columns `label` and `scores` of a sequence classifier, `segments` of a frame classifier, or
     `embedding` of an x-vector model are added, and `seconds`, `error_type` and `error`.
 
     Args:
-        ds: as for `transcribe_dataset`, and so are the other arguments.
         **options: of `Classify`: dtype, max_seconds, ...
     """
-    task = Classify(model, **options)
-    actors = Actors(num_gpus, num_cpus, concurrency, rows_per_shard)
-    return map_dataset(ds, task, Columns(audio, sampling_rate, keep_audio), actors, flow)
+    return _add(Classify, *args, **arguments)
 
 
 def write_dataset(
