@@ -94,6 +94,31 @@ def test_the_graph_with_adapters(class_name: str, kernel_stride: tuple[int, int]
         assert relative_error(rows[row, : len(expected)], expected) <= 1e-5
 
 
+@pytest.mark.parametrize("kernel_stride", [(3, 2), (5, 3)])
+def test_x_vectors_behind_an_adapter_ask_for_the_frames_that_both_take(
+    kernel_stride: tuple[int, int],
+) -> None:
+    kernel, stride = kernel_stride
+    reference, ours = pair(
+        "Wav2Vec2BertForXVector",
+        add_adapter=True,
+        num_adapter_layers=2,
+        adapter_kernel_size=kernel,
+        adapter_stride=stride,
+    )
+    graph = ExportGraph(ours)
+    fewest = graph.fewest()
+    features, mask = with_left_padding(*padded_batch((fewest + 9, fewest), 20))
+    with torch.no_grad():
+        embeddings = graph(features, mask)[1]
+        for row, expected in enumerate(alone(reference, features, mask, "embeddings")):
+            assert relative_error(embeddings[row], expected) <= 1e-5
+        with pytest.raises(ValueError, match=r"statistics pooling .* needs at least 8"):
+            ours(torch.randn(1, fewest - 1, 20))
+    if stride == 2:  # what torch.export can count with
+        assert formats._program(graph)[1][0][1].min == fewest
+
+
 @pytest.mark.parametrize("class_name", CLASSES[2:])
 def test_the_graph_with_mixed_layers(class_name: str) -> None:
     reference, ours = pair(class_name, use_weighted_layer_sum=True)
