@@ -11,9 +11,11 @@ from typer.testing import CliRunner, Result
 
 from tests.helpers.offline import clips, table, write_manifest
 from tests.helpers.training import make_model
-from w2vbert_fast.cli import app as cli
+from w2vbert_fast.cli import app as cli, jobs
 from w2vbert_fast.cli.transcribe import Decoding
 from w2vbert_fast.inference import Embedder, load_pipeline, transcribe
+from w2vbert_fast.inference.runner import Flow
+from w2vbert_fast.inference.tasks import TASKS
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -62,6 +64,23 @@ def test_embed(tiny_checkpoint: Path, tmp_path: Path) -> None:
         assert expected.embedding is not None
         values = np.load(tmp_path / "out" / row["npy_file"])
         np.testing.assert_allclose(values, expected.embedding.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_a_window_of_a_job_is_as_long_as_the_task_says(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Exception):
+        pass
+
+    def make_runner(made: object, flow: Flow) -> None:
+        raise Made(flow.window_seconds)
+
+    monkeypatch.setattr(jobs.Job, "make_runner", lambda job, device: make_runner)
+    with pytest.raises(Made) as found:
+        jobs.run_job(task, [], "out", {"model": "demo"}, jobs.Job())
+    seconds = {"transcribe": 1800.0, "embed": 600.0, "classify": 1800.0}
+    assert found.value.args[0] == seconds[task]
 
 
 @pytest.mark.parametrize(

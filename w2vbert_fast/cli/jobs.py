@@ -25,8 +25,6 @@ HELP = (
     "1 some rows failed, 2 the job did."
 )
 _AUTO = "auto"
-# Hidden states of so much audio, 24 layers of the published model in float32, are 120 MB.
-_EMBEDDING_WINDOW_SECONDS = 600.0
 
 
 class Dtype(str, enum.Enum):
@@ -227,10 +225,13 @@ def run_job(
         overwrite=job.overwrite,
         log_json=job.log_json,
     )
-    flow = {**job.flow(), "window_rows": min(Flow.window_rows, options.shard_rows)}
-    if task == "embed":
-        flow["window_seconds"] = _EMBEDDING_WINDOW_SECONDS
-    runner = make_runner(TASKS[task](**task_options), Flow(**flow))
+    kind = TASKS[task]
+    flow = Flow(
+        window_rows=min(Flow.window_rows, options.shard_rows),
+        window_seconds=kind.window_seconds,
+        **job.flow(),
+    )
+    runner = make_runner(kind(**task_options), flow)
     run = Run(runner, open_inputs(inputs), out, job.formats or (), options)
     with _stoppable(), log_shown("w2vbert_fast.inference", below_progress=True):
         try:

@@ -44,7 +44,7 @@ class Flow:
     frame_budget: int | str | None = None
     workers: int | None = None
     window_rows: int = 256
-    window_seconds: float = 1800.0
+    window_seconds: float = Task.window_seconds
     longest: float = LONGEST_SECONDS
     overlap: bool | None = None
 

@@ -71,6 +71,7 @@ class Task(abc.ABC):
         column_names: of the class, the columns of tables that it may add.
         has_tensors: of the class, results are tensors, which tables of text do not hold.
         splits: of the class, channels can be computed each by itself.
+        window_seconds: of the class, audio whose results a job keeps in memory at once.
     """
 
     model: str | os.PathLike[str] = DEMO_MODEL
@@ -89,6 +90,7 @@ class Task(abc.ABC):
     column_names: ClassVar[tuple[str, ...]] = ()
     has_tensors: ClassVar[bool] = False
     splits: ClassVar[bool] = False
+    window_seconds: ClassVar[float] = 1800.0
 
     def __post_init__(self) -> None:
         if not self.max_seconds >= 1:

@@ -60,6 +60,8 @@ class Embed(EncoderTask):
     result = Embedding
     column_names = ("shape", "embedding")
     has_tensors = True
+    # Hidden states of so much audio, 24 layers of the published model in float32, are 120 MB.
+    window_seconds = 600.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
