@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,27 @@ from tests.helpers.reference import TINY, padded_batch
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.heads import Wav2Vec2BertHead
-from w2vbert_fast.models.outputs import TokenClassifierOutput
+from w2vbert_fast.models.outputs import HiddenStates, ModelOutput
 from w2vbert_fast.models.pooling import without_padding
 
 LENGTHS = (20, 7)
 
 
-class Pitch(Wav2Vec2BertHead[TokenClassifierOutput]):
-    """One number a frame."""
+@dataclass(eq=False)
+class PitchOutput(ModelOutput):
+    """As `HeadOutput`, with a field of its own."""
 
-    OUTPUT = TokenClassifierOutput
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    voiced: Tensor | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: HiddenStates | None = None
+
+
+class Pitch(Wav2Vec2BertHead[PitchOutput]):
+    """One number a frame, and whether it is above zero."""
+
+    OUTPUT = PitchOutput
     HEAD = ("to_pitch",)
     EXPORTED = ("logits", "lengths")
     MAY_HAVE_ADAPTER = False
@@ -33,7 +45,8 @@ class Pitch(Wav2Vec2BertHead[TokenClassifierOutput]):
         self.post_init()
 
     def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
-        return {"logits": layout.unpack(self.to_pitch(x))}
+        logits = layout.unpack(self.to_pitch(x))
+        return {"logits": logits, "voiced": logits > 0}
 
     def loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
         return F.mse_loss(layout.pack(logits)[:, 0], layout.pack(labels))
@@ -63,8 +76,9 @@ def test_forward_and_loss(mixes: bool) -> None:
         valid = mask.bool()
         loss = F.mse_loss(expected[..., 0][valid], labels[valid])
     torch.testing.assert_close(output.loss, loss)
-    assert list(output) == ["loss", "logits", "hidden_states"]
-    assert torch.equal(ours(features, mask, return_dict=False)[0], output.logits)
+    assert list(output) == ["loss", "logits", "voiced", "hidden_states"]
+    plain = ours(features, mask, return_dict=False)
+    assert torch.equal(plain[0], output.logits) and torch.equal(plain[1], output.voiced)
     padded = ours.padded_outputs(x, mask.bool(), mask.bool())
     torch.testing.assert_close(padded[0], output.logits)
     assert padded[1].tolist() == list(LENGTHS)

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from transformers import modeling_outputs as reference
 
 import w2vbert_fast
-from w2vbert_fast.models import outputs
+from w2vbert_fast.models import heads, outputs
+from w2vbert_fast.models.heads import CausalLMOutput
 
 TINY = {
     "hidden_size": 16,
@@ -47,7 +48,8 @@ Classes = tuple[Any, Any]
 
 @pytest.fixture(params=CLASSES)
 def classes(request: pytest.FixtureRequest) -> Classes:
-    return getattr(outputs, request.param), getattr(reference, request.param)
+    ours = getattr(heads, request.param, None) or getattr(outputs, request.param)
+    return ours, getattr(reference, request.param)
 
 
 def _model(kind: str = "CTC") -> Any:
@@ -123,16 +125,16 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_give_what_the_reference_gives(name: str) -> None:
     half = {**FIELDS, "logits": LOGITS.bfloat16()} if name == "fp32" else FIELDS
-    ours = OPERATIONS[name](outputs.CausalLMOutput(**half))
+    ours = OPERATIONS[name](CausalLMOutput(**half))
     theirs = OPERATIONS[name](reference.CausalLMOutput(**half))
     _same(ours, theirs)
     if isinstance(theirs, reference.CausalLMOutput):
-        assert type(ours) is outputs.CausalLMOutput
+        assert type(ours) is CausalLMOutput
 
 
 @pytest.mark.parametrize("as_item", [False, True])
 def test_entries_are_added_and_replaced_by_name_and_by_attribute(as_item: bool) -> None:
-    pair = outputs.CausalLMOutput(**FIELDS), reference.CausalLMOutput(**FIELDS)
+    pair = CausalLMOutput(**FIELDS), reference.CausalLMOutput(**FIELDS)
     for output in pair:
         for name, value in (("loss", torch.tensor(2.0)), ("logits", -LOGITS)):
             if as_item:
@@ -143,7 +145,7 @@ def test_entries_are_added_and_replaced_by_name_and_by_attribute(as_item: bool) 
 
 
 def test_a_field_set_to_none_is_no_entry() -> None:
-    output = outputs.CausalLMOutput(**FIELDS)
+    output = CausalLMOutput(**FIELDS)
     output.logits = None
     assert list(output) == ["hidden_states"]
     assert output[0] is STATES
@@ -155,12 +157,12 @@ def test_the_first_field_may_be_a_sequence_of_tensors() -> None:
     output = outputs.Wav2Vec2BaseModelOutput(STATES)  # type: ignore[arg-type]
     _same(output, reference.Wav2Vec2BaseModelOutput(STATES))
     with pytest.raises(TypeError, match=r"CausalLMOutput is built from .*got int among the pairs"):
-        outputs.CausalLMOutput([("logits", LOGITS), 3])  # type: ignore[arg-type]
+        CausalLMOutput([("logits", LOGITS), 3])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["pop", "popitem", "clear", "__delitem__"])
 def test_entries_stay(method: str) -> None:
-    output = outputs.CausalLMOutput(**FIELDS)
+    output = CausalLMOutput(**FIELDS)
     with pytest.raises(TypeError, match="entries of CausalLMOutput cannot be taken away"):
         getattr(output, method)(*["logits"] * (method in ("pop", "__delitem__")))
     assert list(output) == list(FIELDS)
@@ -175,15 +177,15 @@ def test_data_parallel_gathers_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
             return torch.cat(tensors, dim)
 
     monkeypatch.setattr(scatter_gather, "Gather", OnOneDevice)
-    output = outputs.CausalLMOutput(**FIELDS)
+    output = CausalLMOutput(**FIELDS)
     gathered = scatter_gather.gather([output, output], 0)
-    assert type(gathered) is outputs.CausalLMOutput
+    assert type(gathered) is CausalLMOutput
     assert torch.equal(gathered.logits, LOGITS.repeat(2, 1, 1))
     assert torch.equal(gathered["hidden_states"][0], STATES[0].repeat(2, 1))
 
 
 def test_accelerate_moves_outputs() -> None:
-    moved = send_to_device(outputs.CausalLMOutput(**FIELDS), "meta")
+    moved = send_to_device(CausalLMOutput(**FIELDS), "meta")
     assert moved.logits.is_meta
     assert moved.hidden_states[1].is_meta
 

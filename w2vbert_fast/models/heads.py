@@ -6,6 +6,7 @@ gets the answer that the reference gives for it alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -17,14 +18,7 @@ from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models.layers import Initial
 from w2vbert_fast.models.model import HiddenStatesRequest, PackedEncoding, Wav2Vec2BertModel
-from w2vbert_fast.models.outputs import (
-    CausalLMOutput,
-    ModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-    XVectorOutput,
-    as_requested,
-)
+from w2vbert_fast.models.outputs import HiddenStates, ModelOutput, as_requested
 from w2vbert_fast.models.pooling import Statistics, left_aligned, mean_over_frames, without_padding
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
 from w2vbert_fast.ops.ctc import IGNORED_LABEL
@@ -42,11 +36,21 @@ BLANK_LOGIT = 100.0
 Output = TypeVar("Output", bound=ModelOutput)
 
 
+@dataclass(eq=False)
+class HeadOutput(ModelOutput):
+    """What most heads return; `hidden_states` and `attentions` as `Wav2Vec2BaseModelOutput`."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: HiddenStates | None = None
+
+
 class Wav2Vec2BertHead(Wav2Vec2BertPreTrainedModel, Generic[Output]):
     """The encoder with a head: what all heads share. A head of its own is a class of these members.
 
     Attributes:
-        OUTPUT: the class of what `forward` returns.
+        OUTPUT: the class of what `forward` returns, a dataclass of `ModelOutput`.
         HEAD: names of the modules that are not the encoder.
         MAY_MIX_LAYERS: it reads a learned average of all layers if the configuration says so
             (`use_weighted_layer_sum`).
@@ -202,6 +206,11 @@ class Wav2Vec2BertHead(Wav2Vec2BertPreTrainedModel, Generic[Output]):
         )
 
 
+@dataclass(eq=False)
+class CausalLMOutput(HeadOutput):
+    """Output of `Wav2Vec2BertForCTC`: `loss` (scalar), `logits` `[batch, T', vocab_size]`."""
+
+
 class Wav2Vec2BertForCTC(Wav2Vec2BertHead[CausalLMOutput]):
     """The encoder with a linear layer over the vocabulary, trained with CTC.
 
@@ -301,6 +310,11 @@ class Wav2Vec2BertForCTC(Wav2Vec2BertHead[CausalLMOutput]):
         return blank
 
 
+@dataclass(eq=False)
+class SequenceClassifierOutput(HeadOutput):
+    """Output of `Wav2Vec2BertForSequenceClassification`: `logits` `[batch, num_labels]`."""
+
+
 class Wav2Vec2BertForSequenceClassification(Wav2Vec2BertHead[SequenceClassifierOutput]):
     """The encoder, a projection, the mean over an utterance's frames, a linear classifier.
 
@@ -343,6 +357,11 @@ class Wav2Vec2BertForSequenceClassification(Wav2Vec2BertHead[SequenceClassifierO
         """Cross-entropy; each counts the same."""
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         return losses, torch.ones_like(losses)
+
+
+@dataclass(eq=False)
+class TokenClassifierOutput(HeadOutput):
+    """Output of `Wav2Vec2BertForAudioFrameClassification`: `logits` `[batch, T, num_labels]`."""
 
 
 class Wav2Vec2BertForAudioFrameClassification(Wav2Vec2BertHead[TokenClassifierOutput]):
@@ -451,6 +470,25 @@ class TDNNLayer(nn.Module):
             x.transpose(1, 2), weight.transpose(1, 2), self.kernel.bias, dilation=self.dilation
         )
         return F.relu(y.transpose(1, 2))
+
+
+@dataclass(eq=False)
+class XVectorOutput(ModelOutput):
+    """Output of `Wav2Vec2BertForXVector`.
+
+    Attributes:
+        loss: scalar AM-softmax loss.
+        logits: `[batch, xvector_output_dim]`.
+        embeddings: `[batch, xvector_output_dim]`, the speaker embeddings.
+        hidden_states: see `Wav2Vec2BaseModelOutput`.
+        attentions: see `Wav2Vec2BaseModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    embeddings: Tensor | None = None
+    hidden_states: HiddenStates | None = None
+    attentions: HiddenStates | None = None
 
 
 class Wav2Vec2BertForXVector(Wav2Vec2BertHead[XVectorOutput]):
