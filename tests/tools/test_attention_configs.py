@@ -16,6 +16,7 @@ from csrc_triton.attention.config import (
     scratch_layout,
 )
 from tools.compile import sass
+from tools.compile.aot import FAR_LOOP_LIMIT
 from tools.compile.shipped import shipped_kernels
 from tools.compile.target import Target
 
@@ -142,7 +143,9 @@ def test_compiled_kernels_use_tensor_cores_and_do_not_spill(arch: str, name: str
     assert sass.count(opcodes, {"sm_80": "HMMA", "sm_90": "HGMMA"}[arch]) > 0
     assert stack == sass.count(opcodes, (sass.SPILL_LOADS, sass.SPILL_STORES)) == 0
     widths = sass.global_load_widths(opcodes)
-    assert widths[128] > 4 * widths[32]  # 32 bits: the tile map and the lengths
+    # Whatever the tile: two numbers of the tile map and two offsets are read by themselves, all
+    # rows in wide pieces.
+    assert widths[32] == 4 and widths[128] > 0 and set(widths) <= {32, 64, 128}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -153,4 +156,4 @@ def test_far_loop_is_plain_flash_attention(arch: str) -> None:
     )
     assert ours is not None and plain is not None
     assert ours.tensor_core == plain.tensor_core
-    assert len(ours) <= 1.1 * len(plain)
+    assert len(ours) <= FAR_LOOP_LIMIT * len(plain)
