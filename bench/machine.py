@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import w2vbert_fast
+from w2vbert_fast._extras import versions as versions_of
+from w2vbert_fast.doctor import processor
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "ctranslate2", "onnxruntime", "openvino", "onnx",
@@ -29,16 +31,8 @@ _FLAGS = ("avx2", "avx512", "avx_vnni", "amx", "asimd", "bf16", "i8mm", "sve")
 
 def describe() -> dict[str, Any]:
     """CPU, cores, instruction sets and GPU."""
-    model, flags = platform.processor() or platform.machine(), []
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = sorted({f for f in value.split() if any(k in f for k in _FLAGS)})
-    except OSError:
-        pass
+    model, found = processor()
+    flags = sorted(flag for flag in found if any(known in flag for known in _FLAGS))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": model, "cores": cores(), "flags": flags, "gpu": gpu}
 
@@ -52,16 +46,7 @@ def cores() -> int:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this library and of every peer that is installed."""
-    import w2vbert_fast
-
-    found = {"python": platform.python_version(), "w2vbert_fast": w2vbert_fast.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["torch"] = torch.__version__
-    return found
+    return {"w2vbert_fast": w2vbert_fast.__version__, **versions_of(PACKAGES)}
 
 
 def write_results(path: Path, **content: Any) -> None:

@@ -1,8 +1,11 @@
-"""Third-party modules that only some features need, imported when they are first used."""
+"""Third-party modules: those that only some features need, and the versions of all."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -32,3 +35,16 @@ def require(module: str, extra: str) -> ModuleType:
     except OSError as error:
         # soundfile, where there is no libsndfile for it.
         raise ImportError(f"{module} cannot be loaded: {error}", name=module) from error
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python, and of those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if name == "torch":  # its own tells the build too, as 2.13.0+cu130
+            found[name] = str(importlib.import_module(name).__version__)
+    return found

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast import __version__
+from w2vbert_fast._extras import versions
 from w2vbert_fast.ops import dispatch
 from w2vbert_fast.ops.examples import Sizes, example
 from w2vbert_fast.ops.operation import OPERATIONS
@@ -237,19 +236,12 @@ def _wait(device: torch.device) -> None:
 
 
 def _packages() -> list[tuple[str, str]]:
-    found = [("w2vbert_fast", __version__), ("python", sys.version.split()[0])]
-    for name in PACKAGES:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed"
-        # PyTorch's own version also tells the build, as 2.11.0+cu130; the package's may not.
-        found.append((name, str(torch.__version__) if name == "torch" else version))
-    return found
+    found = {"w2vbert_fast": __version__, **versions(PACKAGES)}
+    return [*found.items(), *((name, "not installed") for name in PACKAGES if name not in found)]
 
 
 def _machine() -> list[tuple[str, str]]:
-    cpu, flags = _processor()
+    cpu, flags = processor()
     rows = [
         ("system", f"{platform.system()} {platform.machine()}"),
         ("CPU", cpu),
@@ -267,9 +259,9 @@ def _machine() -> list[tuple[str, str]]:
     return rows
 
 
-def _processor() -> tuple[str, set[str]]:
-    """Name and instruction sets; Linux tells both."""
-    name, flags = platform.processor() or "unknown", set[str]()
+def processor() -> tuple[str, set[str]]:
+    """Name and instruction sets of the CPU; Linux tells both."""
+    name, flags = platform.processor() or platform.machine() or "unknown", set[str]()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -278,6 +270,6 @@ def _processor() -> tuple[str, set[str]]:
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             name = value.strip()
-        elif key.strip() == "flags":
+        elif key.strip() in ("flags", "Features"):
             flags = set(value.split())
     return name, flags

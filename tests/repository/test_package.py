@@ -162,7 +162,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "_lazy": (),
     "layout": (),
     "ops": ("csrc_triton", "layout"),
-    "doctor": ("ops",),
+    "doctor": ("_extras", "ops"),
     "recordings": ("_extras", "ops"),
     "checkpoints": (),
     "processing": ("checkpoints", "ops", "recordings"),

@@ -29,6 +29,15 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class StagedFile:
     """A temporary file on its way to its final name.

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from w2vbert_fast.checkpoints.files import make_folder
 from w2vbert_fast.checkpoints.keywords import Rule, take
 from w2vbert_fast.checkpoints.repository import Repository
 
@@ -122,7 +121,7 @@ class FilesMixin(HubMixin):
     """Files of other parts that an upload takes along, where they are there."""
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """Write the files into a folder, which is made if it is missing.
 
@@ -140,13 +139,14 @@ class FilesMixin(HubMixin):
             TypeError: a keyword argument is unknown.
         """
         upload = upload_arguments(save_directory, push_to_hub, kwargs)
-        paths = self._write_files(make_folder(save_directory))
+        paths = self._write_files(Path(save_directory))
         if upload is not None:
             names = [*map(os.path.basename, paths), *self._shared_files]
             upload_folder(save_directory, names, **upload)
         return paths
 
     def _write_files(self, folder: Path) -> list[str]:
+        """Make the folder, once all is known to be right, and write the files; their paths."""
         raise NotImplementedError
 
 

@@ -53,6 +53,7 @@ def _export(paths: Paths, settings: Settings) -> Exported:
     from w2vbert_fast import models
     from w2vbert_fast.export import FORMATS, export
     from w2vbert_fast.export.formats import OLDEST_OPSET, SUFFIXES
+    from w2vbert_fast.inference.tasks.base import head_of, source_of
 
     model, out, kind = paths.model, paths.out, settings.format_name
     layer, stats = settings.layer, settings.stats
@@ -71,13 +72,8 @@ def _export(paths: Paths, settings: Settings) -> Exported:
             statistics = torch.load(stats, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, ValueError, KeyError) as error:
             raise ValueError(f"--stats: {stats} is no file of tensors: {error}") from error
-    folder = model
-    if model == "demo":
-        folder = str(Path(w2vbert_fast.__file__).parent / "demo")
-    config = w2vbert_fast.Wav2Vec2BertConfig.from_pretrained(folder)
-    name = "Wav2Vec2BertModel"
-    if layer is None and config.architectures:
-        name = config.architectures[0]
+    folder = source_of(model)
+    name = head_of(model, None) if layer is None else "Wav2Vec2BertModel"
     if name not in models.__all__:
         names = ", ".join(models.heads.__all__)
         raise ValueError(f"{model} is a {name}, which cannot be exported; {names} can")

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from w2vbert_fast.checkpoints.files import make_folder, write_text
-from w2vbert_fast.checkpoints.hub import HubMixin, upload_arguments, upload_folder
+from w2vbert_fast.checkpoints.files import make_folder, read_json, write_text
+from w2vbert_fast.checkpoints.hub import FilesMixin
 from w2vbert_fast.checkpoints.keywords import LOADING
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.models.fields import (
@@ -68,7 +68,7 @@ _USUAL_LABELS = {
 
 
 @field_class
-class Wav2Vec2BertConfig(HubMixin):
+class Wav2Vec2BertConfig(FilesMixin):
     """All that determines a Wav2Vec2-BERT model besides its weights.
 
     Values are checked when they are set, here and later (`config.layerdrop = 2` raises), and the
@@ -355,7 +355,7 @@ class Wav2Vec2BertConfig(HubMixin):
         file = Path(source) if Path(source).is_file() else repository.find(CONFIG_NAME)
         if file is None:
             raise FileNotFoundError(f"{source!r} holds no {CONFIG_NAME}")
-        entries = cls._read(file)
+        entries = read_json(file)
         unused: dict[str, Any] = {}
         if return_unused_kwargs:
             unused = {k: v for k, v in overrides.items() if not cls._can_override(k, entries)}
@@ -410,17 +410,7 @@ class Wav2Vec2BertConfig(HubMixin):
     def from_json_file(cls: type[_Config], json_file: str | os.PathLike[str]) -> _Config:
         """Read a configuration from a JSON file, with the errors of `from_pretrained`."""
         file = Path(json_file)
-        return cls._from_entries(file, cls._read(file), {})
-
-    @classmethod
-    def _read(cls, file: Path) -> dict[str, Any]:
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not a JSON file in UTF-8: {error}") from error
-        if not isinstance(entries, dict):
-            raise ValueError(f"{file} holds a JSON {type(entries).__name__}; an object is needed")
-        return entries
+        return cls._from_entries(file, read_json(file), {})
 
     @classmethod
     def _from_entries(
@@ -516,28 +506,14 @@ class Wav2Vec2BertConfig(HubMixin):
         """Write `to_json_string` to a file."""
         write_text(Path(json_file_path), self.to_json_string(use_diff))
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Write `config.json` into a folder, which is made when it is not there.
-
-        Args:
-            save_directory: the folder.
-            push_to_hub: also upload the file.
-            **kwargs: for the upload, `repo_id` (by default the folder's name) and the arguments of
-                `push_to_hub`.
-
-        Raises:
-            ValueError: the values exclude each other, or an activation is a callable.
-            NotADirectoryError: the path is a file.
-            TypeError: an unknown argument.
-        """
-        upload = upload_arguments(save_directory, push_to_hub, kwargs)
+    def _write_files(self, folder: Path) -> list[str]:
+        """`config.json`. Raises `ValueError` where values exclude each other, or an activation is a
+        callable."""
         self.validate()
         text = self.to_json_string()
-        write_text(make_folder(save_directory) / CONFIG_NAME, text)
-        if upload is not None:
-            upload_folder(save_directory, [CONFIG_NAME], **upload)
+        path = make_folder(folder) / CONFIG_NAME
+        write_text(path, text)
+        return [str(path)]
 
     def update(self, entries: Mapping[str, Any]) -> None:
         """Set several fields, then check them together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2vbert_fast.checkpoints.files import read_json, to_json_string, write_json
+from w2vbert_fast.checkpoints.files import make_folder, read_json, to_json_string, write_json
 from w2vbert_fast.checkpoints.hub import FilesMixin
 from w2vbert_fast.checkpoints.repository import Repository
 from w2vbert_fast.ops.fbank import (
@@ -195,8 +196,7 @@ class SeamlessM4TFeatureExtractor(FilesMixin):
                 without a full scale; `return_tensors` is asked for rows of different lengths; or
                 another argument is impossible. The message names the utterance.
         """
-        strategy = padding_strategy(padding, max_length)
-        check_length_arguments(max_length, truncation, pad_to_multiple_of)
+        pad = self._padder(padding, max_length, truncation, pad_to_multiple_of)
         kind = tensor_type(return_tensors)
         self._check_sampling_rate(sampling_rate)
         utterances = split_utterances(raw_speech)
@@ -223,16 +223,7 @@ class SeamlessM4TFeatureExtractor(FilesMixin):
             features, _ = normalize_and_stack(
                 features, frame_offsets, 1, fast=self.use_fast_kernels
             )
-        rows, masks = pad_rows(
-            torch.split(features, frame_offsets.diff().tolist()),
-            None,
-            strategy=strategy,
-            max_length=max_length,
-            truncation=truncation,
-            multiple=pad_to_multiple_of,
-            side=self.padding_side,
-            value=self.padding_value,
-        )
+        rows, masks = pad(torch.split(features, frame_offsets.diff().tolist()), None)
         stacked = [self._stack(row, mask) for row, mask in zip(rows, masks, strict=True)]
         output = {"input_features": [row for row, _ in stacked]}
         if self._wants_mask(return_attention_mask):
@@ -273,8 +264,7 @@ class SeamlessM4TFeatureExtractor(FilesMixin):
                 batch sizes, rows of different lengths are to become a torch tensor, or an argument
                 is impossible.
         """
-        strategy = padding_strategy(padding, max_length)
-        check_length_arguments(max_length, truncation, pad_to_multiple_of)
+        pad = self._padder(padding, max_length, truncation, pad_to_multiple_of)
         kind = tensor_type(return_tensors)
         entries = collect(processed_features, "processed_features", "input_features")
         check_sizes(entries, "input_features")
@@ -289,16 +279,7 @@ class SeamlessM4TFeatureExtractor(FilesMixin):
                 to_mask(mask, row, index)
                 for index, (mask, row) in enumerate(zip(given_masks, rows, strict=True))
             ]
-        rows, masks = pad_rows(
-            rows,
-            masks,
-            strategy=strategy,
-            max_length=max_length,
-            truncation=truncation,
-            multiple=pad_to_multiple_of,
-            side=self.padding_side,
-            value=self.padding_value,
-        )
+        rows, masks = pad(rows, masks)
         output: dict[str, Any] = {"input_features": rows}
         if self._wants_mask(return_attention_mask):
             output["attention_mask"] = masks
@@ -385,7 +366,7 @@ class SeamlessM4TFeatureExtractor(FilesMixin):
     def _write_files(self, folder: Path) -> list[str]:
         """A `processor_config.json` that holds an extractor would win over the file when the folder
         is loaded: it is brought up to date."""
-        path = folder / FEATURE_EXTRACTOR_FILE
+        path = make_folder(folder) / FEATURE_EXTRACTOR_FILE
         write_json(path, self.to_dict())
         processor_path = folder / PROCESSOR_FILE
         if processor_path.is_file():
@@ -410,6 +391,22 @@ class SeamlessM4TFeatureExtractor(FilesMixin):
                 f"sampling_rate must be {self.sampling_rate} Hz, which the model was trained on, "
                 f"got {sampling_rate} Hz. Resample the audio first"
             )
+
+    def _padder(
+        self, padding: object, max_length: int | None, truncation: bool, multiple: int | None
+    ) -> partial[tuple[list[Tensor], list[Tensor]]]:
+        """`pad_rows` as the arguments say, which are checked."""
+        strategy = padding_strategy(padding, max_length)
+        check_length_arguments(max_length, truncation, multiple)
+        return partial(
+            pad_rows,
+            strategy=strategy,
+            max_length=max_length,
+            truncation=truncation,
+            multiple=multiple,
+            side=self.padding_side,
+            value=self.padding_value,
+        )
 
     def _wants_mask(self, return_attention_mask: bool | None) -> bool:
         wanted = return_attention_mask

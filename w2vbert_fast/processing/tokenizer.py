@@ -238,11 +238,9 @@ class Wav2Vec2CTCTokenizer(FilesMixin, Vocabulary):
             strategy=strategy,
             length=length,
             multiple=pad_to_multiple_of,
-            side=self.padding_side if padding_side is None else _side("padding_side", padding_side),
-            pad_id=self.pad_token_id,
-            return_mask=self._wants_mask(return_attention_mask),
             return_tensors=return_tensors,
             unwrap=is_single and return_tensors is None,
+            **self._padding(padding_side, return_attention_mask),
         )
 
     def _encode(self, text: Any) -> list[int]:
@@ -296,16 +294,19 @@ class Wav2Vec2CTCTokenizer(FilesMixin, Vocabulary):
             strategy=strategy,
             length=length,
             multiple=pad_to_multiple_of,
-            side=self.padding_side if padding_side is None else _side("padding_side", padding_side),
-            pad_id=self.pad_token_id,
-            return_mask=self._wants_mask(return_attention_mask),
             return_tensors=kind,
             unwrap=is_single,
+            **self._padding(padding_side, return_attention_mask),
         )
 
-    def _wants_mask(self, return_attention_mask: bool | None) -> bool:
-        default = "attention_mask" in self.model_input_names
-        return default if return_attention_mask is None else return_attention_mask
+    def _padding(self, side: str | None, return_mask: bool | None) -> dict[str, Any]:
+        """Arguments of `pad_ids`; None: as constructed."""
+        masked = "attention_mask" in self.model_input_names
+        return {
+            "side": self.padding_side if side is None else _side("padding_side", side),
+            "pad_id": self.pad_token_id,
+            "return_mask": masked if return_mask is None else return_mask,
+        }
 
     def convert_tokens_to_string(
         self,
@@ -439,9 +440,6 @@ class Wav2Vec2CTCTokenizer(FilesMixin, Vocabulary):
             sequences: The ids of each: a 2-D array or tensor ``[batch, num_frames]``, or a list of
                 what `decode` takes.
             skip_special_tokens: As in `decode`, and so are the others.
-            clean_up_tokenization_spaces: See there.
-            output_char_offsets: See there.
-            output_word_offsets: See there.
             **kwargs: `group_tokens` and `spaces_between_special_tokens`.
 
         Returns:

@@ -8,7 +8,6 @@ It is written under a temporary name, its bytes are forced to the disk, and then
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2vbert_fast.checkpoints.files import read_json, write_json
+from w2vbert_fast.checkpoints.files import read_json, to_disk, write_json
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _TRAINER_FILE = "trainer.json"
@@ -105,10 +104,10 @@ def save_state(
     if accelerator.is_main_process:
         write_json(temporary / _TRAINER_FILE, {**about, "progress": asdict(progress)})
         for path in _files(temporary):
-            _sync(path)
+            to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
-        _sync(folder.parent)
+        to_disk(folder.parent)
         for path in folder.parent.iterdir():
             if path != folder:
                 shutil.rmtree(path, ignore_errors=True)
@@ -137,11 +136,3 @@ def _average_file(accelerator: Any) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -136,15 +136,7 @@ def srt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
 def vtt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
     """WebVTT: cues with times as ``00:01:02.345`` behind the header, and voices of channels.
 
-    Args:
-        words: as in `cues`.
-        layout: the limits of a cue.
-
-    Returns:
-        The content of a file, to be written as UTF-8.
-
-    Raises:
-        ValueError: as `cues`.
+    Arguments, result and errors as of `srt`.
     """
     blocks = ["WEBVTT\n"]
     for start, end, lines, channel in _in_milliseconds(cues(words, layout, labels=False)):
@@ -161,18 +153,7 @@ def _escaped(text: str) -> str:
 
 
 def txt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
-    """Plain text without times: a line a cue.
-
-    Args:
-        words: as in `cues`.
-        layout: the limits of a cue.
-
-    Returns:
-        The content of a file, to be written as UTF-8; empty without words.
-
-    Raises:
-        ValueError: as `cues`.
-    """
+    """Plain text without times, a line a cue; arguments, result and errors as of `srt`."""
     groups = [
         group
         for channel, own in _by_channel(words).items()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from w2vbert_fast._extras import require
+from w2vbert_fast.checkpoints.files import to_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,15 +114,6 @@ def temporary(final: Path) -> Path:
 def final_name(path: Path) -> Path:
     """The name that a complete file gets."""
     return path.with_name(path.name[1 : -len(TEMPORARY)])
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class JsonTable(Format):

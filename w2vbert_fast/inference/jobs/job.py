@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.checkpoints.files import make_folder, read_json, write_json
-from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results, to_disk
+from w2vbert_fast.checkpoints.files import make_folder, read_json, to_disk, write_json
+from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results
 from w2vbert_fast.inference.jobs.inputs import Inputs
 from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Journal, differences
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.inference.jobs.formats import ERRORS, PARTS, to_disk
+from w2vbert_fast.checkpoints.files import to_disk
+from w2vbert_fast.inference.jobs.formats import ERRORS, PARTS
 
 JOURNAL_FILE = "journal.jsonl"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from collections import Counter
@@ -12,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from w2vbert_fast import __version__
+from w2vbert_fast._extras import versions as versions_of
 
 PACKAGES = ("torch", "triton", "numpy", "soundfile", "soxr", "av", "pyarrow")
 
@@ -154,13 +153,7 @@ def duration(seconds: float | None) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results may depend on."""
-    found = {"w2vbert_fast": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"w2vbert_fast": __version__, **versions_of(PACKAGES)}
 
 
 def peak_memory() -> int | None:

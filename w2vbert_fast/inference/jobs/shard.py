@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from w2vbert_fast.checkpoints.files import to_disk
 from w2vbert_fast.inference.jobs.formats import (
     ERRORS,
     Columns,
@@ -15,7 +16,6 @@ from w2vbert_fast.inference.jobs.formats import (
     Formats,
     JsonTable,
     final_name,
-    to_disk,
 )
 from w2vbert_fast.inference.jobs.journal import Entry, Journal, ranges_of
 from w2vbert_fast.inference.rows import Result

@@ -75,7 +75,6 @@ class Fast:
         _w2vbert_legacy: whether encoder and layers take and return what transformers 4 does:
             tuples, with hidden states and attention maps by arguments.
         _w2vbert_output: transformers' `BaseModelOutput`.
-        _w2vbert_uncompiled: what `forward` runs, for a compiler to leave as it is.
     """
 
     _w2vbert_reference: type[Any]
@@ -83,7 +82,6 @@ class Fast:
     _w2vbert_family: Family
     _w2vbert_legacy: bool
     _w2vbert_output: type[Any]
-    _w2vbert_uncompiled: Any
 
     @property
     def _w2vbert_own(self) -> bool:
@@ -91,23 +89,36 @@ class Fast:
         return "_w2vbert_reference" in type(self).__dict__
 
 
-class FastEncoder(Fast):
-    training: bool
-    config: Any
-    layers: Any
+class _OfPaddedBatch(Fast):
+    """What takes a padded batch and its mask.
+
+    Attributes:
+        _w2vbert_run: what `forward` runs.
+        _w2vbert_uncompiled: the same, which a compiler leaves as it is.
+    """
+
+    _w2vbert_run: Any
+    _w2vbert_uncompiled: Any
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers' encoder: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T, C]`."""
+        """As transformers' class: `[batch, T, C]`, a mask `[batch, T]` -> `[batch, T', C']`."""
         if recorder() is not None:
             return self._w2vbert_reference.forward(
                 self, hidden_states, attention_mask, *args, **kwargs
             )
+        run = self._w2vbert_run
         if attention_mask is not None and torch.compiler.is_compiling():
             # The lengths decide how much is computed: this is no part of a compiled graph.
-            return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
-        return _encode(self, hidden_states, attention_mask, args, kwargs)
+            run = self._w2vbert_uncompiled
+        return run(self, hidden_states, attention_mask, args, kwargs)
+
+
+class FastEncoder(_OfPaddedBatch):
+    training: bool
+    config: Any
+    layers: Any
 
 
 def _encode(
@@ -286,21 +297,8 @@ class _FastLayer(Fast):
         return (output, None) if self._w2vbert_legacy else output
 
 
-class _FastAdapter(Fast):
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As transformers' adapter: `[batch, T, C]` and a mask `[batch, T]` -> `[batch, T', C']`.
-
-        The convolutions read zeros behind the end of an utterance, or behind its half frame.
-        """
-        if recorder() is not None:
-            return self._w2vbert_reference.forward(
-                self, hidden_states, attention_mask, *args, **kwargs
-            )
-        if attention_mask is not None and torch.compiler.is_compiling():
-            return self._w2vbert_uncompiled(self, hidden_states, attention_mask, args, kwargs)
-        return _adapt(self, hidden_states, attention_mask, args, kwargs)
+class _FastAdapter(_OfPaddedBatch):
+    """Its convolutions read zeros behind the end of an utterance, or behind its half frame."""
 
 
 def _adapt(
@@ -462,18 +460,13 @@ def fast_classes() -> dict[str, Any]:
             ("Adapter", _FastAdapter, _adapt),
         ):
             reference = references[part]
-            # Not at import: it imports the compiler.
-            left = None if run is None else torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-            made[reference.__name__] = type(
-                reference.__name__,
-                (mixin, reference),
-                {
-                    **shared,
-                    "_w2vbert_reference": reference,
-                    "_w2vbert_uncompiled": staticmethod(left) if left else None,
-                    "__doc__": reference.__doc__,
-                },
-            )
+            own = {**shared, "_w2vbert_reference": reference, "__doc__": reference.__doc__}
+            if run is not None:
+                own["_w2vbert_run"] = staticmethod(run)
+                # Not at import: it imports the compiler.
+                left = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+                own["_w2vbert_uncompiled"] = staticmethod(left)
+            made[reference.__name__] = type(reference.__name__, (mixin, reference), own)
         if "ForCTC" in references:
             ctc = _fast_ctc(references["ForCTC"])
             made[ctc.__name__] = ctc
