@@ -281,7 +281,7 @@ class StepTrace:
         forward: operations up to the loss.
         backward: operations after it.
         kept_bytes: activations alive between the two: what autograd saved for the backward pass,
-            and what checkpoints begin from. Parameters and inputs do not count.
+            and what is computed again begins from. Parameters and inputs do not count.
         peak_bytes: most bytes alive at once in the whole step, with the parameters' gradients.
     """
 

@@ -1,7 +1,7 @@
 """Weights in files: reading and writing checkpoints.
 
-Read: `model.safetensors`, its shards with `model.safetensors.index.json`, and the older
-`pytorch_model.bin` (sharded or not), the last only through `torch.load(weights_only=True)`.
+Read: `model.safetensors`, or several files with `model.safetensors.index.json`, and the older
+`pytorch_model.bin` (one file or several), the last only through `torch.load(weights_only=True)`.
 Everything is checked against the files' headers before the first tensor is copied, and tensors are
 copied a few megabytes at a time, so that loading needs little more memory than the weights.
 
@@ -41,7 +41,7 @@ _SHARE_PER_MAPPING = 0.02
 _LEAST_BYTES_PER_MAPPING = 4 * 2**20
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])B")
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SEVERAL = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -96,7 +96,7 @@ class Checkpoint:
     Args:
         name: what error messages call the checkpoint.
         files: the weight files: safetensors, or `.bin` files of `torch.save`.
-        shards: for a sharded checkpoint, each tensor's file as its index says.
+        index: of a checkpoint in several files, each tensor's file as its index says.
 
     Raises:
         CheckpointError: a file is damaged or truncated, or lacks a tensor that the index places
@@ -104,19 +104,19 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str, files: Iterable[Path], shards: Mapping[str, Path] | None = None
+        self, name: str, files: Iterable[Path], index: Mapping[str, Path] | None = None
     ) -> None:
         self.name = name
         self.tensors: dict[str, StoredTensor] = {}
-        shards = {} if shards is None else shards
+        index = {} if index is None else index
         for file in files:
             for key, stored in _read_header(file).items():
-                if key in self.tensors and key not in shards:
+                if key in self.tensors and key not in index:
                     other = self.tensors[key].file.name
                     raise CheckpointError(f"{name}: {key} is both in {other} and in {file.name}")
-                if shards.get(key, file) == file:
+                if index.get(key, file) == file:
                     self.tensors[key] = stored
-        absent = [f"{key} ({file.name})" for key, file in shards.items() if key not in self.tensors]
+        absent = [f"{key} ({file.name})" for key, file in index.items() if key not in self.tensors]
         if absent:
             raise CheckpointError(
                 f"{name}: the index places tensors in files that lack them: {listed(absent)}"
@@ -195,8 +195,8 @@ def find_checkpoint(
 ) -> Checkpoint:
     """Open the weights of a folder or hub repository.
 
-    Of several files the first counts of: `model.safetensors`, its shards, `pytorch_model.bin`,
-    its shards.
+    The first counts of: `model.safetensors`, several such files with their index,
+    `pytorch_model.bin`, several such files.
 
     Args:
         repository: where the files are.
@@ -222,15 +222,15 @@ def find_checkpoint(
             continue
         files: dict[str, Path] = {}
         weight_map = _read_index(index)
-        for shard in dict.fromkeys(weight_map.values()):
-            found = repository.find(shard)
+        for filename in dict.fromkeys(weight_map.values()):
+            found = repository.find(filename)
             if found is None:
-                raise CheckpointError(f"{name}: {index_name} names {shard}, which is not there")
+                raise CheckpointError(f"{name}: {index_name} names {filename}, which is not there")
             if Path(name).is_dir():
                 _check_inside(found, index)
-            files[shard] = found
-        shards = {key: files[shard] for key, shard in weight_map.items()}
-        return Checkpoint(name, files.values(), shards)
+            files[filename] = found
+        places = {key: files[filename] for key, filename in weight_map.items()}
+        return Checkpoint(name, files.values(), places)
     looked_for = ", ".join(filename for kind in kinds for filename in kind)
     where = "" if Path(name).is_dir() else " on the hub, or in its cache where it is out of reach"
     raise CheckpointError(f"{name} holds no weights: none of {looked_for}{where}")
@@ -243,28 +243,33 @@ def _of_variant(filename: str, variant: str | None) -> str:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The map from tensor to shard file; every file is one within the index's folder."""
+    """The map from tensor to file; every file is one within the index's folder."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of a sharded checkpoint: {error!r}") from error
+        raise CheckpointError(f"{index} is no index of a checkpoint: {error!r}") from error
     if (
         not isinstance(weight_map, dict)
         or not weight_map
-        or not all(isinstance(shard, str) for shard in weight_map.values())
+        or not all(isinstance(filename, str) for filename in weight_map.values())
     ):
         raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
-    for shard in dict.fromkeys(weight_map.values()):
-        path = PurePosixPath(shard)
-        if not path.parts or path.is_absolute() or ".." in path.parts or set(shard) & set("\\:\0"):
-            raise CheckpointError(f"{index} names {shard!r}, which is outside of its folder")
-        if not shard.endswith((".safetensors", ".bin")):
-            raise CheckpointError(f"{index} names {shard!r}, which is no file of weights")
+    for filename in dict.fromkeys(weight_map.values()):
+        path = PurePosixPath(filename)
+        if (
+            not path.parts
+            or path.is_absolute()
+            or ".." in path.parts
+            or set(filename) & set("\\:\0")
+        ):
+            raise CheckpointError(f"{index} names {filename!r}, which is outside of its folder")
+        if not filename.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{index} names {filename!r}, which is no file of weights")
     return weight_map
 
 
 def _check_inside(file: Path, index: Path) -> None:
-    """Refuse a shard that is a link out of the index's folder.
+    """Refuse a file that is a link out of the index's folder.
 
     The hub's cache is the exception: its snapshots link to the `blobs` folder beside them.
     """
@@ -363,7 +368,7 @@ def write_checkpoint(
     *,
     max_shard_size: int | str = "5GB",
 ) -> list[Path]:
-    """Write tensors as `model.safetensors`, or as shards with an index.
+    """Write tensors as `model.safetensors`, or as several files with an index.
 
     Every file is written under a temporary name beside its final one and renamed when all are
     complete. The weight files of an earlier save that the new ones do not replace are removed.
@@ -390,29 +395,29 @@ def write_checkpoint(
             raise TypeError(f"{name} is a {type(tensor).__name__}; state_dict must hold tensors")
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device: it has no values to write")
-    shards = _split(state_dict, max_shard_size)
+    files = _split(state_dict, max_shard_size)
     folder = make_folder(folder)
     index = folder / SAFETENSORS_INDEX_NAME
     with ExitStack() as stack:
         staged = []
-        for filename, names in shards.items():
+        for filename, names in files.items():
             file = stack.enter_context(staged_file(folder / filename))
             save_file(_standalone(state_dict, names), file.path, metadata={"format": "pt"})
             staged.append(file)
-        if len(shards) > 1:
+        if len(files) > 1:
             file = stack.enter_context(staged_file(index))
-            file.path.write_text(_index_text(shards, state_dict), encoding="utf-8")
+            file.path.write_text(_index_text(files, state_dict), encoding="utf-8")
             staged.append(file)
-            # The index of an earlier save must not meet the new shards.
+            # The index of an earlier save must not meet the new files.
             index.unlink(missing_ok=True)
         for file in staged:
             file.commit()
     written = {file.final for file in staged}
     for path in folder.iterdir():
-        ours = path.name in (SAFETENSORS_NAME, index.name) or _SHARD.fullmatch(path.name)
+        ours = path.name in (SAFETENSORS_NAME, index.name) or _SEVERAL.fullmatch(path.name)
         if ours and path not in written:
             path.unlink()
-    return [folder / filename for filename in shards]
+    return [folder / filename for filename in files]
 
 
 def _split(state_dict: Mapping[str, Tensor], max_shard_size: int | str) -> dict[str, list[str]]:
@@ -455,12 +460,12 @@ def _standalone(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> dict[
     return tensors
 
 
-def _index_text(shards: Mapping[str, list[str]], state_dict: Mapping[str, Tensor]) -> str:
+def _index_text(files: Mapping[str, list[str]], state_dict: Mapping[str, Tensor]) -> str:
     tensors = state_dict.values()
     metadata = {
         "total_parameters": sum(tensor.numel() for tensor in tensors),
         "total_size": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
-    weight_map = {name: filename for filename, names in shards.items() for name in names}
+    weight_map = {name: filename for filename, names in files.items() for name in names}
     entries = {"metadata": metadata, "weight_map": weight_map}
     return json.dumps(entries, indent=2, sort_keys=True) + "\n"

@@ -39,7 +39,7 @@ class Dtype(str, enum.Enum):
 @dataclass(kw_only=True)
 class Inputs:
     inputs: list[str] = argument(
-        "Files, folders, patterns such as 'calls/**/*.wav', WebDataset shards (.tar), or manifests "
+        "Files, folders, patterns such as 'calls/**/*.wav', WebDataset tars (.tar), or manifests "
         "(.jsonl, .csv, .tsv, .parquet) with a column audio_filepath.",
         metavar="INPUT...",
     )

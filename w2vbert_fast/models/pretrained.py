@@ -529,7 +529,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
     def enable_input_require_grads(self) -> None:
         """Let the encoder's input need a gradient, though no parameter before it does.
 
-        Reentrant checkpoints of layers with frozen weights, as under LoRA, have none otherwise.
+        Layers with frozen weights, as under LoRA, have none otherwise where they are recomputed
+        reentrantly.
         """
         self.disable_input_require_grads()
 
@@ -682,7 +683,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         """In training, compute activations again in the backward pass instead of keeping them.
 
         The gradients of one path (fast or plain) are the same to the last bit, with dropout and
-        LayerDrop too, unless checkpoints are reentrant, which may add up in another order.
+        LayerDrop too, unless it is done reentrantly, which may add up in another order.
 
         Args:
             gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`;
@@ -708,7 +709,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
                 "torch.autograd.graph.save_on_cpu)"
             )
         given = (policy, budget_bytes, gradient_checkpointing_kwargs or {}, every_n_layers)
-        parts = self._parts_with("gradient_checkpointing", "layers that can be checkpointed")
+        parts = self._parts_with("gradient_checkpointing", "layers that can be recomputed")
         settings = [Recompute(*given) for _ in parts]
         for module, own in zip(parts, settings, strict=True):
             module.recompute = own
@@ -716,7 +717,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the layers' activations for the backward pass."""
-        what = "layers that can be checkpointed"
+        what = "layers that can be recomputed"
         for module in self._parts_with("gradient_checkpointing", what):
             module.gradient_checkpointing = False
 

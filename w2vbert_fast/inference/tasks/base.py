@@ -267,7 +267,7 @@ class EncoderTask(Task):
             source, revision=self.revision, dtype=dtype, device=device, use_fast_kernels=True
         )
         self.check(network)
-        pack(network)
+        pack_weights(network)
         self._network = network
 
     def check(self, network: models.Wav2Vec2BertPreTrainedModel) -> None:
@@ -286,7 +286,7 @@ class EncoderTask(Task):
         return self._network
 
 
-def pack(network: models.Wav2Vec2BertPreTrainedModel) -> None:
+def pack_weights(network: models.Wav2Vec2BertPreTrainedModel) -> None:
     """Weights as a CPU multiplies them, where it can: nobody else has a task's model."""
     parameter = next(network.parameters())
     if parameter.device.type == "cpu" and onednn_linear(parameter.dtype):

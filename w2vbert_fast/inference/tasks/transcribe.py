@@ -24,7 +24,14 @@ from w2vbert_fast.inference.ctc.turns import in_turns
 from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline, load_pipeline
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
-from w2vbert_fast.inference.tasks.base import Piece, Task, file_digest, identity, pack, source_of
+from w2vbert_fast.inference.tasks.base import (
+    Piece,
+    Task,
+    file_digest,
+    identity,
+    pack_weights,
+    source_of,
+)
 from w2vbert_fast.models import Wav2Vec2BertForCTC
 from w2vbert_fast.ops import greedy_decode
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
@@ -245,7 +252,7 @@ class Transcribe(Task):
         pipeline = load_pipeline(
             self.model, revision=self.revision, device=self.device, dtype=self.dtype
         )
-        pack(pipeline.model)
+        pack_weights(pipeline.model)
         self._use(pipeline)
 
     def _use(self, pipeline: Pipeline) -> None:

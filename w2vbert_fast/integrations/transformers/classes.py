@@ -222,11 +222,11 @@ def _run_layers(
     x = encoder.dropout(layout.zero_half_frames(layout.pack(hidden_states)))
     run = Run(encoder, x, layout)
     layers: list[Any] = list(run.layers)
-    checkpointed = [encoder.training and _checkpoints(encoder, layer) for layer in layers]
+    recomputed = [encoder.training and _recomputes(encoder, layer) for layer in layers]
     watched = [is_watched(layer) for layer in layers]
     alone = [
-        drops or is_checkpointed or is_seen
-        for is_checkpointed, is_seen in zip(checkpointed, watched, strict=True)
+        drops or is_recomputed or is_seen
+        for is_recomputed, is_seen in zip(recomputed, watched, strict=True)
     ]
     kept: list[Tensor] = []
     normed: Tensor | None = None  # the next layer's normalised input, if the last one made it
@@ -238,11 +238,11 @@ def _run_layers(
         if watched[index]:
             # Hooks see padded tensors, as they do in transformers.
             call: Any = partial(layer, w2vbert_run=(run, index))
-            if checkpointed[index] and not hasattr(layer, "gradient_checkpointing"):
+            if recomputed[index] and not hasattr(layer, "gradient_checkpointing"):
                 call = partial(encoder._gradient_checkpointing_func, call)
             output = call(layout.unpack(x))
             x = layout.pack(output[0] if isinstance(output, tuple) else output)
-        elif checkpointed[index]:
+        elif recomputed[index]:
             owner = layer if hasattr(layer, "_gradient_checkpointing_func") else encoder
             x = owner._gradient_checkpointing_func(partial(_layer_output, run, index), x)
         else:
@@ -252,7 +252,7 @@ def _run_layers(
     return unpack_held(x, layout), kept
 
 
-def _checkpoints(encoder: Any, layer: Any) -> bool:
+def _recomputes(encoder: Any, layer: Any) -> bool:
     own: bool = getattr(layer, "gradient_checkpointing", encoder.gradient_checkpointing)
     return own
 
@@ -288,7 +288,7 @@ class _FastLayer(Fast):
                 torch.compiler.is_compiling()
                 or _in_original_encoder.get()
                 or recorder() is not None
-                or torch._C._current_graph_task_id() != -1  # a checkpoint of that encoder
+                or torch._C._current_graph_task_id() != -1  # that encoder recomputes
             ):
                 _say_once(self, _LAYER_BY_ITSELF)  # type: ignore[arg-type]
             return self._w2vbert_reference.forward(self, hidden_states, *args, **kwargs)
