@@ -179,8 +179,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "cli": ("_extras", "doctor", "export", "inference", "integrations", "models", "training"),
     "bench": (
-        *("csrc_triton", "inference", "integrations", "layout", "models", "ops", "processing"),
-        *("recordings", "tools"),
+        *("_extras", "csrc_triton", "doctor", "inference", "integrations", "layout", "models"),
+        *("ops", "processing", "recordings", "tools"),
     ),
 }
 

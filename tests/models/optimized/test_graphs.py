@@ -1,7 +1,7 @@
 """`compile_for_inference`: when a graph runs, and that no answer changes.
 
-There is no CUDA here: `Rerun` stands in for capture and replay. `tests/kernels/test_graphs.py` has the
-real ones, `test_stale_graphs.py` what makes a graph invalid.
+There is no CUDA here: `Rerun` stands in for capture and replay. `tests/kernels/test_graphs.py` has
+the real ones, `test_stale_graphs.py` what makes a graph invalid.
 """
 
 from __future__ import annotations
