@@ -16,6 +16,7 @@ import numpy as np
 
 from .faults import UnsupportedError
 from .global_memory import GlobalMemory
+from .global_order import Interval
 from .ptx import Instruction, Program
 from .shared_memory import SharedMemory
 
@@ -50,6 +51,7 @@ class Blocks:
         files: by width in bits, registers [registers of that width, threads] as unsigned integers,
             those of width 1 as bool.
         values: what instructions read and write, as `slot` numbered it.
+        interval: what was done to global memory since the last barrier.
         counts: instructions that not all threads executed, of warps and by opcode.
         copies: cp.async of no group yet; groups: those committed, the oldest first.
         products, product_groups: the same of wgmma.
@@ -66,6 +68,7 @@ class Blocks:
     parameters: dict[str, int]
     memory: GlobalMemory
     shared: SharedMemory
+    interval: Interval
     counts: Counter[str]
     values: list[np.ndarray] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
@@ -108,6 +111,27 @@ class Blocks:
     def active(self, mask: Mask) -> np.ndarray:
         return self.threads if mask is None else np.flatnonzero(mask)
 
+    def barrier(self) -> None:
+        """All threads of each block have come here."""
+        self.shared.barrier()
+        self.interval.barrier()
+
+    def load(self, address: np.ndarray, width: int, threads: np.ndarray) -> np.ndarray:
+        """Bytes [k, width] of global memory."""
+        if self.memory.checks.races:
+            self.interval.read(address, width, threads, self._of_grid(threads))
+        return self.memory.load(address, width, threads, self.block_of[threads])
+
+    def store(self, address: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+        """Stores bytes [k, width] in global memory."""
+        self.memory.store(address, values, threads, self.block_of[threads])
+        if self.memory.checks.races:
+            self.interval.written(address, values.shape[1], threads, self._of_grid(threads))
+
+    def _of_grid(self, threads: np.ndarray) -> np.ndarray:
+        """Their numbers among all threads of the grid."""
+        return self.block_of[threads] * self.per + threads % self.per
+
     def place(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where in the grid blocks of these numbers are, in x, y and z."""
         x, y, _ = self.grid
@@ -123,6 +147,7 @@ class Blocks:
             numbers=self.numbers[which],
             files={width: file[:, threads] for width, file in self.files.items()},
             shared=self.shared.part(which),
+            interval=self.interval.part(),
             copies=[copy.part(thread_of) for copy in self.copies],
             groups=[[copy.part(thread_of) for copy in group] for group in self.groups],
             products=[product.part(which) for product in self.products],

@@ -16,6 +16,7 @@ from .block import Blocks, Mask, unsigned
 from .code import BARRIERS, Code, Run, warps
 from .faults import Fault, UnsupportedError, ranges
 from .global_memory import Checks, GlobalMemory
+from .global_order import Interval
 from .ptx import Instruction
 from .record import Argument, Launch
 from .shared_memory import SharedMemory
@@ -156,6 +157,7 @@ class Executor:
                     code.granules["shared"],
                     code.asynchronous,
                 ),
+                interval=Interval(program.threads),
                 counts=counts.instructions,
             )
             waiting = [(0, blocks)]
@@ -235,7 +237,7 @@ class _Course:
                 break
             else:
                 _one_barrier(i)
-                b.shared.barrier()
+                b.barrier()
                 at += 1
         self.here = len(code.instructions)
         self._finished()
@@ -288,7 +290,7 @@ class _Course:
                 here = waiting & (at == self.here)
                 if not alive.all() or not here.all():
                     raise Fault("a barrier that not all threads reach", np.flatnonzero(here))
-                b.shared.barrier()
+                b.barrier()
                 return self.here + 1
             here = int(at[running].min())
             if here >= end:

@@ -234,7 +234,7 @@ class SharedMemory:
             if not notes.size or notes.max() < self.floor << 32:
                 continue
             wrong = self._unordered(notes, threads[:, None])
-            if values is not None and wrong.any():
+            if said == "wrote" and values is not None and wrong.any():
                 changes = views.bytes.take(rows).view(np.uint8).reshape(values.shape) != values
                 wrong &= changes.reshape(*wrong.shape, self.granule).any(2)
             if wrong.any():

@@ -67,10 +67,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 
     def load(b: Blocks, mask: Mask) -> None:
         at, threads = chosen(where, b, mask), b.active(mask)
-        if shared:
-            data = b.shared.load(at, width, threads)
-        else:
-            data = b.memory.load(at, width, threads, b.block_of[threads])
+        data = b.shared.load(at, width, threads) if shared else b.load(at, width, threads)
         for put, column in zip(puts, data.view(kind).T, strict=True):
             put(b, spread(b, column, mask), mask)
 
@@ -93,7 +90,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         if shared:
             b.shared.store(at, data, threads)
         else:
-            b.memory.store(at, data, threads, b.block_of[threads])
+            b.store(at, data, threads)
 
     return store
 
@@ -119,8 +116,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             if (wrong := some & (count != width)).any():
                 raise Fault(f"cp.async of a part of its {width} bytes", threads[wrong])
         addresses = chosen(source, b, mask)[some]
-        asking = threads[some]
-        values[some] = b.memory.load(addresses, width, asking, b.block_of[asking])
+        values[some] = b.load(addresses, width, threads[some])
         b.copies.append(Copy(at, values, threads))
 
     return copy
@@ -157,6 +153,8 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         if not whole_warps(mask):
             raise Fault("bar.warp.sync by a part of a warp", b.active(mask))
         b.shared.warp_barrier(b.active(mask))
+        if mask is None:
+            b.interval.warp_barrier()
 
     return wait
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -250,6 +251,53 @@ def test_threads_are_ordered_by_barriers_and_lanes_by_those_of_their_warp() -> N
         shared_race("bar.sync 0;\nld.shared.b32 %r4, [%r1];\nst.shared.b32 [%r3], 99;")
     with pytest.raises(ExecutionError, match="race in shared memory: two values for one byte"):
         shared_race("bar.sync 0;\nst.shared.b32 [0], %r0;")
+
+
+def test_a_write_of_what_is_there_is_a_race_with_who_reads_it() -> None:
+    """That it changes nothing is a matter of these values; two writers of one value are usual."""
+    shared_race("bar.sync 0;\nst.shared.b32 [%r3], %r2;", to="%r3")
+    with pytest.raises(ExecutionError, match="write of what thread 1 read since the last barrier"):
+        shared_race("bar.sync 0;\nld.shared.b32 %r4, [%r1];\nst.shared.b32 [%r3], %r2;", to="%r3")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (
+            "st.global.b64 [%rd10], %rd20;",
+            "ld.global.b64 %rd21, [%rd22];",
+            "read of .* 32 .* wrote",
+        ),
+        (
+            "ld.global.b64 %rd21, [%rd22];",
+            "st.global.b64 [%rd10], %rd20;",
+            "write of .* 32 .* read",
+        ),
+        (
+            "st.global.b64 [%rd10], %rd20;",
+            "st.global.b64 [%rd22], %rd20;",
+            "write of .* 32 .* wrote",
+        ),
+    ],
+)
+def test_threads_of_a_block_are_ordered_in_global_memory_too(
+    first: str, second: str, said: str
+) -> None:
+    address = "xor.b32 %r1, %r0, {by};\ncvt.u64.u32 %rd20, %r0;\nmad.wide.u32 %rd22, %r1, 8, %rd0;"
+
+    def run(between: str, by: int = 32) -> None:
+        scratch = torch.zeros(64, dtype=torch.int64)
+        body = f"{address.format(by=by)}\n{first}\n{between}\n{second}"
+        execute(written(body, {"scratch": scratch}, threads=64))
+
+    run("bar.sync 0;")
+    run("", by=0)
+    run("bar.warp.sync -1;", by=1)
+    for between, by in (("", 32), ("bar.warp.sync -1;", 32), ("", 1)):
+        with pytest.raises(ExecutionError, match="race in global memory: ") as raised:
+            run(between, by)
+        if by == 32:
+            assert re.search(said, str(raised.value))
 
 
 def test_a_barrier_that_not_all_threads_reach_is_a_fault() -> None:
