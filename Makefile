@@ -15,7 +15,7 @@ bench := $(VENV)/.stamp-bench
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers test-torch gpu-test virtual aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
+.PHONY: help demo test test-transformers test-torch gpu-test virtual mutants aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
         gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types docs format clean
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-torch  what needs no Triton, with the oldest and the newest PyTorch (installs both)"
 	@echo "make gpu-test  run the GPU tests, with the python on the path; nothing is installed"
 	@echo "make virtual  the GPU tests without one: kernels compiled, then executed in NumPy (hours)"
+	@echo "make mutants  kernels with one instruction changed, executed: which are noticed (an hour)"
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
 	@echo "make bench   time this library and its peers side by side (BENCH_ARGS=...)"
@@ -89,6 +90,10 @@ virtual: $(dev)
 	$(bin)/python -m tests.kernels --virtual sm_80 $(PYTEST_ARGS)
 	$(bin)/python -m tests.kernels --virtual sm_90 $(PYTEST_ARGS)
 	$(bin)/python -m tests.kernels --summary
+
+# Ended and started again it goes on; MUTANTS_ARGS="--values 40" draws more of each kernel.
+mutants: $(dev)
+	$(bin)/python -m tests.mutants $(MUTANTS_ARGS)
 
 aot: $(dev)
 	$(bin)/python -m tools.compile

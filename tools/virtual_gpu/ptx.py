@@ -108,7 +108,7 @@ def split_operands(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def _statement(text: str, line: int, source: str) -> Instruction:
+def statement(text: str, line: int, source: str) -> Instruction:
     found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)(?:\s+(.*))?", text, re.DOTALL)
     if found is None:
         raise UnsupportedError(f"PTX line {line}: no rule for {text!r}")
@@ -154,7 +154,7 @@ def parse(ptx: str) -> Program:
             # A brace alone in its statement opens or closes a scope.
             for piece in re.split(r"(;)", line):
                 if piece == ";":
-                    program.instructions.append(_statement(text, first, source))
+                    program.instructions.append(statement(text, first, source))
                     text = ""
                 elif piece.strip() and not (not text and piece.strip() in "{}"):
                     first = number if not text else first

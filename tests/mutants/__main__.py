@@ -1,0 +1,126 @@
+"""Mutants of every kernel as compiled: which are noticed when they are executed.
+
+    python -m tests.mutants [--out FOLDER] [--values N] [--only OPERATION] [--table]
+
+All mutants of synchronisation and, of each kernel and target, N mutants of values, drawn with a
+fixed seed, at small sizes; what lives there, at larger ones, where the kernel is the same. Each is
+a row of `FOLDER/rows.jsonl`: ended and started again, it goes on with the next. In the end it
+writes `docs/inside/mutants.md` (`--table`: of the rows there are, and runs nothing), and fails
+where a mutant lives that `explanations.toml` says nothing of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.mutants.table import write
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+TARGETS = ("sm_80", "sm_90")
+VALUES = 40
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants")
+    parser.add_argument("--values", type=int, default=VALUES, help="of each kernel (%(default)s)")
+    parser.add_argument("--only", default="", help="operations in whose name this is")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="both, if not given")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args(arguments)
+    rows = options.out / "rows.jsonl"
+    if not options.table:
+        os.environ.setdefault("TRITON_CACHE_DIR", str(options.out / "triton"))
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        run(rows, options.target or TARGETS, options.values, options.only)
+    wrong = write(read(rows))
+    for line in wrong:
+        print(line)
+    return int(bool(wrong))
+
+
+def read(rows: Path) -> list[dict[str, Any]]:
+    if not rows.exists():
+        return []
+    return [json.loads(line) for line in rows.read_text().splitlines() if line.endswith("}")]
+
+
+def run(rows: Path, targets: Sequence[str], values: int, only: str) -> None:
+    """Appends a row for every mutant that has none."""
+    done = {key(row) for row in read(rows)}
+    with rows.open("a") as file:
+        for target in targets:
+            for row in tried(target, values, only, done):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("target", "ptx", "operator", "line", "after"))
+
+
+def code(source: str) -> str:
+    """The source line's own text; its number changes with every edit of the file."""
+    path, _, line = source.partition(" ")[0].rpartition(":")
+    _, ours, inside = path.rpartition("/csrc_triton/")
+    file = ROOT / "csrc_triton" / inside if ours else Path(path)
+    if not file.is_file():
+        return ""
+    return file.read_text().splitlines()[int(line) - 1].strip()
+
+
+def tried(
+    target: str, values: int, only: str, done: set[tuple[Any, ...]]
+) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from tests.mutants.cases import NAMES, SIZES, Case, larger
+    from tools.virtual_gpu.mutants import SYNCHRONISATION, mutants
+
+    torch.set_num_threads(1)
+    seen: set[str] = set()
+    for operation in (name for name in NAMES if only in name):
+        case, long = Case(operation, SIZES, target), None
+        for ptx, name in {ran.launch.ptx: ran.launch.name for ran in case.ran}.items():
+            digest = hashlib.sha256(ptx.encode()).hexdigest()[:12]
+            if digest in seen:
+                continue
+            seen.add(digest)
+            everything = list(mutants(ptx))
+            chosen = [m for m in everything if m.operator in SYNCHRONISATION]
+            of_values = [m for m in everything if m.operator not in SYNCHRONISATION]
+            draw = random.Random(f"{operation} {name}")
+            draw.shuffle(of_values)
+            chosen += of_values[:values]
+            for mutant in chosen:
+                row = {
+                    **{"target": target, "operation": operation, "kernel": name, "ptx": digest},
+                    **dataclasses.asdict(mutant),
+                    "source": re.sub(r"\S*/(?=[\w.]+:\d+)", "", mutant.source),
+                    "code": code(mutant.source),
+                    "of": len(of_values),
+                }
+                if key(row) in done:
+                    continue
+                outcome = case.tried(ptx, mutant)
+                if not outcome.noticed:
+                    long = long or Case(operation, larger(operation), target)
+                    if any(ran.launch.ptx == ptx for ran in long.ran):
+                        second = long.tried(ptx, mutant)
+                        outcome = min(outcome, second, key=lambda one: one.rank)
+                yield row | dataclasses.asdict(outcome)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Calls of operations that launch every kernel, and what they come to with a mutant in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.virtual_gpu.driver import activated
+from tools.virtual_gpu.executor import Counts, ExecutionError, Executor
+from tools.virtual_gpu.global_memory import Checks
+from tools.virtual_gpu.mutants import Mutant, watched
+from tools.virtual_gpu.record import Launch
+from tools.virtual_gpu.trace import ORDERS, Trace, traced
+from w2vbert_fast.ops.dispatch import force
+from w2vbert_fast.ops.examples import Sizes, example
+from w2vbert_fast.ops.operation import OPERATIONS
+
+SIZES = Sizes(
+    lengths=(5, 0, 19),
+    width=48,
+    inner=80,
+    heads=2,
+    head_size=16,
+    left=64,
+    right=8,
+    taps=31,
+    vocabulary=32,
+)
+OF_WAVEFORMS = {"normalize_and_stack": 1e-5, "log_mel_filterbank": 2e-3}
+"""In float32 alone, and by how much they may be off."""
+# What takes longest comes last; a work list depends on the target's tiles, attention makes its own.
+NAMES = sorted(OPERATIONS.keys() - {"attention_tile_map"}, key=lambda n: (n in OF_WAVEFORMS, n))
+LENGTHS = (70, 0, 150, 1)
+
+
+def larger(name: str) -> Sizes:
+    """Several rounds of every loop. Taken for mutants that live at `SIZES`, of kernels that are the
+    same there: products keep the number of rows, which decides on their tile, others the width.
+    """
+    if name.startswith(("linear", "feed_forward")):
+        return dataclasses.replace(SIZES, width=304, inner=272)
+    return dataclasses.replace(SIZES, lengths=LENGTHS)
+
+
+HOW = ("fault", "wrong", "within the limit", "unchanged", "equal", "not reached")
+UNCHECKED = Checks(races=False, written_once=False, written_whole=False, garbage=False)
+
+
+@dataclass
+class Ran:
+    """A launch as it ran with the kernel as compiled: the bytes of its tensors after it."""
+
+    launch: Launch
+    after: dict[str, np.ndarray]
+    branches: int
+
+
+def _storage(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def in_float64(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree
+    )
+
+
+class _Unchanged(Exception):
+    """All that a mutant can still reach is as without it."""
+
+
+class Case:
+    """One call of one operation on one target.
+
+    Attributes:
+        name: of the operation.
+        ran: its launches.
+    """
+
+    def __init__(self, name: str, sizes: Sizes, target: str) -> None:
+        self.name, self.target = name, target
+        self.off = OF_WAVEFORMS.get(name)
+        dtype = torch.bfloat16 if self.off is None else torch.float32
+        with torch.no_grad(), force("plain"):
+            self.arguments = example(name, sizes, dtype=dtype)
+            if name == "ctc_greedy":  # the first of equal logits counts
+                self.arguments = (self.arguments[0].round(), *self.arguments[1:])
+            operation = getattr(torch.ops.w2vbert, name)
+            self.plain = leaves(operation(*self.arguments))
+            self.exact = self.plain
+            if self.off is None:
+                self.exact = leaves(operation(*in_float64(self.arguments)))
+        self.ran: list[Ran] = []
+        self.traces: dict[str, list[Trace]] = {}
+        branches: list[int] = []
+
+        def counted(launch: Launch, counts: Counts) -> None:
+            branches.append(sum(n for op, n in counts.instructions.items() if op.startswith("bra")))
+
+        executor = Executor(counted=counted)
+
+        def run(launch: Launch) -> None:
+            executor(launch)
+            after = {name: _storage(t).copy() for name, t in launch.tensors.items()}
+            self.ran.append(Ran(launch, after, branches[-1]))
+
+        ours = self._called(run)
+        if fault := self._off(ours):
+            raise AssertionError(f"{name} on {target}: {fault}")
+
+    def _called(self, run: Callable[[Launch], None]) -> list[Tensor]:
+        arguments = torch.utils._pytree.tree_map(
+            lambda x: x.clone() if isinstance(x, Tensor) else x, self.arguments
+        )
+        # What is never written has the same bits in every run.
+        torch.use_deterministic_algorithms(True)
+        try:
+            with torch.no_grad(), activated(self.target, run), force("triton"):
+                return leaves(getattr(torch.ops.w2vbert, self.name)(*arguments))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def _off(self, ours: list[Tensor]) -> str:
+        """By how much results are further from float64 than they may be, or nothing."""
+        for number, (one, theirs, right) in enumerate(
+            zip(ours, self.plain, self.exact, strict=True)
+        ):
+            if not one.is_floating_point():
+                if not torch.equal(one, right):
+                    return f"result {number} differs"
+                continue
+            error, allowed = ((x.double() - right).abs() for x in (one, theirs))
+            rounding = torch.finfo(one.dtype).eps * right.abs()
+            if self.off is not None:
+                within = bool(error.max() <= self.off)
+            else:
+                within = bool(
+                    error.square().mean().sqrt()
+                    <= 1.1 * allowed.square().mean().sqrt() + rounding.square().mean().sqrt()
+                )
+                if one.numel() >= 256:
+                    within &= bool(error.max() <= 1.1 * allowed.max() + rounding.max())
+            if not within:
+                return f"result {number} is off by {float(error.max()):.2g}"
+        return ""
+
+    def tried(self, ptx: str, mutant: Mutant) -> Outcome:
+        """What the call does with the mutant in place of the kernel."""
+        mine = [n for n, ran in enumerate(self.ran) if ran.launch.ptx == ptx]
+        most = 4 * sum(ran.branches for ran in self.ran) + 1000
+        number, same = -1, True
+
+        def run(launch: Launch) -> None:
+            nonlocal number, same
+            number += 1
+            ran = self.ran[number]
+            if number in mine:
+                Executor()(one.launch(launch))
+                for name, tensor in launch.tensors.items():
+                    same &= "scratch" in name or np.array_equal(_storage(tensor), ran.after[name])
+                if same and number == mine[-1]:
+                    raise _Unchanged
+            elif same:
+                for name, tensor in launch.tensors.items():
+                    _storage(tensor)[:] = ran.after[name]
+            else:
+                Executor(UNCHECKED)(launch)
+
+        with watched(mutant, most) as one:
+            try:
+                said = self._off(self._called(run))
+                how = "wrong" if said else "within the limit"
+            except _Unchanged:
+                how, said = "unchanged", ""
+            except ExecutionError as fault:
+                how, said = "fault", str(fault).partition("\n")[0]
+        if how in ("unchanged", "within the limit"):
+            if not one.reached:
+                how = "not reached"
+            elif one.differs is False or not self._is_needed(ptx, mutant):
+                how = "equal"
+        return Outcome(how, said)
+
+    def _is_needed(self, ptx: str, mutant: Mutant) -> bool:
+        """Whether a statement of synchronisation is, by the accesses that were written down."""
+        if (what := ORDERS.get(mutant.before.split()[0])) is None:
+            return True
+        left = int(mutant.after.split()[1], 0) if mutant.after else None
+        if ptx not in self.traces:
+            self.traces[ptx] = self._traced(ptx)
+        return any(trace.needs(what, mutant.line, left) for trace in self.traces[ptx])
+
+    def _traced(self, ptx: str) -> list[Trace]:
+        traces = []
+        number = -1
+
+        def run(launch: Launch) -> None:
+            nonlocal number
+            number += 1
+            if launch.ptx == ptx:
+                with traced() as trace:
+                    Executor(UNCHECKED)(trace.launch(launch))
+                traces.append(trace)
+            for name, tensor in launch.tensors.items():
+                _storage(tensor)[:] = self.ran[number].after[name]
+
+        self._called(run)
+        return traces
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant.
+
+    Attributes:
+        how: "fault" or "wrong": it was noticed. "not reached", "equal": nothing of what the kernel
+            does in this call was changed. "unchanged", "within the limit": it lives.
+        said: the fault.
+    """
+
+    how: str
+    said: str
+
+    @property
+    def noticed(self) -> bool:
+        return self.how in ("fault", "wrong")
+
+    @property
+    def rank(self) -> int:
+        """Of two calls the one that says more of the mutant comes first."""
+        return HOW.index(self.how)
