@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2vbert_fast import __version__
+from w2vbert_fast import __version__, cpus
 from w2vbert_fast._extras import versions
 from w2vbert_fast.ops import dispatch
 from w2vbert_fast.ops.examples import Sizes, example
@@ -246,7 +245,7 @@ def _machine() -> list[tuple[str, str]]:
         ("system", f"{platform.system()} {platform.machine()}"),
         ("CPU", cpu),
         ("CPU instructions", ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "unknown"),
-        ("CPU cores", str(os.cpu_count())),
+        ("CPU cores", _cores()),
         ("threads of PyTorch", str(torch.get_num_threads())),
         ("PyTorch tested", " to ".join(TESTED_TORCH)),
     ]
@@ -257,6 +256,12 @@ def _machine() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         rows.append(("GPU", "none that PyTorch can use"))
     return rows
+
+
+def _cores() -> str:
+    found = cpus.of_process()
+    quota = "no quota" if found.quota is None else f"a quota of {found.quota:g}"
+    return f"{found.machine}, of which this process may run on {found.allowed}, with {quota}"
 
 
 def processor() -> tuple[str, set[str]]:

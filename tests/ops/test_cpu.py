@@ -225,7 +225,6 @@ def test_small_inputs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("what is made for large inputs was called")
 
     monkeypatch.setattr(attention, "Attend", refuse)
-    monkeypatch.setattr(conv, "layer_norm_into", refuse)
     monkeypatch.setattr(norm, "layer_norm_into", refuse)
     monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
     test_norms(dtype, 160, monkeypatch)

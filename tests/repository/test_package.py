@@ -160,9 +160,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tools": ("csrc_triton", "ops"),
     "_extras": (),
     "_lazy": (),
+    "cpus": (),
     "layout": (),
-    "ops": ("csrc_triton", "layout"),
-    "doctor": ("_extras", "ops"),
+    "ops": ("cpus", "csrc_triton", "layout"),
+    "doctor": ("_extras", "cpus", "ops"),
     "recordings": ("_extras", "ops"),
     "checkpoints": (),
     "processing": ("checkpoints", "ops", "recordings"),
@@ -175,9 +176,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
     ),
     "integrations": (
-        *("_extras", "inference", "layout", "models", "ops", "processing", "recordings"),
+        *("_extras", "cpus", "inference", "layout", "models", "ops", "processing"),
+        *("recordings",),
     ),
-    "cli": ("_extras", "doctor", "export", "inference", "integrations", "models", "training"),
+    "cli": (
+        *("_extras", "cpus", "doctor", "export", "inference", "integrations", "models"),
+        *("training",),
+    ),
     "bench": (
         *("_extras", "csrc_triton", "doctor", "inference", "integrations", "layout", "models"),
         *("ops", "processing", "recordings", "tools"),

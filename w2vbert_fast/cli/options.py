@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+from w2vbert_fast import cpus
 from w2vbert_fast.cli.messages import fail
 
 if TYPE_CHECKING:
@@ -56,6 +57,27 @@ def argument(help_text: str, *, metavar: str) -> Any:
     return field(metadata={_HOW: _How(help_text, (), metavar, True)})
 
 
+@dataclass(kw_only=True)
+class Cpus:
+    """Options of every command."""
+
+    threads: int | None = option(
+        None, "Threads that compute on the CPU. Default: as many as this process may use CPUs."
+    )
+
+    def take(self) -> None:
+        """Let PyTorch compute on no more threads than there are CPUs for it."""
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads is {self.threads}; it must be at least 1")
+        found = cpus.of_process()
+        if self.threads is None and found.usable == found.machine:
+            return
+        import torch
+
+        usable = min(found.usable, torch.get_num_threads())
+        torch.set_num_threads(usable if self.threads is None else self.threads)
+
+
 def add(app: typer.Typer, command: Callable[..., int], *, short: str, help_text: str) -> None:
     """Add a command to an app. What it raises for reasons of the user's is one line, and ends it.
 
@@ -70,6 +92,7 @@ def add(app: typer.Typer, command: Callable[..., int], *, short: str, help_text:
 
     groups: dict[str, type[Any]] = get_type_hints(command)
     groups.pop("return")
+    groups["_cpus"] = Cpus
 
     def run(**given: Any) -> None:
         made = {
@@ -77,6 +100,7 @@ def add(app: typer.Typer, command: Callable[..., int], *, short: str, help_text:
             for parameter, group in groups.items()
         }
         try:
+            made.pop("_cpus").take()
             status = command(**made)
         except BrokenPipeError:
             raise

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from w2vbert_fast import cpus
 from w2vbert_fast._extras import require
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Flow, Runner
@@ -112,7 +113,7 @@ class Actors:
 
     def claim(self) -> None:
         """In an actor: take the share of the machine that it was given."""
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(min(self.threads, cpus.of_process().usable))
         if 0 < self.num_gpus < 1:
             torch.cuda.set_per_process_memory_fraction(self.num_gpus)
 

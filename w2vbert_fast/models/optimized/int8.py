@@ -64,12 +64,8 @@ class Int8Linear(OpaqueLinear):
         self.matrix = int8.quantize_weight(linear.weight.detach())
         self.bias = linear.bias
 
-    def forward(self, x: Any) -> Tensor:
-        """`x @ weight.T + bias`: `[num_tokens, in_features]` -> `[num_tokens, out_features]`.
-
-        Args:
-            x: floating, or what the kernels' `quantize_tokens` made of it.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight.T + bias`: `[num_tokens, in_features]` -> `[num_tokens, out_features]`."""
         with torch.no_grad():
             return int8.linear_int8(x, self.matrix, self.bias, None)
 
@@ -85,10 +81,11 @@ class Int8SelfAttention(Wav2Vec2BertSelfAttention):
     """Self-attention whose projections are `Int8Linear`: their input is quantised once."""
 
     def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
-        if not all(is_untouched(layer, Int8Linear) for layer in layers):
+        quantised = [layer for layer in layers if is_untouched(layer, Int8Linear)]
+        if len(quantised) < len(layers):
             return super()._project(x, *layers)
-        tokens = int8.quantize_tokens(x)
-        return [layer(tokens) for layer in layers]
+        with torch.no_grad():
+            return int8.linears_int8(x, [(layer.matrix, layer.bias) for layer in quantised])
 
 
 _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {

@@ -2,8 +2,9 @@
 
     score(i, j) = (q_i . k_j + q_i . E[clip(j - i, -L, R) + L]) / sqrt(D)
 
-One block of queries of one or several heads at a time is scored, small enough to stay in cache
-between the two products. The factor 1 / sqrt(D) is in the queries; in fp32 log2(e) is too, because
+Heads are divided among threads, and queries too where there are more threads than heads. One block
+of queries of one or several heads at a time is scored, small enough to stay in cache between the
+two products. The factor 1 / sqrt(D) is in the queries; in fp32 log2(e) is too, because
 the powers of two are the faster ones. bf16 queries would be rounded once more by it, and bf16
 scores in base 2, with log2(e) as the product's factor, come out less exact.
 
@@ -52,14 +53,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from w2vbert_fast.ops.cpu import threads
 from w2vbert_fast.ops.cpu.capability import onednn_linear
 from w2vbert_fast.ops.cpu.conv import utterances_of
 from w2vbert_fast.ops.cpu.gemm import linear, matmul_transposed
 
 _BLOCK_BYTES = 2 << 20
-"""Scores in flight where a head is scored by itself: the second-level caches of two cores."""
+"""Scores in flight where a head is scored by itself."""
 _GROUP_BYTES = 3 << 20
 """Scores in flight where several heads are scored at once."""
+_SHARE_SCORES = 1 << 21
+"""Scores that are worth a share of several threads."""
 _GROUP_HEADS = 8
 """So many heads are scored at once even if they take up to twice those bytes: the blocks of a long
 utterance are large, and fewer calls make up for what leaves the second-level cache."""
@@ -149,17 +153,69 @@ def shaw_attention(
             tensors = (query[rows], key[used], value[used])
             output[rows] = _attend_short(*tensors, distance_embedding, left, right)
         return output, log_sum_exp
-    dropout = Dropout(dropout_p, dropout_seed)
     # Without positions that matter to the softmax the embedding counts for the log-sum-exp only.
     embedding = distance_embedding if return_log_sum_exp or left + right > 0 else None
-    for rows, utterances in groups_of_utterances(cu_seqlens, seqused_k):
-        tensors = (query[rows], key[rows], value[rows])
+
+    def attend_share(share: Share) -> None:
+        rows, heads, utterances = share.rows, share.heads, share.utterances
+        tensors = (query[rows, heads], key[rows, heads], value[rows, heads])
         attend = Attend(*tensors, longest_of(utterances), embedding, left, right)
-        for utterance in utterances:
-            for block, heads, by_head in attend.blocks(utterance):
-                statistics = log_sum_exp[:, rows] if return_log_sum_exp else None
-                attend.forward(block, heads, by_head, dropout, output[rows], statistics)
+        dropout = Dropout(dropout_p, dropout_seed, share.number)
+        statistics = log_sum_exp[heads, rows] if return_log_sum_exp else None
+        for block, of_heads, by_head in attend.blocks(share):
+            attend.forward(block, of_heads, by_head, dropout, output[rows, heads], statistics)
+
+    threads.run(attend_share, shares_of(query, cu_seqlens, seqused_k, dropout_p > 0.0))
     return output, log_sum_exp
+
+
+class Share(NamedTuple):
+    """Heads of a group of utterances, and a part of the queries of each."""
+
+    rows: slice  # of the group, in the batch
+    utterances: list[Utterance]  # of the group
+    heads: slice
+    part: int  # this one of so many parts of each utterance's queries
+    parts: int
+    number: int  # of the share
+
+
+def shares_of(
+    query: Tensor,
+    cu_seqlens: Tensor,
+    seqused_k: Tensor | None,
+    one_by_one: bool,
+    divides_queries: bool = True,
+) -> list[Share]:
+    """What is divided among threads.
+
+    Args:
+        query: `[N, H, D]`.
+        cu_seqlens: of the batch.
+        seqused_k: of the batch.
+        one_by_one: every head by itself, whatever the number of threads, so that both passes draw
+            the same dropout.
+        divides_queries: whether a head's queries may be divided.
+    """
+    groups = list(groups_of_utterances(cu_seqlens, seqused_k))
+    num_heads = query.shape[1]
+    scores = num_heads * sum(u.num_queries * u.num_keys for _, group in groups for u in group)
+    wanted = threads.number(scores / _SHARE_SCORES)
+    # As many of each group as make up the number.
+    of_group = max(1, -(-wanted // max(1, len(groups))))
+    heads_at_once = 1 if one_by_one else max(1, num_heads // of_group)
+    parts = 1
+    if divides_queries and not one_by_one:
+        parts = max(1, threads.count() // (num_heads * max(1, len(groups))))
+    heads = [
+        slice(first, min(first + heads_at_once, num_heads))
+        for first in range(0, num_heads, heads_at_once)
+    ]
+    kinds = itertools.product(groups, heads, range(parts))
+    return [
+        Share(rows, utterances, of_heads, part, parts, index)
+        for index, ((rows, utterances), of_heads, part) in enumerate(kinds)
+    ]
 
 
 def _attend_short(
@@ -248,12 +304,12 @@ def reached(embedding: Tensor, left: int, right: int, max_seqlen: int) -> Tensor
 
 
 class Dropout:
-    """Which weights of one block of attention after another are kept.
+    """Which weights of one block of a share after another are kept.
 
     The backward pass takes the same blocks in the same order, and so draws the same numbers.
     """
 
-    def __init__(self, p: float, seed: Tensor | None) -> None:
+    def __init__(self, p: float, seed: Tensor | None, share: int) -> None:
         self.keep = 1.0 - p
         self.generator: torch.Generator | None = None
         if p > 0.0:
@@ -261,7 +317,8 @@ class Dropout:
                 raise ValueError("dropout_seed is None; dropout needs int64 [2], seed and offset")
             first, second = seed.tolist()
             self.generator = torch.Generator(seed.device)
-            self.generator.manual_seed((first + 0x9E3779B97F4A7C15 * second) % 2**63)
+            mixed = first + 0x9E3779B97F4A7C15 * second + 0xD1B54A32D192ED03 * share
+            self.generator.manual_seed(mixed % 2**63)
 
     def kept(self, like: Tensor) -> Tensor | None:
         """One where a weight of a block like this is kept, else zero; `None`: all are."""
@@ -271,7 +328,7 @@ class Dropout:
 
 
 class Attend:
-    """Attention of one packed batch: what all blocks share.
+    """Attention of some heads of one group of utterances: what all blocks share.
 
     `query` is scaled, with the factor `1 / sqrt(D)`, and with log2(e) where the scores are in base
     2; it, `key` and `value` are `[H, N, D]`, contiguous rows a head.
@@ -301,9 +358,17 @@ class Attend:
         self.in_range = _heads_in_range(self.query, self.key, self.positions)
         self.scratch = query.new_empty(0)
 
-    def blocks(self, utterance: Utterance) -> Iterator[tuple[Block, slice, bool]]:
-        """Blocks of queries of an utterance, each for several heads, or for one by itself."""
+    def blocks(self, share: Share) -> Iterator[tuple[Block, slice, bool]]:
+        """Blocks of queries of a share, each for several heads, or for one by itself."""
+        for utterance in share.utterances:
+            yield from self._blocks(utterance, share.part, share.parts)
+
+    def _blocks(
+        self, utterance: Utterance, part: int, parts: int
+    ) -> Iterator[tuple[Block, slice, bool]]:
         offset, num_queries, length = utterance
+        first, end = num_queries * part // parts, num_queries * (part + 1) // parts
+        num_queries = end - first
         if num_queries == 0:
             return
         by_head = _uses_linear(self.query.dtype, length)
@@ -319,8 +384,8 @@ class Attend:
             1, _GROUP_BYTES // head_bytes, min(_GROUP_HEADS, 2 * _GROUP_BYTES // head_bytes)
         )
         group = 1 if by_head else group
-        for start in range(0, num_queries, queries):
-            block = Block(offset, length, start, min(start + queries, num_queries))
+        for start in range(first, end, queries):
+            block = Block(offset, length, start, min(start + queries, end))
             for heads in self._groups(group):
                 yield block, heads, by_head
 
@@ -506,8 +571,9 @@ def _beyond_band(
     num_queries: int, width: int, span: int, right_side: bool, dtype: torch.dtype
 ) -> Tensor:
     """One where a column of the band's buffer lies beyond row's own band on one side: `[b, W]`."""
-    ones = torch.ones(num_queries, width, dtype=dtype)
-    return ones.triu_(span + 1) if right_side else ones.tril_(-1)
+    with torch.inference_mode(False):
+        ones = torch.ones(num_queries, width, dtype=dtype)
+        return ones.triu_(span + 1) if right_side else ones.tril_(-1)
 
 
 def shaw_attention_backward(
@@ -540,23 +606,35 @@ def shaw_attention_backward(
         grad_embedding = torch.zeros_like(distance_embedding, dtype=statistics)
     if query.numel() == 0:
         return grads[0], grads[1], grads[2], grad_embedding
-    dropout = Dropout(dropout_p, dropout_seed)
     # A softmax does not see what is equal for all keys: one position vector has no gradient.
     embedding = distance_embedding if left + right > 0 else None
-    for rows, utterances in groups_of_utterances(cu_seqlens, seqused_k):
-        tensors = (query[rows], key[rows], value[rows])
-        longest = longest_of(utterances)
+
+    def differentiate_share(share: Share) -> Tensor | None:
+        """Fills gradients of the share's heads; returns the embedding's."""
+        rows, heads = share.rows, share.heads
+        tensors = (query[rows, heads], key[rows, heads], value[rows, heads])
+        longest = longest_of(share.utterances)
         attend = _AttendBackward(
-            Attend(*tensors, longest, embedding, left, right), grad[rows], output[rows]
+            Attend(*tensors, longest, embedding, left, right),
+            grad[rows, heads],
+            output[rows, heads],
         )
+        of_embedding = None
         if embedding is not None:
+            of_embedding = torch.zeros_like(embedding, dtype=statistics)
             attend.embedding = reached(embedding, left, right, longest).to(statistics)
-            attend.grad_embedding = reached(grad_embedding, left, right, longest)
-        for utterance in utterances:
-            for block, heads, by_head in attend.shared.blocks(utterance):
-                attend.block(block, heads, by_head, dropout)
+            attend.grad_embedding = reached(of_embedding, left, right, longest)
+        dropout = Dropout(dropout_p, dropout_seed, share.number)
+        for block, of_heads, by_head in attend.shared.blocks(share):
+            attend.block(block, of_heads, by_head, dropout)
         for target, part in zip(grads, attend.results(), strict=True):
-            target[rows] = part.transpose(0, 1)
+            target[rows, heads] = part.transpose(0, 1)
+        return of_embedding
+
+    shares = shares_of(query, cu_seqlens, seqused_k, dropout_p > 0.0, divides_queries=False)
+    for of_embedding in threads.run(differentiate_share, shares):
+        if of_embedding is not None:
+            grad_embedding += of_embedding
     if base_two(query.dtype):
         grad_embedding.mul_(math.log(2.0))
     return grads[0], grads[1], grads[2], grad_embedding

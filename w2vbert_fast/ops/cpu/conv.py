@@ -1,9 +1,10 @@
 """Causal depthwise convolution with its LayerNorm and activation, forward and backward.
 
 Packed `[num_tokens, channels]` is what a convolution over a picture one row high calls
-channels-last, so nothing is transposed: the utterances are copied once, K - 1 zero rows before
-each, and one convolution runs over all of them. So few elements that its call takes longer than
-its work are multiplied tap by tap instead.
+channels-last, so nothing is transposed. Pieces of utterances are copied once, before each the K - 1
+rows that it follows on, zeros before an utterance's first, and one convolution runs over all pieces
+of a share. So few elements that its call takes longer than its work are multiplied tap by tap
+instead.
 
 The gradient of the input is the same convolution run backwards in time. The gradient of the weight
 is K sums of products of shifted rows, over blocks of rows that stay in cache: 20 times as fast as
@@ -12,19 +13,25 @@ oneDNN's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu import threads
 from w2vbert_fast.ops.cpu.gemm import activation_gradient
-from w2vbert_fast.ops.cpu.norm import layer_norm, layer_norm_into, norm_gradient, takes_passes
+from w2vbert_fast.ops.cpu.norm import norm_gradient, norm_rows
 
 _LOW_PRECISION_CHANNELS = 256
 """Fewer channels than this are convolved in float32: for 32 or fewer oneDNN 3.12 does not come to
 an end at some lengths, when it makes its bfloat16 kernel."""
 _FEW_ELEMENTS = 8192
 """Up to so many elements the products of all taps, summed up, take less time than a convolution."""
+_SHARE_ELEMENTS = 3 << 18
+"""Elements that are worth a share; see `gemm`."""
 _BLOCK_ELEMENTS_BACKWARD = 1 << 17
 """Products of one block, in float32 half a megabyte."""
 _IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
@@ -41,23 +48,62 @@ def conv_norm_act(
     seqused_k: Tensor | None = None,
 ) -> Tensor:
     """As `ops.conv_norm_act`, contiguous."""
-    function = get_activation(activation)
-    if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    utterances = utterances_of(cu_seqlens, seqused_k)
-    y = convolve(x, conv_weight, utterances)
-    pad = conv_weight.shape[1] - 1
-    if len(utterances) == 1:
-        return _norm_act(y, norm_weight, norm_bias, eps, activation)
+    get_activation(activation)  # a name that there is not is refused, whatever the shapes
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for index, (start, _, end) in enumerate(utterances):
-        rows = y[start + index * pad : end + index * pad]
-        if takes_passes(rows, norm_weight, norm_bias):
-            layer_norm_into(out[start:end], rows, norm_weight, norm_bias, eps)
-        else:
-            out[start:end] = F.layer_norm(rows, (x.shape[1],), norm_weight, norm_bias, eps)
+
+    def pieces_of(pieces: list[Piece]) -> None:
+        _convolve_norm_act(out, x, conv_weight, norm_weight, norm_bias, eps, activation, pieces)
+
+    threads.run(pieces_of, _shares(x, utterances_of(cu_seqlens, seqused_k)))
+    return out
+
+
+def _convolve_norm_act(
+    out: Tensor,
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str,
+    pieces: list[Piece],
+) -> None:
+    """Fill the rows of pieces that follow each other."""
+    y = convolve(x, conv_weight, pieces)
+    pad = conv_weight.shape[1] - 1
+    rows = slice(pieces[0].start, pieces[-1].end)
+    if len(pieces) > 1:
+        torch.cat([y[start:end] for start, end in _places(pieces, pad)], out=out[rows])
+        y = out[rows]
     in_place = _IN_PLACE.get(activation)
-    return function(out) if in_place is None else in_place(out, inplace=True)
+    norm_rows(out[rows], y, norm_weight, norm_bias, eps)
+    if in_place is not None:
+        in_place(out[rows], inplace=True)
+    else:
+        out[rows] = get_activation(activation)(out[rows])
+
+
+class Piece(NamedTuple):
+    """Rows of one utterance."""
+
+    begin: int  # the utterance's first row
+    start: int  # the piece's own
+    used_end: int  # end of the utterance's rows that are read
+    end: int  # of the piece
+
+
+def _shares(x: Tensor, utterances: list[tuple[int, int, int]]) -> list[list[Piece]]:
+    """Pieces of utterances, in turn, about as many rows in each share."""
+    number = threads.number(x.numel() / _SHARE_ELEMENTS)
+    shares: list[list[Piece]] = []
+    for rows in threads.slices(x.shape[0], number):
+        pieces = [
+            Piece(begin, max(begin, rows.start), used_end, min(end, rows.stop))
+            for begin, used_end, end in utterances
+            if begin < rows.stop and end > rows.start
+        ]
+        shares += [pieces] if pieces else []
+    return shares
 
 
 def utterances_of(cu_seqlens: Tensor, seqused_k: Tensor | None) -> list[tuple[int, int, int]]:
@@ -71,25 +117,27 @@ def utterances_of(cu_seqlens: Tensor, seqused_k: Tensor | None) -> list[tuple[in
     return [(start, used_end, end) for start, used_end, end in bounds if end > start]
 
 
-def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int, int]]) -> Tensor:
-    """The convolution of `utterances_of`, each K - 1 rows after the end of the one before it.
+def convolve(x: Tensor, weight: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """The convolution of pieces, each K - 1 rows after the end of the one before it.
 
-    Returns `[num_tokens + (len(utterances) - 1) * (K - 1), channels]`; the rows in between are of
-    no use.
+    Returns `[sum of the pieces' rows + (len(pieces) - 1) * (K - 1), channels]`; the rows in between
+    are of no use.
     """
     channels, taps = weight.shape
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     pad = taps - 1
-    num_rows = x.shape[0] + len(utterances) * pad
+    num_rows = sum(piece.end - piece.start + pad for piece in pieces)
     if channels < _LOW_PRECISION_CHANNELS:
-        x, weight = x.to(wide), weight.to(wide)
-    spaced = x.new_empty(num_rows, channels)
-    for index, (start, used_end, end) in enumerate(utterances):
-        shift = (index + 1) * pad
-        spaced[start + shift - pad : start + shift].zero_()
-        spaced[start + shift : used_end + shift] = x[start:used_end]
-        if used_end < end:
-            spaced[used_end + shift : end + shift].zero_()
+        weight = weight.to(wide)
+    spaced = x.new_empty(num_rows, channels, dtype=weight.dtype)
+    at = pad
+    for begin, start, used_end, end in pieces:
+        first = max(begin, start - pad)
+        last = max(first, min(used_end, end))
+        spaced[at - pad : at - start + first].zero_()
+        spaced[at - start + first : at - start + last] = x[first:last]
+        spaced[at - start + last : at - start + end].zero_()
+        at += end - start + pad
     if num_rows * channels <= _FEW_ELEMENTS + pad * channels:
         windows = spaced.as_strided((num_rows - pad, taps, channels), (channels, channels, 1))
         return (windows * weight.t()).sum(1).to(dtype)
@@ -99,10 +147,12 @@ def convolve(x: Tensor, weight: Tensor, utterances: list[tuple[int, int, int]]) 
     return y[0, :, 0].t().to(dtype)  # [rows, channels]
 
 
-def _norm_act(y: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str) -> Tensor:
-    z = layer_norm(y, weight, bias, eps)
-    in_place = _IN_PLACE.get(activation)
-    return get_activation(activation)(z) if in_place is None else in_place(z, inplace=True)
+def _places(pieces: Sequence[Piece], pad: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each piece in `convolve`'s result."""
+    at = 0
+    for piece in pieces:
+        yield at, at + piece.end - piece.start
+        at += piece.end - piece.start + pad
 
 
 def conv_norm_act_backward(
@@ -123,50 +173,49 @@ def conv_norm_act_backward(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     channels, taps = conv_weight.shape
-    grad_conv = torch.zeros(taps, channels, dtype=dtype, device=x.device)
-    grad_norm = torch.zeros(2, channels, dtype=dtype, device=x.device)
-    if x.numel() == 0:
-        return torch.empty_like(x), grad_conv.t().contiguous(), grad_norm[0], grad_norm[1].clone()
-    utterances = utterances_of(cu_seqlens, seqused_k)
     pad = taps - 1
-    y = convolve(x, conv_weight, utterances)
-    weight, bias = norm_weight.to(dtype), norm_bias.to(dtype)
-    grad_y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for index, (start, _, end) in enumerate(utterances):
-        rows = y[start + index * pad : end + index * pad].to(dtype)
-        normed = F.layer_norm(rows, (channels,), weight, bias, eps)
-        inner = activation_gradient(grad[start:end].to(dtype), normed, activation)
-        block, grad_weight, grad_bias = norm_gradient(inner, rows, weight, eps)
-        grad_norm[0] += grad_weight
-        grad_norm[1] += grad_bias
-        grad_y[start:end] = block
-    _add_weight_gradient(grad_conv, grad_y, x, utterances)
-    backwards = [
-        (len(x) - end, len(x) - start, len(x) - start) for start, _, end in reversed(utterances)
-    ]
-    spaced = convolve(grad_y.flip(0), conv_weight, backwards)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for index, (start, _, end) in enumerate(backwards):
-        rows = spaced[start + index * pad : end + index * pad]
-        grad_x[len(x) - end : len(x) - start] = rows.flip(0)
-    for _, used_end, end in utterances:
-        grad_x[used_end:end].zero_()
-    return grad_x, grad_conv.t().contiguous(), grad_norm[0], grad_norm[1].clone()
+    grad_y, grad_x = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    shares = _shares(x, utterances_of(cu_seqlens, seqused_k))
+
+    def of_parameters(pieces: list[Piece]) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills `grad_y`, the gradient of the convolution's result."""
+        rows = slice(pieces[0].start, pieces[-1].end)
+        y = convolve(x, conv_weight, pieces)
+        y = torch.cat([y[start:end] for start, end in _places(pieces, pad)]).to(dtype)
+        weight, bias = norm_weight.to(dtype), norm_bias.to(dtype)
+        normed = F.layer_norm(y, (channels,), weight, bias, eps)
+        inner = activation_gradient(grad[rows].to(dtype), normed, activation)
+        grad_y[rows], grad_weight, grad_bias = norm_gradient(inner, y, weight, eps)
+        grad_conv = torch.zeros(taps, channels, dtype=dtype, device=x.device)
+        _add_weight_gradient(grad_conv, grad_y, x, pieces)
+        return grad_conv, grad_weight, grad_bias
+
+    def of_x(pieces: list[Piece]) -> None:
+        for begin, start, used_end, end in pieces:
+            after = grad_y[start : min(end + pad, ends[begin])].flip(0)
+            backwards = Piece(0, len(after) - (end - start), len(after), len(after))
+            grad_x[start:end] = convolve(after, conv_weight, [backwards]).flip(0)
+            grad_x[max(start, min(used_end, end)) : end].zero_()
+
+    ends = {piece.begin: piece.end for pieces in shares for piece in pieces}
+    zeros = [x.new_zeros(size, dtype=dtype) for size in ((taps, channels), channels, channels)]
+    of_shares = threads.run(of_parameters, shares)
+    threads.run(of_x, shares)
+    sums = [sum(grads, zero) for zero, *grads in zip(zeros, *of_shares, strict=True)]
+    return grad_x, sums[0].t().contiguous(), sums[1], sums[2]
 
 
-def _add_weight_gradient(
-    total: Tensor, grad: Tensor, x: Tensor, utterances: list[tuple[int, int, int]]
-) -> None:
+def _add_weight_gradient(total: Tensor, grad: Tensor, x: Tensor, pieces: Sequence[Piece]) -> None:
     """`total[k, c] += sum_t grad[t, c] * x[t - (K - 1) + k, c]`, within each utterance."""
     taps, channels = total.shape
     pad = taps - 1
     step = max(1, _BLOCK_ELEMENTS_BACKWARD // channels)
     products = total.new_empty(step, channels)
-    for start, used_end, end in utterances:
+    for begin, start, used_end, end in pieces:
         for first in range(start, end, step):
             last = min(first + step, end)
             rows = grad[first:last].to(total.dtype)
-            before = min(pad, first - start)
+            before = min(pad, first - begin)
             window = x[first - before : min(last, used_end)].to(total.dtype)
             for tap in range(taps):
                 # Rows that this tap finds before the utterance are zero, and so are those that the

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu import threads
 from w2vbert_fast.ops.cpu.capability import onednn_linear
 
 # Name of an activation -> oneDNN's name and variant.
@@ -39,6 +40,13 @@ _EPILOGUES = {
 
 _BLOCK_BYTES = 24 << 20
 """Intermediate values in flight: below the 32 MB from which glibc maps memory for every request."""
+
+_SHARE = 1 << 29
+"""Multiplications that are worth a share: some milliseconds in float32. Half of them are not worth
+that a thread is woken: products of the demo's size, and of one or two seconds."""
+
+_LEAST_ROWS = {torch.float32: 192, torch.bfloat16: 512}
+"""Rows of a share, where there are enough, for which a packed weight is read once."""
 
 _FEW_PRODUCTS = 1 << 20
 """Multiplications of an fp32 product that is not worth oneDNN's longer call."""
@@ -116,6 +124,26 @@ def linear(
     elif not _takes_onednn(x, weight, bias, activation):
         plain = F.linear(x, weight, bias)
         return plain if activation is None else get_activation(activation)(plain)
+    shares = _shares(x, weight)
+    if len(shares) == 1:
+        return _linear(x, weight, bias, activation)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+
+    def rows_of(rows: slice) -> None:
+        y[rows] = _linear(x[rows], weight, bias, activation)
+
+    def columns_of(columns: slice) -> None:
+        assert isinstance(weight, Tensor)
+        y[:, columns] = _linear(x, weight[columns], _part(bias, columns), activation)
+
+    threads.run(columns_of if isinstance(weight, Tensor) else rows_of, shares)
+    return y
+
+
+def _linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """`linear` of tensors that oneDNN takes, in one call."""
     name, variant = _EPILOGUES.get(activation, ("none", ""))
     # See matmul_transposed about strides.
     operand = weight.packed if isinstance(weight, PackedWeight) else weight.contiguous()
@@ -127,18 +155,58 @@ def linear(
     return get_activation(activation)(y) if activation is not None else y
 
 
+def _shares(x: Tensor, weight: Tensor | PackedWeight, parts: int = 1) -> list[slice]:
+    """What is divided among threads: rows, or columns of the result where the weight has still to
+    be laid out, which every share does for its own columns only.
+
+    Args:
+        x: `[num_tokens, in_features]`.
+        weight: of the product.
+        parts: into which the columns fall, of each of which a share takes the same.
+    """
+    if isinstance(weight, PackedWeight):
+        return _row_shares(x, weight)
+    worth = x.shape[0] * weight.numel() / _SHARE
+    return threads.slices(weight.shape[0] // parts, threads.number(worth))
+
+
+def _row_shares(x: Tensor, weight: PackedWeight) -> list[slice]:
+    worth = x.shape[0] * weight.shape[0] * weight.shape[1] / _SHARE
+    number = threads.number(worth, x.shape[0] // _LEAST_ROWS[weight.dtype])
+    return threads.slices(x.shape[0], number)
+
+
+def _part(bias: Tensor | None, columns: slice) -> Tensor | None:
+    return None if bias is None else bias[columns]
+
+
 def linear_glu(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
     """As `ops.linear_glu`.
 
     The gate is a pass of its own: two products with a sigmoid and a product in their epilogues take
     longer.
     """
-    blocks = row_blocks(x.shape[0], weight.shape[0] * x.element_size())
-    if len(blocks) == 1:
+    num_rows, width = x.shape[0], weight.shape[0] // 2
+    if isinstance(weight, PackedWeight):
+        _check_packed(x, weight)
+    elif not _takes_onednn(x, weight, bias, None):
         return F.glu(linear(x, weight, bias, None), dim=-1)
-    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    for rows in blocks:
-        out[rows] = F.glu(linear(x[rows], weight, bias, None), dim=-1)
+    shares = _shares(x, weight, 2)
+    if len(shares) == 1:
+        return F.glu(linear(x, weight, bias, None), dim=-1)
+    out = x.new_empty(num_rows, width)
+
+    def rows_of(rows: slice) -> None:
+        torch.ops.aten.glu.out(_linear(x[rows], weight, bias, None), -1, out=out[rows])
+
+    def columns_of(columns: slice) -> None:
+        assert isinstance(weight, Tensor)
+        gates = slice(columns.start + width, columns.stop + width)
+        both = torch.cat([weight[columns], weight[gates]])
+        biases = None if bias is None else torch.cat([bias[columns], bias[gates]])
+        out[:, columns] = F.glu(_linear(x, both, biases, None), dim=-1)
+
+    threads.run(columns_of if isinstance(weight, Tensor) else rows_of, shares)
     return out
 
 
@@ -150,18 +218,36 @@ def feed_forward(
     weight2: Tensor | PackedWeight,
     bias2: Tensor | None,
 ) -> Tensor:
-    """As `ops.feed_forward`, a block of tokens at a time.
+    """As `ops.feed_forward`, a share of tokens at a time.
 
     The intermediate values of a long batch take hundreds of megabytes, which the allocator fetches
-    from the system anew at every call; those of a block stay in cache and in the heap.
+    from the system anew at every call; those of a share stay in cache and in the heap. A short
+    batch is not worth that weights are laid out by one thread each.
     """
     blocks = row_blocks(x.shape[0], weight1.shape[0] * x.element_size())
+    if len(blocks) > 1:
+        weight1, weight2 = _packed(x, (weight1, bias1), (weight2, bias2))
+    if isinstance(weight1, PackedWeight) and isinstance(weight2, PackedWeight):
+        blocks = max(blocks, _row_shares(x, weight1), key=len)
     if len(blocks) == 1:
         return linear(linear(x, weight1, bias1, activation), weight2, bias2, None)
     out = x.new_empty(x.shape[0], weight2.shape[0])
-    for rows in blocks:
+
+    def rows_of(rows: slice) -> None:
         out[rows] = linear(linear(x[rows], weight1, bias1, activation), weight2, bias2, None)
+
+    threads.run(rows_of, blocks)
     return out
+
+
+def _packed(
+    x: Tensor, *layers: tuple[Tensor | PackedWeight, Tensor | None]
+) -> list[Tensor | PackedWeight]:
+    """Weights of layers, packed where oneDNN multiplies `x` by them all."""
+    weights = [weight for weight, _ in layers]
+    if all(isinstance(w, Tensor) and _takes_onednn(x, w, bias, None) for w, bias in layers):
+        return [*threads.run(pack_weight, [w for w in weights if isinstance(w, Tensor)])]
+    return weights
 
 
 def row_blocks(num_rows: int, row_bytes: int) -> list[slice]:
@@ -169,9 +255,7 @@ def row_blocks(num_rows: int, row_bytes: int) -> list[slice]:
 
     At least one block, which may be empty.
     """
-    count = max(1, -(-num_rows * row_bytes // _BLOCK_BYTES))
-    step = max(1, -(-num_rows // count))
-    return [slice(start, start + step) for start in range(0, max(num_rows, 1), step)]
+    return threads.slices(num_rows, max(1, -(-num_rows * row_bytes // _BLOCK_BYTES)))
 
 
 def _check_packed(x: Tensor, weight: PackedWeight) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from w2vbert_fast.ops.activations import get_activation
+from w2vbert_fast.ops.cpu import threads
 from w2vbert_fast.ops.cpu.gemm import row_blocks
 
+_SHARE = 1 << 29
+"""Multiplications that are worth a share of several threads."""
 _ZERO_POINT = 128
 _LEAST = {"silu": -0.2785, "swish": -0.2785, "gelu": -0.17, "gelu_new": -0.1701, "relu": 0.0}
 """Name of an activation -> a number below which it never falls."""
@@ -44,17 +48,15 @@ class QuantizedWeight(NamedTuple):
 
 
 class QuantizedTokens(NamedTuple):
-    """8-bit activations, which several linear layers may share.
+    """8-bit activations.
 
     Attributes:
         values: uint8 `[num_tokens, features]`, 128 for zero.
         scale: fp32 `[num_tokens, 1]`.
-        dtype: of the activations they were made of, and of what a layer returns.
     """
 
     values: Tensor
     scale: Tensor
-    dtype: torch.dtype
 
 
 @functools.cache
@@ -68,7 +70,7 @@ def reasons() -> tuple[str, ...]:
     try:
         weight = _pack(torch.eye(4), torch.ones(4))
         tokens = QuantizedTokens(
-            torch.full((2, 4), _ZERO_POINT + 3, dtype=torch.uint8), torch.ones(2, 1), torch.float32
+            torch.full((2, 4), _ZERO_POINT + 3, dtype=torch.uint8), torch.ones(2, 1)
         )
         works = bool((_product(tokens, weight) == 3.0).all())
     except (RuntimeError, NotImplementedError):
@@ -128,14 +130,14 @@ def quantize_tokens(x: Tensor) -> QuantizedTokens:
     Args:
         x: `[num_tokens, features]`, any floating dtype.
     """
-    return _quantize(x.float() if x.dtype != torch.float32 else x.clone(), x.dtype)
+    return _quantize(x.float() if x.dtype != torch.float32 else x.clone())
 
 
-def _quantize(values: Tensor, dtype: torch.dtype, least: float = -math.inf) -> QuantizedTokens:
+def _quantize(values: Tensor, least: float = -math.inf) -> QuantizedTokens:
     """As `quantize_tokens`, of fp32 `values`, none below `least`, which are used up."""
     if values.numel() == 0:
         scale = values.new_ones(values.shape[0], 1)
-        return QuantizedTokens(values.to(torch.uint8), scale, dtype)
+        return QuantizedTokens(values.to(torch.uint8), scale)
     largest = values.amax(1, keepdim=True)
     if not bool((largest >= -least).all()):
         largest = torch.maximum(largest, values.amin(1, keepdim=True).neg_())
@@ -143,31 +145,61 @@ def _quantize(values: Tensor, dtype: torch.dtype, least: float = -math.inf) -> Q
     # Adding a half before the cast, which cuts off, rounds; all values are positive by then.
     shift = values.new_full((values.shape[1],), _ZERO_POINT + 0.5)
     torch.addcmul(shift, values, scale.reciprocal(), out=values)
-    return QuantizedTokens(values.to(torch.uint8), scale, dtype)
+    return QuantizedTokens(values.to(torch.uint8), scale)
 
 
 def linear_int8(
-    x: Tensor | QuantizedTokens,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    activation: str | None,
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """`act(x @ W.T + bias)` with 8-bit `x` and `W`.
 
     Args:
-        x: `[num_tokens, in_features]`, or what `quantize_tokens` made of it.
+        x: `[num_tokens, in_features]`.
         weight: what `quantize_weight` made of `[out_features, in_features]`.
         bias: `[out_features]` or `None`.
         activation: a name of `ops.activations.ACTIVATIONS` or `None`.
 
     Returns:
-        `[num_tokens, out_features]` in the dtype of the activations.
+        `[num_tokens, out_features]` in the dtype of `x`.
 
     Raises:
         ValueError: `x` has another number of features than `weight`; no activation has this name.
     """
-    tokens = x if isinstance(x, QuantizedTokens) else quantize_tokens(x)
-    return _linear(tokens, weight, bias, activation).to(tokens.dtype)
+    return linears_int8(x, [(weight, bias)], activation)[0]
+
+
+def linears_int8(
+    x: Tensor,
+    layers: Sequence[tuple[QuantizedWeight, Tensor | None]],
+    activation: str | None = None,
+) -> list[Tensor]:
+    """Several layers of one input, which is quantised once.
+
+    Args:
+        x: as of `linear_int8`.
+        layers: weight and bias of each.
+        activation: as of `linear_int8`.
+
+    Returns:
+        What `linear_int8` returns for each.
+
+    Raises:
+        ValueError: as `linear_int8`.
+    """
+    outputs = [x.new_empty(x.shape[0], weight.out_features) for weight, _ in layers]
+
+    def rows_of(rows: slice) -> None:
+        tokens = quantize_tokens(x[rows])
+        for out, (weight, bias) in zip(outputs, layers, strict=True):
+            out[rows] = _linear(tokens, weight, bias, activation)
+
+    threads.run(rows_of, _shares(x, *[weight for weight, _ in layers]))
+    return outputs
+
+
+def _shares(x: Tensor, *weights: QuantizedWeight) -> list[slice]:
+    products = x.shape[0] * sum(weight.out_features * weight.in_features for weight in weights)
+    return threads.slices(x.shape[0], threads.number(products / _SHARE))
 
 
 def feed_forward_int8(
@@ -178,7 +210,7 @@ def feed_forward_int8(
     weight2: QuantizedWeight,
     bias2: Tensor | None,
 ) -> Tensor:
-    """Two layers, a block of tokens at a time; the values between them are fp32 before rounding.
+    """Two layers, a share of tokens at a time; the values between them are fp32 before rounding.
 
     Args:
         x: `[num_tokens, hidden]`.
@@ -196,9 +228,13 @@ def feed_forward_int8(
     """
     out = x.new_empty(x.shape[0], weight2.out_features)
     least = _LEAST.get(activation or "", -math.inf)
-    for rows in row_blocks(x.shape[0], weight1.out_features * 4):
+
+    def rows_of(rows: slice) -> None:
         hidden = _linear(quantize_tokens(x[rows]), weight1, bias1, activation)
-        out[rows] = _linear(_quantize(hidden, x.dtype, least), weight2, bias2, None)
+        out[rows] = _linear(_quantize(hidden, least), weight2, bias2, None)
+
+    shares = _shares(x, weight1, weight2)
+    threads.run(rows_of, max(shares, row_blocks(x.shape[0], weight1.out_features * 4), key=len))
     return out
 
 

@@ -20,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 21
-"""Elements normalised at a time: 8 MB, which five passes find in the last-level cache."""
+from w2vbert_fast.ops.cpu import threads
+
+_BLOCK_ELEMENTS = 1 << 18
+"""Elements that a thread normalises at a time: 1 MB, which five passes find in its cache."""
+_SHARE_ELEMENTS = 3 << 18
+"""Elements that are worth a share; see `gemm`."""
 _FEW_ELEMENTS = 1 << 16
 """So few elements are normalised in one call: the others take 20 microseconds more."""
 _BLOCK_ELEMENTS_BACKWARD = 1 << 18
@@ -31,12 +35,20 @@ what the allocator keeps."""
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As `ops.layer_norm`."""
-    if not takes_passes(x, weight, bias):
+    shares = _shares(x)
+    if len(shares) == 1 and not takes_passes(x, weight, bias):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for rows in row_blocks(x, _BLOCK_ELEMENTS):
-        layer_norm_into(out[rows], x[rows], weight, bias, eps)
+    threads.run(lambda rows: norm_rows(out[rows], x[rows], weight, bias, eps), shares)
     return out
+
+
+def _shares(x: Tensor) -> list[slice]:
+    """Shares of rows of `[rows, hidden]`, no larger than is well for a cache."""
+    number = threads.number(x.numel() / _SHARE_ELEMENTS)
+    if number > 1 or threads.count() == 1:
+        number = max(number, x.numel() // _BLOCK_ELEMENTS)
+    return threads.slices(x.shape[0], number)
 
 
 def takes_passes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
@@ -44,8 +56,16 @@ def takes_passes(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return x.dtype == weight.dtype == bias.dtype == torch.float32 and x.numel() > _FEW_ELEMENTS
 
 
+def norm_rows(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """`LN(x)` into `out`, which may be `x`; both `[rows, hidden]`."""
+    if takes_passes(x, weight, bias):
+        layer_norm_into(out, x, weight, bias, eps)
+    else:
+        out.copy_(F.layer_norm(x, (x.shape[-1],), weight, bias, eps))
+
+
 def layer_norm_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """`LN(x)` in fp32 into `out`, which may be `x`; both `[rows, hidden]`."""
+    """`norm_rows` in fp32."""
     torch.sub(x, x.mean(-1, keepdim=True), out=out)
     length = torch.linalg.vector_norm(out, dim=-1, keepdim=True)
     scale = length.square_().div_(max(x.shape[-1], 1)).add_(eps).rsqrt_()
@@ -62,8 +82,14 @@ def residual_layer_norm(
     residual: Tensor, x: Tensor, scale: float, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """As `ops.residual_layer_norm`."""
-    y = _add(residual, x, scale)
-    return y, layer_norm(y, weight, bias, eps)
+    y, z = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+
+    def rows_of(rows: slice) -> None:
+        torch.add(residual[rows], x[rows], alpha=scale, out=y[rows])
+        norm_rows(z[rows], y[rows], weight, bias, eps)
+
+    threads.run(rows_of, _shares(x))
+    return y, z
 
 
 def residual_double_layer_norm(
@@ -77,17 +103,15 @@ def residual_double_layer_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.residual_double_layer_norm`."""
-    z = _add(residual, x, scale)
-    if takes_passes(z, weight1, bias1):
-        for rows in row_blocks(z, _BLOCK_ELEMENTS):
-            layer_norm_into(z[rows], z[rows], weight1, bias1, eps)
-    else:
-        z = layer_norm(z, weight1, bias1, eps)
-    return z, layer_norm(z, weight2, bias2, eps)
+    y, z = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
 
+    def rows_of(rows: slice) -> None:
+        torch.add(residual[rows], x[rows], alpha=scale, out=y[rows])
+        norm_rows(y[rows], y[rows], weight1, bias1, eps)
+        norm_rows(z[rows], y[rows], weight2, bias2, eps)
 
-def _add(residual: Tensor, x: Tensor, scale: float) -> Tensor:
-    return torch.add(residual, x, alpha=scale).to(x.dtype).contiguous()
+    threads.run(rows_of, _shares(x))
+    return y, z
 
 
 def norm_gradient(

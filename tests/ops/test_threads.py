@@ -1,0 +1,275 @@
+"""Shares of operations on several threads: what runs where, and what a caller sees of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from w2vbert_fast.ops import cpu
+from w2vbert_fast.ops.cpu import attention, conv, gemm, int8, norm, threads
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_shares_run_on_several_threads_each_alone() -> None:
+    together = threading.Barrier(2)
+
+    def share(index: int) -> tuple[int, int, bool, bool]:
+        if index < 2:
+            together.wait(60)  # only two threads at once get here
+        inside = threads.count(), torch.get_num_threads()
+        return *inside, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    assert threads.run(share, range(5)) == [(1, 1, False, True)] * 5
+    assert torch.get_num_threads() == threads.count() == 2
+    assert not torch.is_inference_mode_enabled()
+    of_new_thread: list[int] = []
+    thread = threading.Thread(target=lambda: of_new_thread.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert of_new_thread == [2]
+
+
+def test_what_a_share_raises_is_raised_and_the_rest_left_out() -> None:
+    ran: list[int] = []
+
+    def share(index: int) -> None:
+        ran.append(index)
+        if index == 1:
+            raise ValueError("share 1")
+
+    with pytest.raises(ValueError, match="share 1"):
+        threads.run(share, range(1000))
+    assert len(ran) < 1000
+    assert threads.run(lambda index: index, range(3)) == [0, 1, 2]
+
+
+def test_callers_on_several_threads() -> None:
+    expected = [list(range(n, n + 7)) for n in range(4)]
+    results: list[list[int] | None] = [None] * 4
+
+    def caller(n: int) -> None:
+        torch.set_num_threads(2)
+        results[n] = threads.run(lambda index: n + index, range(7))
+
+    callers = [threading.Thread(target=caller, args=(n,)) for n in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert results == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes fork on POSIX alone")
+def test_a_forked_process_starts_threads_of_its_own() -> None:
+    code = """
+import os, torch
+from w2vbert_fast.ops.cpu import threads
+torch.set_num_threads(2)
+assert threads.run(lambda i: i, range(3)) == [0, 1, 2]
+child = os.fork()
+if child == 0:
+    os._exit(0 if threads.run(lambda i: 2 * i, range(3)) == [0, 2, 4] else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_calls_that_pytorch_records_or_watches_stay_on_their_thread() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert threads.count() == 1
+    seen: list[int] = []
+
+    def traced(x: Tensor) -> Tensor:
+        seen.append(threads.count())
+        return x + 1
+
+    torch.jit.trace(traced, torch.ones(2), check_trace=False)
+    torch.func.vmap(traced)(torch.ones(2))
+    assert seen == [1, 1]
+    assert threads.count() == 2
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divided_operations_give_what_undivided_ones_do(
+    dtype: torch.dtype, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every operation and gradient, at sizes of which none is divided by itself."""
+    shares = [(conv, "_SHARE_ELEMENTS"), (norm, "_SHARE_ELEMENTS"), (gemm, "_SHARE")]
+    for module, name in [*shares, (int8, "_SHARE"), (attention, "_SHARE_SCORES")]:
+        monkeypatch.setattr(module, name, 16)
+    monkeypatch.setattr(gemm, "_LEAST_ROWS", {dtype: 8})
+    divided: list[int] = []
+    run = threads.run
+
+    def counting(function: Callable[[Any], Any], shares: Any) -> list[Any]:
+        divided.append(len(shares))
+        return run(function, shares)
+
+    monkeypatch.setattr(threads, "run", counting)
+    for name, operation in operations(dtype).items():
+        torch.set_num_threads(1)
+        expected = operation()
+        divided.clear()
+        torch.set_num_threads(num_threads)
+        got = operation()
+        assert max(divided) > 1, name
+        again = operation()
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        for one, other, third in zip(expected, got, again, strict=True):
+            assert one.shape == other.shape
+            assert not other.is_inference()
+            error = (one.double() - other.double()).norm() / one.double().norm().clamp(min=1e-9)
+            assert error <= tolerance, name
+            assert torch.equal(other, third), name
+
+
+def operations(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Calls of the CPU's operations and gradients, by name."""
+    lengths = torch.tensor([0, 7, 7, 120, 300], dtype=torch.int32)
+    used = torch.tensor([6, 0, 113, 179], dtype=torch.int32)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    x, y, grad = random(300, 128), random(300, 128), random(300, 128)
+    up, down, both = random(256, 128) / 11, random(128, 256) / 16, random(256, 128) / 11
+    gain, offset, taps = random(128), random(128), random(128, 31) / 6
+    query, key, value = (random(300, 4, 32) for _ in range(3))
+    embedding, seed = random(15, 32), torch.tensor([3, 5])
+    places = (lengths, 180, embedding, 9, 5)
+    needs = [True, True, True, True, True]
+
+    def attend(dropout: float) -> tuple[Tensor, ...]:
+        dropped = (None, True, dropout, seed, used)
+        output, statistics = cpu.shaw_attention(query, key, value, *places, *dropped)
+        behind = (output, statistics, *places, None, dropout, seed, used)
+        grads = attention.shaw_attention_backward(grad.view(300, 4, 32), query, key, value, *behind)
+        return output, *grads
+
+    def convolve() -> tuple[Tensor, ...]:
+        rest = (taps, gain, offset, 1e-5, "swish", lengths, used)
+        return cpu.conv_norm_act(x, *rest), *conv.conv_norm_act_backward(grad, x, *rest)
+
+    def multiply(pack: bool) -> tuple[Tensor, ...]:
+        packs = pack and bool(gemm.onednn_linear(dtype))
+        weights = [gemm.pack_weight(w) if packs else w for w in (up, down, both)]
+        hidden = cpu.linear(x, weights[0], None, "swish")
+        gated = cpu.linear_glu(x, weights[2], None)
+        whole = cpu.feed_forward(x, weights[0], None, "swish", weights[1], gain)
+        return hidden, gated, whole
+
+    def differentiate_products() -> tuple[Tensor, ...]:
+        grads = gemm.feed_forward_backward(grad, x, up, None, "swish", down, gain, needs)
+        return tuple(g for g in grads if g is not None)
+
+    def quantised() -> tuple[Tensor, ...]:
+        packed = [int8.quantize_weight(w) for w in (up, down)]
+        block = int8.feed_forward_int8(x, packed[0], None, "silu", packed[1], gain)
+        return block, *int8.linears_int8(x, [(packed[0], None), (packed[0], offset.repeat(2))])
+
+    def normalise() -> tuple[Tensor, ...]:
+        one = cpu.residual_layer_norm(x, y, 0.5, gain, offset, 1e-5)
+        two = cpu.residual_double_layer_norm(x, y, 0.5, gain, offset, gain, offset, 1e-5)
+        return cpu.layer_norm(x, gain, offset, 1e-5), *one, *two
+
+    calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "attention": lambda: attend(0.0),
+        "dropout": lambda: attend(0.25),
+        "convolution": convolve,
+        "norms": normalise,
+    }
+    if gemm.onednn_linear(dtype):
+        calls |= {"products": lambda: multiply(False), "packed": lambda: multiply(True)}
+    if not int8.reasons():
+        calls["int8"] = quantised
+    return calls
+
+
+COUNT = """
+import ctypes, json, sys, torch
+import w2vbert_fast
+from w2vbert_fast.models.optimized.int8 import quantize_encoder
+from w2vbert_fast.ops.cpu import threads
+
+torch.set_num_threads(2)
+regions, runs = ctypes.CDLL(None).parallel_regions, []
+regions.restype = ctypes.c_long
+begin = threads._threads.run
+threads._threads.run = lambda *job: (runs.append(job), begin(*job))
+
+def count(dtype, frames, packs, trains):
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    config = w2vbert_fast.Wav2Vec2BertConfig(num_hidden_layers=1, layerdrop=0.0, **sizes)
+    model = w2vbert_fast.Wav2Vec2BertModel(config).train(trains)
+    model.to(torch.float32 if dtype == "float32" else torch.bfloat16)
+    if dtype == "int8":
+        quantize_encoder(model)
+    model.use_fast_kernels = True
+    if packs:
+        model.pack_weights()
+    x = torch.randn(1, frames, 160, dtype=next(model.parameters()).dtype)
+    def step():
+        with torch.set_grad_enabled(trains):
+            y = model(x).last_hidden_state
+        if trains:
+            y.backward(y.detach())
+    step()
+    before = regions() + len(runs)
+    step()
+    return regions() + len(runs) - before
+
+print(json.dumps([count(*arguments) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("gcc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("OpenMP's regions are counted on Linux, with gcc")
+    source = Path(__file__).parents[1] / "helpers" / "parallel_regions.c"
+    library = tmp_path_factory.mktemp("shim") / "parallel_regions.so"
+    options = ["-O1", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    subprocess.run([compiler, *options], check=True)
+    return library
+
+
+def test_parallel_regions_of_a_layer(shim: Path) -> None:
+    """OpenMP's and operations that are divided, of half a minute and of two; a layer and what is
+    around it."""
+    cases = [
+        *((dtype, 1500, False, False) for dtype in ("float32", "bfloat16", "int8")),
+        *((dtype, 6000, True, False) for dtype in ("float32", "bfloat16")),
+        ("float32", 6000, False, False),
+        ("float32", 1500, False, True),
+    ]
+    if int8.reasons() or not gemm.onednn_linear(torch.bfloat16):
+        pytest.skip("oneDNN multiplies no bfloat16 or 8-bit numbers here")
+    environment = {**os.environ, "LD_PRELOAD": str(shim)}
+    command = [sys.executable, "-c", COUNT, json.dumps(cases)]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    for (dtype, frames, packs, trains), count in zip(cases, json.loads(done.stdout), strict=True):
+        most = 200 if trains else 60
+        assert 0 < count <= most, (dtype, frames, packs, trains, count)
