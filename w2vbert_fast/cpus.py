@@ -52,6 +52,8 @@ def cgroup_quota(root: Path) -> float | None:
     """
     quotas = []
     for line in _text(root / "proc/self/cgroup").splitlines():
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         folder = root / "sys/fs/cgroup"
         if controllers and "cpu" not in controllers.split(","):
