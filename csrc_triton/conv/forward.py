@@ -24,7 +24,7 @@ from torch import Tensor
 
 from csrc_triton.architectures import architecture
 from csrc_triton.conv.config import ConvConfig, conv_config
-from csrc_triton.functions import activate, activation_constant, locate_block, used_end
+from csrc_triton.functions import activate, activation_constant, has_tanh, locate_block, used_end
 from csrc_triton.launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
 
 
@@ -154,6 +154,7 @@ def _conv_norm_act_fwd_kernel(
     CHANNELS: tl.constexpr,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_TANH: tl.constexpr,
     LOG_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -184,7 +185,7 @@ def _conv_norm_act_fwd_kernel(
     norm_bias = tl.load(norm_bias_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
     tile = tile * tl.rsqrt(variance + eps)[None]
     tile = tile * _per_channel(norm_weight, LOG_ROWS) + _per_channel(norm_bias, LOG_ROWS)
-    rows = _unstack(activate(tile, ACTIVATION).to(out_ptr.dtype.element_ty), LOG_ROWS)
+    rows = _unstack(activate(tile, ACTIVATION, HAS_TANH).to(out_ptr.dtype.element_ty), LOG_ROWS)
     for i in tl.static_range(ROWS):
         row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
         mask = _if_row(is_channel, first + i < end)
@@ -211,7 +212,8 @@ def conv_norm_act(
     """
     check_conv(x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k, out=out)
     num_tokens, channels = x.shape
-    config = conv_config(channels, conv_weight.shape[1], x.dtype, architecture(x.device))
+    arch = architecture(x.device)
+    config = conv_config(channels, conv_weight.shape[1], x.dtype, arch)
     constant = activation_constant(activation)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     batch = cu_seqlens.shape[0] - 1
@@ -233,6 +235,7 @@ def conv_norm_act(
             x.stride(0),
             taps.stride(0),
             out.stride(0),
+            HAS_TANH=has_tanh(x.dtype, arch),
             **_constants(channels, conv_weight.shape[1], constant, config, seqused_k is not None),
             num_warps=config.num_warps,
         )

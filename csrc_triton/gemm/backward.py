@@ -28,7 +28,12 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.architectures import architecture
-from csrc_triton.functions import activate, activation_constant, activation_derivative
+from csrc_triton.functions import (
+    activate,
+    activation_constant,
+    activation_derivative,
+    has_tanh,
+)
 from csrc_triton.gemm.config import EpilogueBackwardConfig, epilogue_backward_config
 from csrc_triton.gemm.forward import check_linear, linear
 from csrc_triton.launch import check_device, check_tensor
@@ -54,6 +59,7 @@ def _epilogue_bwd_kernel(
     stride_dy_row,
     stride_out_row,
     ACTIVATION: tl.constexpr,
+    HAS_TANH: tl.constexpr,
     GATED: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -84,7 +90,8 @@ def _epilogue_bwd_kernel(
         else:
             dy = grad * activation_derivative(y, ACTIVATION)
             if HAS_OUT:
-                _store_rows(out_ptr, rows, columns, stride_out_row, activate(y, ACTIVATION), mask)
+                out = activate(y, ACTIVATION, HAS_TANH)
+                _store_rows(out_ptr, rows, columns, stride_out_row, out, mask)
         _store_rows(dy_ptr, rows, columns, stride_dy_row, dy, mask)
         bias_sum += dy
     if HAS_BIAS:
@@ -137,7 +144,8 @@ def epilogue_backward(
     check_device(preactivation=preactivation, grad_output=grad_output, out=out, activated=activated)
     if num_tokens == 0 or columns == 0:
         return out, out.new_zeros(width, dtype=torch.float32) if needs_bias else None
-    config = epilogue_backward_config(columns, dtype, architecture(out.device))
+    arch = architecture(out.device)
+    config = epilogue_backward_config(columns, dtype, arch)
     programs = min(config.programs, triton.cdiv(num_tokens, config.rows))
     shares = out.new_empty(programs, width, dtype=torch.float32) if needs_bias else None
     with torch.cuda.device_of(out):
@@ -153,6 +161,7 @@ def epilogue_backward(
             preactivation.stride(0),
             out.stride(0),
             0 if activated is None else activated.stride(0),
+            HAS_TANH=has_tanh(dtype, arch),
             **_constants(constant, gated, activated is not None, needs_bias, config),
             num_warps=config.num_warps,
         )

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.architectures import architecture
-from csrc_triton.functions import activate, activation_constant
+from csrc_triton.functions import activate, activation_constant, has_tanh, logistic
 from csrc_triton.gemm.config import LinearConfig, linear_config
 from csrc_triton.launch import check_device, check_tensor
 
@@ -44,6 +44,7 @@ def _linear_kernel(
     stride_weight_row,
     stride_out_row,
     ACTIVATION: tl.constexpr,
+    HAS_TANH: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -99,9 +100,9 @@ def _linear_kernel(
     columns = block_n * OUT_N + tl.arange(0, OUT_N)  # [OUT_N]
     if GATED:
         value, gate = tl.split(tl.reshape(product, [BLOCK_M, OUT_N, 2]))  # [BLOCK_M, OUT_N] each
-        result = value / (1.0 + tl.exp(-gate))
+        result = value * logistic(gate, HAS_TANH)
     else:
-        result = activate(product, ACTIVATION)
+        result = activate(product, ACTIVATION, HAS_TANH)
     inside = (rows[:, None] < num_tokens) & (columns[None, :] < out_features)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_out_row + columns[None, :]
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -155,8 +156,9 @@ def _launch(
     if out.numel() == 0:
         return out
 
+    arch = architecture(x.device)
     if config is None:
-        config = linear_config(num_tokens, weight.shape[0], x.dtype, architecture(x.device))
+        config = linear_config(num_tokens, weight.shape[0], x.dtype, arch)
     blocks_m = triton.cdiv(num_tokens, config.block_m)
     # With an even tile, the tiles of a gated product are those of its output.
     blocks_n = triton.cdiv(weight.shape[0], config.block_n)
@@ -175,6 +177,7 @@ def _launch(
             out.stride(0),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            HAS_TANH=has_tanh(x.dtype, arch),
             **_constants(config, activation, gated, bias is not None, in_features),
         )
     return out

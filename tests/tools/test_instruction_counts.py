@@ -11,7 +11,10 @@ from torch import Tensor
 
 from csrc_triton.conv import conv_norm_act, conv_norm_act_backward
 from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
+from csrc_triton.gemm.forward import kernel_specs as linear_specs
 from csrc_triton.launch import interpreting
+from tools.compile import sass
+from tools.compile.machine_code import Target, compile_kernel
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import Counts, Executor
 from tools.virtual_gpu.global_memory import Checks
@@ -68,3 +71,18 @@ def test_a_block_finds_its_utterance_among_many(
     assert few.keys() == many.keys() and len(few) >= 3
     for name, count in few.items():
         assert count < many[name] <= 1.2 * count, name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "limit"), [("linear/bias_silu", 1000), ("linear_glu", 500)])
+def test_epilogues(name: str, limit: int, dtype: str) -> None:
+    """Of a tile of 128 x 256 on sm_90: 128 numbers a thread, one special function an output."""
+    specs = {spec.name: spec for spec in linear_specs("sm_90", dtype)}
+    spec = specs[f"{name}/128x256x64"]
+    text = sass.disassemble(compile_kernel(spec, Target.parse("cuda:90")).asm["cubin"])
+    code, loop = sass.instructions(text), sass.hot_loop(text)
+    assert loop is not None and loop.tensor_core
+    epilogue = [instruction.name for instruction in code[loop.end + 1 :]]
+    assert spec.outputs_per_program is not None
+    assert epilogue.count("MUFU") == spec.outputs_per_program / (32 * spec.num_warps)
+    assert len(epilogue) <= limit
