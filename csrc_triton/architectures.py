@@ -6,6 +6,7 @@ CPU, where Triton's interpreter runs.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -182,6 +183,14 @@ def multiprocessors(arch: str) -> int:
     """Multiprocessors of the usual device of an architecture; 1 in the interpreter."""
     name = listed_architecture(arch)
     return 1 if name == INTERPRETER else ARCHITECTURES[name].multiprocessors
+
+
+@functools.cache
+def device_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device; for the CPU `multiprocessors` of its architecture."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return multiprocessors(architecture(device))
 
 
 def warp_size(arch: str) -> int:

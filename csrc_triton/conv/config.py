@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from csrc_triton.architectures import warp_size
+from csrc_triton.architectures import multiprocessors, warp_size
 from csrc_triton.norm.config import NormBackwardConfig, norm_backward_config
 
 MIN_KERNEL_SIZE = 3
@@ -32,21 +32,36 @@ class ConvConfig:
     num_warps: int
 
 
-# Most channels of a block -> rows and threads of a program. A thread's window and accumulators take
-# 2 x rows x (block_channels / threads) registers: 64 of the 128 that a thread of a 512-thread block
-# may have.
+# Most channels of a block -> most rows and threads of a program. A thread's window and accumulators
+# take 2 x rows x (block_channels / threads) registers: 64 of the 128 that a thread of a 512-thread
+# block may have. Fewer rows leave room for more channels a thread, in wider loads.
 _ROWS_AND_THREADS = {64: (16, 32), 128: (16, 64), 256: (16, 128), 512: (16, 256), 1024: (16, 512)}
 _WIDEST = (8, 512)
+_FEWEST_ROWS = 2
+# A window that has moved on as many times as it has rows is where it was: copies are few. K = 31
+# takes one tap and two turns; all 31 in a row would take the compiler a minute.
+_UNROLL = 15
 
 
-def conv_config(channels: int, kernel_size: int, dtype: torch.dtype, arch: str) -> ConvConfig:
+def conv_config(
+    channels: int,
+    kernel_size: int,
+    dtype: torch.dtype,
+    arch: str,
+    num_tokens: int | None = None,
+    num_multiprocessors: int | None = None,
+) -> ConvConfig:
     """The launch configuration for `channels` channels and `kernel_size` taps.
+
+    It has the most rows of which the batch has enough to give each multiprocessor a program.
 
     Args:
         channels: number of channels, at most 2048.
         kernel_size: number of taps, 3 to 63.
         dtype: of the activations.
         arch: as of `architectures.architecture`.
+        num_tokens: of the batch; `None` for more than enough.
+        num_multiprocessors: of the device; `None` for those of the architecture's usual one.
 
     Raises:
         ValueError: there are too many channels, or too few or many taps.
@@ -62,7 +77,12 @@ def conv_config(channels: int, kernel_size: int, dtype: torch.dtype, arch: str) 
         return ConvConfig(16, block_channels, unroll=5, num_warps=1)
     bounds = [bound for bound in _ROWS_AND_THREADS if block_channels <= bound]
     rows, threads = _ROWS_AND_THREADS[bounds[0]] if bounds else _WIDEST
-    return ConvConfig(rows, block_channels, unroll=5, num_warps=max(1, threads // warp_size(arch)))
+    if num_tokens is not None:
+        wanted, most = num_multiprocessors or multiprocessors(arch), rows
+        while rows > _FEWEST_ROWS and num_tokens // rows < wanted:
+            rows //= 2
+        threads = threads if rows == most else threads // 2
+    return ConvConfig(rows, block_channels, _UNROLL, num_warps=max(1, threads // warp_size(arch)))
 
 
 @dataclass(frozen=True)
@@ -111,4 +131,4 @@ def conv_backward_config(
     # Two channels a thread: 16-bit loads of 4 bytes, and window and sums fit 128 registers.
     block = min(max(forward.block_channels, 2 * warp_size(arch)), 128)
     num_warps = block // 2 // warp_size(arch)
-    return ConvBackwardConfig(norm, 16, 5, block, num_warps, chunk=256, taps=8)
+    return ConvBackwardConfig(norm, 16, _UNROLL, block, num_warps, chunk=256, taps=8)

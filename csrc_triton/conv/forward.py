@@ -4,12 +4,13 @@
     out     = activation(LN(y))                               LN over the channels
 
 A program owns ROWS successive rows of one utterance and all their channels, because the norm needs
-whole rows. A thread owns a few channels of all ROWS rows and slides a window down the utterance:
-ROWS input rows and ROWS accumulators in registers. Tap k multiplies the window by `weight[:, k]`,
-then the window drops its oldest row and takes in the next one. So a program loads ROWS + K rows of
-x (the last of them is not used) and K rows of weight for its ROWS rows of output: 2 K / ROWS + 1
-loads an output element, 4.9 for K = 31 and ROWS = 16, against 62 if each tap fetched its operands.
-Consecutive programs share K - 1 input rows, which come from L2.
+whole rows; ROWS is 16, and less where a short batch would leave multiprocessors without work. A
+thread owns a few channels of all ROWS rows and slides a window down the utterance: ROWS input rows
+and ROWS accumulators in registers. Tap k multiplies the window by `weight[:, k]`, then the window
+drops its oldest row and takes in the next one. So a program loads ROWS + K rows of x (the last of
+them is not used) and K rows of weight for its ROWS rows of output: 2 K / ROWS + 1 loads an output
+element, 4.9 for K = 31 and ROWS = 16, against 62 if each tap fetched its operands. Consecutive
+programs share K - 1 input rows, which come from L2.
 
 Per token of C channels and e bytes an element: 2 C e bytes through memory (4 KB for C = 1024 in
 bf16) and 2 K C FLOPs (63 thousand), plus about 12 C for the norm and the activation.
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.architectures import architecture
+from csrc_triton.architectures import architecture, device_multiprocessors
 from csrc_triton.conv.config import ConvConfig, conv_config
 from csrc_triton.functions import activate, activation_constant, has_tanh, locate_block, used_end
 from csrc_triton.launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
@@ -203,17 +204,21 @@ def conv_norm_act(
     seqused_k: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    config: ConvConfig | None = None,
 ) -> Tensor:
     """`activation(LN(causal_depthwise_conv(x)))` over packed utterances, as `ops.conv_norm_act`.
 
     Of at most 2048 channels and 3 to 63 taps; the activation is a name of `functions.ACTIVATIONS`
     or `None`. `conv_weight` may have any strides: laid out tap by tap (a transposed view of a
     contiguous `[K, channels]`) it is read in place, otherwise it is first copied to that layout.
+    `config` is that of `conv_config` when `None`.
     """
     check_conv(x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k, out=out)
     num_tokens, channels = x.shape
     arch = architecture(x.device)
-    config = conv_config(channels, conv_weight.shape[1], x.dtype, arch)
+    if config is None:
+        size = num_tokens, device_multiprocessors(x.device)
+        config = conv_config(channels, conv_weight.shape[1], x.dtype, arch, *size)
     constant = activation_constant(activation)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     batch = cu_seqlens.shape[0] - 1

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from csrc_triton import conv
 from csrc_triton.conv import conv_norm_act, conv_norm_act_backward
+from csrc_triton.conv.forward import kernel_specs as conv_specs
 from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
 from csrc_triton.gemm.forward import kernel_specs as linear_specs
 from csrc_triton.launch import interpreting
@@ -60,8 +62,11 @@ def features(lengths: Tensor) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("call", [convolve, features])
 def test_a_block_finds_its_utterance_among_many(
-    call: Callable[[Tensor], None], target: str
+    call: Callable[[Tensor], None], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # All but the first have no frame, so that little is to be done; for the convolution's tile they
+    # shall be many.
+    monkeypatch.setattr(conv.forward, "device_multiprocessors", lambda device: 1)
     few, many = (
         instructions_of_the_first_block(
             target, lambda batch=batch: call(torch.tensor([40] + (batch - 1) * [0]))
@@ -86,3 +91,17 @@ def test_epilogues(name: str, limit: int, dtype: str) -> None:
     assert spec.outputs_per_program is not None
     assert epilogue.count("MUFU") == spec.outputs_per_program / (32 * spec.num_warps)
     assert len(epilogue) <= limit
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_convolution(target: str) -> None:
+    """Of 16 rows and 31 taps, the loops over taps turn by turn."""
+    arch = target.replace("cuda:", "sm_")
+    spec = next(spec for spec in conv_specs(arch, "bfloat16"))
+    text = sass.disassemble(compile_kernel(spec, Target.parse(target)).asm["cubin"])
+    code, loop = sass.instructions(text), sass.hot_loop(text)
+    taps, unrolled = spec.constants["K"], spec.constants["UNROLL"]
+    assert loop is not None and taps >= 2 * unrolled
+    multiplications = sum(n for name, n in loop.opcodes.items() if name.split(".")[0] == "FFMA")
+    assert multiplications == unrolled * 16 * 2  # rows and channels of a thread
+    assert len(code) + (taps // unrolled - 1) * len(loop) <= 2750

@@ -65,6 +65,21 @@ def test_convolution_loads_at_most_6_elements_an_output(arch: str) -> None:
         assert rows_of_x_and_taps / config.rows <= 6
 
 
+@pytest.mark.parametrize(
+    ("arch", "count"), [("sm_80", 108), ("sm_89", 142), ("sm_90", 114), ("sm_90", 132)]
+)
+def test_a_short_batch_gives_every_multiprocessor_a_convolution(arch: str, count: int) -> None:
+    arguments = (1024, 31, torch.bfloat16, arch)
+    configs = [conv_config(*arguments, tokens, count) for tokens in range(1, 50_000, 7)]
+    rows = [config.rows for config in configs]
+    assert rows == sorted(rows)
+    assert rows[0] == 2 and rows[-1] == conv_config(*arguments).rows == 16
+    assert len(set(configs)) <= 4
+    for tokens in (500, 501, 1500, 16 * count, 24_000):
+        assert tokens // conv_config(*arguments, tokens, count).rows >= count
+    assert conv_config(*arguments, 16 * count - 1, count).rows == 8
+
+
 @pytest.mark.parametrize("arch", PLACES)
 def test_fbank_config(arch: str) -> None:
     for dtype in (torch.float64, torch.float32):
