@@ -35,6 +35,9 @@ class Architecture:
         tensor_memory_columns: of all blocks of a multiprocessor; 0 where there is none.
         matrix_types: what its matrix instructions multiply as it is, by dtype's name. NVIDIA's have
             no product of float32 in full precision, and Triton uses none before sm_80.
+        matrix_rate: multiply-adds of 16-bit numbers of a multiprocessor's matrix units in a clock.
+        vector_rate: multiply-adds of fp32 numbers of a multiprocessor in a clock.
+        l2_rate: bytes that a multiprocessor reads from L2 in a clock where all of them do.
         nearest: the architecture whose tiles it takes where a table has none for it.
     """
 
@@ -47,6 +50,9 @@ class Architecture:
     shared_bytes: int
     block_shared_bytes: int
     matrix_types: tuple[str, ...]
+    matrix_rate: int
+    vector_rate: int
+    l2_rate: int
     block_reserved_bytes: int = 0
     tensor_memory_columns: int = 0
     nearest: str | None = None
@@ -59,6 +65,7 @@ def _nvidia(
     blocks: int,
     shared_kib: int,
     block_kib: int,
+    rates: tuple[int, int, int],
     columns: int = 0,
     matrix_types: tuple[str, ...] = ("float16", "bfloat16"),
     nearest: str | None = None,
@@ -73,13 +80,22 @@ def _nvidia(
         shared_bytes=shared_kib * 1024,
         block_shared_bytes=block_kib * 1024,
         matrix_types=matrix_types,
+        matrix_rate=rates[0],
+        vector_rate=rates[1],
+        l2_rate=rates[2],
         block_reserved_bytes=(shared_kib - block_kib) * 1024,
         tensor_memory_columns=columns,
         nearest=nearest,
     )
 
 
-def _cdna(multiprocessors: int, *, shared_kib: int, nearest: str | None = None) -> Architecture:
+def _cdna(
+    multiprocessors: int,
+    *,
+    shared_kib: int,
+    rates: tuple[int, int, int],
+    nearest: str | None = None,
+) -> Architecture:
     """4 SIMDs of 512 registers a lane and 8 waves."""
     return Architecture(
         multiprocessors=multiprocessors,
@@ -91,24 +107,58 @@ def _cdna(multiprocessors: int, *, shared_kib: int, nearest: str | None = None) 
         shared_bytes=shared_kib * 1024,
         block_shared_bytes=shared_kib * 1024,
         matrix_types=("float16", "bfloat16", "float32"),
+        matrix_rate=rates[0],
+        vector_rate=rates[1],
+        l2_rate=rates[2],
         nearest=nearest,
     )
 
 
 # CUDA C++ Programming Guide, "Technical specifications per compute capability"; AMD CDNA 3 and
 # CDNA 4 instruction set guides. sm_120 has shared memory and tensor cores as before Hopper's.
+# Rates: matrix and vector units by the vendors' peak rates; L2 by what is measured in public, which
+# is half of what the buses are built for or less.
 ARCHITECTURES: dict[str, Architecture] = {
-    "sm_75": _nvidia(40, warps=32, blocks=16, shared_kib=64, block_kib=64, matrix_types=()),
-    "sm_80": _nvidia(108, warps=64, blocks=32, shared_kib=164, block_kib=163),
-    "sm_86": _nvidia(84, warps=48, blocks=16, shared_kib=100, block_kib=99, nearest="sm_80"),
-    "sm_89": _nvidia(128, warps=48, blocks=24, shared_kib=100, block_kib=99, nearest="sm_86"),
-    "sm_90": _nvidia(132, warps=64, blocks=32, shared_kib=228, block_kib=227),
-    "sm_100": _nvidia(
-        148, warps=64, blocks=32, shared_kib=228, block_kib=227, columns=512, nearest="sm_90"
+    "sm_75": _nvidia(
+        40, warps=32, blocks=16, shared_kib=64, block_kib=64, rates=(512, 64, 24), matrix_types=()
     ),
-    "sm_120": _nvidia(170, warps=48, blocks=24, shared_kib=100, block_kib=99, nearest="sm_89"),
-    "gfx942": _cdna(304, shared_kib=64),
-    "gfx950": _cdna(256, shared_kib=160, nearest="gfx942"),
+    "sm_80": _nvidia(108, warps=64, blocks=32, shared_kib=164, block_kib=163, rates=(1024, 64, 32)),
+    "sm_86": _nvidia(
+        84, warps=48, blocks=16, shared_kib=100, block_kib=99, rates=(512, 128, 20), nearest="sm_80"
+    ),
+    "sm_89": _nvidia(
+        128,
+        warps=48,
+        blocks=24,
+        shared_kib=100,
+        block_kib=99,
+        rates=(512, 128, 20),
+        nearest="sm_86",
+    ),
+    "sm_90": _nvidia(
+        132, warps=64, blocks=32, shared_kib=228, block_kib=227, rates=(2048, 128, 32)
+    ),
+    "sm_100": _nvidia(
+        148,
+        warps=64,
+        blocks=32,
+        shared_kib=228,
+        block_kib=227,
+        rates=(4096, 128, 48),
+        columns=512,
+        nearest="sm_90",
+    ),
+    "sm_120": _nvidia(
+        170,
+        warps=48,
+        blocks=24,
+        shared_kib=100,
+        block_kib=99,
+        rates=(512, 128, 20),
+        nearest="sm_89",
+    ),
+    "gfx942": _cdna(304, shared_kib=64, rates=(1024, 128, 32)),
+    "gfx950": _cdna(256, shared_kib=160, rates=(2048, 128, 32), nearest="gfx942"),
 }
 """By name, those of a vendor from old to new."""
 

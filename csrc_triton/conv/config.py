@@ -43,25 +43,16 @@ _FEWEST_ROWS = 2
 _UNROLL = 15
 
 
-def conv_config(
-    channels: int,
-    kernel_size: int,
-    dtype: torch.dtype,
-    arch: str,
-    num_tokens: int | None = None,
-    num_multiprocessors: int | None = None,
-) -> ConvConfig:
-    """The launch configuration for `channels` channels and `kernel_size` taps.
-
-    It has the most rows of which the batch has enough to give each multiprocessor a program.
+def conv_candidates(
+    channels: int, kernel_size: int, dtype: torch.dtype, arch: str
+) -> tuple[ConvConfig, ...]:
+    """All configurations that `conv_config` chooses from, that of most rows first.
 
     Args:
         channels: number of channels, at most 2048.
         kernel_size: number of taps, 3 to 63.
         dtype: of the activations.
         arch: as of `architectures.architecture`.
-        num_tokens: of the batch; `None` for more than enough.
-        num_multiprocessors: of the device; `None` for those of the architecture's usual one.
 
     Raises:
         ValueError: there are too many channels, or too few or many taps.
@@ -74,15 +65,40 @@ def conv_config(
         )
     block_channels = max(16, 1 << (channels - 1).bit_length())
     if arch == "interpreter":
-        return ConvConfig(16, block_channels, unroll=5, num_warps=1)
+        return (ConvConfig(16, block_channels, unroll=5, num_warps=1),)
     bounds = [bound for bound in _ROWS_AND_THREADS if block_channels <= bound]
-    rows, threads = _ROWS_AND_THREADS[bounds[0]] if bounds else _WIDEST
-    if num_tokens is not None:
-        wanted, most = num_multiprocessors or multiprocessors(arch), rows
-        while rows > _FEWEST_ROWS and num_tokens // rows < wanted:
-            rows //= 2
-        threads = threads if rows == most else threads // 2
-    return ConvConfig(rows, block_channels, _UNROLL, num_warps=max(1, threads // warp_size(arch)))
+    most, threads = _ROWS_AND_THREADS[bounds[0]] if bounds else _WIDEST
+    candidates = []
+    rows = most
+    while rows >= _FEWEST_ROWS:
+        num_warps = max(1, threads // (1 if rows == most else 2) // warp_size(arch))
+        candidates.append(ConvConfig(rows, block_channels, _UNROLL, num_warps))
+        rows //= 2
+    return tuple(candidates)
+
+
+def conv_config(
+    num_tokens: int,
+    channels: int,
+    kernel_size: int,
+    dtype: torch.dtype,
+    arch: str,
+    num_multiprocessors: int | None = None,
+) -> ConvConfig:
+    """The most rows a program of which the batch has enough to give each multiprocessor one.
+
+    Args:
+        num_tokens: of the batch.
+        channels: and so the others that are not named here, as of `conv_candidates`.
+        num_multiprocessors: of the device; `None` for those of the architecture's usual one.
+
+    Raises:
+        ValueError: as `conv_candidates`.
+    """
+    candidates = conv_candidates(channels, kernel_size, dtype, arch)
+    wanted = num_multiprocessors or multiprocessors(arch)
+    enough = [config for config in candidates if num_tokens // config.rows >= wanted]
+    return enough[0] if enough else candidates[-1]
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ def conv_backward_config(
     Raises:
         ValueError: there are too many channels, or too few or many taps.
     """
-    forward = conv_config(channels, kernel_size, dtype, arch)
+    forward = conv_candidates(channels, kernel_size, dtype, arch)[0]
     norm = norm_backward_config(channels, dtype, arch)
     if arch == "interpreter":
         block = min(forward.block_channels, 32)

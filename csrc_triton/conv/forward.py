@@ -217,8 +217,8 @@ def conv_norm_act(
     num_tokens, channels = x.shape
     arch = architecture(x.device)
     if config is None:
-        size = num_tokens, device_multiprocessors(x.device)
-        config = conv_config(channels, conv_weight.shape[1], x.dtype, arch, *size)
+        count = device_multiprocessors(x.device)
+        config = conv_config(num_tokens, channels, conv_weight.shape[1], x.dtype, arch, count)
     constant = activation_constant(activation)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     batch = cu_seqlens.shape[0] - 1

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.architectures import architecture
+from csrc_triton.architectures import architecture, device_multiprocessors
 from csrc_triton.functions import activate, activation_constant, has_tanh, logistic
 from csrc_triton.gemm.config import LinearConfig, linear_config
 from csrc_triton.launch import check_device, check_tensor
@@ -158,7 +158,8 @@ def _launch(
 
     arch = architecture(x.device)
     if config is None:
-        config = linear_config(num_tokens, weight.shape[0], x.dtype, arch)
+        count = device_multiprocessors(x.device)
+        config = linear_config(num_tokens, *weight.shape, x.dtype, arch, count)
     blocks_m = triton.cdiv(num_tokens, config.block_m)
     # With an even tile, the tiles of a gated product are those of its output.
     blocks_n = triton.cdiv(weight.shape[0], config.block_n)

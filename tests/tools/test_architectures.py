@@ -36,7 +36,7 @@ def test_unlisted_architectures_are_served_as_a_listed_one(arch: str, listed: st
     assert listed_architecture(arch) == listed
     assert multiprocessors(arch) == multiprocessors(listed)
     dtype = torch.float16
-    assert linear_config(9999, 999, dtype, arch) == linear_config(9999, 999, dtype, listed)
+    assert linear_config(9999, 999, 99, dtype, arch) == linear_config(9999, 999, 99, dtype, listed)
     assert attention_config(64, dtype, arch) == attention_config(64, dtype, listed)
     wide = (128, dtype)
     assert attention_backward_config(*wide, arch) == attention_backward_config(*wide, listed)
@@ -45,7 +45,7 @@ def test_unlisted_architectures_are_served_as_a_listed_one(arch: str, listed: st
 @pytest.mark.parametrize("arch", ["", "cuda", "cpu", "sm_", "sm_70", "sm_x", "h100"])
 def test_unknown_architectures_are_refused(arch: str) -> None:
     with pytest.raises(ValueError, match="arch is"):
-        linear_config(1, 1, torch.float16, arch)
+        linear_config(1, 1, 1, torch.float16, arch)
     with pytest.raises(ValueError, match="arch is"):
         attention_config(64, torch.float16, arch)
 

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from csrc_triton import conv
 from csrc_triton.conv import conv_norm_act, conv_norm_act_backward
-from csrc_triton.conv.forward import kernel_specs as conv_specs
 from csrc_triton.fbank import log_mel_filterbank, normalize_and_stack
-from csrc_triton.gemm.forward import kernel_specs as linear_specs
 from csrc_triton.launch import interpreting
 from tools.compile import sass
-from tools.compile.machine_code import Target, compile_kernel
+from tools.compile.shipped import shipped_kernels
+from tools.compile.target import Target
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import Counts, Executor
 from tools.virtual_gpu.global_memory import Checks
 from tools.virtual_gpu.record import Launch
+from tools.virtual_gpu.requests import Uncompiled
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Triton's interpreter compiles nothing")
 
@@ -78,29 +78,35 @@ def test_a_block_finds_its_utterance_among_many(
         assert count < many[name] <= 1.2 * count, name
 
 
+def of_the_largest_tile(name: str, target: str, dtype: str) -> tuple[Uncompiled, str]:
+    """A kernel that ships, which comes first, and its machine code as text."""
+    kernels = {kernel.name: kernel for kernel in shipped_kernels(Target.parse(target), dtype)}
+    request = kernels[name].request
+    return request, sass.disassemble(request.compiled().asm["cubin"])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("name", "limit"), [("linear/bias_silu", 1000), ("linear_glu", 500)])
-def test_epilogues(name: str, limit: int, dtype: str) -> None:
-    """Of a tile of 128 x 256 on sm_90: 128 numbers a thread, one special function an output."""
-    specs = {spec.name: spec for spec in linear_specs("sm_90", dtype)}
-    spec = specs[f"{name}/128x256x64"]
-    text = sass.disassemble(compile_kernel(spec, Target.parse("cuda:90")).asm["cubin"])
+@pytest.mark.parametrize(
+    ("name", "outputs", "limit"),
+    [("linear/linear_silu", 128 * 256, 1000), ("linear/linear_glu", 128 * 128, 500)],
+)
+def test_epilogues(name: str, outputs: int, limit: int, dtype: str) -> None:
+    """Of a tile of 128 x 256 on sm_90: one special function an output, and few instructions."""
+    request, text = of_the_largest_tile(name, "cuda:90", dtype)
+    assert (request.constants["BLOCK_M"], request.constants["BLOCK_N"]) == (128, 256)
     code, loop = sass.instructions(text), sass.hot_loop(text)
     assert loop is not None and loop.tensor_core
     epilogue = [instruction.name for instruction in code[loop.end + 1 :]]
-    assert spec.outputs_per_program is not None
-    assert epilogue.count("MUFU") == spec.outputs_per_program / (32 * spec.num_warps)
+    assert epilogue.count("MUFU") == outputs / (32 * request.options["num_warps"])
     assert len(epilogue) <= limit
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 def test_convolution(target: str) -> None:
-    """Of 16 rows and 31 taps, the loops over taps turn by turn."""
-    arch = target.replace("cuda:", "sm_")
-    spec = next(spec for spec in conv_specs(arch, "bfloat16"))
-    text = sass.disassemble(compile_kernel(spec, Target.parse(target)).asm["cubin"])
+    """Of 16 rows and 31 taps, the loop over taps turn by turn."""
+    request, text = of_the_largest_tile("conv_norm_act_fwd/conv_norm_act", target, "bfloat16")
     code, loop = sass.instructions(text), sass.hot_loop(text)
-    taps, unrolled = spec.constants["K"], spec.constants["UNROLL"]
+    taps, unrolled = request.constants["K"], request.constants["UNROLL"]
     assert loop is not None and taps >= 2 * unrolled
     multiplications = sum(n for name, n in loop.opcodes.items() if name.split(".")[0] == "FFMA")
     assert multiplications == unrolled * 16 * 2  # rows and channels of a thread

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from csrc_triton.architectures import ARCHITECTURES, warp_size
-from csrc_triton.conv.config import conv_config
+from csrc_triton.conv.config import conv_candidates, conv_config
 from csrc_triton.fbank.config import fbank_config, normalize_config
 from csrc_triton.launch import num_blocks
 from csrc_triton.norm.config import norm_config
@@ -43,24 +43,24 @@ def test_norm_config(width: int, arch: str) -> None:
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_conv_config(channels: int, arch: str) -> None:
     for kernel_size in (3, 31, 63):
-        config = conv_config(channels, kernel_size, torch.bfloat16, arch)
-        assert channels <= config.block_channels <= max(16, 2 * channels - 1)
-        assert is_power_of_two(config.rows)
-        assert is_power_of_two(config.block_channels)
-        assert is_power_of_two(config.num_warps)
-        assert config.rows >= 2
-        if arch != "interpreter":
-            threads = config.num_warps * warp_size(arch)
-            assert threads <= 1024
-            window_and_sums = 2 * config.rows * config.block_channels // threads
-            # A multiprocessor has 65536 registers; a third of a thread's is for the rest.
-            assert window_and_sums <= min(255, 65536 // threads) * 2 // 3
+        for config in conv_candidates(channels, kernel_size, torch.bfloat16, arch):
+            assert channels <= config.block_channels <= max(16, 2 * channels - 1)
+            assert is_power_of_two(config.rows)
+            assert is_power_of_two(config.block_channels)
+            assert is_power_of_two(config.num_warps)
+            assert config.rows >= 2
+            if arch != "interpreter":
+                threads = config.num_warps * warp_size(arch)
+                assert threads <= 1024
+                window_and_sums = 2 * config.rows * config.block_channels // threads
+                # A multiprocessor has 65536 registers; a third of a thread's is for the rest.
+                assert window_and_sums <= min(255, 65536 // threads) * 2 // 3
 
 
 @pytest.mark.parametrize("arch", PLACES)
 def test_convolution_loads_at_most_6_elements_an_output(arch: str) -> None:
     for channels in (512, 768, 1024):
-        config = conv_config(channels, 31, torch.bfloat16, arch)
+        config = conv_candidates(channels, 31, torch.bfloat16, arch)[0]
         rows_of_x_and_taps = config.rows + 31 + 31
         assert rows_of_x_and_taps / config.rows <= 6
 
@@ -69,15 +69,18 @@ def test_convolution_loads_at_most_6_elements_an_output(arch: str) -> None:
     ("arch", "count"), [("sm_80", 108), ("sm_89", 142), ("sm_90", 114), ("sm_90", 132)]
 )
 def test_a_short_batch_gives_every_multiprocessor_a_convolution(arch: str, count: int) -> None:
-    arguments = (1024, 31, torch.bfloat16, arch)
-    configs = [conv_config(*arguments, tokens, count) for tokens in range(1, 50_000, 7)]
-    rows = [config.rows for config in configs]
+    def rows_of(tokens: int) -> int:
+        return conv_config(tokens, 1024, 31, torch.bfloat16, arch, count).rows
+
+    rows = [rows_of(tokens) for tokens in range(1, 50_000, 7)]
     assert rows == sorted(rows)
-    assert rows[0] == 2 and rows[-1] == conv_config(*arguments).rows == 16
-    assert len(set(configs)) <= 4
+    assert [config.rows for config in conv_candidates(1024, 31, torch.bfloat16, arch)] == sorted(
+        set(rows), reverse=True
+    )
+    assert rows[0] == 2 and rows[-1] == 16
     for tokens in (500, 501, 1500, 16 * count, 24_000):
-        assert tokens // conv_config(*arguments, tokens, count).rows >= count
-    assert conv_config(*arguments, 16 * count - 1, count).rows == 8
+        assert tokens // rows_of(tokens) >= count
+    assert rows_of(16 * count - 1) == 8
 
 
 @pytest.mark.parametrize("arch", PLACES)
@@ -97,14 +100,15 @@ def test_fbank_config(arch: str) -> None:
 def test_wave_size_keeps_the_number_of_threads(arch: str) -> None:
     reference = norm_config(1024, torch.bfloat16, "sm_90").num_warps * 32
     assert norm_config(1024, torch.bfloat16, arch).num_warps * warp_size(arch) == reference
-    reference = conv_config(1024, 31, torch.bfloat16, "sm_90").num_warps * 32
-    assert conv_config(1024, 31, torch.bfloat16, arch).num_warps * warp_size(arch) == reference
+    reference = conv_config(9999, 1024, 31, torch.bfloat16, "sm_90").num_warps * 32
+    config = conv_config(9999, 1024, 31, torch.bfloat16, arch)
+    assert config.num_warps * warp_size(arch) == reference
 
 
 def test_configurations_are_frozen() -> None:
     for config in (
         norm_config(1024, torch.float16, "sm_80"),
-        conv_config(1024, 31, torch.float16, "sm_80"),
+        conv_config(1, 1024, 31, torch.float16, "sm_80"),
         fbank_config(torch.float64, "sm_80"),
         normalize_config("sm_80"),
     ):
@@ -117,10 +121,10 @@ def test_shapes_that_no_configuration_fits() -> None:
         with pytest.raises(ValueError, match=f"width is {width}"):
             norm_config(width, torch.float16, "sm_80")
     with pytest.raises(ValueError, match="channels is 2049"):
-        conv_config(2049, 31, torch.float16, "sm_80")
+        conv_config(1, 2049, 31, torch.float16, "sm_80")
     for kernel_size in (2, 64):
         with pytest.raises(ValueError, match=f"kernel_size is {kernel_size}"):
-            conv_config(1024, kernel_size, torch.float16, "sm_80")
+            conv_config(1, 1024, kernel_size, torch.float16, "sm_80")
 
 
 @pytest.mark.parametrize("block", [1, 16, 256])

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from csrc_triton.conv.config import conv_candidates
 from csrc_triton.fbank import log_mel_filterbank
+from csrc_triton.gemm.config import linear_candidates
 from tools.compile.target import Target
 from tools.virtual_gpu.requests import Uncompiled, requests
 from w2vbert_fast.ops.examples import Sizes, example
@@ -35,8 +38,7 @@ PUBLISHED = Sizes(
     vocabulary=32,
 )
 BATCHES = ((1500,) * 16, (150,))
-"""Frames of each utterance: of 30 s, and of 3 s. The products of the first fill a GPU with large
-tiles."""
+"""Frames of each utterance: of 30 s, and of 3 s."""
 COMPOSED = frozenset({"feed_forward"})
 """Operations whose Triton form calls other operations, and no launcher."""
 WAVEFORMS = frozenset({"log_mel_filterbank", "normalize_and_stack"})
@@ -158,6 +160,17 @@ def launched_operations(dtype: str) -> list[str]:
     ]
 
 
+def tiles(operation: str, dtype: str, arch: str) -> list[dict[str, Any]]:
+    """Options of an operation's launcher: each tile that lengths choose from, where they do."""
+    element = getattr(torch, dtype)
+    candidates: tuple[Any, ...] = ()
+    if operation in ("linear", "linear_glu"):
+        candidates = linear_candidates(element, arch)
+    elif operation == "conv_norm_act":
+        candidates = conv_candidates(PUBLISHED.width, PUBLISHED.taps, element, arch)
+    return [{"config": config} for config in candidates] or [{}]
+
+
 def _launches(target: Target, dtype: str) -> Iterator[tuple[str, list[Uncompiled]]]:
     """What each call asks for, with the name of its variant."""
     for operation in launched_operations(dtype):
@@ -166,9 +179,10 @@ def _launches(target: Target, dtype: str) -> Iterator[tuple[str, list[Uncompiled
                 if operation in WAVEFORMS:
                     launch(operation, variant, Sizes(), dtype, "cpu")
                 else:
-                    for lengths in BATCHES:
+                    options = tiles(operation, dtype, target.arch)
+                    for lengths, chosen in itertools.product(BATCHES, options):
                         sizes = dataclasses.replace(PUBLISHED, lengths=lengths)
-                        launch(operation, variant, sizes, dtype, "meta")
+                        launch(operation, variant, sizes, dtype, "meta", **chosen)
             yield name, found
 
 

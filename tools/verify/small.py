@@ -19,6 +19,7 @@ from tools.compile.shipped import (
     Variant,
     launch,
     launched_operations,
+    tiles,
     variants,
 )
 from tools.compile.target import Target
@@ -48,6 +49,7 @@ for _name in ("residual_layer_norm", "residual_double_layer_norm"):
 # next, a ragged one.
 _PARTS: dict[str, tuple[tuple[int, int, int], Mapping[str, int]]] = {
     "linear": ((4, 1, 1), {}),
+    "conv_norm_act_fwd": ((4, 1, 1), {}),
     "norm_bwd": ((2, 1, 1), {}),
     "norm_act_bwd": ((2, 1, 1), {}),
     "epilogue_bwd": ((2, 2, 1), {}),
@@ -95,7 +97,8 @@ def _calls(
             variant = dataclasses.replace(variant, sizes={**variant.sizes, **small})
             if operation == "log_mel_filterbank":
                 variant = dataclasses.replace(variant, changes=_two_waveforms)
-            yield (operation, variant, sizes), {}
+            for options in tiles(operation, dtype, target.arch):
+                yield (operation, variant, sizes), options
 
 
 def small_launches(target: Target, dtype: str) -> dict[str, Uncompiled]:
