@@ -11,38 +11,46 @@ import pytest
 import torch
 from torch import Tensor
 
+from csrc_triton.architectures import architecture
 from csrc_triton.attention import build_tile_map, shaw_attention, shaw_attention_backward
 from csrc_triton.attention.config import (
     AttentionBackwardConfig,
     attention_backward_config,
     scores_layout,
 )
+from tests.kernels.judge import Judge
+from tests.kernels.lane import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    INTERPRETED,
+    in_memory_of_its_own,
+    packed,
+    random,
+)
+from tests.kernels.test_attention import vectors as position_vectors
 from w2vbert_fast import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 SENTINEL = -123.0
-SEED = torch.tensor([2**40 + 7, 3])
+SEED = torch.tensor([2**40 + 7, 3], device=DEVICE)
+WARPS_AND_STAGES = (1, 1, 1, 1) if INTERPRETED else (4, 4, 1, 1)
+KINDS = "query", "key", "value", "positions"
 
 
-def cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def config_of_this_lane() -> AttentionBackwardConfig:
+    return attention_backward_config(16, torch.float32, architecture(DEVICE))
 
 
-def strided(num_tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def fused(num_tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Query, key, value and gradient as views of one wider buffer, whose other elements are NaN."""
     width = heads * head_dim
-    buffer = torch.full((num_tokens + 2, 4 * width + 40), math.nan, dtype=dtype)
+    buffer = torch.full((num_tokens + 2, 4 * width + 40), math.nan, dtype=dtype, device=DEVICE)
     view = buffer[1:-1, 16 : 16 + 4 * width].unflatten(1, (4, heads, head_dim))
-    view.copy_(torch.randn(num_tokens, 4, heads, head_dim, dtype=torch.float64))
+    view.copy_(random(num_tokens, 4, heads, head_dim, dtype=dtype))
     query, key, value, grad = view.unbind(1)
     return query, key, value, grad
-
-
-def embedding(left: int, right: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Position vectors with strided rows."""
-    buffer = torch.full((left + right + 1, head_dim + 8), math.nan, dtype=dtype)
-    return buffer[:, :head_dim].copy_(torch.randn(left + right + 1, head_dim, dtype=torch.float64))
 
 
 def twin_gradients(
@@ -74,22 +82,29 @@ def largest(tensor: Tensor) -> float:
     return float(tensor.detach().abs().max())
 
 
-def compare(ours: Tensor, exact: Tensor, plain: Tensor | None, scale: float) -> None:
-    """fp32: within 1e-5 of the largest element. fp16: an error at most 1.1 times that of autograd
-    in fp16; one element may also be off by a unit in the last place of the largest element, since
-    the maximum of so few errors is a matter of luck."""
-    assert ours.shape == exact.shape
-    error = ours.double() - exact
-    if plain is None:
-        assert largest(error) <= 1e-5 * max(largest(exact), scale)
-        return
-    plain_error = plain.double() - exact
-    assert error.norm() <= 1.1 * plain_error.norm()
-    unit = torch.finfo(plain.dtype).eps * largest(exact)
-    assert largest(error) <= max(1.1 * largest(plain_error), unit)
+def compare(
+    judge: Judge,
+    name: str,
+    ours: Tensor,
+    exact: Tensor,
+    plain: Tensor,
+    scale: float,
+    inputs: torch.dtype,
+) -> None:
+    """Errors are relative to at least `scale`."""
+    judge(
+        f"shaw_attention_backward/{name}",
+        ours,
+        exact,
+        plain,
+        inputs=inputs,
+        at_least=max(scale, 1e-300),
+        or_a_unit=True,
+    )
 
 
 def run(
+    judge: Judge,
     lengths: list[int],
     *,
     heads: int = 1,
@@ -105,14 +120,14 @@ def run(
 
     What is no key, and its value, is NaN for the kernels.
     """
-    cu_seqlens, longest = cumulative(lengths), max(lengths)
-    tensors = strided(sum(lengths), heads, head_dim, dtype)
-    vectors = embedding(left, right, head_dim, dtype) if positions else None
+    cu_seqlens, longest = packed(lengths), max(lengths)
+    tensors = fused(sum(lengths), heads, head_dim, dtype)
+    vectors = position_vectors(left, right, head_dim, dtype) if positions else None
     place = {
         "distance_embedding": vectors,
         "left_max_position": left,
         "right_max_position": right,
-        "seqused_k": None if used is None else torch.tensor(used, dtype=torch.int32),
+        "seqused_k": None if used is None else torch.tensor(used, dtype=torch.int32, device=DEVICE),
     }
     twins = {
         kind: twin_gradients(
@@ -128,28 +143,29 @@ def run(
         tensors[3], *tensors[:3], output, lse, cu_seqlens, longest, **place, **options
     )
     assert all(gradient.dtype == dtype for gradient in gradients[:3] if gradient is not None)
-    exact = twins[torch.float64]
-    plain: list[Tensor | None] = [None] * 4
-    if dtype != torch.float32:
-        plain = [*twins[dtype]]
     assert (gradients[3] is None) == (vectors is None)
     if gradients[3] is not None:
         assert gradients[3].dtype == torch.float32
-    for ours, wanted, theirs in zip(gradients, exact, plain, strict=False):
+    exact, plain = twins[torch.float64], twins[dtype]
+    # With one distance only, softmax takes the embedding's gradient away.
+    scale = largest(exact[0])
+    for name, ours, wanted, theirs in zip(KINDS, gradients, exact, plain, strict=False):
         assert ours is not None
-        # With one distance only, softmax takes the embedding's gradient away.
-        compare(ours, wanted, theirs, scale=largest(exact[0]))
+        compare(judge, name, ours, wanted, theirs, scale, dtype)
     return gradients
 
 
 @pytest.mark.parametrize("positions", [True, False])
-def test_equals_autograd_of_the_twin(positions: bool) -> None:
-    run([0, 1, 2, 31, 63, 64, 65, 130], positions=positions)
+def test_equals_autograd_of_the_twin(positions: bool, judge: Judge) -> None:
+    run(judge, [0, 1, 2, 31, 63, 64, 65, 130], positions=positions)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("positions", [True, False])
-def test_half_precision_is_as_accurate_as_autograd(positions: bool) -> None:
-    run([3, 64, 90], heads=2, dtype=torch.float16, positions=positions, left=20)
+def test_half_precision_is_as_accurate_as_autograd(
+    positions: bool, dtype: torch.dtype, judge: Judge
+) -> None:
+    run(judge, [3, 64, 90], heads=2, dtype=dtype, positions=positions, left=20)
 
 
 @pytest.mark.parametrize(
@@ -165,69 +181,74 @@ def test_half_precision_is_as_accurate_as_autograd(positions: bool) -> None:
     ],
 )
 def test_band_wherever_it_lies(
-    left: int, right: int, tile: int, key_step: int, query_step: int
+    left: int, right: int, tile: int, key_step: int, query_step: int, judge: Judge
 ) -> None:
-    config = AttentionBackwardConfig(tile, key_step, query_step, 16, 1, 1, 1, 1)
-    run([20, 70, 17], left=left, right=right, config=config)
+    if not INTERPRETED:  # its smallest tile, warps and stages
+        tile, key_step, query_step = (max(32, size) for size in (tile, key_step, query_step))
+    config = AttentionBackwardConfig(tile, key_step, query_step, 16, *WARPS_AND_STAGES)
+    run(judge, [20, 70, 17], left=left, right=right, config=config)
 
 
 @pytest.mark.parametrize("positions", [True, False])
-def test_tokens_that_are_no_keys(positions: bool) -> None:
-    gradients = run([0, 2, 32, 65], heads=2, positions=positions, used=[0, 1, 31, 64])
+def test_tokens_that_are_no_keys(positions: bool, judge: Judge) -> None:
+    gradients = run(judge, [0, 2, 32, 65], heads=2, positions=positions, used=[0, 1, 31, 64])
     for gradient in gradients[1:3]:
         assert gradient is not None and not gradient[[1, 33, 98]].any()
-    run([17, 64], dtype=torch.float16, left=20, positions=positions, used=[17, 63])
+    run(judge, [17, 64], dtype=HALF[-1], left=20, positions=positions, used=[17, 63])
     # Tiles of queries behind all keys, and beyond the band of the last one.
-    config = AttentionBackwardConfig(16, 32, 16, 16, 1, 1, 1, 1)
-    run([40, 90], left=5, right=9, positions=positions, used=[1, 33], config=config)
+    tiles = (16, 32, 16) if INTERPRETED else (32, 32, 32)
+    config = AttentionBackwardConfig(*tiles, 16, *WARPS_AND_STAGES)
+    run(judge, [40, 90], left=5, right=9, positions=positions, used=[1, 33], config=config)
 
 
 @pytest.mark.parametrize("head_dim", [1, 20, 64, 80, 128])
-def test_head_sizes(head_dim: int) -> None:
-    run([37, 5], head_dim=head_dim, left=6, right=3)
+def test_head_sizes(head_dim: int, judge: Judge) -> None:
+    run(judge, [37, 5], head_dim=head_dim, left=6, right=3)
 
 
-def test_heads_over_the_scratch_limit_are_split_into_launches() -> None:
-    config = attention_backward_config(16, torch.float32, "interpreter")
+def test_heads_over_the_scratch_limit_are_split_into_launches(judge: Judge) -> None:
+    config = config_of_this_lane()
     two_heads = 2 * 4 * scores_layout(config, 2, 34, 6, 8).head_size
     whole, split = [], []
     for results, limit in ((whole, config.scratch_limit), (split, two_heads)):
         torch.manual_seed(1)
-        results += run([20, 14], heads=3, left=6, config=replace(config, scratch_limit=limit))
+        results += run(
+            judge, [20, 14], heads=3, left=6, config=replace(config, scratch_limit=limit)
+        )
     for ours, wanted in zip(split[:3], whole[:3], strict=True):
         assert torch.equal(ours, wanted)
     torch.testing.assert_close(split[3], whole[3], rtol=0, atol=1e-5 * largest(whole[3]))
 
 
-def test_two_runs_give_the_same_bits() -> None:
+def test_two_runs_give_the_same_bits(judge: Judge) -> None:
     runs = []
     for _ in range(2):
         torch.manual_seed(1)
-        runs.append(run([33, 7], left=6))
+        runs.append(run(judge, [33, 7], left=6))
     for first, second in zip(*runs, strict=True):
         assert first is not None and second is not None and torch.equal(first, second)
 
 
-def test_writes_its_gradients_and_nothing_else() -> None:
-    buffer = torch.full((72, 3, 2, 24), SENTINEL)
+def test_writes_its_gradients_and_nothing_else(judge: Judge) -> None:
+    buffer = torch.full((72, 3, 2, 24), SENTINEL, device=DEVICE)
     out = buffer[1:-1, :, :, 4:20].fill_(math.nan).unbind(1)
-    gradients = run([65, 5], heads=2, left=20, out=out)
+    gradients = run(judge, [65, 5], heads=2, left=20, out=out)
     assert all(ours is wanted for ours, wanted in zip(gradients[:3], out, strict=True))
     buffer[1:-1, :, :, 4:20] = SENTINEL
     assert torch.all(buffer == SENTINEL)
 
 
 def test_an_utterance_does_not_depend_on_its_batch() -> None:
-    query, key, value, grad = strided(33 + 70 + 20, 1, 16, torch.float32)
+    query, key, value, grad = fused(33 + 70 + 20, 1, 16, torch.float32)
     place = {
-        "distance_embedding": embedding(10, 4, 16, torch.float32),
+        "distance_embedding": position_vectors(10, 4, 16, torch.float32),
         "left_max_position": 10,
         "right_max_position": 4,
     }
     results = []
     for rows, lengths in ((slice(None), [33, 70, 20]), (slice(33, 103), [70])):
         tensors = [tensor[rows] for tensor in (query, key, value)]
-        cu_seqlens = cumulative(lengths)
+        cu_seqlens = packed(lengths)
         output, lse = shaw_attention(*tensors, cu_seqlens, 70, **place)
         results.append(
             shaw_attention_backward(
@@ -238,13 +259,13 @@ def test_an_utterance_does_not_depend_on_its_batch() -> None:
         assert torch.equal(together[33:103], alone)
 
 
-def test_a_prepared_tile_map_changes_nothing() -> None:
-    tile = attention_backward_config(16, torch.float32, "interpreter").tile
+def test_a_prepared_tile_map_changes_nothing(judge: Judge) -> None:
+    tile = config_of_this_lane().tile
     runs = []
     for prepared in (False, True):
         torch.manual_seed(1)
-        maps = build_tile_map(cumulative([9, 40]), tile, num_tokens=49, max_seqlen=40)
-        runs.append(run([9, 40], left=6, tile_map=maps if prepared else None))
+        maps = build_tile_map(packed([9, 40]), tile, num_tokens=49, max_seqlen=40)
+        runs.append(run(judge, [9, 40], left=6, tile_map=maps if prepared else None))
     for first, second in zip(*runs, strict=True):
         assert first is not None and second is not None and torch.equal(first, second)
 
@@ -252,15 +273,15 @@ def test_a_prepared_tile_map_changes_nothing() -> None:
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 @pytest.mark.parametrize("positions", [True, False])
 def test_nothing_to_do(lengths: list[int], positions: bool) -> None:
-    query, key, value, grad = strided(0, 2, 16, torch.float32)
-    vectors = embedding(4, 2, 16, torch.float32) if positions else None
+    query, key, value, grad = fused(0, 2, 16, torch.float32)
+    vectors = position_vectors(4, 2, 16, torch.float32) if positions else None
     gradients = shaw_attention_backward(
-        grad, query, key, value, grad, torch.zeros(2, 0), cumulative(lengths), 0,
+        grad, query, key, value, grad, torch.zeros(2, 0, device=DEVICE), packed(lengths), 0,
         distance_embedding=vectors, left_max_position=4, right_max_position=2,
     )  # fmt: skip
     assert all(gradient.shape == (0, 2, 16) for gradient in gradients[:3])
     if positions:
-        assert torch.equal(gradients[3], torch.zeros(7, 16))
+        assert torch.equal(gradients[3], torch.zeros(7, 16, device=DEVICE))
 
 
 def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
@@ -299,18 +320,18 @@ def kept_weights(lengths: list[int], heads: int, dropout_p: float) -> list[Tenso
             torch.full(shape, offset),
         ]
         words = torch.stack(philox(counter, seed), dim=-1).flatten(2)[..., :length]
-        kept.append((words >> 8) * 2.0**-24 >= dropout_p)
+        kept.append(((words >> 8) * 2.0**-24 >= dropout_p).to(DEVICE))
         start += length
     return kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("positions", [True, False])
-def test_dropout(dtype: torch.dtype, positions: bool) -> None:
+def test_dropout(dtype: torch.dtype, positions: bool, judge: Judge) -> None:
     lengths, heads, dropout_p, left, right = [37, 3], 2, 0.3, 6, 3
-    cu_seqlens = cumulative(lengths)
-    query, key, value, grad = strided(sum(lengths), heads, 16, dtype)
-    vectors = embedding(left, right, 16, dtype) if positions else None
+    cu_seqlens = packed(lengths)
+    query, key, value, grad = fused(sum(lengths), heads, 16, dtype)
+    vectors = position_vectors(left, right, 16, dtype) if positions else None
     options: dict[str, Any] = {
         "distance_embedding": vectors,
         "left_max_position": left,
@@ -329,7 +350,7 @@ def test_dropout(dtype: torch.dtype, positions: bool) -> None:
             q, k, v = (leaf[start : start + length].transpose(0, 1) for leaf in leaves[:3])
             scores = q @ k.transpose(-1, -2)
             if vectors is not None:
-                frames = torch.arange(length)
+                frames = torch.arange(length, device=DEVICE)
                 distance = (frames[None, :] - frames[:, None]).clamp(-left, right) + left
                 scores = scores + torch.einsum("htd,tsd->hts", q, leaves[3][distance])
             weights = torch.softmax(scores * 16**-0.5, -1)
@@ -340,28 +361,28 @@ def test_dropout(dtype: torch.dtype, positions: bool) -> None:
         return result, torch.autograd.grad(result, leaves, grad.to(dtype))
 
     exact_output, exact = twin(torch.float64)
-    plain_output, plain = (None, [None] * 4) if dtype == torch.float32 else twin(dtype)
-    compare(output, exact_output, plain_output, scale=1.0)
-    for gradient, wanted, theirs in zip(ours, exact, plain, strict=False):
+    plain_output, plain = twin(dtype)
+    compare(judge, "output", output, exact_output, plain_output, 1.0, dtype)
+    for name, gradient, wanted, theirs in zip(KINDS, ours, exact, plain, strict=False):
         assert gradient is not None
-        compare(gradient, wanted, theirs, scale=1.0)
+        compare(judge, name, gradient, wanted, theirs, 1.0, dtype)
 
 
 def test_dropout_does_not_depend_on_tiles_and_drops_its_share() -> None:
-    tensors, cu_seqlens = strided(70, 1, 16, torch.float32), cumulative([70])
+    tensors, cu_seqlens = fused(70, 1, 16, torch.float32), packed([70])
     value = torch.ones_like(tensors[2])
     query = torch.zeros_like(value)  # all weights equal: the output is the share that is kept
     options: dict[str, Any] = {"dropout_p": 0.25, "dropout_seed": SEED}
     output, _ = shaw_attention(query, query, value, cu_seqlens, 70, **options)
     share = float(output.mean()) * 0.75
     assert abs(share - 0.75) < 4 * math.sqrt(0.25 * 0.75 / 70**2)
-    assert torch.equal(output[:, 0, 0] == 0, torch.zeros(70, dtype=torch.bool))
+    assert torch.equal(output[:, 0, 0] == 0, torch.zeros(70, dtype=torch.bool, device=DEVICE))
     other, _ = shaw_attention(
         query, query, value, cu_seqlens, 70, dropout_p=0.25, dropout_seed=SEED + 1
     )
     assert not torch.equal(other, output)
     _, lse = shaw_attention(query, query, value, cu_seqlens, 70)
-    config = attention_backward_config(16, torch.float32, "interpreter")
+    config = config_of_this_lane()
     results = [
         shaw_attention_backward(
             tensors[3], query, query, value, output, lse, cu_seqlens, 70, **options, config=config
@@ -372,6 +393,7 @@ def test_dropout_does_not_depend_on_tiles_and_drops_its_share() -> None:
         torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
+@in_memory_of_its_own
 def test_offsets_beyond_32_bits() -> None:
     """Rows 2^28 elements apart: the twelfth begins past 2^31. Untouched pages take no memory."""
     length, row = 12, 2**28
@@ -385,7 +407,7 @@ def test_offsets_beyond_32_bits() -> None:
     for view in far[:4]:
         view.copy_(torch.randn(length, 1, 16))
     near = [view.clone() for view in far[:4]]
-    cu_seqlens = cumulative([length])
+    cu_seqlens = packed([length])
     _, lse = shaw_attention(*far[:3], cu_seqlens, length, out=far[4])
     output = far[4].clone()
     ours = shaw_attention_backward(
@@ -397,17 +419,17 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def arguments() -> dict[str, Any]:
-    query, key, value, grad = strided(20, 2, 16, torch.float32)
+    query, key, value, grad = fused(20, 2, 16, torch.float32)
     return {
         "grad_output": grad,
         "query": query,
         "key": key,
         "value": value,
         "output": grad,
-        "log_sum_exp": torch.zeros(2, 20),
-        "cu_seqlens": cumulative([20]),
+        "log_sum_exp": torch.zeros(2, 20, device=DEVICE),
+        "cu_seqlens": packed([20]),
         "max_seqlen": 20,
-        "distance_embedding": embedding(4, 2, 16, torch.float32),
+        "distance_embedding": position_vectors(4, 2, 16, torch.float32),
         "left_max_position": 4,
         "right_max_position": 2,
     }
@@ -438,7 +460,8 @@ def arguments() -> dict[str, Any]:
 )
 def test_an_argument_that_does_not_fit_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
-        shaw_attention_backward(**{**arguments(), name: value})
+        given = value.to(DEVICE) if isinstance(value, Tensor) else value
+        shaw_attention_backward(**{**arguments(), name: given})
 
 
 def test_other_arguments_that_do_not_fit() -> None:
@@ -454,7 +477,7 @@ def test_other_arguments_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("name", ["dropout_p", "dropout_seed"])
 def test_the_forward_launcher_checks_its_dropout(name: str) -> None:
-    query, key, value, _ = strided(20, 2, 16, torch.float32)
+    query, key, value, _ = fused(20, 2, 16, torch.float32)
     wrong = {"dropout_p": 1.5} if name == "dropout_p" else {"dropout_p": 0.5}
     with pytest.raises(ValueError, match=name):
-        shaw_attention(query, key, value, cumulative([20]), 20, **wrong)
+        shaw_attention(query, key, value, packed([20]), 20, **wrong)

@@ -17,7 +17,7 @@ from tests.helpers.graphs import Rerun
 from tests.kernels.judge import Judge
 from tests.kernels.lane import DEVICE, DTYPES, WITHOUT_DEVICE, choose
 from tests.kernels.models import SIZES, batch, kernels, make
-from tests.kernels.test_encoder_lane import LARGEST_LIMIT, POOLED, answers
+from tests.kernels.test_models import LARGEST_LIMIT, POOLED, answers
 from tests.kernels.test_operations import no_waiting
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.optimized.graphs import LayerGraphs

@@ -17,7 +17,7 @@ from csrc_triton.gemm import linear
 from csrc_triton.norm import layer_norm, residual_layer_norm
 from tests.kernels.judge import Judge
 from tests.kernels.lane import DEVICE, SMALL, WIDTH, choose, packed, random, wide
-from tests.kernels.test_attention_lane import sampled_attention
+from tests.kernels.test_attention import sampled_attention
 from w2vbert_fast import ops
 
 DTYPE = torch.float16

@@ -25,7 +25,7 @@ from tests.kernels.judge import Judge
 from tests.kernels.results import ROOT, TARGETS, table
 from w2vbert_fast.ops.operation import OPERATIONS
 
-ON_DEMAND = ("encoder_lane", "gradients", "graphs", "large", "operations")
+ON_DEMAND = ("gradients", "graphs", "large", "models", "operations")
 """Minutes each in the interpreter: `python -m tests.kernels --interpret`."""
 TESTS_AT_LEAST = 350
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.kernels.judge import Judge
 from tests.kernels.lane import DEVICE, DTYPES
 from tests.kernels.models import LENGTHS, SIZES, batch, fast, import_transformers, kernels, make
-from tests.kernels.test_fbank_lane import speech
+from tests.kernels.test_fbank import speech
 from w2vbert_fast import ops
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
