@@ -602,7 +602,9 @@ def shaw_attention_bwd_queries_kernel(
             HAS_DROPOUT,
         )  # fmt: skip
         if HAS_POSITIONS:
-            row_sum = tl.sum(ds, 1)
+            # The products themselves would be fused with the sum's first additions, and the threads
+            # that hold one sum would differ in its last bit.
+            row_sum = tl.sum(tl.where(row_mask[:, None], ds, 0.0), 1)
             left_sum += tl.where(far_start < band_first, row_sum, 0.0)
             right_sum += tl.where(far_start < band_first, 0.0, row_sum)
 
