@@ -28,6 +28,7 @@ from torch import Tensor
 from bench.machine import write_results
 from bench.table import Table
 from csrc_triton.gemm import forward as gemm
+from csrc_triton.gemm.config import linear_candidates
 from tools.virtual_gpu.host import NoHostDriver, host_driver
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
@@ -96,7 +97,7 @@ def bare_launch() -> Callable[[], object]:
     """`CompiledKernel.run` of a linear layer, with the arguments that Triton would pass."""
     x, weight, bias, _ = example("linear", SIZES)
     out = x.new_empty(x.shape[0], weight.shape[0])
-    config = gemm.linear_candidates(x.dtype, "sm_90")[-1]
+    config = linear_candidates(x.dtype, "sm_90")[-1]
     constants = gemm._constants(config, "silu", False, True, x.shape[1])
     strides = (x.stride(0), weight.stride(0), out.stride(0))
     arguments = (x, weight, bias, out, x.shape[0], out.shape[1], x.shape[1], *strides)

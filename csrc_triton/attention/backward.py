@@ -50,7 +50,7 @@ from csrc_triton.attention.config import (
     scores_layout,
 )
 from csrc_triton.attention.forward import LOG2_E, check_attention
-from csrc_triton.attention.tile_map import checked_tile_map
+from csrc_triton.attention.tile_map import build_tile_map, check_tile_map
 from csrc_triton.functions import kept_weights
 
 
@@ -729,7 +729,11 @@ def shaw_attention_backward(
             empty = torch.zeros_like(distance_embedding, dtype=torch.float32)
         return *out, empty
 
-    tile_map = checked_tile_map(tile_map, cu_seqlens, config.tile, num_tokens, max_seqlen)
+    if tile_map is None:
+        tile_map = build_tile_map(
+            cu_seqlens, config.tile, num_tokens=num_tokens, max_seqlen=max_seqlen
+        )
+    check_tile_map(tile_map, cu_seqlens, config.tile, num_tokens, max_seqlen)
     num_tiles = tile_map.shape[0]
 
     has_positions = distance_embedding is not None

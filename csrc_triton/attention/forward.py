@@ -49,9 +49,10 @@ from csrc_triton.attention.config import (
     attention_config,
     scratch_layout,
 )
-from csrc_triton.attention.tile_map import checked_tile_map
+from csrc_triton.attention.tile_map import build_tile_map, check_tile_map
 from csrc_triton.functions import kept_weights
 from csrc_triton.launch import check_device, check_offsets, check_tensor
+from csrc_triton.plans import empty, launch, planned
 
 LOG2_E = 1.4426950408889634
 """Scores are scaled by it, so that the softmax needs powers of two only."""
@@ -489,12 +490,22 @@ def shaw_attention(
         The output `[num_tokens, num_heads, D]` in the dtype of `query`, and the log-sum-exp of each
         query's scores, float32 `[num_heads, num_tokens]`.
     """
-    if out is None:
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    arch = check_attention(
+    if tile_map is None:
+        left, right = left_max_position, right_max_position
+        given = (cu_seqlens, max_seqlen, distance_embedding, left, right, dropout_p, dropout_seed)
+        arch = check_attention(query, {}, None, *given, None, seqused_k)
+        if config is None:
+            config_of = (query.shape[2], query.dtype, arch)
+            block_m = attention_config(*config_of, has_dropout=dropout_p > 0.0).block_m
+        else:
+            block_m = config.block_m
+        tile_map = build_tile_map(
+            cu_seqlens, block_m, num_tokens=query.shape[0], max_seqlen=max_seqlen
+        )
+    return _launch(
         query,
-        {"key": key, "value": value, "out": out},
-        None,
+        key,
+        value,
         cu_seqlens,
         max_seqlen,
         distance_embedding,
@@ -504,23 +515,60 @@ def shaw_attention(
         dropout_seed,
         tile_map,
         seqused_k,
+        out,
+        config,
+    )
+
+
+@planned
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    tile_map: Tensor,
+    seqused_k: Tensor | None,
+    out: Tensor | None,
+    config: AttentionConfig | None,
+) -> tuple[Tensor, Tensor]:
+    if out is None:
+        out = empty(query.shape, query.dtype, query.device)
+    arch = check_attention(
+        query,
+        {"key": key, "value": value, "out": out},
+        None,
+        cu_seqlens,
+        max_seqlen,
+        distance_embedding,
+        left,
+        right,
+        dropout_p,
+        dropout_seed,
+        tile_map,
+        seqused_k,
     )
     num_tokens, num_heads, head_dim = query.shape
     has_positions, has_dropout = distance_embedding is not None, dropout_p > 0.0
     if config is None:
         config = attention_config(head_dim, query.dtype, arch, has_dropout=has_dropout)
-    tile_map = checked_tile_map(tile_map, cu_seqlens, config.block_m, num_tokens, max_seqlen)
-    num_tiles = tile_map.shape[0]
-    log_sum_exp = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    check_tile_map(tile_map, cu_seqlens, config.block_m, num_tokens, max_seqlen)
+    log_sum_exp = empty((num_heads, num_tokens), torch.float32, query.device)
 
-    left, right = (left_max_position, right_max_position) if has_positions else (0, 0)
+    if not has_positions:
+        left, right = 0, 0
     layout = scratch_layout(config.block_m, config.block_n, left, right)
-    num_work = num_tiles * num_heads
+    num_work = tile_map.shape[0] * num_heads
     per_launch = num_work
     scratch = log_sum_exp  # not touched without positions
     if has_positions and num_work > 0:
         per_launch = max(min(num_work, config.scratch_limit // (4 * layout.size)), 1)
-        scratch = torch.empty(per_launch * layout.size, dtype=torch.float32, device=query.device)
+        scratch = empty((per_launch * layout.size,), torch.float32, query.device)
     vectors = distance_embedding if distance_embedding is not None else query
     constants = _constants(
         config,
@@ -534,35 +582,35 @@ def shaw_attention(
         has_seqused=seqused_k is not None,
     )
     dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(query):
-        for first_work in range(0, num_work, max(per_launch, 1)):
-            shaw_attention_fwd_kernel[(min(per_launch, num_work - first_work),)](
-                query,
-                key,
-                value,
-                vectors,
-                scratch,
-                out,
-                log_sum_exp,
-                cu_seqlens,
-                seqused_k,
-                tile_map,
-                first_work,
-                num_heads,
-                head_dim**-0.5 * LOG2_E,
-                query.stride(0),
-                query.stride(1),
-                key.stride(0),
-                key.stride(1),
-                value.stride(0),
-                value.stride(1),
-                vectors.stride(0),
-                out.stride(0),
-                out.stride(1),
-                num_tokens,
-                *dropout,
-                **constants,
-                **_options(config),
-            )
+    for first_work in range(0, num_work, max(per_launch, 1)):
+        launch(
+            shaw_attention_fwd_kernel,
+            (min(per_launch, num_work - first_work),),
+            query,
+            key,
+            value,
+            vectors,
+            scratch,
+            out,
+            log_sum_exp,
+            cu_seqlens,
+            seqused_k,
+            tile_map,
+            first_work,
+            num_heads,
+            head_dim**-0.5 * LOG2_E,
+            query.stride(0),
+            query.stride(1),
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            vectors.stride(0),
+            out.stride(0),
+            out.stride(1),
+            num_tokens,
+            *dropout,
+            **constants,
+            **_options(config),
+        )
     return out, log_sum_exp

@@ -49,17 +49,14 @@ def build_tile_map(cu_seqlens: Tensor, block_m: int, *, num_tokens: int, max_seq
     return entries.masked_fill_((slots >= ends[-1])[:, None], -1).to(torch.int32)
 
 
-def checked_tile_map(
-    tile_map: Tensor | None, cu_seqlens: Tensor, block_m: int, num_tokens: int, max_seqlen: int
-) -> Tensor:
-    """The map that was given, or that of `build_tile_map` where none was.
+def check_tile_map(
+    tile_map: Tensor, cu_seqlens: Tensor, block_m: int, num_tokens: int, max_seqlen: int
+) -> None:
+    """That a map is as `build_tile_map` makes it.
 
-    A map for another `block_m` has another number of rows, unless every utterance is one tile.
+    One for another `block_m` has another number of rows, unless every utterance is one tile.
     """
-    if tile_map is None:
-        return build_tile_map(cu_seqlens, block_m, num_tokens=num_tokens, max_seqlen=max_seqlen)
     num_tiles = tile_bound(cu_seqlens.numel() - 1, num_tokens, max_seqlen, block_m)
     check_tensor("tile_map", tile_map, (num_tiles, 2), (torch.int32,))
     if num_tiles > 0 and tile_map.stride(0) != 2:
         raise ValueError(f"tile_map has strides {tile_map.stride()}; it must be contiguous")
-    return tile_map

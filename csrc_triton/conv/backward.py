@@ -43,6 +43,7 @@ from csrc_triton.functions import (
     used_end,
 )
 from csrc_triton.launch import num_blocks
+from csrc_triton.plans import empty, launch, planned
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sequences"])
@@ -225,32 +226,54 @@ def conv_norm_act_backward(
         The gradients of `x`, in its dtype, and of conv_weight `[channels, K]`, norm_weight and
         norm_bias `[channels]`, all three float32.
     """
+    others = (norm_weight, norm_bias, eps, activation, cu_seqlens, seqused_k, out)
+    grad_x, shares, norm_shares = _launch(x, grad_output, tap_by_tap(conv_weight), *others)
+    norms = norm_shares.sum(0)
+    return grad_x, shares.sum(0).t().contiguous(), norms[0], norms[1]
+
+
+@planned
+def _launch(
+    x: Tensor,
+    grad_output: Tensor,
+    taps: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str | None,
+    cu_seqlens: Tensor,
+    seqused_k: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x, and each program's share of the weights': `[chunks, K, channels]` of the
+    convolution, `[programs, 2, channels]` of the norm."""
     check_conv(
-        x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k,
-        grad_output=grad_output, out=out,
-    )  # fmt: skip
+        x, taps, norm_weight, norm_bias, cu_seqlens, seqused_k, grad_output=grad_output, out=out
+    )
     num_tokens, channels = x.shape
-    kernel_size = conv_weight.shape[1]
+    kernel_size = taps.shape[1]
     config = conv_backward_config(channels, kernel_size, x.dtype, architecture(x.device))
     constant = activation_constant(activation)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    out = empty(x.shape, x.dtype, x.device) if out is None else out
     batch = cu_seqlens.shape[0] - 1
-    if num_tokens == 0 or batch < 1:
-        norms = x.new_zeros(2, channels, dtype=torch.float32)
-        return out, x.new_zeros(channels, kernel_size, dtype=torch.float32), norms[0], norms[1]
-    taps = tap_by_tap(conv_weight)
-    dy = torch.empty_like(x, memory_format=torch.contiguous_format)
+    is_empty = num_tokens == 0 or batch < 1
+    chunks = 0 if is_empty else num_blocks(num_tokens, batch, config.chunk)
+    programs = min(config.norm.programs, triton.cdiv(num_tokens, config.norm.rows))
+    programs = 0 if is_empty else programs
+    shares = empty((chunks, kernel_size, channels), torch.float32, x.device)
+    norm_shares = empty((programs, 2, channels), torch.float32, x.device)
+    if is_empty:
+        return out, shares, norm_shares
+    dy = empty(x.shape, x.dtype, x.device)
     has_seqused = seqused_k is not None
     window, norm, weights = _constants(channels, kernel_size, constant, config, has_seqused)
     blocks = num_blocks(num_tokens, batch, config.rows)
-    chunks = num_blocks(num_tokens, batch, config.chunk)
     channel_blocks = triton.cdiv(channels, config.block_channels)
-    programs = min(config.norm.programs, triton.cdiv(num_tokens, config.norm.rows))
-    norm_shares = x.new_empty(programs, 2, channels, dtype=torch.float32)
-    shares = x.new_empty(chunks, kernel_size, channels, dtype=torch.float32)
 
     def slide(source: Tensor, target: Tensor, backwards: bool) -> None:
-        _slide_kernel[(blocks, channel_blocks)](
+        launch(
+            _slide_kernel,
+            (blocks, channel_blocks),
             source,
             taps,
             target,
@@ -259,44 +282,46 @@ def conv_norm_act_backward(
             num_tokens,
             batch,
             source.stride(0),
-            taps.stride(0),
+            taps.stride(1),
             target.stride(0),
             BACKWARDS=backwards,
             **window,
             num_warps=config.num_warps,
         )
 
-    with torch.cuda.device_of(x):
-        slide(x, dy, backwards=False)
-        _norm_act_bwd_kernel[(programs,)](
-            grad_output,
-            dy,
-            norm_weight,
-            norm_bias,
-            norm_shares,
-            num_tokens,
-            float(eps),
-            grad_output.stride(0),
-            dy.stride(0),
-            **norm,
-            num_warps=config.norm.num_warps,
-        )
-        slide(dy, out, backwards=True)
-        _conv_bwd_weight_kernel[(chunks, channel_blocks, triton.cdiv(kernel_size, config.taps))](
-            dy,
-            x,
-            shares,
-            cu_seqlens,
-            seqused_k,
-            num_tokens,
-            batch,
-            dy.stride(0),
-            x.stride(0),
-            **weights,
-            num_warps=config.num_warps,
-        )
-    norms = norm_shares.sum(0)
-    return out, shares.sum(0).t().contiguous(), norms[0], norms[1]
+    slide(x, dy, backwards=False)
+    launch(
+        _norm_act_bwd_kernel,
+        (programs,),
+        grad_output,
+        dy,
+        norm_weight,
+        norm_bias,
+        norm_shares,
+        num_tokens,
+        float(eps),
+        grad_output.stride(0),
+        dy.stride(0),
+        **norm,
+        num_warps=config.norm.num_warps,
+    )
+    slide(dy, out, backwards=True)
+    launch(
+        _conv_bwd_weight_kernel,
+        (chunks, channel_blocks, triton.cdiv(kernel_size, config.taps)),
+        dy,
+        x,
+        shares,
+        cu_seqlens,
+        seqused_k,
+        num_tokens,
+        batch,
+        dy.stride(0),
+        x.stride(0),
+        **weights,
+        num_warps=config.num_warps,
+    )
+    return out, shares, norm_shares
 
 
 def _constants(

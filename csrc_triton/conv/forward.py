@@ -18,7 +18,6 @@ bf16) and 2 K C FLOPs (63 thousand), plus about 12 C for the norm and the activa
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +26,7 @@ from csrc_triton.architectures import architecture, device_multiprocessors
 from csrc_triton.conv.config import ConvConfig, conv_config
 from csrc_triton.functions import activate, activation_constant, has_tanh, locate_block, used_end
 from csrc_triton.launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
+from csrc_triton.plans import empty, launch, planned
 
 
 @triton.jit
@@ -213,6 +213,23 @@ def conv_norm_act(
     contiguous `[K, channels]`) it is read in place, otherwise it is first copied to that layout.
     `config` is that of `conv_config` when `None`.
     """
+    others = (norm_weight, norm_bias, eps, activation, cu_seqlens, seqused_k, out, config)
+    return _launch(x, tap_by_tap(conv_weight), *others)
+
+
+@planned
+def _launch(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    activation: str | None,
+    cu_seqlens: Tensor,
+    seqused_k: Tensor | None,
+    out: Tensor | None,
+    config: ConvConfig | None,
+) -> Tensor:
     check_conv(x, conv_weight, norm_weight, norm_bias, cu_seqlens, seqused_k, out=out)
     num_tokens, channels = x.shape
     arch = architecture(x.device)
@@ -220,30 +237,30 @@ def conv_norm_act(
         count = device_multiprocessors(x.device)
         config = conv_config(num_tokens, channels, conv_weight.shape[1], x.dtype, arch, count)
     constant = activation_constant(activation)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    out = empty(x.shape, x.dtype, x.device) if out is None else out
     batch = cu_seqlens.shape[0] - 1
     if num_tokens == 0 or batch < 1:
         return out
-    taps = tap_by_tap(conv_weight)
-    with torch.cuda.device_of(x):
-        _conv_norm_act_fwd_kernel[(num_blocks(num_tokens, batch, config.rows),)](
-            x,
-            taps,
-            norm_weight,
-            norm_bias,
-            out,
-            cu_seqlens,
-            seqused_k,
-            num_tokens,
-            batch,
-            float(eps),
-            x.stride(0),
-            taps.stride(0),
-            out.stride(0),
-            HAS_TANH=has_tanh(x.dtype, arch),
-            **_constants(channels, conv_weight.shape[1], constant, config, seqused_k is not None),
-            num_warps=config.num_warps,
-        )
+    launch(
+        _conv_norm_act_fwd_kernel,
+        (num_blocks(num_tokens, batch, config.rows),),
+        x,
+        conv_weight,
+        norm_weight,
+        norm_bias,
+        out,
+        cu_seqlens,
+        seqused_k,
+        num_tokens,
+        batch,
+        float(eps),
+        x.stride(0),
+        conv_weight.stride(1),
+        out.stride(0),
+        HAS_TANH=has_tanh(x.dtype, arch),
+        **_constants(channels, conv_weight.shape[1], constant, config, seqused_k is not None),
+        num_warps=config.num_warps,
+    )
     return out
 
 
@@ -276,9 +293,10 @@ def check_conv(
 
 
 def tap_by_tap(conv_weight: Tensor) -> Tensor:
-    """`[channels, K]` as `[K, channels]` with contiguous rows, copied only where it must be."""
-    taps = conv_weight.t()
-    return taps if taps.stride(1) == 1 else taps.contiguous()
+    """`[channels, K]` with a tap's channels side by side, copied only where it must be."""
+    if conv_weight.dim() != 2 or conv_weight.stride(0) == 1:
+        return conv_weight
+    return conv_weight.t().contiguous().t()
 
 
 def _constants(

@@ -37,6 +37,7 @@ from csrc_triton.functions import (
 from csrc_triton.gemm.config import EpilogueBackwardConfig, epilogue_backward_config
 from csrc_triton.gemm.forward import check_linear, linear
 from csrc_triton.launch import check_device, check_tensor
+from csrc_triton.plans import empty, launch, planned
 
 
 @triton.jit
@@ -128,6 +129,23 @@ def epilogue_backward(
     Returns:
         The gradient of y, in its dtype, and that of the bias, float32, or `None`.
     """
+    grad, shares = _epilogue_backward(
+        grad_output, preactivation, activation, gated, needs_bias, out, activated
+    )
+    return grad, None if shares is None else shares.sum(0)
+
+
+@planned
+def _epilogue_backward(
+    grad_output: Tensor,
+    preactivation: Tensor,
+    activation: str | None,
+    gated: bool,
+    needs_bias: bool,
+    out: Tensor | None,
+    activated: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of y, and of the bias each program's share, `[programs, width]`."""
     constant = "identity" if gated else activation_constant(activation)
     check_tensor("preactivation", preactivation, (None, None))
     num_tokens, width = preactivation.shape
@@ -137,35 +155,37 @@ def epilogue_backward(
     dtype = preactivation.dtype
     check_tensor("grad_output", grad_output, (num_tokens, columns), (dtype,))
     if out is None:
-        out = torch.empty_like(preactivation, memory_format=torch.contiguous_format)
+        out = empty(preactivation.shape, dtype, preactivation.device)
     check_tensor("out", out, preactivation.shape, (dtype,))
     if activated is not None:
         check_tensor("activated", activated, grad_output.shape, (dtype,))
     check_device(preactivation=preactivation, grad_output=grad_output, out=out, activated=activated)
-    if num_tokens == 0 or columns == 0:
-        return out, out.new_zeros(width, dtype=torch.float32) if needs_bias else None
-    arch = architecture(out.device)
-    config = epilogue_backward_config(columns, dtype, arch)
-    programs = min(config.programs, triton.cdiv(num_tokens, config.rows))
-    shares = out.new_empty(programs, width, dtype=torch.float32) if needs_bias else None
-    with torch.cuda.device_of(out):
-        _epilogue_bwd_kernel[(programs, triton.cdiv(columns, config.block_columns))](
-            grad_output,
-            preactivation,
-            out,
-            activated,
-            shares,
-            num_tokens,
-            columns,
-            grad_output.stride(0),
-            preactivation.stride(0),
-            out.stride(0),
-            0 if activated is None else activated.stride(0),
-            HAS_TANH=has_tanh(dtype, arch),
-            **_constants(constant, gated, activated is not None, needs_bias, config),
-            num_warps=config.num_warps,
-        )
-    return out, None if shares is None else shares.sum(0)
+    arch, programs = architecture(out.device), 0
+    if num_tokens > 0 and columns > 0:
+        config = epilogue_backward_config(columns, dtype, arch)
+        programs = min(config.programs, triton.cdiv(num_tokens, config.rows))
+    shares = empty((programs, width), torch.float32, out.device) if needs_bias else None
+    if programs == 0:
+        return out, shares
+    launch(
+        _epilogue_bwd_kernel,
+        (programs, triton.cdiv(columns, config.block_columns)),
+        grad_output,
+        preactivation,
+        out,
+        activated,
+        shares,
+        num_tokens,
+        columns,
+        grad_output.stride(0),
+        preactivation.stride(0),
+        out.stride(0),
+        0 if activated is None else activated.stride(0),
+        HAS_TANH=has_tanh(dtype, arch),
+        **_constants(constant, gated, activated is not None, needs_bias, config),
+        num_warps=config.num_warps,
+    )
+    return out, shares
 
 
 def linear_backward(
@@ -238,17 +258,7 @@ def feed_forward_backward(
         The gradients of x, weight1, bias1, weight2 and bias2, the biases' in float32 and the others
         in their dtype; `None` where one is not wanted, or there is no bias.
     """
-    check_tensor("weight1", weight1, (None, None))
-    check_tensor("weight2", weight2, (None, weight1.shape[0]), (weight1.dtype,))
-    check_tensor("x", x, (None, weight1.shape[1]), (weight1.dtype,))
-    shape = (x.shape[0], weight2.shape[0])
-    check_tensor("grad_output", grad_output, shape, (x.dtype,))
-    for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
-        if bias is not None:
-            check_tensor(name, bias, weight.shape[:1], (x.dtype,))
-    check_device(
-        x=x, grad_output=grad_output, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2
-    )
+    _check_feed_forward(grad_output, x, weight1, bias1, weight2, bias2)
     needs_bias = needs[2] and bias1 is not None
     first: tuple[Tensor | None, Tensor | None] = (None, None)
     grad_weight2, grad_bias2 = None, None
@@ -270,6 +280,28 @@ def feed_forward_backward(
     return *first, grad_bias1, grad_weight2, grad_bias2
 
 
+@planned
+def _check_feed_forward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+) -> None:
+    check_tensor("weight1", weight1, (None, None))
+    check_tensor("weight2", weight2, (None, weight1.shape[0]), (weight1.dtype,))
+    check_tensor("x", x, (None, weight1.shape[1]), (weight1.dtype,))
+    shape = (x.shape[0], weight2.shape[0])
+    check_tensor("grad_output", grad_output, shape, (x.dtype,))
+    for name, bias, weight in (("bias1", bias1, weight1), ("bias2", bias2, weight2)):
+        if bias is not None:
+            check_tensor(name, bias, weight.shape[:1], (x.dtype,))
+    check_device(
+        x=x, grad_output=grad_output, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2
+    )
+
+
 def products(
     grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -278,6 +310,7 @@ def products(
     return grad_x, torch.mm(grad.t(), x) if needs[1] else None
 
 
+@planned
 def _check(
     grad_output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool
 ) -> None:

@@ -20,7 +20,6 @@ of the weight in L2.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +28,7 @@ from csrc_triton.architectures import architecture, device_multiprocessors
 from csrc_triton.functions import activate, activation_constant, has_tanh, logistic
 from csrc_triton.gemm.config import LinearConfig, linear_config
 from csrc_triton.launch import check_device, check_tensor
+from csrc_triton.plans import empty, launch, planned
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -122,7 +122,7 @@ def linear(
     The activation is a name of `functions.ACTIVATIONS` or `None`; `config` is that of
     `linear_config` when `None`.
     """
-    return _launch(x, weight, bias, activation_constant(activation), False, out, config)
+    return _launch(x, weight, bias, activation, False, out, config)
 
 
 def linear_glu(
@@ -134,22 +134,24 @@ def linear_glu(
     config: LinearConfig | None = None,
 ) -> Tensor:
     """Gated linear unit, as `ops.linear_glu`; `config` as of `linear`."""
-    return _launch(x, weight, bias, "identity", True, out, config)
+    return _launch(x, weight, bias, None, True, out, config)
 
 
+@planned
 def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str,
+    activation: str | None,
     gated: bool,
     out: Tensor | None,
     config: LinearConfig | None,
 ) -> Tensor:
+    constant = activation_constant(activation)
     out_features = check_linear(x, weight, bias, gated)
     num_tokens, in_features = x.shape
     if out is None:
-        out = torch.empty((num_tokens, out_features), dtype=x.dtype, device=x.device)
+        out = empty((num_tokens, out_features), x.dtype, x.device)
     else:
         check_tensor("out", out, (num_tokens, out_features), (x.dtype,))
     check_device(x=x, weight=weight, bias=bias, out=out)
@@ -163,24 +165,24 @@ def _launch(
     blocks_m = triton.cdiv(num_tokens, config.block_m)
     # With an even tile, the tiles of a gated product are those of its output.
     blocks_n = triton.cdiv(weight.shape[0], config.block_n)
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(x):
-        _linear_kernel[(blocks_m * blocks_n,)](
-            x,
-            weight,
-            bias,
-            out,
-            num_tokens,
-            out_features,
-            in_features,
-            x.stride(0),
-            weight.stride(0),
-            out.stride(0),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            HAS_TANH=has_tanh(x.dtype, arch),
-            **_constants(config, activation, gated, bias is not None, in_features),
-        )
+    launch(
+        _linear_kernel,
+        (blocks_m * blocks_n,),
+        x,
+        weight,
+        bias,
+        out,
+        num_tokens,
+        out_features,
+        in_features,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        HAS_TANH=has_tanh(x.dtype, arch),
+        **_constants(config, constant, gated, bias is not None, in_features),
+    )
     return out
 
 

@@ -30,6 +30,7 @@ from csrc_triton.architectures import architecture
 from csrc_triton.functions import norm_gradient, standardize
 from csrc_triton.launch import check_rows
 from csrc_triton.norm.config import NormBackwardConfig, norm_backward_config
+from csrc_triton.plans import empty, launch, planned
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -132,10 +133,18 @@ def layer_norm_backward(
     Returns:
         The gradients of `x`, in its dtype, and of weight and bias, float32 `[hidden]`.
     """
+    grad_x, shares = _layer_norm_backward(x, grad_z, weight, eps, out)
+    sums = shares.sum(0)
+    return grad_x, sums[0], sums[1]
+
+
+@planned
+def _layer_norm_backward(
+    x: Tensor, grad_z: Tensor, weight: Tensor, eps: float, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
     check_rows({"x": x, "grad_z": grad_z, "out": out}, {"weight": weight})
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    sums = _launch(x, None, 1.0, None, grad_z, None, (weight,), out, None, eps)
-    return out, sums[0], sums[1]
+    out = empty(x.shape, x.dtype, x.device) if out is None else out
+    return out, _launch(x, None, 1.0, None, grad_z, None, (weight,), out, None, eps)
 
 
 def residual_layer_norm_backward(
@@ -161,10 +170,29 @@ def residual_layer_norm_backward(
         The gradients of `residual` and of `x`, in their dtype, and of weight and bias, float32
         `[hidden]`. Without `out`, and when `scale` is 1, the first two are one tensor.
     """
+    given = (None, None) if out is None else out
+    grad_residual, grad_x, shares = _residual_layer_norm_backward(
+        y, grad_y, grad_z, scale, weight, eps, *given
+    )
+    sums = shares.sum(0)
+    return grad_residual, grad_residual if grad_x is None else grad_x, sums[0], sums[1]
+
+
+@planned
+def _residual_layer_norm_backward(
+    y: Tensor,
+    grad_y: Tensor | None,
+    grad_z: Tensor,
+    scale: float,
+    weight: Tensor,
+    eps: float,
+    *out: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     check_rows({"y": y, "grad_y": grad_y, "grad_z": grad_z, **_named(out)}, {"weight": weight})
     grad_residual, grad_x = _outputs(y, scale, out)
-    sums = _launch(y, None, scale, grad_y, grad_z, None, (weight,), grad_residual, grad_x, eps)
-    return grad_residual, grad_residual if grad_x is None else grad_x, sums[0], sums[1]
+    norms = (weight,)
+    shares = _launch(y, None, scale, grad_y, grad_z, None, norms, grad_residual, grad_x, eps)
+    return grad_residual, grad_x, shares
 
 
 def residual_double_layer_norm_backward(
@@ -188,26 +216,49 @@ def residual_double_layer_norm_backward(
         The gradients of `residual` and of `x`, as `residual_layer_norm_backward` has them, and of
         weight1, bias1, weight2 and bias2, float32 `[hidden]`.
     """
-    rows = {"x": x, "residual": residual, "grad_z1": grad_z1, "grad_z2": grad_z2, **_named(out)}
-    check_rows(rows, {"weight1": weight1, "bias1": bias1, "weight2": weight2})
-    grad_residual, grad_x = _outputs(x, scale, out)
     norms = (weight1, bias1, weight2)
-    sums = _launch(x, residual, scale, None, grad_z1, grad_z2, norms, grad_residual, grad_x, eps)
+    given = (None, None) if out is None else out
+    grad_residual, grad_x, shares = _residual_double_layer_norm_backward(
+        x, residual, grad_z1, grad_z2, scale, *norms, eps, *given
+    )
+    sums = shares.sum(0)
     grad_x = grad_residual if grad_x is None else grad_x
     return grad_residual, grad_x, sums[0], sums[1], sums[2], sums[3]
 
 
-def _named(out: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    return {} if out is None else {"out[0]": out[0], "out[1]": out[1]}
+@planned
+def _residual_double_layer_norm_backward(
+    x: Tensor,
+    residual: Tensor,
+    grad_z1: Tensor | None,
+    grad_z2: Tensor,
+    scale: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    eps: float,
+    *out: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    rows = {"x": x, "residual": residual, "grad_z1": grad_z1, "grad_z2": grad_z2, **_named(out)}
+    check_rows(rows, {"weight1": weight1, "bias1": bias1, "weight2": weight2})
+    grad_residual, grad_x = _outputs(x, scale, out)
+    norms = (weight1, bias1, weight2)
+    shares = _launch(x, residual, scale, None, grad_z1, grad_z2, norms, grad_residual, grad_x, eps)
+    return grad_residual, grad_x, shares
+
+
+def _named(out: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+    return {f"out[{i}]": tensor for i, tensor in enumerate(out)}
 
 
 def _outputs(
-    x: Tensor, scale: float, out: tuple[Tensor, Tensor] | None
+    x: Tensor, scale: float, out: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    if out is not None:
-        return out
-    first = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return first, None if scale == 1 else torch.empty_like(first)
+    first, second = out
+    if first is not None:
+        return first, second
+    first = empty(x.shape, x.dtype, x.device)
+    return first, None if scale == 1 else empty(x.shape, x.dtype, x.device)
 
 
 def _launch(
@@ -222,47 +273,49 @@ def _launch(
     dx: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Writes the gradients of the rows; returns those of weights and biases, `[2 or 4, width]`."""
+    """Writes the gradients of the rows; returns each program's share of those of weights and
+    biases, `[programs, 2 or 4, width]`."""
     num_rows, width = x.shape
     config = norm_backward_config(width, x.dtype, architecture(x.device))
     parameters = 2 if grad_second is None else 4
-    if num_rows == 0:
-        return x.new_zeros(parameters, width, dtype=torch.float32)
     programs = min(config.programs, triton.cdiv(num_rows, config.rows))
-    shares = x.new_empty(programs, parameters, width, dtype=torch.float32)
+    shares = empty((programs, parameters, width), torch.float32, x.device)
+    if num_rows == 0:
+        return shares
     weight1, bias1, weight2 = norms if len(norms) == 3 else (norms[0], None, None)
-    with torch.cuda.device_of(x):
-        _norm_bwd_kernel[(programs,)](
-            x,
-            residual,
-            grad_sum,
-            grad_first,
-            grad_second,
-            weight1,
-            bias1,
-            weight2,
-            dy,
-            dx,
-            shares,
-            num_rows,
-            float(scale),
-            float(eps),
-            *(
-                0 if tensor is None else tensor.stride(0)
-                for tensor in (x, residual, grad_sum, grad_first, grad_second, dy, dx)
-            ),
-            **_constants(
-                width,
-                config,
-                has_residual=residual is not None,
-                has_grad_sum=grad_sum is not None,
-                has_grad_first=grad_first is not None,
-                is_double=grad_second is not None,
-                has_scaled=dx is not None,
-            ),
-            num_warps=config.num_warps,
-        )
-    return shares.sum(0)
+    launch(
+        _norm_bwd_kernel,
+        (programs,),
+        x,
+        residual,
+        grad_sum,
+        grad_first,
+        grad_second,
+        weight1,
+        bias1,
+        weight2,
+        dy,
+        dx,
+        shares,
+        num_rows,
+        float(scale),
+        float(eps),
+        *(
+            0 if tensor is None else tensor.stride(0)
+            for tensor in (x, residual, grad_sum, grad_first, grad_second, dy, dx)
+        ),
+        **_constants(
+            width,
+            config,
+            has_residual=residual is not None,
+            has_grad_sum=grad_sum is not None,
+            has_grad_first=grad_first is not None,
+            is_double=grad_second is not None,
+            has_scaled=dx is not None,
+        ),
+        num_warps=config.num_warps,
+    )
+    return shares
 
 
 def _constants(

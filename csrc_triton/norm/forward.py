@@ -15,7 +15,6 @@ others 4 C e (8 KB for C = 1024 in bf16), with about 8 C FLOPs a norm.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from csrc_triton.architectures import architecture
 from csrc_triton.launch import check_rows
 from csrc_triton.norm.config import NormConfig, norm_config
+from csrc_triton.plans import empty, launch, planned
 
 
 @triton.jit
@@ -92,8 +92,13 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
     """`LN(x)` over the last dimension, of at most 8192 elements, as `ops.layer_norm`."""
+    return _layer_norm(x, weight, bias, eps, out)
+
+
+@planned
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None) -> Tensor:
     check_rows({"x": x, "out": out}, {"weight": weight, "bias": bias})
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    out = empty(x.shape, x.dtype, x.device) if out is None else out
     _launch(x, None, 1.0, (weight, bias), None, None, out, None, eps)
     return out
 
@@ -113,10 +118,24 @@ def residual_layer_norm(
     `out` is where y and z go, both like `x`; y may be `residual` itself.
     """
     y, z = (None, None) if out is None else out
+    return _residual_layer_norm(x, residual, scale, weight, bias, eps, y, z)
+
+
+@planned
+def _residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    scale: float,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    y: Tensor | None,
+    z: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     rows = {"x": x, "residual": residual, "out[0]": y, "out[1]": z}
     check_rows(rows, {"weight": weight, "bias": bias})
-    y = torch.empty_like(x, memory_format=torch.contiguous_format) if y is None else y
-    z = torch.empty_like(x, memory_format=torch.contiguous_format) if z is None else z
+    y = empty(x.shape, x.dtype, x.device) if y is None else y
+    z = empty(x.shape, x.dtype, x.device) if z is None else z
     _launch(x, residual, scale, (weight, bias), None, y, z, None, eps)
     return y, z
 
@@ -138,10 +157,27 @@ def residual_double_layer_norm(
     z2 is the norm of z1 as it is stored. `out` is where they go, both like `x`.
     """
     z1, z2 = (None, None) if out is None else out
+    norms = (weight1, bias1, weight2, bias2)
+    return _residual_double_layer_norm(x, residual, scale, *norms, eps, z1, z2)
+
+
+@planned
+def _residual_double_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    scale: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    z1: Tensor | None,
+    z2: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     rows = {"x": x, "residual": residual, "out[0]": z1, "out[1]": z2}
     check_rows(rows, {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2})
-    z1 = torch.empty_like(x, memory_format=torch.contiguous_format) if z1 is None else z1
-    z2 = torch.empty_like(x, memory_format=torch.contiguous_format) if z2 is None else z2
+    z1 = empty(x.shape, x.dtype, x.device) if z1 is None else z1
+    z2 = empty(x.shape, x.dtype, x.device) if z2 is None else z2
     _launch(x, residual, scale, (weight1, bias1), (weight2, bias2), None, z1, z2, eps)
     return z1, z2
 
@@ -166,27 +202,28 @@ def _launch(
     absent_sum = first if y is None else y
     absent_second = first if second is None else second
     weight2, bias2 = first_norm if second_norm is None else second_norm
-    with torch.cuda.device_of(x):
-        _norm_fwd_kernel[(triton.cdiv(num_rows, config.rows),)](
-            x,
-            absent_residual,
-            *first_norm,
-            weight2,
-            bias2,
-            absent_sum,
-            first,
-            absent_second,
-            num_rows,
-            float(scale),
-            float(eps),
-            x.stride(0),
-            absent_residual.stride(0),
-            absent_sum.stride(0),
-            first.stride(0),
-            absent_second.stride(0),
-            **_constants(width, residual is not None, second is not None, config),
-            num_warps=config.num_warps,
-        )
+    launch(
+        _norm_fwd_kernel,
+        (triton.cdiv(num_rows, config.rows),),
+        x,
+        absent_residual,
+        *first_norm,
+        weight2,
+        bias2,
+        absent_sum,
+        first,
+        absent_second,
+        num_rows,
+        float(scale),
+        float(eps),
+        x.stride(0),
+        absent_residual.stride(0),
+        absent_sum.stride(0),
+        first.stride(0),
+        absent_second.stride(0),
+        **_constants(width, residual is not None, second is not None, config),
+        num_warps=config.num_warps,
+    )
 
 
 def _constants(

@@ -29,6 +29,7 @@ _TAGS = (
     torch.Tag.pt2_compliant_tag,
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
 )
+_is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 Autocast = Literal["lower", "float32", "as_is"]
@@ -136,10 +137,12 @@ def _ladder(
             return on_cpu(*args)
         if implementation == "plain" or on_triton is None:
             return plain(*args)
-        others = args[decides:]
-        if takes is not None and not takes(*others):
+        if takes is not None and not takes(*args[decides:]):
             return plain(*args)
-        return on_triton(*(None if g is None else dense_rows(g) for g in args[:decides]), *others)
+        if decides:
+            grads = [None if g is None else dense_rows(g) for g in args[:decides]]
+            args = (*grads, *args[decides:])
+        return on_triton(*args)
 
     return run if results is None else lambda *args: results(run(*args))
 
@@ -147,8 +150,12 @@ def _ladder(
 def _by_name(launcher: str) -> Callable[..., Any]:
     module, _, name = launcher.partition(":")
 
+    @functools.cache
+    def imported() -> Any:
+        return importlib.import_module(module)
+
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        return getattr(imported(), name)(*args)
 
     return launch
 
@@ -162,7 +169,7 @@ def _runs_at_once(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.maybe_current_level() is not None
-        or torch.is_autocast_enabled(x.device.type)
+        or _is_any_autocast_enabled()
     )
 
 

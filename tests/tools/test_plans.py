@@ -1,0 +1,260 @@
+"""Launch plans: a second call does what the first did, and none where what was assumed has changed.
+
+The kernels' plans run on the virtual GPU's driver without executing anything: what counts is which
+kernel is launched, on what.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PRELUDE = """
+import functools, threading
+import torch, triton
+import triton.language as tl
+from torch import nn
+from triton import knobs
+from csrc_triton import architectures, plans
+from csrc_triton.gemm import config as tiles, linear
+from csrc_triton.gemm.forward import _launch
+from csrc_triton.norm import residual_layer_norm
+from tools.virtual_gpu.driver import activated
+
+launches = []
+slow = []
+
+
+def counted(launcher):
+    @functools.wraps(launcher)
+    def run(*args):
+        slow.append(args)
+        return launcher(*args)
+    return plans.planned(run)
+
+
+from csrc_triton.gemm import forward
+forward._launch = counted(forward._launch.__wrapped__)
+
+
+def call(*args, **keywords):
+    '''Whether it went by a plan, and what was launched.'''
+    before = len(slow)
+    launches.clear()
+    out = linear(*args, **keywords)
+    return len(slow) == before, [launch.described() for launch in launches], out
+
+
+x, w, b = torch.ones(20, 64), torch.ones(32, 64), torch.ones(32)
+"""
+
+
+def run(script: str) -> None:
+    """In a process of its own: pytest's runs Triton's interpreter here."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", PRELUDE + script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_serves_arguments_like_those_and_no_others() -> None:
+    run("""
+with activated("sm_90", launches.append):
+    planned, first, out = call(x, w, b, "silu")
+    assert not planned and len(first) == 1
+    other = [torch.zeros_like(t) for t in (x, w, b)]
+    planned, second, again = call(*other, "silu")
+    assert planned and second == first and again is not out and again.shape == (20, 32)
+    assert launches[0].arguments[0].value is other[0] and launches[0].arguments[3].value is again
+    assert call(x, nn.Parameter(w), b, "silu")[0]
+
+    unaligned = torch.ones(20 * 64 + 1)[1:].view(20, 64)
+    wide = torch.ones(20, 80)[:, :64]
+    odd = torch.ones(20, 67)[:, :64]
+    changed = {
+        "dtype": (x.half(), w.half(), b.half(), "silu"),
+        "alignment": (unaligned, w, b, "silu"),
+        "stride": (wide, w, b, "silu"),
+        "stride, no multiple of 16": (odd, w, b, "silu"),
+        "tokens": (torch.ones(21, 64), w, b, "silu"),
+        "tokens that fill more tiles": (torch.ones(50_000, 64), w, b, "silu"),
+        "one token": (torch.ones(1, 64), w, b, "silu"),
+        "no token": (torch.ones(0, 64), w, b, "silu"),
+        "shape": (x, torch.ones(16, 64), torch.ones(16), "silu"),
+        "no bias": (x, w, None, "silu"),
+        "activation": (x, w, b, "gelu"),
+    }
+    for name, args in changed.items():
+        planned, found, _ = call(*args)
+        assert not planned, name
+        assert call(*args)[:2] == (True, found), name
+        plans.forget()
+        assert call(*args)[:2] == (False, found), name  # what Triton itself would launch
+    hints = [call(*changed[name])[1][0]["hints"] for name in ("alignment", "stride")]
+    assert "x_ptr" not in hints[0] and "x_ptr" in hints[1]
+    hints = [call(*changed[n])[1][0]["hints"] for n in ("stride", "stride, no multiple of 16")]
+    assert "stride_x_row" in hints[0] and "stride_x_row" not in hints[1]
+    names = ("tokens", "tokens that fill more tiles")
+    few, many = (call(*changed[name])[1][0]["constants"] for name in names)
+    assert few != many
+""")
+
+
+def test_what_does_not_fit_is_refused_beside_a_plan() -> None:
+    run("""
+with activated("sm_80", launches.append):
+    for _ in range(2):
+        call(x, w, b)
+    for wrong, said in (
+        ((x, w.half(), b), "weight is torch.float16"),
+        ((x, w.t().contiguous().t(), b), "last dimension must be contiguous"),
+        ((x, w.to("meta"), b), "weight is on meta"),
+        ((x, w, b, "no such"), "activation is 'no such'"),
+    ):
+        for _ in range(2):
+            try:
+                call(*wrong)
+            except ValueError as error:
+                assert said in str(error), error
+            else:
+                raise AssertionError(wrong)
+    assert call(x, w, b)[0]
+""")
+
+
+def test_results_that_are_given_are_written_and_returned() -> None:
+    run("""
+with activated("sm_80", launches.append):
+    for _ in range(2):
+        out = torch.empty(20, 32)
+        planned, _, found = call(x, w, b, out=out)
+        assert found is out and launches[0].arguments[3].value is out
+    assert planned
+    # A configuration of the caller's is never planned.
+    config = tiles.linear_candidates(torch.float32, "sm_80")[0]
+    assert not any(call(x, w, b, config=config)[0] for _ in range(2))
+    norm = (torch.ones(64), torch.ones(64), 1e-5)
+    for _ in range(2):
+        launches.clear()
+        y, z = residual_layer_norm(x, x, 0.5, *norm)
+        values = {a.name: a.value for a in launches[0].arguments}
+        assert values["sum_ptr"] is y and values["first_ptr"] is z and y is not z
+        assert values["scale"] == 0.5
+    residual_layer_norm(x, x, 1.0, *norm)
+    assert {a.name: a.value for a in launches[1].arguments}["scale"] == 1.0
+""")
+
+
+def test_a_tensor_that_is_given_twice_may_be_two_the_next_time() -> None:
+    run("""
+from csrc_triton.gemm import epilogue_backward
+
+norm = (torch.ones(64), torch.ones(64), 1e-5)
+with activated("sm_80", launches.append):
+    for residual in (x, torch.zeros(20, 64), x):
+        launches.clear()
+        residual_layer_norm(residual, x, 0.5, *norm)
+        values = {a.name: a.value for a in launches[0].arguments}
+        assert values["residual_ptr"].data_ptr() == residual.data_ptr()
+        assert values["x_ptr"].data_ptr() == x.data_ptr()
+    grad, y, other = (torch.ones(20, 64) for _ in range(3))
+    for out in (y, other, grad, y):
+        launches.clear()
+        dy, _ = epilogue_backward(grad, y, "silu", out=out)
+        values = {a.name: a.value for a in launches[0].arguments}
+        assert dy is out and values["dy_ptr"].data_ptr() == out.data_ptr()
+        assert values["y_ptr"].data_ptr() == y.data_ptr()
+""")
+
+
+def test_drivers_settings_and_hooks() -> None:
+    run("""
+with activated("sm_80", launches.append):
+    call(x, w)
+    assert call(x, w)[0]
+    with knobs.runtime.scope():
+        knobs.runtime.debug = True
+        planned, found, _ = call(x, w)
+        assert not planned and found[0]["options"]["debug"]
+    assert call(x, w)[0]
+
+    seen = []
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        chain.add(seen.append)
+        assert not any(call(x, w)[0] for _ in range(2))
+        chain.remove(seen.append)
+        assert call(x, w)[0]
+    assert len(seen) == 4
+
+    knobs.runtime.add_stages_inspection_hook = lambda *a: ("key", "hash")
+    assert not call(x, w)[0]
+    knobs.runtime.add_stages_inspection_hook = None
+    assert call(x, w)[0]
+with activated("sm_90", launches.append):
+    planned, found, _ = call(x, w)
+    assert not planned and found[0]["target"] == "sm_90"
+    assert call(x, w)[0]
+
+    # The current device is another one, and another stream is current.
+    driver = triton.runtime.driver.active
+    here = current = driver.get_current_device()
+    asked, entered = [], []
+    driver.get_current_stream = lambda device: asked.append(device) or 7
+    driver.get_current_device = lambda: current
+    plans.forget()
+    call(x, w)
+    asked.clear()
+    assert call(x, w)[0] and asked == [here]
+
+    class Device:
+        def __init__(self, index):
+            entered.append(index)
+        def __enter__(self):
+            global current
+            current = here
+        def __exit__(self, *error):
+            pass
+
+    current = ("sm_90", -1)
+    torch.cuda.device = Device
+    assert call(x, w)[0] and entered == [here]
+""")
+
+
+def test_only_so_many_plans_are_kept_and_other_tensors_have_none() -> None:
+    run("""
+class Special(torch.Tensor):
+    pass
+
+
+with activated("sm_80", launches.append):
+    plans.MOST_PLANS = 3
+    for tokens in (1, 2, 3):
+        call(torch.ones(tokens, 64), w)
+    assert call(torch.ones(1, 64), w)[0]
+    call(torch.ones(4, 64), w)
+    assert not call(torch.ones(1, 64), w)[0]
+    special = x.as_subclass(Special)
+    assert not any(call(special, w)[0] for _ in range(2))
+
+
+@plans.planned
+def with_a_view(x):
+    from tests.tools.virtual_gpu.scripts.vector_addition import add_kernel
+
+    out = plans.empty((3,), x.dtype, x.device)
+    plans.launch(add_kernel, (1,), x[1:], x, out, 3, BLOCK=4)
+
+
+with activated("sm_80", launches.append):
+    for start in (1.0, 2.0):  # of a view nobody could know whose it is
+        launches.clear()
+        given = torch.full((4,), start)
+        with_a_view(given)
+        assert launches[0].arguments[0].value[0] == start
+""")
