@@ -26,16 +26,19 @@ from w2vbert_fast.models.configuration import CONFIG_NAME, Wav2Vec2BertConfig
 from w2vbert_fast.models.fields import floating_dtype
 from w2vbert_fast.models.initialization import initialize_weights
 from w2vbert_fast.models.layers import Wav2Vec2BertFeatureProjection, Wav2Vec2BertSelfAttention
-from w2vbert_fast.models.optimized.graphs import LayerGraphs
+from w2vbert_fast.models.optimized.graphs import (
+    DEFAULT_MAX_BYTES,
+    DEFAULT_MAX_GRAPHS,
+    LayerGraphs,
+)
 from w2vbert_fast.models.optimized.int8 import (
     check_int8,
     dtype_beside_int8,
     keep_ctc_head,
     quantize_encoder,
 )
-from w2vbert_fast.models.optimized.opaque import swap
 from w2vbert_fast.models.optimized.packed import pack_encoder
-from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
+from w2vbert_fast.models.optimized.stacked import stack
 from w2vbert_fast.models.outputs import ModelOutput
 from w2vbert_fast.models.recompute import Policy, Recompute
 from w2vbert_fast.models.tracing import recorder
@@ -563,8 +566,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         self._use_fast_kernels = bool(value)
         for module in self._parts_with("use_fast_kernels"):
             module.use_fast_kernels = bool(value)
-            if value and type(module) is Wav2Vec2BertSelfAttention:
-                swap(module, StackedSelfAttention)
+            if value and isinstance(module, Wav2Vec2BertSelfAttention):
+                stack(module)
 
     def _check_call(self, input_features: Any, attention_mask: Tensor | None) -> None:
         """What every call of a model looks at first.
@@ -621,7 +624,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         max_tokens: int | None = None,
         buckets: Sequence[int] | None = None,
         *,
-        max_graphs: int = 16,
+        max_graphs: int = DEFAULT_MAX_GRAPHS,
+        max_bytes: int = DEFAULT_MAX_BYTES,
         enabled: bool = True,
     ) -> _Model:
         """Run the encoder's layers as CUDA graphs where a batch is small.
@@ -638,14 +642,18 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         Parameters may change in place; when they are moved or replaced, graphs are captured anew.
         After changing an attribute that is no parameter, such as a norm's `eps`, call this again.
         Memory: each graph keeps its input and outputs, `[bucket, hidden_size]` for the last layer
-        and each further hidden state, and all share one pool of the activations of about one layer.
+        and each further hidden state, within `max_bytes`; all share one pool of the activations of
+        about one layer of the largest bucket, which comes on top. What they take is logged at each
+        capture.
 
         Args:
             max_tokens: frames of all utterances of a batch; `None`: that of the largest bucket, or
-                2048.
+                8192.
             buckets: rising token counts, the last at least `max_tokens`; `None`: every 64 up to
                 512, then four to an octave.
             max_graphs: how many graphs are kept; the one not used for longest goes first.
+            max_bytes: memory of all graphs' inputs and outputs together, kept likewise; a size that
+                alone would take more has no graph.
             enabled: `False`: as if this had never been called, and the memory is freed.
 
         Returns:
@@ -656,7 +664,7 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             TypeError: an argument is no integer.
         """
         encoders = self._parts_with("layer_graphs", "encoder layers")
-        settings = (max_tokens, buckets, max_graphs)
+        settings = (max_tokens, buckets, max_graphs, max_bytes)
         fresh = [LayerGraphs(*settings) if enabled else None for _ in encoders]
         for encoder, graphs in zip(encoders, fresh, strict=True):
             if encoder.layer_graphs is not None:

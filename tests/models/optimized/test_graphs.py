@@ -67,6 +67,7 @@ def test_what_fills_a_bucket_is_no_longer_than_it_must_be(
         ({"max_tokens": 64.0}, TypeError, r"max_tokens is 64\.0; it must be an integer"),
         ({"max_graphs": 0}, ValueError, "max_graphs is 0; it must be at least 1"),
         ({"max_graphs": None}, TypeError, "max_graphs is None; it must be an integer"),
+        ({"max_bytes": 0}, ValueError, "max_bytes is 0; it must be at least 1"),
         ({"buckets": [64, "a"]}, TypeError, r"buckets\[1\] is 'a'; it must be an integer"),
         ({"buckets": [0, 64]}, ValueError, r"buckets\[0\] is 0; it must be at least 1"),
         ({"buckets": []}, ValueError, r"buckets is \(\); it must be one or more rising"),
@@ -87,7 +88,7 @@ def test_impossible_settings(options: dict[str, Any], error: type, message: str)
 
 
 def test_settings() -> None:
-    assert LayerGraphs().max_tokens == 2048
+    assert LayerGraphs().max_tokens == 8192 and LayerGraphs().max_graphs == 64
     assert LayerGraphs(buckets=[10, 30]).max_tokens == 30
     both = LayerGraphs(20, [10, 30])
     assert (both.max_tokens, both.buckets) == (20, (10, 30))
@@ -194,6 +195,31 @@ def test_the_graph_not_used_for_longest_goes_first() -> None:
 
     sizes = (50, 100, 50, 150, 50, 100, 150)
     assert [run(size) for size in sizes] == [1, 1, 0, 1, 0, 1, 1]
+
+
+def test_the_memory_of_graphs_is_bounded_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    row = 2 * TINY["hidden_size"] * 4  # bytes of a token's input and output
+    plain, ours, device = graphed(options={"buckets": [64, 128, 256], "max_bytes": 200 * row})
+    graphs = encoder_of(ours).layer_graphs
+
+    def run(num_tokens: int) -> tuple[int, int]:
+        features, mask = padded_batch((num_tokens,), FEATURES)
+        with torch.no_grad(), caplog.at_level("INFO"):
+            same(ours(features, mask)[0], plain(features, mask)[0])
+        return device.captures, graphs.nbytes // row
+
+    assert [run(size) for size in (60, 120, 60)] == [(1, 64), (2, 192), (2, 192)]
+    assert "the buffers of 2 graphs take" in caplog.text
+    # With half the room for the smaller one, the larger one, used longer ago, goes.
+    graphs.max_bytes = 191 * row
+    features, mask = padded_batch((30, 20), FEATURES)
+    with torch.no_grad():
+        ours(features, mask, output_hidden_states=True)
+    assert graphs.nbytes <= 191 * row and device.captures == 3
+    assert run(200)[0] == 3 and "would take" in caplog.text
+    assert graphs.nbytes == sum(
+        tensor.nbytes for graph in graphs._graphs.values() for tensor in (graph.x, *graph.outputs)
+    )
 
 
 class Watching(torch.utils._python_dispatch.TorchDispatchMode):

@@ -75,13 +75,13 @@ def projections(ours: nn.Module, kind: str = "weight") -> list[nn.Parameter]:
     return [getattr(attention, f"linear_{name}")._parameters[kind] for name in "qkv"]
 
 
-def test_projections_are_laid_end_to_end_on_demand() -> None:
+def test_projections_are_laid_end_to_end_when_kernels_are_switched_on() -> None:
     _, ours = pair("Wav2Vec2BertModel")
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     assert not lie_end_to_end(projections(ours))
     run(ours, fast=False)
     assert not lie_end_to_end(projections(ours)), "without kernels the weights are left alone"
-    run(ours)
+    ours.use_fast_kernels = True
     for kind in ("weight", "bias"):
         parts = projections(ours, kind)
         assert lie_end_to_end(parts)
@@ -94,6 +94,23 @@ def test_projections_are_laid_end_to_end_on_demand() -> None:
     after = ours.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_projections_are_laid_when_moved_or_loaded_and_never_by_a_forward_pass() -> None:
+    _, ours = pair("Wav2Vec2BertModel")
+    features, mask = padded_batch(LENGTHS, TINY["feature_projection_input_dim"])
+    ours.use_fast_kernels = True
+    for how in ("conversion and back", "load_state_dict", "load_state_dict, assigned"):
+        ours = change(how, ours)
+        assert lie_end_to_end(projections(ours)) and lie_end_to_end(projections(ours, "bias")), how
+    assert lie_end_to_end(projections(ours.to(torch.float16)))
+    ours = change("other data", ours.float())
+    addresses = [part.data_ptr() for part in projections(ours)]
+    with torch.no_grad():
+        ours(features, mask)
+    assert [part.data_ptr() for part in projections(ours)] == addresses
+    _, plain = pair("Wav2Vec2BertModel")
+    assert not lie_end_to_end(projections(plain.half().float())), "without kernels nothing is laid"
 
 
 def change(how: str, ours: nn.Module) -> nn.Module:
@@ -164,7 +181,7 @@ def test_changed_weights_count_at_once(how: str) -> None:
     if how == "copy of the model":
         assert torch.equal(run(original), before)
     if how != "low-rank update beside it":
-        assert lie_end_to_end(projections(ours)), "the next inference arranges them again"
+        assert lie_end_to_end(projections(ours)), "switching on lays them again"
 
 
 def test_what_cannot_be_arranged_again_is_not_out_of_date(

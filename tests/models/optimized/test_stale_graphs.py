@@ -222,14 +222,16 @@ def test_weights_laid_end_to_end_during_a_capture_drop_the_other_graphs() -> Non
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_has_the_settings_and_graphs_of_its_own(how: Callable[[Any], Any]) -> None:
-    plain, ours, _ = graphed(options={"max_tokens": 99, "buckets": [80, 120], "max_graphs": 3})
+    settings = {"max_tokens": 99, "buckets": [80, 120], "max_graphs": 3, "max_bytes": 10**6}
+    plain, ours, _ = graphed(options=settings)
     features, mask = padded_batch(RAGGED, FEATURES)
     with torch.no_grad():
         ours(features, mask)
         twin = how(ours)
         graphs = encoder_of(twin).layer_graphs
         assert graphs is not encoder_of(ours).layer_graphs and len(graphs) == 0
-        assert (graphs.max_tokens, graphs.buckets, graphs.max_graphs) == (99, (80, 120), 3)
+        assert (graphs.max_tokens, graphs.buckets) == (99, (80, 120))
+        assert (graphs.max_graphs, graphs.max_bytes) == (3, 10**6)
         graphs.device = Rerun()
         same(twin(features, mask)[0], plain(features, mask)[0])
         assert len(graphs) == 1

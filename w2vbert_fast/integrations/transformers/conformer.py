@@ -22,7 +22,7 @@ from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models import adapter, layers, positions
 from w2vbert_fast.models.encoder import shared_by_layers
 from w2vbert_fast.models.layers import is_untouched
-from w2vbert_fast.models.optimized.stacked import StackedSelfAttention
+from w2vbert_fast.models.optimized.stacked import StackedSelfAttention, lay_layers_end_to_end
 from w2vbert_fast.ops.dispatch import on_triton_device
 
 _ACTIVATIONS = {
@@ -127,7 +127,12 @@ class _SelfAttention(_View):
                 own[name] = _linear(part)
         super().__init__(module, position_embeddings_type=kind, **own)
 
-    _project: Any = StackedSelfAttention._project
+    def _project(self, x: Tensor, *projections: nn.Module) -> list[Tensor]:
+        # Nobody tells when another library's model has been moved or loaded.
+        if on_triton_device(x) and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            lay_layers_end_to_end(projections)
+        return StackedSelfAttention._project(self, x, *projections)  # type: ignore[arg-type]
+
     forward: Any = layers.Wav2Vec2BertSelfAttention.forward
 
 

@@ -61,8 +61,7 @@ class CudaGraphs:
         """
         with torch.cuda.device(device):
             current = torch.cuda.current_stream()
-            # On this stream first: it compiles the kernels, and lays weights end to end in memory
-            # that must belong to the stream of their other users.
+            # On this stream first: it compiles the kernels.
             run()
             side = self._streams.setdefault(device, torch.cuda.Stream())  # type: ignore[no-untyped-call]
             # This context puts the stream back if the end of the capture fails.

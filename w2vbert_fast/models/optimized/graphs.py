@@ -40,7 +40,11 @@ from w2vbert_fast.ops.attention import MAX_TRITON_HEAD_SIZE
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_TOKENS = 2048
+DEFAULT_MAX_TOKENS = 8192
+DEFAULT_MAX_GRAPHS = 64
+"""Each default bucket more than twice."""
+DEFAULT_MAX_BYTES = 2**30
+"""Of all graphs' buffers; one of 8,192 tokens and 1,024 channels in bf16 has 32 MiB."""
 SMALLEST_STEP = 64
 """Tokens between the smallest buckets."""
 SHORTEST_FILLER = 128
@@ -172,6 +176,7 @@ class _Graph:
         outputs: `[bucket, C]` each: the last layer's output, then the kept hidden states.
         kept: index of the hidden state for each of `outputs` but the first.
         replay: computes `outputs` from the rest.
+        nbytes: of `x` and `outputs`.
     """
 
     x: Tensor
@@ -180,6 +185,7 @@ class _Graph:
     outputs: list[Tensor]
     kept: list[int]
     replay: Callable[[], object]
+    nbytes: int
 
 
 class LayerGraphs:
@@ -199,10 +205,11 @@ class LayerGraphs:
         self,
         max_tokens: int | None = None,
         buckets: Sequence[int] | None = None,
-        max_graphs: int = 16,
+        max_graphs: int = DEFAULT_MAX_GRAPHS,
+        max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         chosen = None if buckets is None else tuple(buckets)
-        numbers = {"max_tokens": max_tokens, "max_graphs": max_graphs}
+        numbers = {"max_tokens": max_tokens, "max_graphs": max_graphs, "max_bytes": max_bytes}
         numbers |= {f"buckets[{i}]": size for i, size in enumerate(chosen or ())}
         for name, value in numbers.items():
             if value is None and name == "max_tokens":
@@ -223,6 +230,7 @@ class LayerGraphs:
         self.max_tokens = max_tokens
         self.buckets = default_buckets(max_tokens) if chosen is None else chosen
         self.max_graphs = max_graphs
+        self.max_bytes = max_bytes
         self.device: GraphDevice = CudaGraphs()
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._failed: set[tuple[Any, ...]] = set()
@@ -233,7 +241,12 @@ class LayerGraphs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or stored model has the settings and captures graphs of its own.
-        return type(self), (self.max_tokens, self.buckets, self.max_graphs)
+        return type(self), (self.max_tokens, self.buckets, self.max_graphs, self.max_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffers of the graphs that are kept now, without the pool they share."""
+        return sum(graph.nbytes for graph in self._graphs.values())
 
     def __len__(self) -> int:
         """Number of graphs that are kept now."""
@@ -322,10 +335,20 @@ class LayerGraphs:
         has_half_frames: bool,
     ) -> _Graph | None:
         size, num_utterances = key[:2]
-        # The device is waited for so that nothing that is still running loses its memory.
-        if len(self._graphs) >= self.max_graphs:
+        nbytes = (2 + len(kept)) * size * x.shape[1] * x.element_size()
+        if nbytes > self.max_bytes:
+            self._failed.add(key)
+            self._say(
+                f"the encoder's layers run without a CUDA graph for {size} tokens: its buffers "
+                f"would take {nbytes} bytes, and max_bytes is {self.max_bytes}"
+            )
+            return None
+        room = self.max_bytes - nbytes
+        if len(self._graphs) >= self.max_graphs or self.nbytes > room:
+            # So that nothing that is still running loses its memory.
             self.device.wait()
-            self._graphs.popitem(last=False)
+            while len(self._graphs) >= self.max_graphs or self.nbytes > room:
+                self._graphs.popitem(last=False)
 
         # Buffers of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -355,14 +378,20 @@ class LayerGraphs:
             )
             return None
         finally:
-            # The first run may lay weights end to end, under graphs that were captured before.
+            # A run that moves a weight leaves graphs behind that were captured before.
             state = _State.of(encoder)
             if state != self._state:
                 self.device.wait()
                 self._graphs.clear()
                 self._state = state
-        graph = _Graph(buffer, cu_seqlens, seqused_k, outputs, kept, replay)
+        graph = _Graph(buffer, cu_seqlens, seqused_k, outputs, kept, replay, nbytes)
         self._graphs[key] = graph
+        logger.info(
+            "captured a CUDA graph for %d tokens in %d utterances of %s; the buffers of %d graphs "
+            "take %.1f MiB of %.1f",
+            *(size, num_utterances, x.dtype, len(self._graphs)),
+            *(self.nbytes / 2**20, self.max_bytes / 2**20),
+        )
         return graph
 
     def _replayed(

@@ -1,22 +1,28 @@
 """Projections of one input whose weights lie end to end in one buffer, as one product.
 
 The parameters stay what they were to everybody else: the state dict has the same names, and an
-optimiser or `load_state_dict` writes into the buffer through them. What is moved, converted, copied
-or replaced lies elsewhere afterwards, which `ops.linear_stacked` sees for itself at each call;
-nothing is remembered here.
+optimiser or `load_state_dict` writes into the buffer through them. They are laid so when the
+kernels are switched on and when the block is moved, converted or loaded, never by a forward pass,
+beside which another stream may still read them where they were. What is replaced later lies
+elsewhere, which `ops.linear_stacked` sees for itself at each call; nothing is remembered here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from w2vbert_fast import ops
 from w2vbert_fast.models.layers import Wav2Vec2BertSelfAttention, is_untouched
+from w2vbert_fast.models.optimized.opaque import swap
 from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
 from w2vbert_fast.ops.gemm import lie_end_to_end
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class StackedSelfAttention(Wav2Vec2BertSelfAttention):
@@ -26,17 +32,49 @@ class StackedSelfAttention(Wav2Vec2BertSelfAttention):
     wherever the projections are no plain linear layers, differ, or are trained.
     """
 
+    def lay_weights(self) -> None:
+        """Lay weights end to end, and biases, of the projections that are one product."""
+        layers = [self.linear_q, self.linear_k]
+        if self.position_embeddings_type != "rotary":
+            layers.append(self.linear_v)
+        lay_layers_end_to_end(layers)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.use_fast_kernels:
+            self.lay_weights()
+        return self
+
     def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         fast = self.use_fast_kernels
         parameters = parameters_of(layers) if fast and on_triton_device(x) else None
         if parameters is None or records_gradient(x, *parameters[0], *parameters[1]):
             return Wav2Vec2BertSelfAttention._project(self, x, *layers)
         weights, biases = parameters
-        if not torch.compiler.is_compiling():
-            lay_end_to_end(weights)
-            if biases:
-                lay_end_to_end(biases)
         return list(ops.linear_stacked(x, weights, biases, fast=fast).chunk(len(layers), dim=1))
+
+
+def stack(block: Wav2Vec2BertSelfAttention) -> None:
+    """Make a self-attention one that stacks its projections, and lay them end to end."""
+    if type(block) is Wav2Vec2BertSelfAttention:
+        swap(block, StackedSelfAttention)
+        block.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+    if isinstance(block, StackedSelfAttention):
+        block.lay_weights()
+
+
+def _after_loading(block: nn.Module, _: Any) -> None:
+    if isinstance(block, StackedSelfAttention) and block.use_fast_kernels:
+        block.lay_weights()
+
+
+def lay_layers_end_to_end(layers: Sequence[nn.Module]) -> None:
+    """Lay weights end to end, and biases, of layers that can be one where Triton kernels run."""
+    parameters = parameters_of(layers)
+    if parameters is not None and on_triton_device(parameters[0][0]):
+        for tensors in parameters:
+            if tensors:
+                lay_end_to_end(tensors)
 
 
 def parameters_of(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor]] | None:
