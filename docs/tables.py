@@ -208,13 +208,18 @@ def roofline() -> str:
 
 
 def host() -> str:
-    """Host time of launches, in multiples of a bare one, before launch plans."""
-    rows = json.loads((RESULTS.parent / "host_before.json").read_text())["rows"]
+    """Host time of launches, in multiples of a bare one, before there were launch plans and now."""
+    before, now = (
+        {row["name"]: row for row in json.loads((RESULTS.parent / file).read_text())["rows"]}
+        for file in ("host_before.json", "host.json")
+    )
     table = [
-        (row["name"], str(row["launches"]), f"{row['multiple']:.1f}", f"{row['microseconds']:.0f}")
-        for row in rows
+        (name, str(row["launches"]), f"{before[name]['multiple']:.1f}", f"{row['multiple']:.1f}")
+        for name, row in now.items()
+        if name in before
     ]
-    return markdown(("what", "launches", "a launch, x bare", "us in all"), table)
+    header = ("what", "launches", "a launch, x bare, before plans", "now")
+    return markdown(header, table)
 
 
 def executed() -> str:
