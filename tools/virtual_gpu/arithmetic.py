@@ -6,6 +6,7 @@ up to 2 ulp or so (PTX ISA, each instruction's table of errors). `div.full` is o
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -114,16 +115,16 @@ def _through_float64(function: Callable[..., np.ndarray]) -> Callable[..., np.nd
     return lambda *values: function(*(v.astype(np.float64) for v in values)).astype(np.float32)
 
 
-def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """A number rather than NaN, and -0 rather than +0."""
     return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))
 
 
-def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
 
 
-def _nan_first(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def nan_first(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return lambda a, b: np.where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), function(a, b))
 
 
@@ -191,10 +192,15 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 
 @rule(r"(min|max)(?:\.(?P<ftz>ftz))?(?:\.(?P<nan>NaN))?\.(?P<type>f32|f64)")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
-    function = _smaller if m[1] == "min" else _larger
+    two = smaller if m[1] == "min" else larger
     if m["nan"]:
-        function = _nan_first(function)
-    return elementwise(i, program, flushing(function, bool(m["ftz"])), *[dtype_of(m["type"])] * 2)
+        two = nan_first(two)
+
+    def function(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
+        return functools.reduce(two, others, first)
+
+    dtypes = [dtype_of(m["type"])] * (3 if len(i.operands) == 4 else 2)
+    return elementwise(i, program, flushing(function, bool(m["ftz"])), *dtypes)
 
 
 @rule(r"(neg|abs)(?:\.(?P<ftz>ftz))?\.(?P<type>[sf](?:32|64)|s16)")

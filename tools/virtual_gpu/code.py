@@ -59,7 +59,7 @@ class Code:
         """Bytes of the narrowest access to a memory."""
         widths = [16]
         for i in self.instructions:
-            parts = i.opcode.split(".")
+            parts = i.opcode.replace("::cta", "").split(".")
             if space not in parts[1:]:
                 continue
             if parts[0] in ("ld", "st"):

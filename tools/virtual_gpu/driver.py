@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver as triton_drivers
 
-from .record import Launch, leaves, named
+from .record import Argument, Launch, leaves, named
 
 # Shared memory that one block can have, in bytes: CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability". Its keys are the targets there are.
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
 
 THREADS_PER_WARP = 32
 MOST_THREADS = 1024
@@ -89,7 +90,7 @@ class Driver(NamedGpu):
     """The active driver of Triton while `activated` lasts.
 
     Args:
-        target: `sm_80` or `sm_90`.
+        target: `sm_80`, `sm_90` or `sm_120`.
         run: called with every launch, in the order of the launches.
     """
 
@@ -153,12 +154,16 @@ class Driver(NamedGpu):
                     f"{metadata.name}: {argument.name} is on {argument.value.device}; "
                     "a virtual GPU's tensors are on the CPU"
                 )
-        if metadata.global_scratch_size or metadata.profile_scratch_size:
-            raise NotImplementedError(f"{metadata.name} needs scratch memory; there is none here")
         if metadata.num_ctas != 1:
             raise NotImplementedError(
                 f"{metadata.name} has num_ctas={metadata.num_ctas}; there are no clusters here"
             )
+        # Triton's own memory, which lies behind the kernel's parameters: blocks work in it.
+        sizes = [getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
+        if any(sizes):
+            for kind, size in zip(("global", "profile"), sizes, strict=True):
+                memory = torch.empty(size * math.prod(grid), dtype=torch.uint8)
+                arguments.append(Argument(f"{kind}_scratch", "*i8", memory))
         options = dataclasses.fields(make_backend(metadata.target).parse_options({}))
         return Launch(
             kernel=f"{source.fn.fn.__module__}:{source.fn.fn.__qualname__}",

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 # Imported for the rules that they register.
-from . import arithmetic, tensor_cores, transfers, warpgroups  # noqa: F401
-from .block import Blocks, Mask, unsigned
-from .code import BARRIERS, Code, Run, warps
+from . import arithmetic, halves, tensor_cores, transfers, warpgroups  # noqa: F401
+from .block import Blocks, Mask, literal, unsigned
+from .code import Code, Run, warps
 from .faults import Fault, UnsupportedError, ranges
 from .global_memory import Checks, GlobalMemory
 from .global_order import Interval
@@ -22,6 +22,7 @@ from .record import Argument, Launch
 from .shared_memory import SharedMemory
 
 _FLOATS = {"fp32": "f", "f32": "f", "fp64": "d", "fp16": "e"}
+_BARRIERS = 16
 SIDE_BY_SIDE = 1024
 """Threads up to which blocks are executed at once: NumPy's cost of a call is shared among them."""
 
@@ -48,7 +49,8 @@ def _bits(argument: Argument) -> int:
     if argument.type in _FLOATS:
         return int.from_bytes(struct.pack("<" + _FLOATS[argument.type], value), "little")
     if argument.type == "bf16":
-        raise UnsupportedError(f"argument {argument.name} is a bf16 number")
+        # As Triton's launcher hands it over: the upper half of the float32 number, cut off.
+        return int.from_bytes(struct.pack("<f", value), "little") >> 16
     return int(value) & (2**64 - 1)
 
 
@@ -236,7 +238,7 @@ class _Course:
             elif i.opcode == "ret":
                 break
             else:
-                _one_barrier(i)
+                _of_all_threads(i, b)
                 b.barrier()
                 at += 1
         self.here = len(code.instructions)
@@ -314,7 +316,7 @@ class _Course:
             elif i.opcode == "ret":
                 alive[going] = False
             else:
-                _one_barrier(i)
+                _of_all_threads(i, b)
                 at[going] = here
                 waiting |= going
             if alive.all() and not waiting.any() and (at == at[0]).all():
@@ -328,7 +330,8 @@ class _Course:
             raise Fault("the block ends before a wgmma was waited for")
 
 
-def _one_barrier(i: Instruction) -> None:
-    assert i.opcode in BARRIERS
-    if i.operands not in (("0",), ("0x0",)):
-        raise UnsupportedError(f"PTX line {i.line}: no rule for {i.text!r}")
+def _of_all_threads(i: Instruction, b: Blocks) -> None:
+    """`bar.sync 0`, or a barrier of any number which names how many threads the block has."""
+    number, *count = (literal(operand) for operand in i.operands)
+    if number is None or number >= _BARRIERS or (count or [b.per]) != [b.per]:
+        raise UnsupportedError(f"PTX line {i.line}: no rule for {i.text!r}: of a part of the block")

@@ -40,13 +40,24 @@ def flush(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) < _LEAST_NORMAL, np.copysign(np.float32(0), values), values)
 
 
-def _sum_rounded_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def sum_rounded_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a + b of float64: what is not exact becomes the neighbour whose last bit is 1."""
     total, error = _sum_and_error(a, b)
     bits = total.view(np.int64)
     inexact = np.isfinite(total) & (total != 0) & (error != 0) & ((bits & 1) == 0)
     away = np.where((error > 0) == (total > 0), np.int64(1), np.int64(-1))
     return np.where(inexact, (bits + away).view(np.float64), total)
+
+
+def float64_to_float32_odd(values: np.ndarray) -> np.ndarray:
+    """What is not exact becomes the neighbour in float32 whose last bit is 1: another rounding, to
+    a narrower format, is then as if it were the only one."""
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    # Cut towards zero, then the last bit set.
+    cut = np.where(np.abs(near.astype(np.float64)) > np.abs(values), bits - np.uint32(1), bits)
+    inexact = (near != values) & ~np.isnan(values)
+    return np.where(inexact, cut | np.uint32(1), bits).view(np.float32)
 
 
 def _sum_and_error(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,11 +95,11 @@ def fused_multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarra
         doubtful = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
         doubtful |= (np.abs(rounded) <= _LEAST_NORMAL) & (total != 0)
         if doubtful.any():
-            exact = _sum_rounded_to_odd(product, c.astype(np.float64)).astype(np.float32)
+            exact = sum_rounded_to_odd(product, c.astype(np.float64)).astype(np.float32)
             return np.where(doubtful, exact, rounded)
         return rounded
     high, low = _product_and_error(a, b)
     upper, upper_error = _sum_and_error(c, low)
     total, error = _sum_and_error(high, upper)
-    whole = total + _sum_rounded_to_odd(upper_error, error)
+    whole = total + sum_rounded_to_odd(upper_error, error)
     return np.where(np.isfinite(low) & np.isfinite(error), whole, a * b + c)

@@ -14,6 +14,7 @@ from .block import (
     Read,
     Step,
     address,
+    predicate,
     reader,
     unsigned,
     unsupported,
@@ -53,7 +54,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return lambda b, mask: put(b, np.full(b.threads.size, b.parameters[name], dtype), mask)
 
 
-@rule(rf"ld\.(?P<space>global|shared){CACHE}{TYPE}")
+@rule(rf"ld\.(?P<space>global|shared)(?:::cta)?{CACHE}{TYPE}")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     part = unsigned(int(m["type"][1:]))
     names = vector(i.operands[0])
@@ -74,7 +75,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return load
 
 
-@rule(rf"st\.(?P<space>global|shared){CACHE}{TYPE}")
+@rule(rf"st\.(?P<space>global|shared)(?:::cta)?{CACHE}{TYPE}")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     part = unsigned(int(m["type"][1:]))
     names = vector(i.operands[1])
@@ -217,3 +218,27 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         put(b, np.repeat(one, LANES), mask)
 
     return reduce
+
+
+@rule(r"vote\.sync\.(?:(?P<ballot>ballot)\.b32|(?P<how>any|all|uni)\.pred)")
+def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    put = writer(i, i.operands[0], program)
+    negated = i.operands[1].startswith("!")
+    read = predicate(i, i.operands[1].removeprefix("!"), program)
+    members = reader(i, i.operands[2], unsigned(32), program)
+
+    def vote(b: Blocks, mask: Mask) -> None:
+        if not whole_warps(mask) or (chosen(members, b, mask) != 0xFFFFFFFF).any():
+            raise Fault("vote.sync by a part of a warp", b.active(mask))
+        lanes = (read(b) ^ negated).reshape(-1, LANES)
+        if m["ballot"]:
+            one = (lanes * (np.uint32(1) << np.arange(LANES, dtype=np.uint32))).sum(
+                1, dtype=np.uint32
+            )
+        elif m["how"] == "uni":
+            one = lanes.all(1) == lanes.any(1)
+        else:
+            one = lanes.any(1) if m["how"] == "any" else lanes.all(1)
+        put(b, np.repeat(one, LANES), mask)
+
+    return vote

@@ -273,6 +273,34 @@ def test_ftz_flushes_what_goes_in_and_what_comes_out() -> None:
     assert flushed.tolist() == [0, 1 << 31, 0]
 
 
+def test_float64_is_narrowed_and_counted_with_one_rounding() -> None:
+    values = [1 / 3, 1 + 2.0**-24, 1 + 3 * 2.0**-24, 1 + 2.0**-24 + 2.0**-50, 2.5, -3.5, 1e10, 7.9]
+    a = torch.tensor((values * 4), dtype=torch.float64).view(torch.int64)
+    narrowed = floats(computed("cvt.rn.f32.f64 %r25, %rd20;", a))[:8]
+    assert narrowed.tolist() == [rounded(Fraction(x)) for x in values]
+    for rounding, formula in {
+        "rzi": math.trunc,
+        "rni": round,
+        "rmi": math.floor,
+        "rpi": math.ceil,
+    }.items():
+        whole = computed(f"cvt.{rounding}.s64.f64 %rd25, %rd20;", a)[:8]
+        assert whole.tolist() == [formula(x) for x in values]
+        narrow = computed(f"cvt.{rounding}.s32.f64 %r25, %rd20;", a)[:8].tolist()
+        assert narrow == [min(formula(x), 2**31 - 1) & MASK for x in values]
+    for kind, numbers in (
+        ("s64", [2**53 + 1, -(2**63), 7, -(2**53) - 3]),
+        ("u32", [2**32 - 1, 5, 0, 1]),
+    ):
+        source = "%rd20" if kind == "s64" else "%r20"
+        got = computed(f"cvt.rn.f64.{kind} %rd25, {source};", torch.tensor(numbers * 8))[:4]
+        assert got.view(torch.float64).tolist() == [float(x) for x in numbers]
+        short = floats(computed(f"cvt.rn.f32.{kind} %r25, {source};", torch.tensor(numbers * 8)))
+        assert short[:4].tolist() == [rounded(Fraction(x)) for x in numbers]
+    wide = computed("cvt.f64.f32 %rd25, %r20;", bits([1 / 3, -2.5])).view(torch.float64)
+    assert wide[:2].tolist() == [float(np.float32(1 / 3)), -2.5]
+
+
 def test_integers_of_floats_saturate() -> None:
     x = bits([1.7, -1.7, 3e9, -3e9, math.nan, 2.5])
     got = computed("cvt.rzi.s32.f32 %r25, %r20;", x)[:6].tolist()

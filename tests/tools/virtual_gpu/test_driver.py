@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.driver import driver as triton_drivers
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.tools.virtual_gpu.scripts import vector_addition
-from tools.virtual_gpu.driver import activated
+from tools.virtual_gpu.driver import Driver, activated
+from tools.virtual_gpu.executor import Executor
+from tools.virtual_gpu.global_memory import Checks
 from tools.virtual_gpu.record import Launch, Recorder
 
-TARGETS = ("sm_80", "sm_90")
+TARGETS = ("sm_80", "sm_90", "sm_120")
 
 
 @triton.jit
@@ -78,7 +83,7 @@ def test_both_targets_in_one_process_and_the_driver_before_is_the_driver_after()
     before = triton_drivers._active
     x = torch.zeros(64)
     seen = [recorded(target, lambda: vector_addition.add(x, x))[0] for target in TARGETS * 2]
-    assert [f".target {launch.target}" in launch.ptx for launch in seen] == [True] * 4
+    assert [f".target {launch.target}" in launch.ptx for launch in seen] == [True] * 6
     assert triton_drivers._active is before
     with pytest.raises(RuntimeError, match="in the script"), activated("sm_80", lambda _: None):
         raise RuntimeError("in the script")
@@ -105,7 +110,7 @@ def test_a_recording_is_a_line_of_json_a_launch(tmp_path: Path) -> None:
 
 
 def test_what_there_is_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"'sm_70'; there are sm_80, sm_90"):
+    with pytest.raises(ValueError, match=r"'sm_70'; there are sm_80, sm_90, sm_120"):
         recorded("sm_70", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
@@ -114,3 +119,44 @@ def test_what_there_is_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     meta = torch.empty(64, device="meta")
     with pytest.raises(ValueError, match=r"add_kernel: x_ptr is on meta"):
         recorded("sm_80", lambda: vector_addition.add(meta, meta))
+
+
+@triton.jit
+def described_kernel(out_ptr, x, BLOCK: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK), x.load([0]))
+
+
+def test_descriptors_and_clusters_are_refused_by_name() -> None:
+    out, x = torch.zeros(64), torch.zeros(64)
+    with pytest.raises(NotImplementedError, match="described_kernel: x is a tensor descriptor"):
+        recorded(
+            "sm_90",
+            lambda: described_kernel[(1,)](out, TensorDescriptor.from_tensor(x, [64]), BLOCK=64),
+        )
+    with pytest.raises(NotImplementedError, match=r"scale_kernel has num_ctas=2; there are no clu"):
+        recorded("sm_90", lambda: scale_kernel[(1,)](out, x, 1, 0.5, None, BLOCK=64, num_ctas=2))
+
+
+def test_triton_s_own_memory_is_as_large_as_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = Driver.launch
+
+    def asking(driver: Driver, source: Any, metadata: Any, *others: Any) -> Launch:
+        return launch(driver, source, metadata._replace(global_scratch_size=96), *others)
+
+    monkeypatch.setattr(Driver, "launch", asking)
+    x = torch.zeros(1000)
+    (seen,) = recorded("sm_80", lambda: vector_addition.add(x, x))
+    *_, own, profile = seen.arguments
+    assert (own.name, own.value.shape, own.value.dtype) == (
+        "global_scratch",
+        (4 * 96,),
+        torch.uint8,
+    )
+    assert (profile.name, profile.value.numel()) == ("profile_scratch", 0)
+    # It lies behind the kernel's own parameters. What blocks leave there is no result.
+    last = seen.ptx.index("ret;")
+    writes = "ld.param.b64 %rd1, [add_kernel_param_4];\nst.global.b32 [%rd1], %tid.x;\n"
+    Executor(Checks(written_once=False))(
+        dataclasses.replace(seen, ptx=seen.ptx[:last] + writes + seen.ptx[last:])
+    )
+    assert own.value.any()

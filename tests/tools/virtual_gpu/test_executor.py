@@ -18,7 +18,7 @@ from tests.tools.virtual_gpu.scripts import fused_softmax, vector_addition
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import ExecutionError, Executor
 from tools.virtual_gpu.faults import UnsupportedError
-from tools.virtual_gpu.record import Launch
+from tools.virtual_gpu.record import Argument, Launch
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -144,6 +144,69 @@ def test_an_output_written_twice_or_in_part_is_a_fault() -> None:
     with pytest.raises(ExecutionError, match=r"1 of 1000 elements of out_ptr are never written, "):
         execute(addition(1000, claimed=999))
     execute(addition(1000, claimed=999), written_whole=False)
+
+
+@triton.jit
+def shift_back_kernel(x_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x_ptr + offsets + BLOCK, offsets)
+    tl.debug_barrier()
+    tl.store(x_ptr + offsets + 8 * BLOCK, tl.load(x_ptr + offsets))
+
+
+def test_a_block_that_reads_what_another_wrote_is_a_fault() -> None:
+    x = torch.zeros(1024, dtype=torch.int32)
+    (launch,) = caught("sm_80", lambda: shift_back_kernel[(3,)](x, BLOCK=64))
+    said = r"race of blocks: x_ptr\[64\] is read after block number 0 wrote it"
+    with pytest.raises(ExecutionError, match=said):
+        execute(launch, written_whole=False)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 1024])
+def test_a_fault_names_its_block_however_many_are_executed_side_by_side(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.virtual_gpu.executor.SIDE_BY_SIDE", 128 * at_once)
+    with pytest.raises(ExecutionError, match=r"block \(3, 0, 0\): global load outside") as raised:
+        execute(addition(1000, claimed=1001))
+    assert "threads 116 (1 of 128)" in str(raised.value)
+
+
+def test_blocks_that_part_go_on_each_by_itself() -> None:
+    """Loops of different lengths, copies under way, a barrier, threads that part: in 5 blocks."""
+    body = """
+    mov.u32 %r1, %ctaid.x;
+    mad.lo.s32 %r2, %r1, 64, %r0;
+    mad.wide.u32 %rd20, %r2, 8, %rd0;
+    mad.wide.u32 %rd21, %r2, 8, %rd1;
+    shl.b32 %r3, %r0, 3;
+    xor.b32 %r4, %r3, 256;
+    cp.async.ca.shared.global [%r3], [%rd20], 8;
+    cp.async.commit_group;
+    mov.b32 %r5, 0;
+    $again:
+    add.s32 %r5, %r5, 3;
+    setp.lt.u32 %p0, %r5, %r1;
+    @%p0 bra $again;
+    setp.lt.u32 %p1, %r0, %r1;
+    @%p1 bra $few;
+    add.s32 %r5, %r5, 1000;
+    $few:
+    cp.async.wait_group 0;
+    bar.sync 0;
+    ld.shared.b64 %rd22, [%r4];
+    cvt.u64.u32 %rd23, %r5;
+    add.s64 %rd22, %rd22, %rd23;
+    st.global.b64 [%rd21], %rd22;
+    """
+    x, out = torch.randint(0, 2**40, (320,)), torch.zeros(320, dtype=torch.int64)
+    launch = written(body, {"x": x, "out": out}, threads=64, shared=512)
+    execute(dataclasses.replace(launch, grid=(5, 1, 1)))
+    for block in range(5):
+        for thread in range(64):
+            rounds = 3 * max(1, -(-block // 3))
+            more = rounds + (0 if thread < block else 1000)
+            assert out[block * 64 + thread] == x[block * 64 + (thread ^ 32)] + more
 
 
 def test_blocks_that_read_what_others_write_are_a_fault() -> None:
@@ -394,3 +457,17 @@ def test_inputs_and_outputs_are_as_after_one_run() -> None:
     )
     execute(written(body, {"x": x}))
     assert x.tolist() == [2 * t for t in range(32)]
+
+
+def test_a_bfloat16_number_is_cut_off_as_triton_s_launcher_cuts_it_off() -> None:
+    out = torch.zeros(32, dtype=torch.int64)
+    body = """
+    ld.param.b16 %rs0, [k_param_1];
+    cvt.u64.u16 %rd20, %rs0;
+    st.global.b64 [%rd10], %rd20;
+    """
+    launch = written(body, {"out": out})
+    ptx = launch.ptx.replace("k_param_0\n", "k_param_0,\n.param .b16 k_param_1\n")
+    number = Argument("x", "bf16", 1.99999)  # the nearest would be 2
+    execute(dataclasses.replace(launch, ptx=ptx, arguments=[*launch.arguments, number]))
+    assert out.to(torch.int16).view(torch.bfloat16).tolist() == [1.9921875] * 32
