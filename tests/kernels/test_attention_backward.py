@@ -34,7 +34,7 @@ from w2vbert_fast import ops
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
 SENTINEL = -123.0
-SEED = torch.tensor([2**40 + 7, 3], device=DEVICE)
+SEED = torch.tensor([2**40 + 7, 3])
 WARPS_AND_STAGES = (1, 1, 1, 1) if INTERPRETED else (4, 4, 1, 1)
 KINDS = "query", "key", "value", "positions"
 
@@ -337,7 +337,7 @@ def test_dropout(dtype: torch.dtype, positions: bool, judge: Judge) -> None:
         "left_max_position": left,
         "right_max_position": right,
         "dropout_p": dropout_p,
-        "dropout_seed": SEED,
+        "dropout_seed": SEED.to(DEVICE),
     }
     output, lse = shaw_attention(query, key, value, cu_seqlens, 37, **options)
     ours = shaw_attention_backward(grad, query, key, value, output, lse, cu_seqlens, 37, **options)
@@ -372,13 +372,13 @@ def test_dropout_does_not_depend_on_tiles_and_drops_its_share() -> None:
     tensors, cu_seqlens = fused(70, 1, 16, torch.float32), packed([70])
     value = torch.ones_like(tensors[2])
     query = torch.zeros_like(value)  # all weights equal: the output is the share that is kept
-    options: dict[str, Any] = {"dropout_p": 0.25, "dropout_seed": SEED}
+    options: dict[str, Any] = {"dropout_p": 0.25, "dropout_seed": SEED.to(DEVICE)}
     output, _ = shaw_attention(query, query, value, cu_seqlens, 70, **options)
     share = float(output.mean()) * 0.75
     assert abs(share - 0.75) < 4 * math.sqrt(0.25 * 0.75 / 70**2)
     assert torch.equal(output[:, 0, 0] == 0, torch.zeros(70, dtype=torch.bool, device=DEVICE))
     other, _ = shaw_attention(
-        query, query, value, cu_seqlens, 70, dropout_p=0.25, dropout_seed=SEED + 1
+        query, query, value, cu_seqlens, 70, dropout_p=0.25, dropout_seed=SEED.to(DEVICE) + 1
     )
     assert not torch.equal(other, output)
     _, lse = shaw_attention(query, query, value, cu_seqlens, 70)
