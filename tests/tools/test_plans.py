@@ -73,6 +73,8 @@ with activated("sm_90", launches.append):
     assert launches[0].arguments[0].value is other[0] and launches[0].arguments[3].value is again
     assert call(x, nn.Parameter(w), b, "silu")[0]
 
+    square = torch.ones(256, 256).half()
+    many = torch.ones(9000, 256).half()
     unaligned = torch.ones(20 * 64 + 1)[1:].view(20, 64)
     wide = torch.ones(20, 80)[:, :64]
     odd = torch.ones(20, 67)[:, :64]
@@ -82,7 +84,8 @@ with activated("sm_90", launches.append):
         "stride": (wide, w, b, "silu"),
         "stride, no multiple of 16": (odd, w, b, "silu"),
         "tokens": (torch.ones(21, 64), w, b, "silu"),
-        "tokens that fill more tiles": (torch.ones(50_000, 64), w, b, "silu"),
+        "few tokens": (many[:20], square, None, "silu"),
+        "many tokens, of larger tiles": (many, square, None, "silu"),
         "one token": (torch.ones(1, 64), w, b, "silu"),
         "no token": (torch.ones(0, 64), w, b, "silu"),
         "shape": (x, torch.ones(16, 64), torch.ones(16), "silu"),
@@ -99,9 +102,9 @@ with activated("sm_90", launches.append):
     assert "x_ptr" not in hints[0] and "x_ptr" in hints[1]
     hints = [call(*changed[n])[1][0]["hints"] for n in ("stride", "stride, no multiple of 16")]
     assert "stride_x_row" in hints[0] and "stride_x_row" not in hints[1]
-    names = ("tokens", "tokens that fill more tiles")
-    few, many = (call(*changed[name])[1][0]["constants"] for name in names)
-    assert few != many
+    names = ("few tokens", "many tokens, of larger tiles")
+    small, large = (call(*changed[name])[1][0]["constants"]["BLOCK_M"] for name in names)
+    assert small < large
 """)
 
 
