@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.waiting import PATIENCE
 from w2vbert_fast.ops import cpu
 from w2vbert_fast.ops.cpu import attention, conv, gemm, int8, norm, threads
 
@@ -34,7 +35,7 @@ def test_shares_run_on_several_threads_each_alone() -> None:
 
     def share(index: int) -> tuple[int, int, bool, bool]:
         if index < 2:
-            together.wait(60)  # only two threads at once get here
+            together.wait(PATIENCE)  # only two threads at once get here
         inside = threads.count(), torch.get_num_threads()
         return *inside, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -90,7 +91,7 @@ if child == 0:
     os._exit(0 if threads.run(lambda i: 2 * i, range(3)) == [0, 2, 4] else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_calls_that_pytorch_records_or_watches_stay_on_their_thread() -> None:
