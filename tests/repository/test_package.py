@@ -427,7 +427,7 @@ def clocks_of(path: Path) -> list[str]:
 
 
 def test_no_test_depends_on_how_fast_the_machine_is() -> None:
-    """`tests/helpers/waiting.py` says what to do instead. A run on a GPU has a limit and a clock."""
+    """`tests/helpers/waiting.py` says what to do instead. A run on a GPU has a clock."""
     with_clock = {ROOT / "tests" / "kernels" / name for name in ("__main__.py", "conftest.py")}
     files = [p for p in (ROOT / "tests").rglob("*.py") if p not in with_clock]
     assert len(files) > 80
