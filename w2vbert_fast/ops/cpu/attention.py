@@ -165,7 +165,8 @@ def shaw_attention(
         for block, of_heads, by_head in attend.blocks(share):
             attend.forward(block, of_heads, by_head, dropout, output[rows, heads], statistics)
 
-    threads.run(attend_share, shares_of(query, cu_seqlens, seqused_k, dropout_p > 0.0))
+    shares = shares_of(query, cu_seqlens, seqused_k, dropout_p > 0.0)
+    threads.run(attend_share, shares, divided=threads.divides(query))
     return output, log_sum_exp
 
 
@@ -200,12 +201,12 @@ def shares_of(
     groups = list(groups_of_utterances(cu_seqlens, seqused_k))
     num_heads = query.shape[1]
     scores = num_heads * sum(u.num_queries * u.num_keys for _, group in groups for u in group)
-    wanted = threads.number(scores / _SHARE_SCORES)
+    wanted = threads.number(query, scores / _SHARE_SCORES)
     # As many of each group as make up the number.
     of_group = max(1, -(-wanted // max(1, len(groups))))
     heads_at_once = 1 if one_by_one else max(1, num_heads // of_group)
     parts = 1
-    if divides_queries and not one_by_one:
+    if divides_queries and not one_by_one and threads.divides(query):
         parts = max(1, threads.count() // (num_heads * max(1, len(groups))))
     heads = [
         slice(first, min(first + heads_at_once, num_heads))
@@ -632,7 +633,8 @@ def shaw_attention_backward(
         return of_embedding
 
     shares = shares_of(query, cu_seqlens, seqused_k, dropout_p > 0.0, divides_queries=False)
-    for of_embedding in threads.run(differentiate_share, shares):
+    divided = threads.divides(query)
+    for of_embedding in threads.run(differentiate_share, shares, divided=divided):
         if of_embedding is not None:
             grad_embedding += of_embedding
     if base_two(query.dtype):

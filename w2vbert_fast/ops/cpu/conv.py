@@ -94,7 +94,7 @@ class Piece(NamedTuple):
 
 def _shares(x: Tensor, utterances: list[tuple[int, int, int]]) -> list[list[Piece]]:
     """Pieces of utterances, in turn, about as many rows in each share."""
-    number = threads.number(x.numel() / _SHARE_ELEMENTS)
+    number = threads.number(x, x.numel() / _SHARE_ELEMENTS)
     shares: list[list[Piece]] = []
     for rows in threads.slices(x.shape[0], number):
         pieces = [

@@ -167,12 +167,12 @@ def _shares(x: Tensor, weight: Tensor | PackedWeight, parts: int = 1) -> list[sl
     if isinstance(weight, PackedWeight):
         return _row_shares(x, weight)
     worth = x.shape[0] * weight.numel() / _SHARE
-    return threads.slices(weight.shape[0] // parts, threads.number(worth))
+    return threads.slices(weight.shape[0] // parts, threads.number(x, worth))
 
 
 def _row_shares(x: Tensor, weight: PackedWeight) -> list[slice]:
     worth = x.shape[0] * weight.shape[0] * weight.shape[1] / _SHARE
-    number = threads.number(worth, x.shape[0] // _LEAST_ROWS[weight.dtype])
+    number = threads.number(x, worth, x.shape[0] // _LEAST_ROWS[weight.dtype])
     return threads.slices(x.shape[0], number)
 
 
@@ -236,7 +236,7 @@ def feed_forward(
     def rows_of(rows: slice) -> None:
         out[rows] = linear(linear(x[rows], weight1, bias1, activation), weight2, bias2, None)
 
-    threads.run(rows_of, blocks)
+    threads.run(rows_of, blocks, divided=threads.divides(x))
     return out
 
 
@@ -246,7 +246,8 @@ def _packed(
     """Weights of layers, packed where oneDNN multiplies `x` by them all."""
     weights = [weight for weight, _ in layers]
     if all(isinstance(w, Tensor) and _takes_onednn(x, w, bias, None) for w, bias in layers):
-        return [*threads.run(pack_weight, [w for w in weights if isinstance(w, Tensor)])]
+        tensors = [weight for weight in weights if isinstance(weight, Tensor)]
+        return [*threads.run(pack_weight, tensors, divided=threads.divides(x))]
     return weights
 
 

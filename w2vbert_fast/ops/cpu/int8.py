@@ -193,13 +193,14 @@ def linears_int8(
         for out, (weight, bias) in zip(outputs, layers, strict=True):
             out[rows] = _linear(tokens, weight, bias, activation)
 
-    threads.run(rows_of, _shares(x, *[weight for weight, _ in layers]))
+    shares = _shares(x, *[weight for weight, _ in layers])
+    threads.run(rows_of, shares, divided=threads.divides(x))
     return outputs
 
 
 def _shares(x: Tensor, *weights: QuantizedWeight) -> list[slice]:
     products = x.shape[0] * sum(weight.out_features * weight.in_features for weight in weights)
-    return threads.slices(x.shape[0], threads.number(products / _SHARE))
+    return threads.slices(x.shape[0], threads.number(x, products / _SHARE))
 
 
 def feed_forward_int8(
@@ -234,7 +235,8 @@ def feed_forward_int8(
         out[rows] = _linear(_quantize(hidden, least), weight2, bias2, None)
 
     shares = _shares(x, weight1, weight2)
-    threads.run(rows_of, max(shares, row_blocks(x.shape[0], weight1.out_features * 4), key=len))
+    shares = max(shares, row_blocks(x.shape[0], weight1.out_features * 4), key=len)
+    threads.run(rows_of, shares, divided=threads.divides(x))
     return out
 
 

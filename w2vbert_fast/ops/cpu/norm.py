@@ -39,14 +39,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if len(shares) == 1 and not takes_passes(x, weight, bias):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    threads.run(lambda rows: norm_rows(out[rows], x[rows], weight, bias, eps), shares)
+    divided = threads.divides(x)
+    threads.run(
+        lambda rows: norm_rows(out[rows], x[rows], weight, bias, eps), shares, divided=divided
+    )
     return out
 
 
 def _shares(x: Tensor) -> list[slice]:
     """Shares of rows of `[rows, hidden]`, no larger than is well for a cache."""
-    number = threads.number(x.numel() / _SHARE_ELEMENTS)
-    if number > 1 or threads.count() == 1:
+    number = threads.number(x, x.numel() / _SHARE_ELEMENTS)
+    if x.dtype == torch.float32 or threads.count() == 1:
         number = max(number, x.numel() // _BLOCK_ELEMENTS)
     return threads.slices(x.shape[0], number)
 
@@ -88,7 +91,7 @@ def residual_layer_norm(
         torch.add(residual[rows], x[rows], alpha=scale, out=y[rows])
         norm_rows(z[rows], y[rows], weight, bias, eps)
 
-    threads.run(rows_of, _shares(x))
+    threads.run(rows_of, _shares(x), divided=threads.divides(x))
     return y, z
 
 
@@ -110,7 +113,7 @@ def residual_double_layer_norm(
         norm_rows(y[rows], y[rows], weight1, bias1, eps)
         norm_rows(z[rows], y[rows], weight2, bias2, eps)
 
-    threads.run(rows_of, _shares(x))
+    threads.run(rows_of, _shares(x), divided=threads.divides(x))
     return y, z
 
 
