@@ -26,9 +26,10 @@ from bench.ledger.training import (
 from bench.ledger.workload import Workload
 from csrc_triton.attention import backward as attention_backward
 from csrc_triton.conv import backward as conv_backward
-from csrc_triton.gemm import backward as linear_backward, forward as linear
+from csrc_triton.gemm import backward as linear_backward
 from csrc_triton.norm import backward as norm_backward
 from tests.bench.test_ledger import (
+    ARCH,
     ATTENTION,
     BIG,
     HEADS,
@@ -37,33 +38,14 @@ from tests.bench.test_ledger import (
     VECTOR,
     WEIGHT,
     WIDTH,
-    CountingKernel,
     X,
     cost_of,
     offsets,
     tensor,
 )
+from tools.virtual_gpu.requests import Uncompiled
 
 ALL = (True, True, True)
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> CountingKernel:
-    """Replaces every kernel that a launcher of the backward pass starts by one counter."""
-    kernel = CountingKernel()
-    for module, names in (
-        (
-            attention_backward,
-            [f"shaw_attention_bwd_{step}_kernel" for step in ("prepare", "keys", "queries")],
-        ),
-        (conv_backward, ["_slide_kernel", "_norm_act_bwd_kernel", "_conv_bwd_weight_kernel"]),
-        (linear, ["_linear_kernel"]),
-        (linear_backward, ["_epilogue_bwd_kernel"]),
-        (norm_backward, ["_norm_bwd_kernel"]),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, kernel)
-    return kernel
 
 
 GRAD, BIAS = tensor(ROWS, 48), tensor(48)
@@ -160,7 +142,7 @@ CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
     "attention, tile map given": (
         "shaw_attention_backward",
         attention_backward.shaw_attention_backward,
-        {**attention_arguments(ATTENTION), "tile_map": tensor(5, 2, dtype=torch.int32)},
+        {**attention_arguments(ATTENTION), "tile_map": tensor(3, 2, dtype=torch.int32)},
     ),
     "attention, no positions": (
         "shaw_attention_backward",
@@ -190,26 +172,26 @@ def test_every_cost_is_compared_with_its_launcher() -> None:
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_launches_are_those_of_the_launcher(case: str, kernels: CountingKernel) -> None:
+def test_launches_are_those_of_the_launcher(case: str, launched: list[Uncompiled]) -> None:
     name, launcher, arguments = CALLS[case]
-    with Counter("interpreter") as counter:
+    with Counter(ARCH) as counter:
         results = [result for result in launcher(**arguments) if result is not None]
     cost = cost_of(name, named(arguments), results)
-    assert cost.launches == kernels.launches + counter.trace.cost.launches
-    assert kernels.launches > 0 or case == "linear"
+    assert cost.launches == len(launched) + counter.trace.cost.launches
+    assert len(launched) > 0 or case == "linear"
     if case.endswith("may have"):
-        assert kernels.launches > 3
+        assert len(launched) > 3
     # What is done in PyTorch's operations is counted by running it: all products are vendors'.
     assert cost.matrix_flops >= counter.trace.cost.matrix_flops
     assert cost.moved >= counter.trace.cost.moved
-    assert cost.moved > counter.trace.cost.moved or kernels.launches == 0
+    assert cost.moved > counter.trace.cost.moved or len(launched) == 0
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_memory_is_that_of_the_launcher(case: str, kernels: CountingKernel) -> None:
+def test_memory_is_that_of_the_launcher(case: str, launched: list[Uncompiled]) -> None:
     """The peak of what the launcher allocates: the results and what is temporary."""
     name, launcher, arguments = CALLS[case]
-    with Counter("interpreter") as counter:
+    with Counter(ARCH) as counter:
         results = [result for result in launcher(**arguments) if result is not None]
     held = sum({r.untyped_storage()._cdata: r.untyped_storage().nbytes() for r in results}.values())
     cost = cost_of(name, named(arguments), results)
@@ -242,7 +224,9 @@ def test_feed_forward_by_hand() -> None:
     # Five products and one elementwise kernel, and the sum of grad.
     products = 2 * 5 * (rows * (width + inner) + width * inner)
     elementwise = 2 * 4 * rows * inner
-    assert 0 <= cost.moved - products - elementwise - 2 * rows * width < 60_000
+    # 125 programs of 8 rows leave a share of the bias's gradient each, written and read.
+    shares = 2 * 4 * 125 * inner
+    assert 0 <= cost.moved - products - elementwise - shares - 2 * rows * width < 60_000
     assert cost.temporary == 2 * 2 * rows * inner
 
 
