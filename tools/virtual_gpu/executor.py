@@ -29,11 +29,26 @@ SIDE_BY_SIDE = 1024
 
 @dataclass
 class Counts:
-    """What a launch did: instructions of warps by opcode, and bytes of global memory."""
+    """What a launch did.
+
+    Attributes:
+        instructions: of warps, by opcode.
+        loaded_bytes: of global memory, by threads.
+        stored_bytes: by threads.
+        loaded_sectors: of 32 bytes, asked for by each load of each warp.
+        stored_sectors: by each store of each warp.
+        first_loaded: sectors that were loaded, each counted once; the others are repeats, which a
+            cache may hold.
+        first_stored: sectors that were stored.
+    """
 
     instructions: Counter[str] = field(default_factory=Counter)
     loaded_bytes: int = 0
     stored_bytes: int = 0
+    loaded_sectors: int = 0
+    stored_sectors: int = 0
+    first_loaded: int = 0
+    first_stored: int = 0
 
 
 class ExecutionError(Exception):
@@ -172,6 +187,8 @@ class Executor:
             for opcode, number in run.opcodes.items():
                 counts.instructions[opcode] += times * number
         counts.loaded_bytes, counts.stored_bytes = memory.loaded_bytes, memory.stored_bytes
+        counts.loaded_sectors, counts.stored_sectors = memory.loaded_sectors, memory.stored_sectors
+        counts.first_loaded, counts.first_stored = memory.touched()
         return counts
 
 

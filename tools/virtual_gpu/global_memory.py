@@ -15,6 +15,12 @@ _MANY = np.int32(-1)
 _ALIGNED = 16  # the widest access
 
 
+SECTOR = 32
+"""Bytes that memory moves at least, and at multiples of them."""
+_WARPS = 32
+"""More than a block has, of 32 threads."""
+
+
 @dataclass(frozen=True)
 class Checks:
     """Which checks are made. Bounds, alignment and barriers always are.
@@ -71,6 +77,12 @@ class _Storage:
         return notes.repeat(self.granule)[self.before : self.before + self.size]
 
 
+def _sectors(address: np.ndarray, threads: np.ndarray, blocks: np.ndarray) -> int:
+    """How many sectors the warps ask for, each for itself: an access lies in one, aligned."""
+    warp = (blocks - blocks.min()) * _WARPS + threads // 32
+    return int(np.unique(address.astype(np.int64) // SECTOR * 2**20 + warp).size)
+
+
 class GlobalMemory:
     """Loads and stores by address, each checked.
 
@@ -96,6 +108,7 @@ class GlobalMemory:
         self.bases = np.array([s.base for s in self.storages], np.int64)
         self.sizes = np.array([s.size for s in self.storages], np.int64)
         self.loaded_bytes = self.stored_bytes = 0
+        self.loaded_sectors = self.stored_sectors = 0
 
     def place(self, storage: _Storage, offset: int) -> str:
         """Where a byte of a storage is: `out_ptr[3, 5]`, or in no view that was passed."""
@@ -121,6 +134,18 @@ class GlobalMemory:
     def write_back(self) -> None:
         for storage in self.storages:
             storage.outside[:] = storage.bytes
+
+    def touched(self) -> tuple[int, int]:
+        """How many sectors were loaded, and how many stored, each counted once."""
+        loaded = stored = 0
+        for storage in self.storages:
+            before = np.zeros(storage.base % SECTOR, bool)
+            after = np.zeros(-(before.size + storage.size) % SECTOR, bool)
+            for notes, is_load in ((storage.reader, True), (storage.writer, False)):
+                parts = (before, storage.by_byte(notes != 0), after)
+                sectors = int(np.concatenate(parts).reshape(-1, SECTOR).any(1).sum())
+                loaded, stored = loaded + is_load * sectors, stored + (not is_load) * sectors
+        return loaded, stored
 
     def _find(
         self, what: str, address: np.ndarray, width: int, threads: np.ndarray
@@ -170,6 +195,7 @@ class GlobalMemory:
         if not address.size:
             return out
         self.loaded_bytes += out.size
+        self.loaded_sectors += _sectors(address, threads, blocks)
         for storage, part, rows in self._find("global load", address, width, threads):
             data, writers, readers, are_inputs = storage.at_width(width)
             out[part] = data.take(rows).view(np.uint8).reshape(-1, width)
@@ -203,6 +229,7 @@ class GlobalMemory:
             return
         width = values.shape[1]
         self.stored_bytes += values.size
+        self.stored_sectors += _sectors(address, threads, blocks)
         for storage, part, rows in self._find("global store", address, width, threads):
             data, writers, readers, _ = storage.at_width(width)
             writer, reader = writers.take(rows, 0), readers.take(rows, 0)
