@@ -29,7 +29,8 @@ from csrc_triton.attention.config import (
     scratch_layout,
 )
 from csrc_triton.conv.config import conv_backward_config
-from csrc_triton.fbank.config import normalize_config
+from csrc_triton.fbank.config import fbank_config, normalize_config
+from csrc_triton.fbank.tables import FOLDED, dft_basis, mel_filters, povey_window
 from csrc_triton.gemm.backward import products
 from csrc_triton.gemm.config import epilogue_backward_config
 from csrc_triton.launch import num_blocks
@@ -255,8 +256,8 @@ def conv_norm_act_backward(call: Call) -> Cost:
     cost += _shares(call, x, programs, 2, channels)
     cost += _shares(call, x, chunks, taps, channels)
     cost += _tap_by_tap(weight)
-    gradient = size_of(call.results[1])  # from tap by tap to the parameter's layout
-    cost += Cost(1, gradient, gradient)
+    gradient = x.new_empty(taps, channels, dtype=_FLOAT32)  # to the parameter's layout
+    cost += call.count(lambda: gradient.t().contiguous())
     return cost + Cost(temporary=rows + 4 * chunks * taps * channels)
 
 
@@ -279,6 +280,11 @@ def attention_tile_map(call: Call) -> Cost:
     return _tile_map(call, block_m, x.shape[0])
 
 
+def _scores_row(vectors: Tensor) -> int:
+    """Bytes of the position scores of one query: they begin anywhere in a sector of 32 bytes."""
+    return 4 * vectors.shape[0] + 28
+
+
 def _attention(call: Call, output: Tensor, keeps_log_sum_exp: bool) -> Cost:
     query, vectors, max_seqlen = call["query"], call["distance_embedding"], call["max_seqlen"]
     num_tokens, num_heads, head_dim = query.shape
@@ -295,7 +301,8 @@ def _attention(call: Call, output: Tensor, keeps_log_sum_exp: bool) -> Cost:
         )
         at_once = max(min(work, config.scratch_limit // (4 * layout.size)), 1)
         launches, scratch = -(-work // at_once), 4 * at_once * layout.size
-        position_bytes = 4 * num_heads * num_tokens * vectors.shape[0]
+        # Of whole tiles, rows behind an utterance's end too.
+        position_bytes = work * config.block_m * _scores_row(vectors)
         matrix_flops += 2 * num_heads * num_tokens * vectors.numel()
     cost = Cost()
     if call["tile_map"] is None:  # the launcher makes its own
@@ -341,9 +348,9 @@ def shaw_attention_backward(call: Call) -> Cost:
         heads = min(max(config.scratch_limit // (4 * layout.head_size), 1), num_heads)
         scratch = 4 * (layout.front + heads * layout.head_size + layout.back)
         distances = vectors.shape[0]
-        positions = 4 * num_heads * tokens * distances  # fp32
+        positions = num_heads * tokens * _scores_row(vectors)
         # The gradient of the distance embedding begins as zeros.
-        cost += Cost(1, 0, 4 * vectors.numel())
+        cost += call.count(lambda: vectors.new_zeros(vectors.shape, dtype=_FLOAT32))
     groups = -(-num_heads // heads)
     rows = size_of(query)  # as large as key, value, output and their gradients
     one = 4 * num_heads * tokens  # a number of each row of scores
@@ -369,11 +376,11 @@ def shaw_attention_backward(call: Call) -> Cost:
         matrix_flops=8 * head_dim * scores,
         vector_flops=SOFTMAX_FLOPS * scores,
     )
-    # Queries: P is overwritten by its gradient, which is read back.
+    # Queries: P is overwritten by its gradient, which is read back while it is near.
     queries = Cost(
         groups,
-        4 * rows + 2 * positions + shifts + one + embedding + offsets,
-        rows + positions,
+        4 * rows + positions + shifts + one + embedding + offsets,
+        rows + 4 * num_heads * tokens * distances,
         matrix_flops=6 * head_dim * scores + 2 * products,
         vector_flops=SOFTMAX_FLOPS * scores,
     )
@@ -398,10 +405,16 @@ def log_mel_filterbank(call: Call) -> Cost:
     features = call.results[0]
     num_frames, num_bins = features.shape
     offsets = 3 * size_of(call["cu_seqlens"])
+    # What is kept for a device: window, the whole steps of the basis, triangles.
+    double = torch.float64
+    step = fbank_config(double, call.arch).block_k
+    basis = dft_basis(features.device, double)[:, : -(-FOLDED // step) * step]
+    filters = mel_filters(features.device, num_bins, call["sampling_rate"])
+    kept = size_of(povey_window(features.device, double)) + size_of(basis) + size_of(filters)
     # Kernel, and the frame offsets: difference, subtraction, clamp, division, sum, pad, conversion.
     return Cost(
         8,
-        size_of(call["waveforms"]) + offsets,
+        size_of(call["waveforms"]) + offsets + kept,
         size_of(features) + offsets,
         double_flops=2 * num_frames * 100 * 512,
         vector_flops=2 * num_frames * 256 * num_bins,
@@ -429,5 +442,5 @@ def normalize_and_stack(call: Call) -> Cost:
 def ctc_greedy(call: Call) -> Cost:
     logits = call["logits"]
     best = 4 * logits.shape[0]  # int32 argmax of every frame, read with its predecessor
-    extra = Cost(1, 2 * best, best, temporary=best)
+    extra = Cost(1, best, best, temporary=best)
     return call.once(vector_flops=3 * logits.numel()) + extra

@@ -331,7 +331,8 @@ def test_a_layer_by_hand(counted: dict[str, Any]) -> None:
     elements = tokens * (4 * 4 * width + 4 * (width + inner) + (1 + 3 + 4 + 2 + 2 + 2 + 2) * width)
     vectors = 5 * 2 * width + 2 * (width + inner) + 4 * width + 2 * width  # norms and biases
     small = 73 * (width // heads) + 31 * width + vectors
-    position_scores = 2 * 4 * heads * 73 * tokens  # written and read, fp32
+    # Written and read, fp32, of whole tiles of 128 rows, each of which begins inside a sector.
+    position_scores = 2 * (4 * 73 + 28) * heads * 16 * 12 * 128
     log_sum_exp = 4 * heads * tokens
     expected = 2 * (elements + weights + small) + position_scores + log_sum_exp
     # Left over: offsets and the tile map, and the taps' copy.
