@@ -15,29 +15,18 @@ from torch import Tensor
 
 from bench.ledger.cost import Call, Cost
 from bench.ledger.ours import COSTS
+from tests.helpers.operations import OF_WAVEFORMS, SMALL, WITH_KERNELS
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import Counts, Executor
 from tools.virtual_gpu.global_memory import SECTOR, Checks
 from tools.virtual_gpu.record import Launch
 from w2vbert_fast.ops.dispatch import force
-from w2vbert_fast.ops.examples import Sizes, example
-from w2vbert_fast.ops.operation import OPERATIONS
+from w2vbert_fast.ops.examples import example
 
-SIZES = Sizes(
-    lengths=(125, 125),
-    width=64,
-    inner=128,
-    heads=1,
-    head_size=64,
-    left=64,
-    right=8,
-    taps=31,
-    vocabulary=64,
+SIZES = replace(
+    SMALL, lengths=(125, 125), width=64, inner=128, heads=1, head_size=64, vocabulary=64
 )
 NEAR = 0.05
-OF_WAVEFORMS = frozenset({"log_mel_filterbank", "normalize_and_stack"})
-# Work lists are operations of PyTorch; they launch no kernel.
-NAMES = sorted(OPERATIONS.keys() - {"attention_tile_map"})
 
 
 def counted(name: str) -> tuple[list[Counts], Cost]:
@@ -71,7 +60,7 @@ def counted(name: str) -> tuple[list[Counts], Cost]:
     return counts, COSTS[name](Call(values, results, "sm_80", lambda function: Cost()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_KERNELS)
 def test_bytes_are_those_that_are_moved(name: str) -> None:
     counts, cost = counted(name)
     read = SECTOR * sum(of_launch.first_loaded for of_launch in counts)

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 import w2vbert_fast
+from tests.helpers.operations import let_all_matter
 
 TINY: dict[str, Any] = {
     "hidden_size": 48,
@@ -51,14 +52,7 @@ def pair(class_name: str, seed: int = 0, **config: Any) -> tuple[nn.Module, nn.M
     values = {**TINY, **config}
     torch.manual_seed(seed)
     reference = getattr(transformers, class_name)(transformers.Wav2Vec2BertConfig(**values))
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif parameter.dim() <= 1 or "pos_bias" in name or "embedding" in name:
-                parameter.normal_(0.0, 0.5)
-            else:
-                parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+    let_all_matter(reference)
     ours = getattr(w2vbert_fast, class_name)(w2vbert_fast.Wav2Vec2BertConfig(**values))
     ours.load_state_dict(reference.state_dict())
     return reference.eval(), ours.eval()

@@ -131,7 +131,11 @@ def test_standard_input(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "w2vbert_fast.cli", "transcribe", "-"]
     done = subprocess.run(command, input=sample.read_bytes(), capture_output=True, check=True)
     name, text, *_ = done.stdout.decode().split("\t")
-    assert (name, text) == ("standard input", "welcome to the directory")
+    assert (name, text) == ("-", "welcome to the directory")
+    beside = subprocess.run(
+        [*command, "--format", "srt"], input=b"", capture_output=True, check=False
+    )
+    assert beside.returncode == 2 and b"standard input name a folder" in beside.stderr
     command += ["--out", str(tmp_path / "a.srt")]
     subprocess.run(command, input=sample.read_bytes(), capture_output=True, check=True)
     assert "welcome to the directory" in (tmp_path / "a.srt").read_text()

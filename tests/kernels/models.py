@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import w2vbert_fast
+from tests.helpers.operations import let_all_matter
 from tests.kernels.lane import DEVICE, WITHOUT_DEVICE, choose
 from w2vbert_fast.ops.dispatch import force_triton
 
@@ -53,14 +54,7 @@ def make(class_name: str, size: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = w2vbert_fast.Wav2Vec2BertConfig(**{**SIZES[size], **HEADS, **options})
     model: nn.Module = getattr(w2vbert_fast, class_name)(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            elif parameter.dim() <= 1 or "pos_bias" in name or "embedding" in name:
-                parameter.normal_(0.0, 0.5)
-            else:
-                parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+    let_all_matter(model)
     return model.eval().to(DEVICE)
 
 

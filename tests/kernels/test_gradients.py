@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.operations import plain_form
 from tests.kernels.judge import Judge
 from tests.kernels.lane import DEVICE, DTYPES, FP32_TOLERANCE, LEFT, RIGHT, choose, random
 from tests.kernels.models import LENGTHS as MODEL_LENGTHS, SIZES, batch, kernels, make
-from w2vbert_fast import ops
 from w2vbert_fast.ops.examples import Sizes, example
 
 LENGTHS = choose([0, 1, 2, 63, 64, 65, 217, 1500, 0], [0, 1, 31, 33, 0])
@@ -67,19 +67,6 @@ CASES = (
     "shaw_attention",
     "shaw_attention/no_positions",
 )
-
-
-def plain_form(name: str) -> Callable[..., Any]:
-    """The plain operation with the arguments of the registered one."""
-    if name != "shaw_attention":
-        form: Callable[..., Any] = getattr(ops, name)
-        return form
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, *rest: Any) -> Tensor:
-        names = ("distance_embedding", "left_max_position", "right_max_position")
-        return ops.shaw_attention(q, k, v, cu, longest, **dict(zip(names, rest, strict=True)))[0]
-
-    return attend
 
 
 def gradients(function: Callable[..., Any], given: tuple[Any, ...], dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from tests.helpers.operations import OF_WAVEFORMS, SMALL, WITH_KERNELS, in_float64, leaves
 from tests.kernels.judge import ENOUGH_FOR_A_LARGEST, Judge
 from tests.kernels.lane import (
     DEVICE,
@@ -29,23 +31,13 @@ from tests.kernels.lane import (
 from tests.kernels.models import SIZES, batch, fast, kernels, make
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops import dispatch
-from w2vbert_fast.ops.examples import Sizes, example
+from w2vbert_fast.ops.examples import example
 from w2vbert_fast.ops.operation import OPERATIONS
 
 LENGTHS = choose([5, 0, 300, 64], [5, 0, 7])
 
 
-EXAMPLES = Sizes(
-    lengths=tuple(LENGTHS),
-    width=WIDTH,
-    inner=2 * WIDTH,
-    heads=2,
-    head_size=16,
-    left=64,
-    right=8,
-    taps=31,
-    vocabulary=32,
-)
+EXAMPLES = replace(SMALL, lengths=tuple(LENGTHS), width=WIDTH, inner=2 * WIDTH)
 
 
 def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -55,48 +47,19 @@ def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 COMPARED = {
-    "small": Sizes(
-        lengths=(5, 0, 19),
-        width=48,
-        inner=80,
-        heads=2,
-        head_size=16,
-        left=64,
-        right=8,
-        taps=31,
-        vocabulary=32,
-    ),
-    "published": Sizes(
-        lengths=choose((64, 0, 1500, 217), (5, 0, 19)),
+    "small": SMALL,
+    "published": replace(
+        SMALL,
+        lengths=choose((64, 0, 1500, 217), SMALL.lengths),
         width=1024,
         inner=4096,
         heads=16,
         head_size=64,
-        left=64,
-        right=8,
-        taps=31,
-        vocabulary=32,
     ),
 }
 if INTERPRETED:  # a minute for each
     del COMPARED["published"]
-OF_WAVEFORMS = {"log_mel_filterbank": 2e-3, "normalize_and_stack": 1e-5}
-"""In float32 alone, and by how much they may be off."""
-# The third is a work list, which depends on the tiles; attention makes its own.
-DTYPES_OF = {
-    name: DTYPES[:1] if name in OF_WAVEFORMS else DTYPES
-    for name in sorted(OPERATIONS.keys() - {"attention_tile_map"})
-}
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-def in_float64(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree
-    )
+DTYPES_OF = {name: DTYPES[:1] if name in OF_WAVEFORMS else DTYPES for name in WITH_KERNELS}
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,14 @@ def tried(
 ) -> Iterator[dict[str, Any]]:
     import torch
 
-    from tests.mutants.cases import NAMES, SIZES, Case, larger
+    from tests.helpers.operations import SMALL
+    from tests.mutants.cases import NAMES, Case, larger
     from tools.virtual_gpu.mutants import SYNCHRONISATION, mutants
 
     torch.set_num_threads(1)
     seen: set[str] = set()
     for operation in (name for name in NAMES if only in name):
-        case, long = Case(operation, SIZES, target), None
+        case, long = Case(operation, SMALL, target), None
         for ptx, name in {ran.launch.ptx: ran.launch.name for ran in case.ran}.items():
             digest = hashlib.sha256(ptx.encode()).hexdigest()[:12]
             if digest in seen:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.helpers.operations import OF_WAVEFORMS, SMALL, WITH_KERNELS, in_float64, leaves
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import Counts, ExecutionError, Executor
 from tools.virtual_gpu.global_memory import Checks
@@ -19,33 +19,19 @@ from tools.virtual_gpu.record import Launch
 from tools.virtual_gpu.trace import ORDERS, Trace, traced
 from w2vbert_fast.ops.dispatch import force
 from w2vbert_fast.ops.examples import Sizes, example
-from w2vbert_fast.ops.operation import OPERATIONS
 
-SIZES = Sizes(
-    lengths=(5, 0, 19),
-    width=48,
-    inner=80,
-    heads=2,
-    head_size=16,
-    left=64,
-    right=8,
-    taps=31,
-    vocabulary=32,
-)
-OF_WAVEFORMS = {"normalize_and_stack": 1e-5, "log_mel_filterbank": 2e-3}
-"""In float32 alone, and by how much they may be off."""
-# What takes longest comes last; a work list depends on the target's tiles, attention makes its own.
-NAMES = sorted(OPERATIONS.keys() - {"attention_tile_map"}, key=lambda n: (n in OF_WAVEFORMS, n))
+# What takes longest comes last.
+NAMES = sorted(WITH_KERNELS, key=lambda name: name in OF_WAVEFORMS)
 LENGTHS = (70, 0, 150, 1)
 
 
 def larger(name: str) -> Sizes:
-    """Several rounds of every loop. Taken for mutants that live at `SIZES`, of kernels that are the
+    """Several rounds of every loop. Taken for mutants that live at `SMALL`, of kernels that are the
     same there: products keep the number of rows, which decides on their tile, others the width.
     """
     if name.startswith(("linear", "feed_forward")):
-        return dataclasses.replace(SIZES, width=304, inner=272)
-    return dataclasses.replace(SIZES, lengths=LENGTHS)
+        return dataclasses.replace(SMALL, width=304, inner=272)
+    return dataclasses.replace(SMALL, lengths=LENGTHS)
 
 
 HOW = ("fault", "wrong", "within the limit", "unchanged", "equal", "not reached")
@@ -64,16 +50,6 @@ class Ran:
 def _storage(tensor: Tensor) -> np.ndarray:
     """The bytes of a tensor's storage."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-def in_float64(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree
-    )
 
 
 class _Unchanged(Exception):

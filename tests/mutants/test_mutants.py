@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from csrc_triton.launch import interpreting
+from tests.helpers.operations import SMALL
 from tests.mutants import table
 from tests.mutants.__main__ import tried
-from tests.mutants.cases import SIZES, Case
+from tests.mutants.cases import Case
 from tools.virtual_gpu.mutants import SYNCHRONISATION, mutants
 
 
 @pytest.mark.skipif(interpreting(), reason="Triton's interpreter compiles nothing")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_mutants_of_a_kernel(target: str) -> None:
-    case = Case("layer_norm", SIZES, target)
+    case = Case("layer_norm", SMALL, target)
     (ptx,) = {ran.launch.ptx for ran in case.ran}
     everything = list(mutants(ptx))
     barriers = [m for m in everything if m.operator in SYNCHRONISATION]

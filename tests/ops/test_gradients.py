@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.operations import plain_form
 from tests.helpers.reference import POSITIONS, TINY, padded_batch, pair, relative_error
 from tests.ops.test_operation import DIFFERENTIABLE, arguments
 from w2vbert_fast import ops
@@ -34,19 +35,6 @@ def leaf(value: Any, dtype: torch.dtype | None = None) -> Any:
 
 def cumulative(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
-
-
-def plain_form(name: str) -> Callable[..., Any]:
-    """The operation's plain form with the arguments of the registered one."""
-    if name != "shaw_attention":
-        form: Callable[..., Any] = getattr(ops, name)
-        return form
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, *rest: Any) -> Tensor:
-        names = ("distance_embedding", "left_max_position", "right_max_position")
-        return ops.shaw_attention(q, k, v, cu, longest, **dict(zip(names, rest, strict=True)))[0]
-
-    return attend
 
 
 def gradients(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:

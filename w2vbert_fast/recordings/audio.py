@@ -244,7 +244,7 @@ def load_audio(
 
     Args:
         path: the file: anything that libsndfile or FFmpeg reads. The content decides, not the name.
-            Or a URL, as fsspec opens them; or the content itself, as bytes.
+            Or a URL, as fsspec opens them; "-", standard input; or the content itself, as bytes.
         sampling_rate: samples per second to return.
         offset: where to begin, in seconds. libsndfile goes there; with FFmpeg all that lies before
             is decoded.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import os
 import stat
+import sys
 from collections.abc import Generator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from w2vbert_fast.recordings.remote import is_remote, open_remote
+from w2vbert_fast.recordings.remote import STANDARD_INPUT, is_remote, open_remote
 
 Samples = npt.NDArray[np.float32]
 
@@ -95,6 +96,8 @@ def open_file(name: str) -> io.FileIO | io.BytesIO:
         Unreadable: it is empty or no file.
         ImportError: it is a URL, and what fsspec needs for it is not installed.
     """
+    if name == STANDARD_INPUT:
+        return open_content(sys.stdin.buffer.read())
     if is_remote(name):
         copy = open_remote(name)
         if os.fstat(copy.fileno()).st_size > 0:

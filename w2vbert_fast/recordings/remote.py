@@ -26,6 +26,14 @@ def is_remote(name: str) -> bool:
     return _URL.match(name) is not None
 
 
+STANDARD_INPUT = "-"
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether a name is that of no file here: a URL, or standard input."""
+    return name == STANDARD_INPUT or is_remote(name)
+
+
 def join(folder: str | os.PathLike[str], name: str) -> str:
     """What a manifest calls a recording: a URL, or a name relative to the manifest's folder."""
     return name if is_remote(name) else os.path.join(folder, name)

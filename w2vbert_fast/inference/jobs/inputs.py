@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,6 @@ from w2vbert_fast.inference.jobs.which_files import (
 from w2vbert_fast.recordings.manifest import open_manifest
 from w2vbert_fast.recordings.remote import find, is_remote
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
-
-STANDARD_INPUT = "-"
 
 
 class Files:
@@ -66,19 +63,6 @@ class Elsewhere(Files):
             else:
                 self.passed_over.add(reason or UNKNOWN, path)
         super().__init__(found)
-
-
-class StandardInput:
-    """The one recording that comes through standard input."""
-
-    def survey(self) -> tuple[int | None, dict[str, Any]]:
-        return 1, {"standard_input": 1}
-
-    def rows(self, start: int, wanted: Wanted) -> Rows:
-        if wanted(start):
-            name = "standard input"
-            yield Row(start, sys.stdin.buffer.read(), name, name)
-        return start + 1
 
 
 class Folder:
@@ -216,8 +200,6 @@ def open_inputs(names: Sequence[str]) -> Inputs:
 
 
 def _parts(name: str) -> list[Part]:
-    if name == STANDARD_INPUT:
-        return [StandardInput()]
     if is_remote(name):
         return [Elsewhere(name)]
     if os.path.lexists(name) or not glob.has_magic(name):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from w2vbert_fast.checkpoints.files import write_text
 from w2vbert_fast.inference.jobs.formats import BESIDE
-from w2vbert_fast.inference.jobs.inputs import Elsewhere, Files, Folder, Inputs, StandardInput
+from w2vbert_fast.inference.jobs.inputs import Files, Folder, Inputs
 from w2vbert_fast.inference.transcripts import Transcript
+from w2vbert_fast.recordings.remote import is_elsewhere
 
 
 def plan(
@@ -32,17 +33,13 @@ def plan(
         FileExistsError: a file is there and must not be replaced.
         OSError: the folder of `out` is not there.
     """
-    kinds = Files | Folder if out is None else Files | Folder | StandardInput
-    here = all(isinstance(part, kinds) for part in inputs.parts)
-    if not here or (out is None and any(isinstance(part, Elsewhere) for part in inputs.parts)):
+    named = all(isinstance(part, Files | Folder) for part in inputs.parts)
+    names = [row.name for row in inputs.rows()] if named else []
+    if not named or (out is None and any(map(is_elsewhere, names))):
         raise ValueError(
             "files beside the recordings can be written for files and folders only; for tar files, "
             "manifests, URLs and standard input name a folder for results"
         )
-    if isinstance(inputs.parts[0], StandardInput):
-        names = ["standard input"] * len(inputs.parts)
-    else:
-        names = [row.name for row in inputs.rows()]
     if out is not None:
         if len(names) != 1:
             raise ValueError(f"{out} would be one file for {len(names)} recordings; name a folder")

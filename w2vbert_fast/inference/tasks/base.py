@@ -102,7 +102,6 @@ class Task(abc.ABC):
                 "overlap_seconds must be from 0 to half of max_seconds, "
                 f"{self.max_seconds / 2:g}, got {self.overlap_seconds}"
             )
-
         if self.selection.channels == SPLIT and not self.splits:
             raise ValueError(f"channels {SPLIT!r} is not for {self.name}; name one by its number")
 
