@@ -279,7 +279,7 @@ class _Course:
         else:
             for self.here, step in run.steps:
                 step(b, None)
-        b.unfenced |= run.written
+        b.unfenced |= run.registers
 
     def _check_lent(self, i: Instruction) -> None:
         b = self.blocks
@@ -327,7 +327,7 @@ class _Course:
                 if going.any():
                     step(b, None if going.all() else going)
                     if code.asynchronous and not i.opcode.startswith("wgmma."):
-                        b.unfenced |= b.program.bits(i.written)
+                        b.unfenced |= b.program.bits(i.registers)
             elif i.opcode.startswith("bra"):
                 at[going] = code.program.labels[i.operands[0]]
             elif i.opcode == "ret":

@@ -126,7 +126,6 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
                 if owed is not None and owed[1] == product.number:
                     _write(b, product.names, owed[0])
                     del b.owed[product.names]
-                    b.unfenced &= ~program.bits(product.names)
         under_way = [p for group in (*b.product_groups, b.products) for p in group]
         b.owing = program.bits(name for names in b.owed for name in names)
         b.lent = 0
@@ -209,7 +208,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             raise Fault(f"{names[0]} is used before the wgmma that adds to it was waited for")
         if late := b.unfenced & (borrowed if adding else accumulators | borrowed):
             name = next(name for name in (*sources, *names) if program.bits([name]) & late)
-            raise Fault(f"wgmma of {name}, which was written after the last wgmma.fence")
+            raise Fault(f"wgmma of {name}, which was used after the last wgmma.fence")
         reads: list[np.ndarray] = []
         if from_registers:
             # Registers [warpgroups, warps, halves of K, halves of 16 rows, 8 rows, 4 lanes].

@@ -92,7 +92,7 @@ def attention() -> Launch:
 
 NEEDED = {
     "fence.proxy.async.shared::cta;": "with no fence.proxy.async and barrier between",
-    "wgmma.fence.sync.aligned;": "which was written after the last wgmma.fence",
+    "wgmma.fence.sync.aligned;": "which was used after the last wgmma.fence",
     "wgmma.wait_group.sync.aligned": "was waited for",
 }
 
@@ -163,6 +163,19 @@ def test_what_a_product_reads_and_adds_to_is_nobody_elses_until_it_is_waited_for
     ):
         with pytest.raises(ExecutionError, match=said):
             execute(changed(launch, commit, f"{commit}\n{statement}\n", which), garbage=False)
+
+
+def test_registers_of_a_product_are_neither_read_nor_written_between_fence_and_product() -> None:
+    """PTX ISA, `wgmma.fence`: between a register access and a wgmma that accesses the register."""
+    launch = attention()
+    line = next(line for line in launch.ptx.splitlines() if "wgmma.mma_async" in line)
+    accumulator = line[line.index("{") + 1 : line.index(",")].strip()
+    fence, which = "wgmma.fence.sync.aligned;", launch.ptx.index(line)
+    which = launch.ptx[:which].count(fence) - 1
+    for statement in (f"setp.eq.b32 %p0, {accumulator}, 0;", f"mov.b32 {accumulator}, 0;"):
+        execute(changed(launch, fence, f"{statement}\n{fence}", which), garbage=False)
+        with pytest.raises(ExecutionError, match="which was used after the last wgmma.fence"):
+            execute(changed(launch, fence, f"{fence}\n{statement}", which), garbage=False)
 
 
 def test_what_a_product_reads_may_not_be_written_until_it_is_waited_for() -> None:
