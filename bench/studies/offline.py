@@ -29,11 +29,11 @@ import torch
 from bench.machine import write_results
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from w2vbert_fast.inference import Flow, Transcriber
-from w2vbert_fast.inference.jobs.inputs import open_inputs
 from w2vbert_fast.inference.jobs.job import Job
 from w2vbert_fast.inference.pipeline import DEMO_FOLDER
 from w2vbert_fast.inference.tasks.base import Piece
 from w2vbert_fast.processing import Wav2Vec2BertProcessor
+from w2vbert_fast.recordings.inputs import open_inputs
 
 WARM_UP_SECONDS = 10
 

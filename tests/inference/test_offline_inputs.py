@@ -20,11 +20,11 @@ import soundfile
 from tests.helpers.offline import Stub, clips, encoded, job, run, table, write_manifest
 from tests.helpers.signals import speech_like, stereo, write_container
 from w2vbert_fast.inference import AudioError, Flow, load_audio
-from w2vbert_fast.inference.jobs.inputs import open_inputs
-from w2vbert_fast.inference.jobs.tar import Tar
 from w2vbert_fast.inference.reading import Decoder
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.inference.tasks.transcribe import Transcribe
+from w2vbert_fast.recordings.datasets.tar import Tar
+from w2vbert_fast.recordings.inputs import open_inputs
 from w2vbert_fast.recordings.manifest import JsonLines
 from w2vbert_fast.recordings.rows import Row
 

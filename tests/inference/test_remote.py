@@ -18,9 +18,9 @@ import torch
 from tests.helpers.offline import Stub, encoded, run, table, write_manifest
 from w2vbert_fast.inference import AudioError, load_audio
 from w2vbert_fast.inference.jobs import sidecars
-from w2vbert_fast.inference.jobs.inputs import open_inputs
-from w2vbert_fast.inference.jobs.which_files import UNKNOWN
 from w2vbert_fast.recordings import remote
+from w2vbert_fast.recordings.inputs import open_inputs
+from w2vbert_fast.recordings.which_files import UNKNOWN
 
 CLIP = encoded("FLAC", 0.5)
 

@@ -26,7 +26,6 @@ import torch
 from tests.helpers.snippets import Reader, blocks
 from tests.helpers.stand_ins import ADDED, NOT_RUN, REPLACED, fill
 from tests.helpers.waiting import PATIENCE
-from w2vbert_fast.inference.jobs.inputs import open_inputs
 from w2vbert_fast.inference.jobs.job import Job, read_results
 from w2vbert_fast.inference.runner import Embedder, Flow, Runner, Transcriber
 from w2vbert_fast.inference.tasks import Embed, Transcribe
@@ -35,6 +34,7 @@ from w2vbert_fast.integrations import ray as ours
 from w2vbert_fast.integrations.ray.actor import Actor, Actors, Columns
 from w2vbert_fast.integrations.ray.runner import RayRunner
 from w2vbert_fast.recordings.audio import load_audio
+from w2vbert_fast.recordings.inputs import open_inputs
 
 INSTALL = "needs pip install 'w2vbert_fast[ray]'"
 pa = pytest.importorskip("pyarrow", reason=INSTALL)

@@ -181,7 +181,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "cli": (
         *("_extras", "cpus", "doctor", "export", "inference", "integrations", "models"),
-        *("training",),
+        *("recordings", "training"),
     ),
     "bench": (
         *("_extras", "csrc_triton", "doctor", "inference", "integrations", "layout", "models"),

@@ -212,10 +212,10 @@ def run_job(
     Raises:
         JobError, OSError, ValueError, TypeError, ImportError: the job has failed.
     """
-    from w2vbert_fast.inference.jobs.inputs import open_inputs
     from w2vbert_fast.inference.jobs.job import Job as Run, JobOptions
     from w2vbert_fast.inference.runner import Flow
     from w2vbert_fast.inference.tasks import TASKS
+    from w2vbert_fast.recordings.inputs import open_inputs
 
     make_runner = job.make_runner(task_options.get("device"))
     options = JobOptions(
@@ -246,7 +246,7 @@ def run_job(
 
 
 def _ending(summary: Summary, out: str) -> str:
-    from w2vbert_fast.inference.jobs.which_files import PassedOver
+    from w2vbert_fast.recordings.which_files import PassedOver
 
     run = summary.content["this_run"]
     text = f"{summary.rows} rows, {summary.content['audio_hours']:.2f} h of audio"

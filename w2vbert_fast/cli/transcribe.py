@@ -214,9 +214,9 @@ def _print(
     from rich.console import Console
 
     from w2vbert_fast.inference.jobs import sidecars
-    from w2vbert_fast.inference.jobs.inputs import open_inputs
     from w2vbert_fast.inference.runner import Flow, Transcriber
     from w2vbert_fast.inference.transcripts import transcripts
+    from w2vbert_fast.recordings.inputs import open_inputs
 
     readable = sys.stdout.isatty() and not as_json
     console = Console(stderr=not readable, highlight=False)

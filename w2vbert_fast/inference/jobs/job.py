@@ -20,13 +20,13 @@ from typing import Any, TextIO, cast
 from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder, read_json, to_disk, write_json
 from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results
-from w2vbert_fast.inference.jobs.inputs import Inputs
 from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Journal, differences
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
 from w2vbert_fast.inference.jobs.shard import Shard
-from w2vbert_fast.inference.jobs.which_files import PassedOver
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
+from w2vbert_fast.recordings.inputs import Inputs
+from w2vbert_fast.recordings.which_files import PassedOver
 
 JOB_FILE = "job.json"
 SUMMARY_FILE = "summary.json"

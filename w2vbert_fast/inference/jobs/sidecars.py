@@ -8,8 +8,8 @@ from pathlib import Path
 
 from w2vbert_fast.checkpoints.files import write_text
 from w2vbert_fast.inference.jobs.formats import BESIDE
-from w2vbert_fast.inference.jobs.inputs import Files, Folder, Inputs
 from w2vbert_fast.inference.transcripts import Transcript
+from w2vbert_fast.recordings.inputs import Files, Folder, Inputs
 from w2vbert_fast.recordings.remote import is_elsewhere
 
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-from w2vbert_fast.inference.jobs.which_files import (
+from w2vbert_fast.recordings.rows import Row, Rows, Wanted
+from w2vbert_fast.recordings.which_files import (
     NO_AUDIO,
     NO_FILE,
     PassedOver,
@@ -30,7 +31,6 @@ from w2vbert_fast.inference.jobs.which_files import (
     why_not,
     why_not_by_name,
 )
-from w2vbert_fast.recordings.rows import Row, Rows, Wanted
 
 _COLUMN_SUFFIXES = ("json", "txt", "text", "cls")
 _UNPAIRED = "belong to no recording"

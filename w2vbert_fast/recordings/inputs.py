@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from w2vbert_fast.inference.jobs.tar import Tar
-from w2vbert_fast.inference.jobs.which_files import (
+from w2vbert_fast.recordings.datasets.tar import Tar
+from w2vbert_fast.recordings.manifest import open_manifest
+from w2vbert_fast.recordings.remote import find, is_remote
+from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
+from w2vbert_fast.recordings.which_files import (
     TAR_SUFFIXES,
     TWICE,
     UNKNOWN,
@@ -22,9 +25,6 @@ from w2vbert_fast.inference.jobs.which_files import (
     why_not,
     why_not_by_name,
 )
-from w2vbert_fast.recordings.manifest import open_manifest
-from w2vbert_fast.recordings.remote import find, is_remote
-from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
 
 
 class Files:

@@ -17,8 +17,8 @@ import pytest
 from tests.helpers.offline import encoded, run, table, write_manifest
 from tests.helpers.signals import write_container
 from w2vbert_fast.cli.jobs import Job, run_job
-from w2vbert_fast.inference.jobs import which_files
-from w2vbert_fast.inference.jobs.inputs import open_inputs
+from w2vbert_fast.recordings import which_files
+from w2vbert_fast.recordings.inputs import open_inputs
 from w2vbert_fast.recordings.rows import Row
 
 WAV, FLAC = encoded("WAV"), encoded("FLAC")
