@@ -27,6 +27,7 @@ from torch import Tensor
 from csrc_triton.architectures import architecture, device_multiprocessors
 from csrc_triton.functions import activate, activation_constant, has_tanh, logistic
 from csrc_triton.gemm.config import LinearConfig, linear_config
+from csrc_triton.gemm.measured import Product, measured_config
 from csrc_triton.launch import check_device, check_tensor
 from csrc_triton.plans import empty, launch, planned
 
@@ -120,7 +121,7 @@ def linear(
     """`act(x @ weight.T + bias)`, as `ops.linear`.
 
     The activation is a name of `functions.ACTIVATIONS` or `None`; `config` is that of
-    `linear_config` when `None`.
+    `measured_config`, or else of `linear_config`, when `None`.
     """
     return _launch(x, weight, bias, activation, False, out, config)
 
@@ -159,6 +160,10 @@ def _launch(
         return out
 
     arch = architecture(x.device)
+    if config is None:
+        epilogue = "glu" if gated else constant
+        product = Product(num_tokens, weight.shape[0], in_features, x.dtype, epilogue)
+        config = measured_config(x.device, product)
     if config is None:
         count = device_multiprocessors(x.device)
         config = linear_config(num_tokens, *weight.shape, x.dtype, arch, count)

@@ -261,3 +261,36 @@ with activated("sm_80", launches.append):
         with_a_view(given)
         assert launches[0].arguments[0].value[0] == start
 """)
+
+
+def test_a_measured_tile_is_taken_and_plans_from_before_it_are_dropped() -> None:
+    run("""
+from csrc_triton.gemm import linear_glu, measured
+half, weight = torch.ones(20, 64).half(), torch.ones(32, 64).half()
+tiles_of = tiles.linear_candidates(torch.float16, "sm_90")
+asked = []
+
+
+def find(device, product):
+    asked.append((device, product))
+    return tiles_of[1] if product.epilogue in ("identity", "glu") else None
+
+
+with activated("sm_90", launches.append):
+    _, (predicted,), _ = call(half, weight)
+    assert call(half, weight)[0]
+    measured.use(find)
+    planned, (found,), _ = call(half, weight)
+    assert not planned and found["constants"]["BLOCK_M"] == tiles_of[1].block_m
+    assert found["constants"] != predicted["constants"]
+    assert call(half, weight)[:2] == (True, [found]) and len(asked) == 1
+    assert asked[0] == (half.device, measured.Product(20, 32, 64, torch.float16, "identity"))
+    _, (silu,), _ = call(half, weight, None, "silu")
+    assert silu["constants"]["BLOCK_M"] == predicted["constants"]["BLOCK_M"]
+    linear_glu(half, weight)
+    assert asked[-1][1].epilogue == "glu"
+    call(half, weight, None, config=tiles_of[0])
+    assert len(asked) == 3  # a caller's own tile is taken as it is
+    measured.use(None)
+    assert call(half, weight)[:2] == (False, [predicted])
+""")
