@@ -11,9 +11,10 @@ import pyarrow
 import pytest
 import torch
 
-from tests.helpers.offline import Stub, clips, run, table
+from tests.helpers.offline import Stub, clips, job, run, table
 from w2vbert_fast.inference import Embedding, Transcript, Transcription
 from w2vbert_fast.inference.ctc.chunks import Chunk
+from w2vbert_fast.inference.ctc.subtitles import Layout
 from w2vbert_fast.inference.ctc.timestamps import Word
 from w2vbert_fast.inference.jobs.formats import (
     BESIDE,
@@ -25,6 +26,7 @@ from w2vbert_fast.inference.jobs.formats import (
     own_columns,
     usual_timestamps,
 )
+from w2vbert_fast.inference.jobs.journal import JobError
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.tasks import Task
 from w2vbert_fast.inference.tasks.base import identity
@@ -107,7 +109,9 @@ def test_another_one_is_written_offered_and_removed_wherever_formats_are(
         beside = True
 
         @classmethod
-        def content(cls, result: Any, characters: bool = False) -> str:
+        def content(
+            cls, result: Any, characters: bool = False, layout: Layout | None = None
+        ) -> str:
             return str(result.text).upper()
 
     monkeypatch.setitem(FORMATS, Shouted.name, Shouted)
@@ -141,6 +145,20 @@ def test_words_have_times_where_a_format_shows_them() -> None:
         with pytest.raises(ValueError, match=f"'{name}' needs timestamps 'word' or 'character'"):
             Formats.of_task(Spoken(timestamps="none"), [name])
     assert Formats.of_task(Spoken(timestamps="none"), ["txt"]).names == ("jsonl", "txt")
+
+
+def test_subtitles_of_a_job_have_the_layout_that_is_asked_for(tmp_path: Path) -> None:
+    (recording,), out = clips(tmp_path / "clips", 1), tmp_path / "out"
+    work = job([recording], out, Spoken(), ["srt", "vtt"])
+    work.formats = Formats.of_task(Spoken(), ["srt", "vtt"], Layout(max_words=1))
+    work.run()
+    (row,) = table(out)
+    for name in ("srt", "vtt"):
+        cues = (out / row[f"{name}_file"]).read_text().strip().split("\n\n")
+        assert [cue.split("\n")[-1] for cue in cues][-2:] == ["well", "said"]
+    # Another layout is another job; what had none before knows itself.
+    with pytest.raises(JobError, match=r"options\.layout: .* before, null now"):
+        run([recording], out, Spoken(), ["srt", "vtt"])
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -279,6 +279,71 @@ def placed(drawn: list[tuple[str, float, float]]) -> list[Word]:
     return words
 
 
+def test_words_of_a_cue() -> None:
+    words = sentence("a b c d e")
+    assert lines_of(*words, layout=Layout(max_words=2)) == [["a b"], ["c d"], ["e"]]
+    assert lines_of(spoken("今天很好"), layout=Layout(max_words=3)) == [["今天很"], ["好"]]
+    named = [replace(word, channel="agent") for word in words]
+    assert [cue.lines for cue in cues(named, Layout(max_words=2))] == [
+        ["agent: a b"],
+        ["agent: c d"],
+        ["agent: e"],
+    ]
+
+
+def test_a_cue_stays_until_it_can_be_read() -> None:
+    long, later = word("a" * 40, 1, 2), word("b" * 40, 9, 9.5)
+    assert [cue.end for cue in cues([long, later])] == [2, 10]
+    assert [cue.end for cue in cues([long, later], Layout(reading_speed=10))] == [5, 13]
+    # A wide character takes as long as two; the longest time and the next cue are limits.
+    assert cues([word("国" * 20, 1, 2)], Layout(reading_speed=10))[0].end == 5
+    assert [cue.end for cue in cues([long, later], Layout(reading_speed=6))] == [
+        pytest.approx(1 + 40 / 6),
+        pytest.approx(9 + 40 / 6),
+    ]
+    assert [cue.end for cue in cues([long, later], Layout(reading_speed=1))] == [8, 16]
+    assert cues([long, word("b", 3, 4)], Layout(reading_speed=10))[0].end == 3
+    # Never shorter than it is spoken.
+    assert cues([long], Layout(reading_speed=1000))[0].end == 2
+
+
+def test_highlighted_words() -> None:
+    words = [word("a<b", 0.5, 1.0), word("c", 1.2, 2.0), replace(word("d", 9, 10), channel=1)]
+    assert vtt(words, Layout(highlight_words=True)) == "\n".join(
+        [
+            "WEBVTT\n",
+            "00:00:00.500 --> 00:00:01.000\n<u>a&lt;b</u> c\n",
+            "00:00:01.000 --> 00:00:01.200\na&lt;b c\n",
+            "00:00:01.200 --> 00:00:02.000\na&lt;b <u>c</u>\n",
+            "00:00:09.000 --> 00:00:10.000\n<v channel 1><u>d</u>\n",
+        ]
+    )
+    assert vtt([word("a", 0, 0.5)], Layout(highlight_words=True)).endswith(
+        "\n00:00:00.000 --> 00:00:00.500\n<u>a</u>\n\n00:00:00.500 --> 00:00:01.000\na\n"
+    )
+    characters = vtt([spoken("今天", pace=0.06)], Layout(highlight_words=True, min_seconds=0))
+    assert characters.count("-->") == 2 and "今<u>天</u>" in characters
+
+
+@given(drawn=st.lists(st.tuples(st.text("abc", min_size=1), st.floats(0, 1), st.floats(0, 2))))
+@settings(max_examples=50, deadline=None)
+def test_a_highlighted_cue_is_as_long_as_the_cue(drawn: list[tuple[str, float, float]]) -> None:
+    words = placed(drawn)
+
+    def times(layout: Layout) -> list[list[str]]:
+        return [line.split(" --> ") for line in vtt(words, layout).split("\n") if "-->" in line]
+
+    plain = times(Layout())
+    joined: list[list[str]] = []
+    for start, end in times(Layout(highlight_words=True)):
+        assert start < end
+        if joined and joined[-1][1] == start and start not in [first for first, _ in plain]:
+            joined[-1][1] = end
+        else:
+            joined.append([start, end])
+    assert joined == plain
+
+
 @given(drawn=words_in_time, line_length=st.integers(4, 50), max_lines=st.integers(1, 3))
 @settings(max_examples=200, deadline=None)
 def test_limits_hold_and_nothing_is_lost(
@@ -319,6 +384,10 @@ def test_bad_input_is_named() -> None:
         Layout(line_length=0)
     with pytest.raises(ValueError, match="max_seconds must be positive, got 0"):
         Layout(max_seconds=0)
+    with pytest.raises(ValueError, match="max_words must be positive, got 0"):
+        Layout(max_words=0)
+    with pytest.raises(ValueError, match="reading_speed must be positive, got nan"):
+        Layout(reading_speed=math.nan)
     with pytest.raises(ValueError, match="min_seconds"):
         Layout(min_seconds=8)
     with pytest.raises(ValueError, match="min_seconds"):

@@ -22,6 +22,7 @@ from w2vbert_fast.cli import app as cli
 from w2vbert_fast.cli.transcribe import with_progress
 from w2vbert_fast.inference import Transcriber, Transcript, load_audio, load_pipeline, transcribe
 from w2vbert_fast.inference.batching import Batcher
+from w2vbert_fast.inference.ctc.subtitles import Layout, vtt
 from w2vbert_fast.inference.jobs.progress import Progress
 from w2vbert_fast.models.optimized.packed import PackedLinear
 
@@ -169,6 +170,31 @@ def test_files_beside_the_recording(tiny_checkpoint: Path, talk: Path) -> None:
     assert paths[0].read_text() == "mine"
     assert invoke(*command, "--format", "srt", "--overwrite").exit_code == 0
     assert paths[0].read_text().startswith("1\n")
+
+
+def test_the_layout_of_subtitles(tiny_checkpoint: Path, talk: Path) -> None:
+    command = ["transcribe", talk, "--model", tiny_checkpoint, "--format", "vtt", "--overwrite"]
+
+    def written(*options: str) -> str:
+        assert invoke(*command, *options).exit_code == 0
+        return talk.with_suffix(".vtt").read_text()
+
+    (expected,) = Transcriber(tiny_checkpoint, timestamps="word")(talk)
+    layout = Layout(8, 1, 5, 0.5, 0.4, max_words=1, reading_speed=12, highlight_words=True)
+    options = (
+        *("--line-length", "8", "--max-lines", "1", "--max-words", "1", "--max-cue-seconds", "5"),
+        *("--min-cue-seconds", "0.5", "--cue-pause-seconds", "0.4", "--reading-speed", "12"),
+    )
+    assert written(*options, "--highlight-words") == vtt(expected.words, layout)
+    assert written() == vtt(expected.words) != vtt(expected.words, layout)
+    for wrong, message in (
+        (["--max-words", "0"], "max_words must be positive, got 0"),
+        (["--format", "srt", "--highlight-words"], "--highlight-words needs --format vtt"),
+        (["--format", "txt", "--max-lines", "1"], "--max-lines is for subtitles, --format srt or"),
+    ):
+        used = command if wrong[0] == "--max-words" else command[:4]
+        result = invoke(*used, *wrong)
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.stderr
 
 
 def test_a_file_that_out_names(tiny_checkpoint: Path, tmp_path: Path) -> None:

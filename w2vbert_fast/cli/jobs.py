@@ -17,6 +17,7 @@ from w2vbert_fast.cli.options import REQUIRED, argument, given, option, values
 from w2vbert_fast.inference.jobs.formats import help_text
 
 if TYPE_CHECKING:
+    from w2vbert_fast.inference.ctc.subtitles import Layout
     from w2vbert_fast.inference.jobs.job import Summary
 
 HELP = (
@@ -198,7 +199,12 @@ class Job(Engine, Books, Files, Reading):
 
 
 def run_job(
-    task: str, inputs: Sequence[str], out: str, task_options: dict[str, Any], job: Job
+    task: str,
+    inputs: Sequence[str],
+    out: str,
+    task_options: dict[str, Any],
+    job: Job,
+    layout: Layout | None = None,
 ) -> int:
     """Run a job as the command line asks for it; the exit status.
 
@@ -208,6 +214,7 @@ def run_job(
         out: the job's folder.
         task_options: of the task's class.
         job: how it is run.
+        layout: of subtitles; None: the usual one.
 
     Raises:
         JobError, OSError, ValueError, TypeError, ImportError: the job has failed.
@@ -232,7 +239,7 @@ def run_job(
         **job.flow(),
     )
     runner = make_runner(kind(**task_options), flow)
-    run = Run(runner, open_inputs(inputs), out, job.formats or (), options)
+    run = Run(runner, open_inputs(inputs), out, job.formats or (), options, layout=layout)
     with _stoppable(), log_shown("w2vbert_fast.inference", below_progress=True):
         try:
             summary = run.run()

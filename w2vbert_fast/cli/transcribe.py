@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from w2vbert_fast.inference.jobs.formats import (
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.batching import Batcher
+    from w2vbert_fast.inference.ctc.subtitles import Layout
     from w2vbert_fast.inference.transcripts import Transcript
 
 SHORT = "Print what is said in audio files."
@@ -147,6 +148,45 @@ class Decoding:
         return {**values(self), "timestamps": timestamps, "hotwords": hotwords}
 
 
+@dataclass(kw_only=True)
+class Subtitles:
+    """The limits of a cue: those of `Layout`, of which the usual ones need not be given."""
+
+    line_length: int | None = option(
+        None, "Columns of a line of subtitles; wide characters take two. Default: 42."
+    )
+    max_lines: int | None = option(None, "Lines of a cue. Default: 2.")
+    max_words: int | None = option(None, "Words of a cue. Default: any number.")
+    max_cue_seconds: float | None = option(None, "Longest time of a cue. Default: 7.")
+    min_cue_seconds: float | None = option(
+        None, "Shortest time of a cue, where the next one allows. Default: 1."
+    )
+    cue_pause_seconds: float | None = option(None, "Silence that ends a cue. Default: 0.6.")
+    reading_speed: float | None = option(
+        None, "Columns a second: cues stay until they can be read, where the next one allows."
+    )
+    highlight_words: bool = option(False, "Underline each word while it is spoken, in vtt.")
+
+    def layout(self, formats: Sequence[str]) -> Layout | None:
+        """The layout; None where nothing is given.
+
+        Raises:
+            ValueError: a limit is impossible.
+            typer.BadParameter: an option means nothing for these formats.
+        """
+        wanted = given(self)
+        if not wanted:
+            return None
+        if not any(FORMATS[name].has_cues for name in formats if name in FORMATS):
+            _refuse(wanted, "is for subtitles, --format srt or vtt")
+        if self.highlight_words and "vtt" not in formats:
+            _refuse(["--highlight-words"], "needs --format vtt")
+        from w2vbert_fast.inference.ctc.subtitles import Layout
+
+        limits = {name.replace("cue_", ""): value for name, value in values(self).items()}
+        return Layout(**{name: value for name, value in limits.items() if value is not None})
+
+
 def command(
     source: jobs.Inputs,
     model: Model,
@@ -154,6 +194,7 @@ def command(
     target: Target,
     sound: Sound,
     decoding: Decoding,
+    subtitles: Subtitles,
     chunks: jobs.Chunks,
     job: jobs.Job,
 ) -> int:
@@ -171,12 +212,13 @@ def command(
         if decoding.timestamps not in (None, "none") and not (formats or printing.as_json):
             more = "add --json, --format or --out DIR"
             _refuse(["--timestamps"], f"has no effect on what is printed; {more}")
+    layout = subtitles.layout(formats)
     if model.model == "demo":
         report(DEMO_NOTICE)
     task = {**values(model, chunks), **sound.of_task(), **decoding.of_task(formats)}
     if target.out is not None and is_job:
-        return jobs.run_job("transcribe", source.inputs, target.out, task, job)
-    return _print(source.inputs, task, job, formats, target.out, printing.as_json)
+        return jobs.run_job("transcribe", source.inputs, target.out, task, job, layout)
+    return _print(source.inputs, task, job, formats, target.out, printing.as_json, layout)
 
 
 def _refuse(options: list[str], why: str) -> None:
@@ -209,6 +251,7 @@ def _print(
     formats: list[str],
     out: str | None,
     as_json: bool,
+    layout: Layout | None,
 ) -> int:
     """Transcribe and print, or write a file for each recording; the exit status."""
     from rich.console import Console
@@ -240,7 +283,7 @@ def _print(
             if row.error is not None:
                 status = ITEMS_FAILED
             elif files is not None:
-                sidecars.write(row, files[row.file], characters=characters)
+                sidecars.write(row, files[row.file], characters=characters, layout=layout)
             if as_json:
                 write_line(row.to_json(characters))
             elif row.error is not None:

@@ -2,8 +2,8 @@
 
 A cue is what is on the screen at once. Cues are made as subtitlers make them (BBC, Netflix and
 EBU guidelines agree on the numbers): at most two lines of 42 columns, at most 7 seconds, ended at
-pauses and after sentences. A cue that would be shorter than a second stays on the screen longer if
-the next one allows.
+pauses and after sentences. A cue that would be shorter than a second, or too short to be read,
+stays on the screen longer if the next one allows.
 
 What is a word between spaces may be a whole recording where a script has none between its words:
 there cues and lines end between characters too, by the same rules (`_scripts`).
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from w2vbert_fast.inference.ctc.timestamps import Character, Word
 from w2vbert_fast.inference.ctc.turns import label
@@ -36,6 +36,11 @@ class Layout:
         max_seconds: longest time on the screen.
         min_seconds: a shorter cue stays on the screen up to this long, or until the next one.
         pause_seconds: a silence this long between two words ends a cue.
+        max_words: words in a cue, where a script has no spaces its characters; None: any number.
+        reading_speed: columns a second that are read at most: a cue stays on the screen until it
+            can have been read, but no longer than `max_seconds` or until the next one; None: as
+            long as it is spoken.
+        highlight_words: WebVTT underlines each word while it is spoken.
     """
 
     line_length: int = 42
@@ -43,14 +48,19 @@ class Layout:
     max_seconds: float = 7.0
     min_seconds: float = 1.0
     pause_seconds: float = 0.6
+    max_words: int | None = None
+    reading_speed: float | None = None
+    highlight_words: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("line_length", "max_lines"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_seconds", "pause_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("line_length", "max_lines", "max_words"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("max_seconds", "pause_seconds", "reading_speed"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= self.min_seconds <= self.max_seconds:
             raise ValueError(
                 f"min_seconds must be from 0 to max_seconds ({self.max_seconds}), "
@@ -98,16 +108,27 @@ def cues(
         ValueError: a word begins before the one before it, ends before it begins, or has a time
             that is negative or not finite.
     """
-    made: list[Cue] = []
+    return [
+        Cue(shown.start, shown.end, [_joined(line) for line in shown.lines], shown.channel)
+        for shown in _on_screen(words, layout, labels=labels)
+    ]
+
+
+def _on_screen(words: Iterable[Word], layout: Layout, *, labels: bool) -> list[_Shown]:
+    """Cues in order of time, their lines in pieces."""
+    made: list[_Shown] = []
     for channel, own in _by_channel(words).items():
         following = math.inf
-        of_channel: list[Cue] = []
+        of_channel: list[_Shown] = []
         for group in reversed(_groups(own, layout, channel if labels else None)):
             # A word that lasts into the next one, and is cut, may have a part behind its beginning.
             start = min(group[0].start, following)
-            end = max(min(group[-1].end, start + layout.max_seconds), start + layout.min_seconds)
-            end = max(start, min(end, following))
-            of_channel.append(Cue(start, end, _lines(group, layout), channel))
+            readable = 0.0
+            if layout.reading_speed is not None:
+                readable = columns(_joined(group)) / layout.reading_speed
+            end = min(max(group[-1].end, start + readable), start + layout.max_seconds)
+            end = max(start, min(max(end, start + layout.min_seconds), following))
+            of_channel.append(_Shown(start, end, _lines(group, layout), channel))
             following = start
         made += reversed(of_channel)
     return sorted(made, key=lambda cue: cue.start)
@@ -126,9 +147,11 @@ def srt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
     Raises:
         ValueError: as `cues`.
     """
+    shown = _in_milliseconds(_on_screen(words, layout, labels=True))
     blocks = [
-        f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n" + "\n".join(lines) + "\n"
-        for number, (start, end, lines, _) in enumerate(_in_milliseconds(cues(words, layout)), 1)
+        f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n"
+        + "".join(f"{_joined(line)}\n" for line in cue.lines)
+        for number, (start, end, cue) in enumerate(shown, 1)
     ]
     return "\n".join(blocks)
 
@@ -136,15 +159,43 @@ def srt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
 def vtt(words: Iterable[Word], layout: Layout = DEFAULT_LAYOUT) -> str:
     """WebVTT: cues with times as ``00:01:02.345`` behind the header, and voices of channels.
 
+    With `layout.highlight_words` a cue is there once for each of its words, which is underlined,
+    and once more for each time between them: players need know nothing of styles.
+
     Arguments, result and errors as of `srt`.
     """
     blocks = ["WEBVTT\n"]
-    for start, end, lines, channel in _in_milliseconds(cues(words, layout, labels=False)):
-        text = _escaped("\n".join(lines))
-        if channel is not None:
-            text = f"<v {_escaped(label(channel))}>{text}"
-        blocks.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{text}\n")
+    for start, end, cue in _in_milliseconds(_on_screen(words, layout, labels=False)):
+        voice = "" if cue.channel is None else f"<v {_escaped(label(cue.channel))}>"
+        spoken = _spoken(cue, start, end) if layout.highlight_words else [(start, end, None)]
+        for first, last, word in spoken:
+            text = "\n".join(
+                _joined([_marked(piece, piece is word) for piece in line]) for line in cue.lines
+            )
+            blocks.append(f"{_clock(first, '.')} --> {_clock(last, '.')}\n{voice}{text}\n")
     return "\n".join(blocks)
+
+
+def _spoken(cue: _Shown, start: int, end: int) -> list[tuple[int, int, _Piece | None]]:
+    """The time of a cue, in milliseconds, divided by which of its pieces is spoken, if any is."""
+    found: list[tuple[int, int, _Piece | None]] = []
+    now = start
+    for piece in (piece for line in cue.lines for piece in line):
+        first = min(max(round(piece.start * _MILLISECONDS), now), end)
+        last = min(round(piece.end * _MILLISECONDS), end)
+        if first > now:
+            found.append((now, first, None))
+        if last > first:
+            found.append((first, last, piece))
+        now = max(first, last)
+    if end > now:
+        found.append((now, end, None))
+    return found
+
+
+def _marked(piece: _Piece, underlined: bool) -> _Piece:
+    text = _escaped(piece.text)
+    return replace(piece, text=f"<u>{text}</u>" if underlined else text)
 
 
 def _escaped(text: str) -> str:
@@ -182,6 +233,16 @@ class _Piece:
         return _Piece(self.text + following.text, self.start, following.end, self.glued)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A cue whose lines are still in pieces; else as `Cue`."""
+
+    start: float
+    end: float
+    lines: list[list[_Piece]]
+    channel: int | str | None
+
+
 def _checked(words: Iterable[Word]) -> list[Word]:
     checked = list(words)
     last = 0.0
@@ -207,7 +268,7 @@ def _groups(words: Iterable[Word], layout: Layout, channel: int | str | None) ->
     groups: list[list[_Piece]] = []
     for word in _checked(words):
         for piece in _pieces(word, layout):
-            if groups and _goes_on(groups[-1], piece, layout):
+            if groups and _goes_on(groups[-1], piece, layout, named=channel is not None):
                 groups[-1].append(piece)
             elif channel is None:
                 groups.append([piece])
@@ -270,8 +331,10 @@ def _fits(piece: _Piece, layout: Layout) -> bool:
     return columns(piece.text) <= layout.line_length
 
 
-def _goes_on(group: Sequence[_Piece], piece: _Piece, layout: Layout) -> bool:
-    """Whether a piece belongs to the cue of those before it."""
+def _goes_on(group: Sequence[_Piece], piece: _Piece, layout: Layout, *, named: bool) -> bool:
+    """Whether a piece belongs to the cue of those before it, the first of which may be a name."""
+    if layout.max_words is not None and len(group) - named >= layout.max_words:
+        return False
     if piece.end - group[0].start > layout.max_seconds:
         return False
     if piece.start - group[-1].end >= layout.pause_seconds:
@@ -286,22 +349,22 @@ def _joined(pieces: Sequence[_Piece]) -> str:
     return "".join(("" if i == 0 or p.glued else " ") + p.text for i, p in enumerate(pieces))
 
 
-def _filled(pieces: Sequence[_Piece], width: int) -> list[str]:
+def _filled(pieces: Sequence[_Piece], width: int) -> list[list[_Piece]]:
     """Lines of at most `width` columns, each as full as can be."""
-    lines: list[str] = []
+    lines: list[list[_Piece]] = []
     room = 0
     for piece in pieces:
         wanted = columns(piece.text) + (not piece.glued)
         if lines and wanted <= room:
-            lines[-1] += piece.text if piece.glued else " " + piece.text
+            lines[-1].append(piece)
             room -= wanted
         else:
-            lines.append(piece.text)
+            lines.append([piece])
             room = width - columns(piece.text)
     return lines
 
 
-def _lines(pieces: Sequence[_Piece], layout: Layout) -> list[str]:
+def _lines(pieces: Sequence[_Piece], layout: Layout) -> list[list[_Piece]]:
     """The fewest lines, of nearly equal length: the narrowest width that needs no more."""
     count = len(_filled(pieces, layout.line_length))
     width = min(
@@ -312,15 +375,14 @@ def _lines(pieces: Sequence[_Piece], layout: Layout) -> list[str]:
     return _filled(pieces, width)
 
 
-def _in_milliseconds(made: Iterable[Cue]) -> list[tuple[int, int, list[str], int | str | None]]:
-    """Start, end, lines and channel; rounding keeps the order and shows every cue for a
-    millisecond."""
+def _in_milliseconds(made: Iterable[_Shown]) -> list[tuple[int, int, _Shown]]:
+    """Starts and ends of cues; rounding keeps the order and shows each for a millisecond."""
     rows = []
     last: dict[int | str | None, int] = {}
     for cue in made:
         start = max(round(cue.start * _MILLISECONDS), last.get(cue.channel, 0))
         end = last[cue.channel] = max(round(cue.end * _MILLISECONDS), start + 1)
-        rows.append((start, end, cue.lines, cue.channel))
+        rows.append((start, end, cue))
     return rows
 
 

@@ -27,6 +27,7 @@ from w2vbert_fast.checkpoints.files import to_disk
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from w2vbert_fast.inference.ctc.subtitles import Layout
     from w2vbert_fast.inference.rows import Result
     from w2vbert_fast.inference.tasks.base import Task
     from w2vbert_fast.inference.tasks.transcribe import Transcription
@@ -53,6 +54,7 @@ class Format(abc.ABC):
         stem: name of the shard's files, without an ending.
         columns: types of the carried columns, for tables with types.
         own: names and Arrow types of the task's columns, for tables with types.
+        layout: of subtitles.
 
     Attributes:
         name: what `--format` calls it, the ending of its files, and the name of their folder.
@@ -63,6 +65,7 @@ class Format(abc.ABC):
         in_jobs: jobs write it.
         beside: it can be written beside the recordings.
         has_times: it shows when words were said.
+        has_cues: it shows words in cues, whose layout can be chosen.
     """
 
     name: ClassVar[str]
@@ -73,6 +76,7 @@ class Format(abc.ABC):
     in_jobs: ClassVar[bool] = True
     beside: ClassVar[bool] = False
     has_times: ClassVar[bool] = False
+    has_cues: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class Format(abc.ABC):
         stem: str,
         columns: Columns | None = None,
         own: Sequence[tuple[str, Any]] = (),
+        layout: Layout | None = None,
     ) -> None:
         self.folder = folder
         self.path = temporary(folder / f"{stem}.{self.name}")
@@ -161,6 +166,7 @@ class ParquetTable(Format):
         stem: str,
         columns: Columns | None = None,
         own: Sequence[tuple[str, Any]] = (),
+        layout: Layout | None = None,
     ) -> None:
         super().__init__(folder, stem)
         arrow = require("pyarrow", "offline")
@@ -250,21 +256,30 @@ class FilePerRecording(Format):
 
     per_recording = True
 
-    def __init__(self, folder: Path, stem: str, *types: Any, **named: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        columns: Columns | None = None,
+        own: Sequence[tuple[str, Any]] = (),
+        layout: Layout | None = None,
+    ) -> None:
         super().__init__(folder, stem)
         self._written: list[Path] = []
+        self._layout = layout
 
     @classmethod
     def goes_with(cls, task: Task) -> bool:
         return cls.in_jobs and task.name == "transcribe"
 
     @classmethod
-    def content(cls, result: Any, characters: bool = False) -> str:
+    def content(cls, result: Any, characters: bool = False, layout: Layout | None = None) -> str:
         """What the file holds.
 
         Args:
             result: of a recording that went well.
             characters: whether characters have times too.
+            layout: of subtitles; None: the usual one.
         """
         raise NotImplementedError
 
@@ -286,7 +301,7 @@ class FilePerRecording(Format):
 
     def write(self, path: Path, result: Any) -> None:
         """Write the file of a result."""
-        path.write_text(self.content(result), encoding="utf-8")
+        path.write_text(self.content(result, layout=self._layout), encoding="utf-8")
 
     def close(self) -> list[Path]:
         for path in self._written:
@@ -306,12 +321,18 @@ class Text(FilePerRecording):
     beside = True
 
     @classmethod
-    def content(cls, result: Transcription | Transcript, characters: bool = False) -> str:
+    def content(
+        cls,
+        result: Transcription | Transcript,
+        characters: bool = False,
+        layout: Layout | None = None,
+    ) -> str:
         from w2vbert_fast.inference.ctc import subtitles
 
         text = result.text or ""
         if result.words is not None:
-            text = getattr(subtitles, cls.name)(result.words)
+            layout = layout or subtitles.DEFAULT_LAYOUT
+            text = getattr(subtitles, cls.name)(result.words, layout)
         return text if text.endswith("\n") else text + "\n"
 
 
@@ -320,6 +341,7 @@ class SubRip(Text):
 
     name = "srt"
     has_times = True
+    has_cues = True
 
 
 class WebVtt(Text):
@@ -327,6 +349,7 @@ class WebVtt(Text):
 
     name = "vtt"
     has_times = True
+    has_cues = True
 
 
 class JsonFile(FilePerRecording):
@@ -339,7 +362,9 @@ class JsonFile(FilePerRecording):
     has_times = True
 
     @classmethod
-    def content(cls, result: Transcript, characters: bool = False) -> str:
+    def content(
+        cls, result: Transcript, characters: bool = False, layout: Layout | None = None
+    ) -> str:
         return result.to_json(characters, indent=2) + "\n"
 
 
@@ -442,15 +467,17 @@ class Formats:
 
     Attributes:
         names: a table's, "jsonl" or "parquet", and others that the task has.
+        layout: of subtitles; None: the usual one.
 
     Raises:
         ValueError: a format is unknown, or does not go with the task or with another format.
     """
 
     names: tuple[str, ...]
+    layout: Layout | None = None
 
     @classmethod
-    def of_task(cls, task: Task, names: Sequence[str]) -> Formats:
+    def of_task(cls, task: Task, names: Sequence[str], layout: Layout | None = None) -> Formats:
         """Formats of a task; without names, its usual one."""
         known = {name: kind for name, kind in FORMATS.items() if kind.goes_with(task)}
         for name in names:
@@ -467,7 +494,7 @@ class Formats:
         timed = [name for name in chosen if FORMATS[name].has_times]
         if timed and getattr(task, "timestamps", None) == "none":
             raise ValueError(f"format {timed[0]!r} needs timestamps 'word' or 'character'")
-        return cls(tuple(chosen))
+        return cls(tuple(chosen), layout)
 
     @property
     def table(self) -> type[Format]:
@@ -489,7 +516,7 @@ class Formats:
             others = [name for name in self.names if not FORMATS[name].is_table]
             own = [*task.typed_columns(), *((f"{name}_file", string) for name in others)]
         stem = f"{PARTS}{number:06d}"
-        return [FORMATS[name](folder, stem, columns, own) for name in self.names]
+        return [FORMATS[name](folder, stem, columns, own, self.layout) for name in self.names]
 
 
 def remove_results(folder: Path) -> None:

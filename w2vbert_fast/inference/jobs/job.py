@@ -12,13 +12,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder, read_json, to_disk, write_json
+from w2vbert_fast.inference.ctc.subtitles import Layout
 from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results
 from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Journal, differences
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
@@ -100,6 +101,7 @@ class Job:
         formats: names of formats; none: the task's usual one.
         options: how books are kept.
         stream: where progress is reported; None: standard error.
+        layout: of subtitles; None: the usual one.
 
     Raises:
         ValueError: a format does not go with the task.
@@ -113,11 +115,12 @@ class Job:
         formats: Sequence[str] = (),
         options: JobOptions | None = None,
         stream: TextIO | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.runner = runner
         self.inputs = inputs
         self.folder = Path(folder)
-        self.formats = Formats.of_task(runner.task, formats)
+        self.formats = Formats.of_task(runner.task, formats, layout)
         self.options = options or JobOptions()
         self.columns = Columns({})
         self.progress = Progress(inputs.total, 0, 0, as_json=self.options.log_json, stream=stream)
@@ -307,7 +310,7 @@ class Job:
         to_disk(self.folder)
 
     def _fingerprint(self) -> dict[str, Any]:
-        task = self.runner.task
+        task, layout = self.runner.task, self.formats.layout
         return {
             "model": {"name": os.fspath(task.model), "files": task.fingerprint()},
             "input": self.inputs.fingerprint,
@@ -315,6 +318,8 @@ class Job:
                 **task.options(),
                 "formats": list(self.formats.names),
                 "longest": self.runner.flow.longest,
+                # Only where it is given, so that folders of before know themselves.
+                **({} if layout is None else {"layout": asdict(layout)}),
             },
         }
 

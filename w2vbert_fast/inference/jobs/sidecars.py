@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from w2vbert_fast.checkpoints.files import write_text
+from w2vbert_fast.inference.ctc.subtitles import Layout
 from w2vbert_fast.inference.jobs.formats import BESIDE
 from w2vbert_fast.inference.transcripts import Transcript
 from w2vbert_fast.recordings.inputs import Files, Folder, Inputs
@@ -73,17 +74,24 @@ def _same(path: Path, recording: Path) -> bool:
     return path.exists() and recording.exists() and path.samefile(recording)
 
 
-def write(row: Transcript, paths: Sequence[Path], *, characters: bool = False) -> None:
+def write(
+    row: Transcript,
+    paths: Sequence[Path],
+    *,
+    characters: bool = False,
+    layout: Layout | None = None,
+) -> None:
     """Write the files of a recording that went well, each under a temporary name first.
 
     Args:
         row: the transcript.
         paths: from `plan`; their endings say in which format.
         characters: whether JSON has the times of characters too.
+        layout: of subtitles; None: the usual one.
 
     Raises:
         OSError: a file cannot be written.
     """
     assert row.text is not None
     for path in paths:
-        write_text(path, BESIDE[path.suffix[1:].lower()].content(row, characters))
+        write_text(path, BESIDE[path.suffix[1:].lower()].content(row, characters, layout))
