@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from w2vbert_fast import ops
-from w2vbert_fast.ops.examples import Sizes
+from w2vbert_fast.ops.dispatch import force
+from w2vbert_fast.ops.examples import Sizes, example
 from w2vbert_fast.ops.operation import OPERATIONS
 
 SMALL = Sizes(
@@ -42,6 +43,28 @@ def in_float64(tree: Any) -> Any:
     return torch.utils._pytree.tree_map(
         lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree
     )
+
+
+def arguments(
+    name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Any, ...]:
+    """Arguments of a registered operation. A gradient takes what the forward operation gives as it
+    runs then: the log-sum-exp of plain bf16 is rounded."""
+    with torch.no_grad():
+        first, *others = example(name, sizes, dtype=dtype, device=device)
+    # The first of equal logits counts.
+    return first.round() if name == "ctc_greedy" else first, *others
+
+
+def answers(name: str, given: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """An operation's results by plain PyTorch: in the dtype of its arguments, and in float64. Of
+    waveforms the first are both."""
+    operation = getattr(torch.ops.w2vbert, name)
+    with torch.no_grad(), force("plain"):
+        plain = leaves(operation(*given))
+        if name in OF_WAVEFORMS:
+            return plain, plain
+        return plain, leaves(operation(*in_float64(given)))
 
 
 def plain_form(name: str) -> Callable[..., Any]:

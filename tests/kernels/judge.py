@@ -8,13 +8,14 @@ by 1e-5 of the largest element.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tests.helpers.operations import OF_WAVEFORMS
 from tests.kernels.lane import FP32_TOLERANCE
 
 if TYPE_CHECKING:
@@ -209,6 +210,44 @@ class Judge:
                 f"RMS {ours.rms:.3g}; allowed: {allowed}\n  {elements}"
             )
         return ours
+
+    def operation(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        ours: Sequence[Tensor],
+        plain: Sequence[Tensor],
+        exact: Sequence[Tensor],
+    ) -> None:
+        """Asserts of all results of a registered operation that they are as they have to be.
+
+        Args:
+            name: of the operation.
+            dtype: of its arguments.
+            ours: its results by the kernels.
+            plain, exact: as `tests.helpers.operations.answers` gives them.
+        """
+        limit = OF_WAVEFORMS.get(name)
+        assert len(ours) == len(exact) > 0
+        for number, (one, theirs, right) in enumerate(zip(ours, plain, exact, strict=True)):
+            if not one.is_floating_point():
+                assert torch.equal(one, right), f"{name}: result {number} differs"
+                self.counted(name, one.dtype)
+                continue
+            if limit is not None:  # `exact` is plain PyTorch in float32
+                off = (one - right).abs().max()
+                assert off <= limit, f"{name}: off by {float(off):.3g}"
+            few = one.numel() < ENOUGH_FOR_A_LARGEST
+            self(
+                name,
+                one,
+                right.double(),
+                theirs,
+                inputs=dtype,
+                largest_limit=math.inf if few else None,
+                tolerance=FP32_TOLERANCE if limit is None else limit,
+                or_a_unit=name.endswith("_backward"),  # as test_gemm_backward.py has it
+            )
 
     def counted(self, kernel: str, dtype: torch.dtype) -> None:
         """Remembers a comparison that must be, and was, exact."""

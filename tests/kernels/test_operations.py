@@ -5,7 +5,6 @@ no waiting for the host.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,12 +14,18 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from tests.helpers.operations import OF_WAVEFORMS, SMALL, WITH_KERNELS, in_float64, leaves
-from tests.kernels.judge import ENOUGH_FOR_A_LARGEST, Judge
+from tests.helpers.operations import (
+    OF_WAVEFORMS,
+    SMALL,
+    WITH_KERNELS,
+    answers,
+    arguments,
+    leaves,
+)
+from tests.kernels.judge import Judge
 from tests.kernels.lane import (
     DEVICE,
     DTYPES,
-    FP32_TOLERANCE,
     INTERPRETED,
     VIRTUAL,
     WIDTH,
@@ -31,21 +36,10 @@ from tests.kernels.lane import (
 from tests.kernels.models import SIZES, batch, fast, kernels, make
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.ops import dispatch
-from w2vbert_fast.ops.examples import example
 from w2vbert_fast.ops.operation import OPERATIONS
 
 LENGTHS = choose([5, 0, 300, 64], [5, 0, 7])
-
-
 EXAMPLES = replace(SMALL, lengths=tuple(LENGTHS), width=WIDTH, inner=2 * WIDTH)
-
-
-def arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    first, *others = example(name, EXAMPLES, dtype=dtype, device=DEVICE)
-    # The first of equal logits counts.
-    return first.round() if name == "ctc_greedy" else first, *others
-
-
 COMPARED = {
     "small": SMALL,
     "published": replace(
@@ -69,38 +63,13 @@ DTYPES_OF = {name: DTYPES[:1] if name in OF_WAVEFORMS else DTYPES for name in WI
 )
 @pytest.mark.parametrize("size", COMPARED)
 def test_every_operation(size: str, name: str, dtype: torch.dtype, judge: Judge) -> None:
-    limit = OF_WAVEFORMS.get(name)
-    operation = getattr(torch.ops.w2vbert, name)
-    # A gradient takes what the forward kernels gave: the log-sum-exp of plain bf16 is rounded.
+    with dispatch.force_triton():
+        given = arguments(name, COMPARED[size], dtype, DEVICE)
+    plain, exact = answers(name, given)
     with torch.no_grad(), dispatch.force_triton():
-        given = example(name, COMPARED[size], dtype=dtype, device=DEVICE)
-    with torch.no_grad(), dispatch.force("plain"):
-        if name == "ctc_greedy":  # the first of equal logits counts
-            given = (given[0].round(), *given[1:])
-        plain = leaves(operation(*given))
-        exact = plain if limit is not None else leaves(operation(*in_float64(given)))
-    with torch.no_grad(), dispatch.force_triton():
-        ours = leaves(operation(*given))
+        ours = leaves(getattr(torch.ops.w2vbert, name)(*given))
     assert judge.row.launches or VIRTUAL is None
-    assert len(ours) == len(exact) > 0
-    for one, theirs, right in zip(ours, plain, exact, strict=True):
-        if not one.is_floating_point():
-            assert torch.equal(one, right)
-            judge.counted(name, one.dtype)
-            continue
-        if limit is not None:  # `exact` is plain PyTorch in float32
-            assert (one - right).abs().max() <= limit
-        few = one.numel() < ENOUGH_FOR_A_LARGEST
-        judge(
-            name,
-            one,
-            right.double(),
-            theirs,
-            inputs=dtype,
-            largest_limit=math.inf if few else None,
-            tolerance=FP32_TOLERANCE if limit is None else limit,
-            or_a_unit=name.endswith("_backward"),  # as test_gemm_backward.py has it
-        )
+    judge.operation(name, dtype, ours, plain, exact)
 
 
 # Those of gradients have a lane of their own.
@@ -112,7 +81,7 @@ NAMES = sorted(name for name in OPERATIONS if not name.endswith("_backward"))
 def test_opcheck(name: str, dtype: torch.dtype, judge: Judge) -> None:
     operation = getattr(torch.ops.w2vbert, name).default
     with kernels():
-        result = torch.library.opcheck(operation, arguments(name, dtype))
+        result = torch.library.opcheck(operation, arguments(name, EXAMPLES, dtype, DEVICE))
     assert set(result.values()) == {"SUCCESS"}
     judge.counted(f"opcheck/{name}", dtype)
 
@@ -120,7 +89,7 @@ def test_opcheck(name: str, dtype: torch.dtype, judge: Judge) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_two_runs_are_bit_equal(name: str, dtype: torch.dtype, judge: Judge) -> None:
-    operation, inputs = getattr(torch.ops.w2vbert, name), arguments(name, dtype)
+    operation, inputs = getattr(torch.ops.w2vbert, name), arguments(name, EXAMPLES, dtype, DEVICE)
     with kernels():
         first, second = (torch.utils._pytree.tree_leaves(operation(*inputs)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -248,7 +217,8 @@ def test_the_layer_is_on_the_kernels(judge: Judge) -> None:
 def test_launches_go_to_the_device_of_the_tensors(name: str) -> None:
     if WITHOUT_DEVICE or torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
-    operation, inputs = getattr(torch.ops.w2vbert, name), arguments(name, torch.float32)
+    operation = getattr(torch.ops.w2vbert, name)
+    inputs = arguments(name, EXAMPLES, torch.float32, DEVICE)
     expected = torch.utils._pytree.tree_leaves(operation(*inputs))
     moved = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to("cuda:1"), inputs)
     got = torch.utils._pytree.tree_leaves(operation(*moved))

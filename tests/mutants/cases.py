@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.helpers.operations import OF_WAVEFORMS, SMALL, WITH_KERNELS, in_float64, leaves
+from tests.helpers.operations import (
+    OF_WAVEFORMS,
+    SMALL,
+    WITH_KERNELS,
+    answers,
+    arguments,
+    leaves,
+)
+from tests.kernels.judge import Judge
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import Counts, ExecutionError, Executor
 from tools.virtual_gpu.global_memory import Checks
@@ -18,7 +26,7 @@ from tools.virtual_gpu.mutants import Mutant, watched
 from tools.virtual_gpu.record import Launch
 from tools.virtual_gpu.trace import ORDERS, Trace, traced
 from w2vbert_fast.ops.dispatch import force
-from w2vbert_fast.ops.examples import Sizes, example
+from w2vbert_fast.ops.examples import Sizes
 
 # What takes longest comes last.
 NAMES = sorted(WITH_KERNELS, key=lambda name: name in OF_WAVEFORMS)
@@ -66,17 +74,10 @@ class Case:
 
     def __init__(self, name: str, sizes: Sizes, target: str) -> None:
         self.name, self.target = name, target
-        self.off = OF_WAVEFORMS.get(name)
-        dtype = torch.bfloat16 if self.off is None else torch.float32
-        with torch.no_grad(), force("plain"):
-            self.arguments = example(name, sizes, dtype=dtype)
-            if name == "ctc_greedy":  # the first of equal logits counts
-                self.arguments = (self.arguments[0].round(), *self.arguments[1:])
-            operation = getattr(torch.ops.w2vbert, name)
-            self.plain = leaves(operation(*self.arguments))
-            self.exact = self.plain
-            if self.off is None:
-                self.exact = leaves(operation(*in_float64(self.arguments)))
+        self.dtype = torch.float32 if name in OF_WAVEFORMS else torch.bfloat16
+        with activated(target, Executor(UNCHECKED)), force("triton"):
+            self.arguments = arguments(name, sizes, self.dtype)
+        self.plain, self.exact = answers(name, self.arguments)
         self.ran: list[Ran] = []
         self.traces: dict[str, list[Trace]] = {}
         branches: list[int] = []
@@ -96,39 +97,23 @@ class Case:
             raise AssertionError(f"{name} on {target}: {fault}")
 
     def _called(self, run: Callable[[Launch], None]) -> list[Tensor]:
-        arguments = torch.utils._pytree.tree_map(
+        given = torch.utils._pytree.tree_map(
             lambda x: x.clone() if isinstance(x, Tensor) else x, self.arguments
         )
         # What is never written has the same bits in every run.
         torch.use_deterministic_algorithms(True)
         try:
             with torch.no_grad(), activated(self.target, run), force("triton"):
-                return leaves(getattr(torch.ops.w2vbert, self.name)(*arguments))
+                return leaves(getattr(torch.ops.w2vbert, self.name)(*given))
         finally:
             torch.use_deterministic_algorithms(False)
 
     def _off(self, ours: list[Tensor]) -> str:
-        """By how much results are further from float64 than they may be, or nothing."""
-        for number, (one, theirs, right) in enumerate(
-            zip(ours, self.plain, self.exact, strict=True)
-        ):
-            if not one.is_floating_point():
-                if not torch.equal(one, right):
-                    return f"result {number} differs"
-                continue
-            error, allowed = ((x.double() - right).abs() for x in (one, theirs))
-            rounding = torch.finfo(one.dtype).eps * right.abs()
-            if self.off is not None:
-                within = bool(error.max() <= self.off)
-            else:
-                within = bool(
-                    error.square().mean().sqrt()
-                    <= 1.1 * allowed.square().mean().sqrt() + rounding.square().mean().sqrt()
-                )
-                if one.numel() >= 256:
-                    within &= bool(error.max() <= 1.1 * allowed.max() + rounding.max())
-            if not within:
-                return f"result {number} is off by {float(error.max()):.2g}"
+        """By how much results are further off than the tests of kernels let them be, or nothing."""
+        try:
+            Judge().operation(self.name, self.dtype, ours, self.plain, self.exact)
+        except AssertionError as error:
+            return str(error).partition("\n")[0]
         return ""
 
     def tried(self, ptx: str, mutant: Mutant) -> Outcome:

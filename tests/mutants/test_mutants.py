@@ -27,7 +27,7 @@ def test_mutants_of_a_kernel(target: str) -> None:
     # That x - mean is taken the wrong way round shows in the result alone.
     outcomes = [case.tried(ptx, m) for m in everything if "sub.f32" in m.before][:3]
     assert [one.how for one in outcomes] == ["wrong"] * 3
-    assert "is off by" in outcomes[0].said
+    assert "largest error" in outcomes[0].said
     # Without a mutant nothing is off.
     nothing = next(m for m in everything if m.operator == "constant changed")
     same = type(nothing)(nothing.operator, nothing.line, nothing.before, nothing.before, "")

@@ -57,8 +57,8 @@ class Blocks:
         products, product_groups: the same of wgmma.
         owed: what becomes of the accumulators of wgmma under way, by their names, and which product
             of several makes it; owing: those accumulators; lent: registers that such a product
-            reads; unfenced: those read or written since the last wgmma.fence. The last three are sets as
-            `Program.bits` writes them.
+            reads; unfenced: those read or written since the last wgmma.fence. The last three are
+            sets as `Program.bits` writes them.
     """
 
     numbers: np.ndarray
