@@ -13,11 +13,19 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*/*.md")))
 RESULTS = ROOT / "bench" / "results" / "cpu_2_cores"
+MACHINES = {
+    "AMD EPYC, AVX512-BF16": "cpu_2_cores/all.json",
+    "of the same description": "cpu_slower_gemm.json",
+    "Intel Xeon, AMX, disturbed": "cpu_amx.json",
+}
+"""Runs of `make bench` on two cores by machine: that of all tables, and others."""
+DISTURBED = "disturbed"
+"""In a machine's name: other processes ran beside the benchmark, its ratios do not count."""
 EXECUTED = ROOT / "docs" / "inside" / "executed.json"
 """`python -m tests.kernels --summary` writes it."""
 OURS = "w2vbert_fast"
@@ -53,9 +61,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _rows(file: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((RESULTS / file).read_text())["rows"]
-    return [row for row in rows if row["seconds"] is not None]
+def _content(file: str, folder: Path = RESULTS) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / file).read_text())
+    return content
+
+
+def _rows(file: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    return [row for row in _content(file, folder)["rows"] if row["seconds"] is not None]
 
 
 def _peer(row: dict[str, Any]) -> str:
@@ -89,14 +101,38 @@ def _ours(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     )
 
 
+class _Compared(NamedTuple):
+    """Ours and the fastest peer on a machine."""
+
+    machine: str
+    gemm_rate: float | None  # FLOP/s, where one was measured in this dtype
+    ours: dict[str, Any]
+    best: dict[str, Any] | None
+
+
+def _compared(work: str, dtype: str) -> list[_Compared]:
+    """What machines have measured of this, that of all tables first."""
+    found = []
+    for machine, file in MACHINES.items():
+        content = _content(file, RESULTS.parent)
+        rows = [
+            row
+            for row in _rows(file, RESULTS.parent)
+            if (row["workload"], row["dtype"]) == (work, dtype)
+        ]
+        if rows:
+            others = (row for row in rows if row["implementation"] != OURS)
+            best = min(others, key=_median, default=None)
+            found.append(_Compared(machine, content["gemm_rate"].get(dtype), _ours(rows), best))
+    return found
+
+
 def speed() -> str:
     """Six rows for README: the fastest peer of each."""
     table = []
-    everything = _rows("all.json")
     for work, dtype in _IN_README:
-        rows = [row for row in everything if (row["workload"], row["dtype"]) == (work, dtype)]
-        ours = _ours(rows)
-        best = min((row for row in rows if row["implementation"] != OURS), key=_median)
+        (_, _, ours, best), *others = _compared(work, dtype)
+        assert best is not None
         table.append(
             [
                 _WORK[work],
@@ -106,10 +142,41 @@ def speed() -> str:
                 _seconds(best),
                 _seconds(ours),
                 _ratio(best, ours),
+                ", ".join(
+                    _ratio(other.best, other.ours)
+                    for other in others
+                    if other.best is not None and DISTURBED not in other.machine
+                ),
             ]
         )
-    header = ["work", "layers", "dtype", "fastest other", "seconds", "here", "ratio"]
+    header = ["work", "layers", "dtype", "fastest other", "seconds", "here", "ratio", "elsewhere"]
     return markdown(header, table)
+
+
+def machines() -> str:
+    """What several machines have measured, with their GEMM's rate."""
+    table = []
+    for work, dtype in dict.fromkeys((row["workload"], row["dtype"]) for row in _rows("all.json")):
+        compared = _compared(work, dtype)
+        for machine, rate, ours, best in compared if len(compared) > 1 else ():
+            share = ours.get("share_of_gemm")  # of the rate in the same rounds
+            if share is None and rate is not None:
+                share = ours["flops"] / _median(ours) / rate
+            table.append(
+                [
+                    _WORK[work],
+                    dtype,
+                    machine,
+                    "" if rate is None else f"{rate / 1e9:,.0f}",
+                    _seconds(ours),
+                    "" if share is None else f"{share:.2f}",
+                    "" if best is None else _peer(best),
+                    "" if best is None else _seconds(best),
+                    "" if best is None else _ratio(best, ours),
+                ]
+            )
+    header = ["work", "dtype", "machine", "GEMM, GFLOP/s", "here, s", "of the GEMM's rate"]
+    return markdown([*header, "fastest other", "s", "ratio"], table)
 
 
 def speed_of_all() -> str:
@@ -246,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "devices": devices,
     "speed": speed,
     "speed-all": speed_of_all,
+    "machines": machines,
     "training": training,
     "host": host,
     "executed": executed,
