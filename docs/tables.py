@@ -274,6 +274,15 @@ def roofline() -> str:
     return markdown(table.header, table.rows)
 
 
+def predicted() -> str:
+    """Its times, predicted."""
+    from bench.ledger.predicted import predictions, predictions_table
+    from bench.ledger.workload import Workload
+
+    table = predictions_table(predictions(Workload()))
+    return markdown(table.header, table.rows)
+
+
 def host() -> str:
     """Host time of launches, in multiples of a bare one, before there were launch plans and now."""
     before, now = (
@@ -319,8 +328,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "executed": executed,
     "ledger": ledger,
     "roofline": roofline,
+    "predicted": predicted,
 }
-SLOW = ("ledger", "roofline")
+SLOW = ("ledger", "roofline", "predicted")
 """Those that take more than a second; a test looks at the others."""
 
 

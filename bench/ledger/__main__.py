@@ -4,8 +4,8 @@
 
 counts the kernels' path of this library and transformers' eager and sdpa attention under the same
 shapes, and sets the counts against the peak rates of three GPUs; `--training` does so for a
-training step. It is a model and not a measurement, and needs no GPU. What is counted, and how:
-docs/inside/ledger.md.
+training step, and `--predicted` predicts the kernels' times on four. It is a model and not a
+measurement, and needs no GPU. What is counted, and how: docs/inside/ledger.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ledger.forward import ledger, render
+from bench.ledger.predicted import predictions, render_predictions
 from bench.ledger.training import render_training, training_ledger
 from bench.ledger.workload import DTYPES, Workload
 
@@ -46,13 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--training", action="store_true", help="of a training step instead of a forward pass"
     )
+    parser.add_argument(
+        "--predicted", action="store_true", help="times of the kernels, predicted, with a range"
+    )
     parser.add_argument("--operations", action="store_true", help="list a layer's operations")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
     options = parser.parse_args(argv)
+    if options.predicted and options.training:
+        parser.error("--predicted is of a forward pass; leave --training out")
     count: Callable[..., dict[str, Any]] = ledger
     show: Callable[..., str] = render
     if options.training:
         count, show = training_ledger, render_training
+    if options.predicted:
+        count, show = predictions, render_predictions
     try:
         workload = Workload(
             options.batch,

@@ -6,7 +6,7 @@ lower bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Gpu:
     Attributes:
         name: as people say it.
         arch: the name by which `csrc_triton.architectures` knows it.
+        multiprocessors: that this device has.
         bandwidth: of device memory, bytes a second.
         matrix: FLOP/s of matrix products by dtype. "fp32" is full precision ("ieee"), as both the
             kernels and PyTorch run it by default: the vector units on NVIDIA, which has no such
@@ -27,6 +28,7 @@ class Gpu:
 
     name: str
     arch: str
+    multiprocessors: int
     bandwidth: float
     matrix: dict[str, float]
     vector: float
@@ -37,6 +39,7 @@ class Gpu:
 A100 = Gpu(
     name="A100 SXM 80 GB",
     arch="sm_80",
+    multiprocessors=108,
     bandwidth=2.039e12,
     matrix={"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
     vector=19.5e12,
@@ -48,6 +51,7 @@ A100 = Gpu(
 H100 = Gpu(
     name="H100 SXM",
     arch="sm_90",
+    multiprocessors=132,
     bandwidth=3.35e12,
     matrix={"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 66.9e12},
     vector=66.9e12,
@@ -55,9 +59,28 @@ H100 = Gpu(
     source="NVIDIA H100 Tensor Core GPU Architecture white paper, table of peak rates (SXM5)",
 )
 
+H200 = replace(
+    H100,
+    name="H200 SXM",
+    bandwidth=4.8e12,
+    source="NVIDIA H200 Tensor Core GPU data sheet; rates of arithmetic are the H100's",
+)
+
+L40S = Gpu(
+    name="L40S",
+    arch="sm_89",
+    multiprocessors=142,
+    bandwidth=0.864e12,
+    matrix={"bf16": 362.05e12, "fp16": 362.05e12, "fp32": 91.6e12},
+    vector=91.6e12,
+    double=1.43e12,
+    source="NVIDIA L40S data sheet; fp64 at a 64th of fp32, NVIDIA Ada GPU Architecture",
+)
+
 MI300X = Gpu(
     name="MI300X",
     arch="gfx942",
+    multiprocessors=304,
     bandwidth=5.3e12,
     matrix={"bf16": 1307.4e12, "fp16": 1307.4e12, "fp32": 163.4e12},
     vector=163.4e12,
@@ -66,3 +89,4 @@ MI300X = Gpu(
 )
 
 GPUS = (A100, H100, MI300X)
+"""Of the rooflines."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bench.ledger.counts import roofline, seconds_on
 from bench.ledger.forward import OURS, PATHS, SDPA, ledger, ratios, trace_encoder
 from bench.ledger.hardware import GPUS, H100
 from bench.ledger.ours import COSTS
+from bench.ledger.predicted import LIKELY, PREDICTED, predicted_seconds, predictions
 from bench.ledger.trace import Counter, Operation, trace
 from bench.ledger.workload import Workload
 from csrc_triton import ctc
@@ -24,6 +26,7 @@ from csrc_triton.attention import build_tile_map, forward as attention
 from csrc_triton.conv import forward as conv
 from csrc_triton.fbank import forward as fbank
 from csrc_triton.gemm import forward as linear
+from csrc_triton.gemm.config import linear_config, predicted_clocks
 from csrc_triton.norm import forward as norm
 from tools.virtual_gpu.requests import Uncompiled
 from w2vbert_fast.models.optimized.stacked import lay_end_to_end
@@ -388,6 +391,44 @@ def test_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for counts in written["paths"].values():
         by_kind = sum(row["bytes"] for row in counts["layer_operations"])
         assert by_kind == counts["layer"]["bytes"]
+
+
+def test_predictions_lie_between_their_range_and_above_the_bound() -> None:
+    found = predictions(Workload(2, 80, layers=2))
+    for gpu in PREDICTED:
+        kernels = [times[gpu.name] for times in found["kernels"].values()]
+        for times in (*kernels, found[OURS][gpu.name], found[SDPA][gpu.name]):
+            assert 0 <= times["bound"] < times["best"] < times["likely"] < times["worst"]
+        for name, whole in found[OURS][gpu.name].items():
+            assert sum(times[name] for times in kernels) == pytest.approx(whole)
+
+
+def test_a_predicted_product_takes_the_clocks_of_its_tile() -> None:
+    operation = Operation("w2vbert.linear", "24000x1024 @ 4096x1024", _product(24_000, 4096, 1024))
+    size = (24_000, 4096, 1024, torch.bfloat16, "sm_90", 132)
+    clock = 989.4e12 / (2 * 2048 * 132)
+    assert 1.8e9 < clock < 1.9e9
+    exact = replace(LIKELY, tiles=0.5, between=1e-6)
+    seconds = predicted_clocks(linear_config(*size), *size) / (clock * 0.5) + 1e-6
+    assert predicted_seconds(H100, operation, "bf16", exact) == pytest.approx(seconds)
+    slow = replace(H100, bandwidth=1e9)  # so slow that it alone counts
+    moving = operation.cost.moved / (1e9 * exact.bandwidth) + 1e-6
+    assert predicted_seconds(slow, operation, "bf16", exact) == pytest.approx(moving)
+
+
+def _product(tokens: int, columns: int, inner: int) -> Cost:
+    moved = 2 * (tokens * inner + columns * inner)
+    return Cost(1, moved, 2 * tokens * columns, matrix_flops=2 * tokens * columns * inner)
+
+
+def test_the_command_says_that_it_predicts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--batch", "2", "--frames", "80", "--layers", "2", "--predicted"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("PREDICTED, not measured: 2 utterances x 80 frames")
+    assert all(gpu.name in printed for gpu in PREDICTED)
+    with pytest.raises(SystemExit):
+        command.main(["--predicted", "--training"])
+    assert "--predicted is of a forward pass" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
