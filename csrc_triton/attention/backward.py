@@ -124,7 +124,11 @@ def near_shift(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
 ):
-    """What is added to the scores of a block that touches the band, in units of log 2."""
+    """What is added to the scores of a block that touches the band, in units of log 2.
+
+    Where a pair outside of the band would lie, lies one of another row, which is read in vain: with
+    a mask loads are as narrow as one number.
+    """
     near = tl.load(score_ptrs)
     near = tl.where(columns <= rows - LEFT, left_shift, near)
     near = tl.where(columns >= rows + RIGHT, right_shift, near)
@@ -646,9 +650,9 @@ def shaw_attention_bwd_queries_kernel(
             tl.debug_barrier()  # other threads may have yet to read the scores of this block
             interior = ~is_left & ~is_right & key_mask[None, :] & row_mask[:, None]
             tl.store(score_ptrs, ds, mask=interior)
+            tl.debug_barrier()  # other threads than those that wrote dP read there
 
     if HAS_POSITIONS:
-        tl.debug_barrier()  # dP was written by other threads than those that will read it
         dq = _position_gradients(
             dq, query, distance_ptr, share_base, scores_base + rows * (ROW_STRIDE + 1) - LEFT,
             rows, length, num_keys, left_sum, right_sum, channels, stride_e_row, scale,

@@ -28,12 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.architectures import architecture
-from csrc_triton.functions import (
-    activate,
-    activation_constant,
-    activation_derivative,
-    has_tanh,
-)
+from csrc_triton.functions import activate, activation_constant, activation_derivative
 from csrc_triton.gemm.config import EpilogueBackwardConfig, epilogue_backward_config
 from csrc_triton.gemm.forward import check_linear, linear
 from csrc_triton.launch import check_device, check_tensor
@@ -60,7 +55,6 @@ def _epilogue_bwd_kernel(
     stride_dy_row,
     stride_out_row,
     ACTIVATION: tl.constexpr,
-    HAS_TANH: tl.constexpr,
     GATED: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -91,7 +85,7 @@ def _epilogue_bwd_kernel(
         else:
             dy = grad * activation_derivative(y, ACTIVATION)
             if HAS_OUT:
-                out = activate(y, ACTIVATION, HAS_TANH)
+                out = activate(y, ACTIVATION, False)  # memory is waited for, not arithmetic
                 _store_rows(out_ptr, rows, columns, stride_out_row, out, mask)
         _store_rows(dy_ptr, rows, columns, stride_dy_row, dy, mask)
         bias_sum += dy
@@ -181,7 +175,6 @@ def _epilogue_backward(
         preactivation.stride(0),
         out.stride(0),
         0 if activated is None else activated.stride(0),
-        HAS_TANH=has_tanh(dtype, arch),
         **_constants(constant, gated, activated is not None, needs_bias, config),
         num_warps=config.num_warps,
     )

@@ -14,8 +14,8 @@ still busy a little later are ended. What did not run for that is counted and fa
 results of what did are kept.
 
 A virtual run that was cut goes on where it stopped: a row of each test lies in
-`build/lanes/TARGET.*.jsonl`, and what has passed does not run again until a file of `csrc_triton`
-changes or the rows are removed. `--summary` makes of them what `docs/tables.py` shows.
+`build/lanes/TARGET.*.jsonl`, and what has passed does not run again until the kernels that it
+launched change or the rows are removed. `--summary` makes of them what `docs/tables.py` shows.
 
 The exit status is 0 when all tests passed, and also when there is no GPU, which is said.
 """

@@ -178,7 +178,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     result = yield
     row = _rows[item.nodeid] = _judge.row
     if _ROWS:
-        line = {"test": item.nodeid, "sources": results.sources(), **row.described()}
+        sources = results.sources(kernel for kernel, _ in row.launches)
+        line = {"test": item.nodeid, "sources": sources, **row.described()}
         results.write(Path(_ROWS), line)
     if time.time() > float(os.environ.get("W2VBERT_LANE_DEADLINE", "inf")):
         item.session.shouldstop = "the time limit of the GPU lane"

@@ -50,10 +50,12 @@ class Record:
 
     Attributes:
         kernel: what was compared.
-        dtype: of the result.
+        dtype: of the result, or the narrower one of what it was computed from: what decides how far
+            off it may be.
         largest: largest error, relative to the largest exact element.
         rms: root-mean-square error, relative to that of the exact result.
-        ratio: the larger of both as a multiple of plain PyTorch's; `None` where there is no twin.
+        ratio: the larger of both as a multiple of plain PyTorch's; `None` where there is no twin,
+            and in fp32, whose limit is not PyTorch's error.
         ran: the Triton kernels, each with its dtype, that were launched since the comparisons
             before; known on a virtual GPU alone.
     """
@@ -198,11 +200,11 @@ class Judge:
                 f"{theirs.rms:.3g}"
             )
         ratio = None
-        if theirs is not None and (kind != torch.float32 or theirs.rms > 0):
+        if theirs is not None and kind != torch.float32:
             ratio = _ratio(ours.rms, theirs.rms)
             if not only_rms:
                 ratio = max(ratio, _ratio(ours.largest, theirs.largest))
-        self._remember(kernel, result.dtype, ours, ratio)
+        self._remember(kernel, kind, ours, ratio)
         if not fits:
             elements = "\n  ".join(worst_elements(result, exact))
             raise AssertionError(

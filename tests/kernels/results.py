@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,39 @@ TARGETS = ("sm_80", "sm_90")
 """Those that the kernels can be executed for without a GPU."""
 SUMMARY = ROOT / "docs" / "inside" / "executed.json"
 
+PARTS = {
+    "attention": (),
+    "conv": ("norm",),
+    "ctc": (),
+    "fbank": (),
+    "gemm": (),
+    "norm": (),
+}
+"""Of `csrc_triton`, and which others each imports."""
+OF_NO_PART = ("architectures", "functions", "launch")
+"""What all import; a plan launches again what was launched before, and decides nothing."""
+
 Rows = dict[str, dict[str, Any]]
 
 
 @functools.cache
-def sources() -> str:
-    """A digest of the kernels and their launchers: a row of others says nothing of these."""
+def source(part: str) -> str:
+    """A digest of the files that decide what a part of `csrc_triton` computes, such as `gemm`."""
+    folder = ROOT / "csrc_triton"
+    files = [folder / f"{name}.py" for name in (part, *OF_NO_PART)]
+    for name in (part, *PARTS[part]):
+        files += sorted((folder / name).rglob("*.py"))
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc_triton").rglob("*.py")):
-        digest.update(path.read_bytes())
+    for path in files:
+        digest.update(path.read_bytes() if path.exists() else b"")
     return digest.hexdigest()[:16]
+
+
+def sources(kernels: Iterable[str]) -> dict[str, str]:
+    """The digests of what a row of kernels such as `csrc_triton.gemm.forward:_linear_kernel` says
+    something of; of all, where it has none."""
+    parts = {re.split("[.:]", kernel)[1] for kernel in kernels} or PARTS
+    return {part: source(part) for part in sorted(parts)}
 
 
 def write(path: Path, line: dict[str, Any]) -> None:
@@ -45,7 +69,7 @@ def read(paths: Iterable[Path]) -> tuple[Rows, list[str]]:
                 continue
             if "planned" in row:
                 of_file = row["planned"]
-            elif row["sources"] == sources():
+            elif all(source(part) == digest for part, digest in row["sources"].items()):
                 rows[row["test"]] = row
         planned += of_file
     return rows, planned

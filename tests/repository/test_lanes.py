@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels import results
 from tests.kernels.__main__ import _statuses
 from tests.kernels.judge import Judge
 from tests.kernels.results import ROOT, TARGETS, table
@@ -96,6 +98,46 @@ def kernels() -> Iterator[str]:
     """The Triton kernels of `csrc_triton`, by name."""
     for path in (ROOT / "csrc_triton").rglob("*.py"):
         yield from re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+
+
+def test_a_row_holds_until_what_it_launched_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "csrc_triton"
+    shutil.copytree(ROOT / "csrc_triton", folder)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    launched = {
+        "gemm": ["csrc_triton.gemm.forward:_linear_kernel"],
+        "conv and ctc": ["csrc_triton.conv.forward:_slide_kernel", "csrc_triton.ctc:_ctc_kernel"],
+        "nothing": [],
+    }
+    rows = tmp_path / "rows.jsonl"
+    results.source.cache_clear()
+    for test, kernels_of_test in launched.items():
+        results.write(rows, {"test": test, "sources": results.sources(kernels_of_test)})
+    for changed, kept in (
+        ("plans.py", {"gemm", "conv and ctc", "nothing"}),
+        ("attention/forward.py", {"gemm", "conv and ctc"}),
+        ("norm/config.py", {"gemm"}),
+        ("functions.py", set()),
+    ):
+        with (folder / changed).open("a") as file:
+            file.write("# changed\n")
+        results.source.cache_clear()
+        assert results.read([rows])[0].keys() == kept, changed
+    results.source.cache_clear()
+
+
+def test_parts_import_no_others_than_they_say() -> None:
+    importing = re.compile(r"^from csrc_triton\.(\w+)", re.MULTILINE)
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "csrc_triton").rglob("*.py"):
+        part = path.relative_to(ROOT / "csrc_triton").parts[0].removesuffix(".py")
+        found.setdefault(part, set()).update(importing.findall(path.read_text()))
+    shared = {"plans", *results.OF_NO_PART}
+    assert found.keys() - {"__init__"} - shared == results.PARTS.keys()
+    for part, others in results.PARTS.items():
+        assert found[part] - shared - {part} == set(others)
 
 
 def test_a_failing_process_fails_the_run(tmp_path: Path) -> None:
