@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from tests.helpers.offline import clips, table, write_manifest
 from tests.helpers.training import make_model
 from w2vbert_fast.cli import app as cli, jobs
-from w2vbert_fast.cli.transcribe import Decoding
+from w2vbert_fast.cli.transcribe import Search
 from w2vbert_fast.inference import Embedder, load_pipeline, transcribe
 from w2vbert_fast.inference.runner import Flow
 from w2vbert_fast.inference.tasks import TASKS
@@ -107,11 +107,11 @@ def test_classify(tmp_path: Path, head: str, columns: set[str], table_format: st
 
 
 def test_a_hotword_with_a_slash_is_no_file(tmp_path: Path) -> None:
-    decoding = Decoding(hotwords=["and/or, a b", str(tmp_path / "words")])
+    search = Search(hotwords=["and/or, a b", str(tmp_path / "words")])
     with pytest.raises(FileNotFoundError):
-        decoding.of_task([])
+        search.of_task()
     (tmp_path / "words").write_text("c d\n\ne\n")
-    assert decoding.of_task([])["hotwords"] == ["and/or", "a b", "c d", "e"]
+    assert search.of_task()["hotwords"] == ("and/or", "a b", "c d", "e")
 
 
 @pytest.mark.parametrize(

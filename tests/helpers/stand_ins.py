@@ -39,6 +39,7 @@ REPLACED = {
 """Text of blocks -> what is run in its place."""
 
 ADDED = {
+    "w2vbert-fast transcribe rows.jsonl": "--frame-budget 500",
     "w2vbert-fast finetune": "--steps 1 --workers 0 --frame-budget 500",
     "w2vbert-fast convert conformer_shaw.pt": "--config facebook/w2v-bert-2.0",
 }

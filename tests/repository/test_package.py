@@ -175,13 +175,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": (
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
     ),
+    "evaluation": ("_lazy", "checkpoints", "inference", "recordings", "training"),
     "integrations": (
         *("_extras", "cpus", "inference", "layout", "models", "ops", "processing"),
         *("recordings",),
     ),
     "cli": (
-        *("_extras", "cpus", "doctor", "export", "inference", "integrations", "models"),
-        *("recordings", "training"),
+        *("_extras", "cpus", "doctor", "evaluation", "export", "inference", "integrations"),
+        *("models", "recordings", "training"),
     ),
     "bench": (
         *("_extras", "csrc_triton", "doctor", "inference", "integrations", "layout", "models"),

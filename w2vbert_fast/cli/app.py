@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 from w2vbert_fast import __version__
 from w2vbert_fast._extras import require
-from w2vbert_fast.cli import classify, convert, doctor, embed, export, finetune, transcribe
+from w2vbert_fast.cli import (
+    classify,
+    convert,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    finetune,
+    transcribe,
+)
 from w2vbert_fast.cli.messages import PROGRAM, fail
 from w2vbert_fast.cli.options import add
 
@@ -51,6 +60,6 @@ def build_app() -> Any:
     ) -> None:
         """Hold the options that come before a command."""
 
-    for module in (transcribe, doctor, embed, classify, finetune, export, convert):
+    for module in (transcribe, doctor, embed, classify, evaluate, finetune, export, convert):
         add(app, module.command, short=module.SHORT, help_text=module.HELP)
     return app

@@ -107,9 +107,13 @@ class Reading:
         None, "Recordings of more seconds are errors. Default: 14400.", "--longest-seconds"
     )
 
-    def flow(self) -> dict[str, Any]:
-        """Arguments of `Flow`."""
-        budget: int | str = _AUTO
+    def flow(self, *, probe: bool = True) -> dict[str, Any]:
+        """Arguments of `Flow`.
+
+        Args:
+            probe: whether a budget is found by a probe, which takes longer than few recordings do.
+        """
+        budget: int | str | None = _AUTO if probe else None
         if self.frame_budget != _AUTO:
             try:
                 budget = int(self.frame_budget)

@@ -96,12 +96,9 @@ class Sound(jobs.Sound):
 
 
 @dataclass(kw_only=True)
-class Decoding:
-    timestamps: str | None = option(
-        None,
-        f"Times and confidences. Default: word for {listed(TIMED, 'and')}, else none.",
-        metavar="none|word|character",
-    )
+class Search:
+    """How texts are found."""
+
     beam: int = option(0, "Hypotheses of the beam search; 0 decodes greedily.")
     lm: str | None = option(
         None,
@@ -120,8 +117,8 @@ class Decoding:
     )
     hotword_weight: float | None = option(None, "How much.")
 
-    def of_task(self, formats: list[str]) -> dict[str, Any]:
-        """Arguments of `Transcribe`: times as the formats need them.
+    def of_task(self) -> dict[str, Any]:
+        """Arguments of `Transcribe`.
 
         Hotwords are phrases separated by commas, or files with one a line.
 
@@ -131,9 +128,6 @@ class Decoding:
         """
         from w2vbert_fast.inference.ctc.language_model import read_words
 
-        timestamps = self.timestamps
-        if timestamps is None:
-            timestamps = usual_timestamps(formats)
         hotwords: list[str] = []
         for text in self.hotwords or ():
             # A word may have a slash; what is in a folder that is there is a name.
@@ -145,7 +139,16 @@ class Decoding:
             if not phrases:
                 raise ValueError(f"--hotwords {text!r} holds no words")
             hotwords += phrases
-        return {**values(self), "timestamps": timestamps, "hotwords": hotwords}
+        return {**values(self), "hotwords": tuple(hotwords)}
+
+
+@dataclass(kw_only=True)
+class Times:
+    timestamps: str | None = option(
+        None,
+        f"Times and confidences. Default: word for {listed(TIMED, 'and')}, else none.",
+        metavar="none|word|character",
+    )
 
 
 @dataclass(kw_only=True)
@@ -193,7 +196,8 @@ def command(
     printing: Printing,
     target: Target,
     sound: Sound,
-    decoding: Decoding,
+    times: Times,
+    search: Search,
     subtitles: Subtitles,
     chunks: jobs.Chunks,
     job: jobs.Job,
@@ -209,13 +213,14 @@ def command(
         _refuse(given(job, jobs.Books, jobs.Engine), "needs --out DIR")
         if job.overwrite and not formats:
             _refuse(["--overwrite"], "needs --format or --out")
-        if decoding.timestamps not in (None, "none") and not (formats or printing.as_json):
+        if times.timestamps not in (None, "none") and not (formats or printing.as_json):
             more = "add --json, --format or --out DIR"
             _refuse(["--timestamps"], f"has no effect on what is printed; {more}")
     layout = subtitles.layout(formats)
     if model.model == "demo":
         report(DEMO_NOTICE)
-    task = {**values(model, chunks), **sound.of_task(), **decoding.of_task(formats)}
+    task = {**values(model, chunks), **sound.of_task(), **search.of_task()}
+    task["timestamps"] = usual_timestamps(formats) if times.timestamps is None else times.timestamps
     if target.out is not None and is_job:
         return jobs.run_job("transcribe", source.inputs, target.out, task, job, layout)
     return _print(source.inputs, task, job, formats, target.out, printing.as_json, layout)
@@ -264,11 +269,7 @@ def _print(
     readable = sys.stdout.isatty() and not as_json
     console = Console(stderr=not readable, highlight=False)
     status = 0
-    flow = job.flow()
-    # A probe takes longer than most of what is printed.
-    if isinstance(flow["frame_budget"], str):
-        flow["frame_budget"] = None
-    runner = Transcriber(**task, flow=Flow(**flow, window_rows=1))
+    runner = Transcriber(**task, flow=Flow(**job.flow(probe=False), window_rows=1))
     Formats.of_task(runner.task, [name for name in formats if FORMATS[name].in_jobs])
     inputs = open_inputs(names)
     files = None

@@ -1,10 +1,12 @@
-"""Scores of recognised texts: word error rate, character error rate, and which of them to go by."""
+"""Scores of recognised texts: their errors, the rates of these, and which rate to go by."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
 
 from w2vbert_fast._extras import require
 
@@ -31,35 +33,72 @@ def is_better(name: str, score: float, best: float | None) -> bool:
     return score > best if name == "accuracy" else score < best
 
 
-def error_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Word and character error rate over all utterances together.
+class Alignment(NamedTuple):
+    """What makes a hypothesis of a reference.
+
+    Attributes:
+        length: words or characters of the reference.
+        edits: reference's and hypothesis's word or character of each error; "" for the one that
+            is not there, of an insertion or a deletion.
+    """
+
+    length: int
+    edits: tuple[tuple[str, str], ...]
+
+
+def align(pairs: Sequence[tuple[str, str]], score: str) -> list[Alignment]:
+    """The errors of each utterance, as few as can be.
 
     Texts are compared in NFC: a composed character and its parts are the same.
 
     Args:
         pairs: reference and hypothesis of each. An empty reference is allowed, and what is
             recognised there counts as inserted.
+        score: "wer", of words between spaces, or "cer", of characters.
 
-    Returns:
-        `wer` and `cer`: substitutions, deletions and insertions over the length of the references.
+    Raises:
+        ImportError: jiwer is not installed.
     """
-    jiwer = require("jiwer", "train")
+    jiwer = require("jiwer", "evaluate")
+    process = jiwer.process_words if score == "wer" else jiwer.process_characters
+    split: Callable[[str], list[str]] = str.split if score == "wer" else list
     pairs = [
         (unicodedata.normalize("NFC", reference), unicodedata.normalize("NFC", hypothesis))
         for reference, hypothesis in pairs
     ]
-    spoken = [pair for pair in pairs if pair[0]]
-    silent = [hypothesis for reference, hypothesis in pairs if not reference]
+    found = [Alignment(0, tuple(("", unit) for unit in split(text))) for _, text in pairs]
+    spoken = [i for i, (reference, _) in enumerate(pairs) if reference]
+    if not spoken:
+        return found
+    output = process([pairs[i][0] for i in spoken], [pairs[i][1] for i in spoken])
+    aligned = zip(spoken, output.references, output.hypotheses, output.alignments, strict=True)
+    for i, reference, hypothesis, chunks in aligned:
+        edits = [
+            edit
+            for chunk in chunks
+            if chunk.type != "equal"
+            for edit in zip_longest(
+                reference[chunk.ref_start_idx : chunk.ref_end_idx],
+                hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx],
+                fillvalue="",
+            )
+        ]
+        found[i] = Alignment(len(reference), tuple(edits))
+    return found
+
+
+def error_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Word and character error rate over all utterances together.
+
+    Args:
+        pairs: as for `align`.
+
+    Returns:
+        `wer` and `cer`: substitutions, deletions and insertions over the length of the references.
+    """
     rates = {}
-    for name, process, split in (
-        ("wer", jiwer.process_words, str.split),
-        ("cer", jiwer.process_characters, list),
-    ):
-        errors = sum(len(split(hypothesis)) for hypothesis in silent)
-        total = 0
-        if spoken:
-            counts = process(*map(list, zip(*spoken, strict=True)))
-            errors += counts.substitutions + counts.deletions + counts.insertions
-            total = counts.hits + counts.substitutions + counts.deletions
-        rates[name] = errors / max(1, total)
+    for name in ("wer", "cer"):
+        found = align(pairs, name)
+        errors = sum(len(alignment.edits) for alignment in found)
+        rates[name] = errors / max(1, sum(alignment.length for alignment in found))
     return rates
