@@ -157,11 +157,18 @@ def _given(result: Any, args: Sequence[Any], distinct: Sequence[Any]) -> Any:
     return result
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`, contiguous, for planned launchers."""
-    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, front: int = 0
+) -> Tensor:
+    """`torch.empty`, contiguous, for planned launchers.
+
+    Where `front` is not 0, the tensor has one dimension and the first `front` elements left out:
+    they are memory that kernels may read.
+    """
+    whole = torch.empty(tuple(shape), dtype=dtype, device=device)
+    tensor = whole[front:] if front else whole
     if _recording.steps is not None:
-        _recording.steps.allocated(tensor)
+        _recording.steps.allocated(whole, tensor, front)
     return tensor
 
 
@@ -190,9 +197,9 @@ class _Steps:
         self.complete = True
         self.num_args = len(args)
 
-    def allocated(self, tensor: Tensor) -> None:
+    def allocated(self, whole: Tensor, tensor: Tensor, front: int) -> None:
         self.tensors.append(tensor)
-        self.empties.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+        self.empties.append((whole.shape, whole.stride(), whole.dtype, whole.device, front))
 
     def launched(
         self,
@@ -245,8 +252,9 @@ class _Steps:
                 with torch.cuda.device(device):
                     return plan(args)
             values = list(args)
-            for size, strides, dtype, where in empties:
-                values.append(torch.empty_strided(size, strides, dtype=dtype, device=where))
+            for size, strides, dtype, where, front in empties:
+                whole = torch.empty_strided(size, strides, dtype=dtype, device=where)
+                values.append(whole[front:] if front else whole)
             values += numbers
             stream = current_stream(device)
             for run, x, y, z, function, metadata, pick in launches:

@@ -349,8 +349,6 @@ def shaw_attention_backward(call: Call) -> Cost:
         scratch = 4 * (layout.front + heads * layout.head_size + layout.back)
         distances = vectors.shape[0]
         positions = num_heads * tokens * _scores_row(vectors)
-        # The gradient of the distance embedding begins as zeros.
-        cost += call.count(lambda: vectors.new_zeros(vectors.shape, dtype=_FLOAT32))
     groups = -(-num_heads // heads)
     rows = size_of(query)  # as large as key, value, output and their gradients
     one = 4 * num_heads * tokens  # a number of each row of scores
@@ -392,7 +390,9 @@ def shaw_attention_backward(call: Call) -> Cost:
             count = min(heads, num_heads - group * heads) * tiles
             shares = vectors.new_empty((count, *vectors.shape), dtype=_FLOAT32)
             cost += Cost(0, 0, size_of(shares))
-            cost += call.count(lambda shares=shares: gradient.add_(shares.sum(0)))  # type: ignore[misc]
+            cost += call.count(lambda shares=shares: shares.sum(0))  # type: ignore[misc]
+            if group > 0:
+                cost += call.count(lambda: gradient + gradient)
         temporary += 4 * tiles * heads * vectors.numel()
     return cost + Cost(temporary=temporary + 4 * heads * tokens)
 

@@ -52,6 +52,7 @@ from csrc_triton.attention.config import (
 from csrc_triton.attention.forward import LOG2_E, check_attention
 from csrc_triton.attention.tile_map import build_tile_map, check_tile_map
 from csrc_triton.functions import kept_weights
+from csrc_triton.plans import empty, launch, planned
 
 
 @triton.jit
@@ -703,15 +704,82 @@ def shaw_attention_backward(
         The gradients of query, key and value, `[num_tokens, num_heads, D]` in the dtype of `query`,
         and that of the distance embedding, float32 `[L + R + 1, D]`, or `None`.
     """
-    same = {"grad_output": grad_output, "key": key, "value": value, "output": output}
+    if tile_map is None:
+        left, right = left_max_position, right_max_position
+        given = (cu_seqlens, max_seqlen, distance_embedding, left, right, dropout_p, dropout_seed)
+        arch = check_attention(query, {}, None, *given, None, seqused_k)
+        if config is None:
+            kind = (query.shape[2], query.dtype, arch)
+            config = attention_backward_config(*kind, has_dropout=dropout_p > 0.0)
+        tile_map = build_tile_map(
+            cu_seqlens, config.tile, num_tokens=query.shape[0], max_seqlen=max_seqlen
+        )
     if out is None:
         grads = torch.empty(3, *query.shape, dtype=query.dtype, device=query.device)
         out = (grads[0], grads[1], grads[2])
-    same |= {f"out[{index}]": tensor for index, tensor in enumerate(out)}
-    left, right = left_max_position, right_max_position
+    grad_distance, first_head = None, 0
+    while True:
+        heads, shares = _launch(
+            query,
+            key,
+            value,
+            output,
+            grad_output,
+            log_sum_exp,
+            cu_seqlens,
+            max_seqlen,
+            distance_embedding,
+            left_max_position,
+            right_max_position,
+            dropout_p,
+            dropout_seed,
+            tile_map,
+            seqused_k,
+            *out,
+            config,
+            first_head,
+        )
+        first_head += heads
+        if distance_embedding is not None:
+            total = shares.sum(0)
+            grad_distance = total if grad_distance is None else grad_distance + total
+        if first_head >= query.shape[1]:
+            return *out, grad_distance
+
+
+@planned
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    grad_output: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    distance_embedding: Tensor | None,
+    left: int,
+    right: int,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    tile_map: Tensor,
+    seqused_k: Tensor | None,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    config: AttentionBackwardConfig | None,
+    first_head: int,
+) -> tuple[int, Tensor]:
+    """The gradients of as many heads from `first_head` on as the scratch memory holds.
+
+    Returns:
+        Their number, and each tile's and head's share of the distance embedding's gradient,
+        `[tiles * heads, L + R + 1, D]`.
+    """
+    grads = {f"out[{i}]": grad for i, grad in enumerate((grad_query, grad_key, grad_value))}
     arch = check_attention(
         query,
-        same,
+        {"grad_output": grad_output, "key": key, "value": value, "output": output, **grads},
         log_sum_exp,
         cu_seqlens,
         max_seqlen,
@@ -724,42 +792,29 @@ def shaw_attention_backward(
         seqused_k,
     )
     num_tokens, num_heads, head_dim = query.shape
+    has_positions, has_dropout = distance_embedding is not None, dropout_p > 0.0
     if config is None:
-        config = attention_backward_config(head_dim, query.dtype, arch, has_dropout=dropout_p > 0.0)
-    batch_size = cu_seqlens.numel() - 1
-    if num_tokens == 0 or num_heads == 0 or batch_size == 0:
-        empty = None
-        if distance_embedding is not None:
-            empty = torch.zeros_like(distance_embedding, dtype=torch.float32)
-        return *out, empty
-
-    if tile_map is None:
-        tile_map = build_tile_map(
-            cu_seqlens, config.tile, num_tokens=num_tokens, max_seqlen=max_seqlen
-        )
+        config = attention_backward_config(head_dim, query.dtype, arch, has_dropout=has_dropout)
     check_tile_map(tile_map, cu_seqlens, config.tile, num_tokens, max_seqlen)
-    num_tiles = tile_map.shape[0]
-
-    has_positions = distance_embedding is not None
-    vectors = query[0] if distance_embedding is None else distance_embedding
+    batch_size = cu_seqlens.numel() - 1
+    device, float32 = query.device, torch.float32
+    vectors = query if distance_embedding is None else distance_embedding
     left, right = (left, right) if has_positions else (0, 0)
     layout = scores_layout(config, batch_size, num_tokens, left, right)
-    heads = num_heads
-    grad_distance = None
+    heads = num_heads - first_head
+    scores = log_sum_exp  # not touched without positions
     if has_positions:
-        heads = min(max(config.scratch_limit // (4 * layout.head_size), 1), num_heads)
+        heads = min(max(config.scratch_limit // (4 * layout.head_size), 1), heads)
         elements = layout.front + heads * layout.head_size + layout.back
-        scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
-        scores = scratch[layout.front :]
-        grad_distance = scratch.new_zeros(left + right + 1, head_dim)
-    else:
-        scores = log_sum_exp  # not touched
+        scores = empty((elements,), float32, device, front=layout.front)
+    grid = (tile_map.shape[0] * heads,)
     # Of P's first and last column; of o . g.
-    shifts = log_sum_exp.new_empty(2 if has_positions else 1, heads, num_tokens)
-    delta = log_sum_exp.new_empty(heads, num_tokens)
-    shares = log_sum_exp.new_empty(num_tiles * heads if has_positions else 0, *vectors.shape)
+    shifts = empty((1 + has_positions, heads, num_tokens), float32, device)
+    delta = empty((heads, num_tokens), float32, device)
+    shares = empty((grid[0], *vectors.shape) if has_positions else (0,), float32, device)
+    if grid[0] == 0:
+        return max(heads, 1), shares
     scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E)
-    has_dropout, has_seqused = dropout_p > 0.0, seqused_k is not None
     dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
     prepare, keys, queries = _kernels(
         config,
@@ -769,98 +824,97 @@ def shaw_attention_backward(
         right,
         has_positions=has_positions,
         has_dropout=has_dropout,
-        has_seqused=has_seqused,
+        has_seqused=seqused_k is not None,
     )
-    grad_query, grad_key, grad_value = out
-    with torch.cuda.device_of(query):
-        for first_head in range(0, num_heads, heads):
-            count = min(heads, num_heads - first_head)
-            grid = (num_tiles * count,)
-            prepare.kernel[grid](
-                query,
-                vectors,
-                output,
-                grad_output,
-                log_sum_exp,
-                scores,
-                shifts,
-                delta,
-                cu_seqlens,
-                tile_map,
-                first_head,
-                count,
-                scales[1],
-                *_strides(query),
-                vectors.stride(0),
-                *_strides(output),
-                *_strides(grad_output),
-                num_tokens,
-                num_tokens,
-                layout.head_blocks,
-                **prepare.constants,
-                **prepare.options,
-            )
-            # The kernel over queries overwrites the scores that the one over keys reads.
-            keys.kernel[grid](
-                query,
-                key,
-                value,
-                grad_output,
-                scores,
-                shifts,
-                delta,
-                grad_key,
-                grad_value,
-                cu_seqlens,
-                seqused_k,
-                tile_map,
-                *dropout,
-                first_head,
-                count,
-                *scales,
-                *_strides(query),
-                *_strides(key),
-                *_strides(value),
-                *_strides(grad_output),
-                *_strides(grad_key),
-                *_strides(grad_value),
-                num_tokens,
-                layout.head_blocks,
-                **keys.constants,
-                **keys.options,
-            )
-            queries.kernel[grid](
-                query,
-                key,
-                value,
-                vectors,
-                grad_output,
-                scores,
-                shifts,
-                delta,
-                grad_query,
-                shares,
-                cu_seqlens,
-                seqused_k,
-                tile_map,
-                *dropout,
-                first_head,
-                count,
-                *scales,
-                *_strides(query),
-                *_strides(key),
-                *_strides(value),
-                vectors.stride(0),
-                *_strides(grad_output),
-                *_strides(grad_query),
-                num_tokens,
-                layout.head_blocks,
-                **queries.constants,
-                **queries.options,
-            )
-            if grad_distance is not None:
-                grad_distance += shares[: grid[0]].sum(0)
-    return grad_query, grad_key, grad_value, grad_distance
+    launch(
+        prepare.kernel,
+        grid,
+        query,
+        vectors,
+        output,
+        grad_output,
+        log_sum_exp,
+        scores,
+        shifts,
+        delta,
+        cu_seqlens,
+        tile_map,
+        first_head,
+        heads,
+        scales[1],
+        *_strides(query),
+        vectors.stride(0),
+        *_strides(output),
+        *_strides(grad_output),
+        num_tokens,
+        num_tokens,
+        layout.head_blocks,
+        **prepare.constants,
+        **prepare.options,
+    )
+    # The kernel over queries overwrites the scores that the one over keys reads.
+    launch(
+        keys.kernel,
+        grid,
+        query,
+        key,
+        value,
+        grad_output,
+        scores,
+        shifts,
+        delta,
+        grad_key,
+        grad_value,
+        cu_seqlens,
+        seqused_k,
+        tile_map,
+        *dropout,
+        first_head,
+        heads,
+        *scales,
+        *_strides(query),
+        *_strides(key),
+        *_strides(value),
+        *_strides(grad_output),
+        *_strides(grad_key),
+        *_strides(grad_value),
+        num_tokens,
+        layout.head_blocks,
+        **keys.constants,
+        **keys.options,
+    )
+    launch(
+        queries.kernel,
+        grid,
+        query,
+        key,
+        value,
+        vectors,
+        grad_output,
+        scores,
+        shifts,
+        delta,
+        grad_query,
+        shares,
+        cu_seqlens,
+        seqused_k,
+        tile_map,
+        *dropout,
+        first_head,
+        heads,
+        *scales,
+        *_strides(query),
+        *_strides(key),
+        *_strides(value),
+        vectors.stride(0),
+        *_strides(grad_output),
+        *_strides(grad_query),
+        num_tokens,
+        layout.head_blocks,
+        **queries.constants,
+        **queries.options,
+    )
+    return heads, shares
 
 
 def _strides(tensor: Tensor) -> tuple[int, int]:

@@ -189,23 +189,44 @@ def test_plain_path_is_the_default() -> None:
     assert ops.layer_norm(torch.ones(1, 2), torch.ones(2), torch.zeros(2), 1e-5).abs().sum() == 0
 
 
-def test_a_call_that_nobody_watches_runs_at_once() -> None:
+def test_a_call_is_watched_by_compilers_modes_profilers_transforms_and_subclasses() -> None:
     x = torch.ones(2, 3)
-    assert not declaration._runs_at_once(x)  # autograd may record it
-    for quiet in (torch.no_grad(), torch.inference_mode()):
-        with quiet:
-            assert declaration._runs_at_once(x)
-            for watcher in (
-                torch.autocast("cpu", torch.bfloat16),
-                FlopCounterMode(display=False),
-                torch.profiler.profile(),
-                torch.enable_grad(),
-            ):
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            assert not declaration.is_watched((x, nn.Parameter(x), None, "silu", 1e-5, [x]))
+            for watcher in (FlopCounterMode(display=False), torch.profiler.profile()):
                 with watcher:
-                    assert not declaration._runs_at_once(x)
-            assert not declaration._runs_at_once(nn.Parameter(x, requires_grad=False))
+                    assert declaration.is_watched((x,))
             with FakeTensorMode():
-                assert not declaration._runs_at_once(torch.empty(2, 3))
-            rows = torch.vmap(lambda row: row + float(declaration._runs_at_once(row)))(x)
+                assert declaration.is_watched((torch.empty(2, 3),))
+            assert declaration.is_watched((x, torch.nn.Buffer(x).as_subclass(Special)))
+            rows = torch.vmap(lambda row: row + float(not declaration.is_watched((row,))))(x)
             assert torch.equal(rows, x)
-            assert declaration._runs_at_once(x)
+            assert not declaration.is_watched((x,))
+
+
+class Special(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "residual_layer_norm", "conv_norm_act", "linear"])
+def test_a_call_that_nobody_watches_is_recorded_as_one_that_somebody_does(name: str) -> None:
+    given = example(name)
+    found = []
+    for call in (OPERATIONS[name].call, getattr(torch.ops.w2vbert, name)):
+        leaves = [
+            value.clone().requires_grad_()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for value in given
+        ]
+        results = call(*leaves)
+        results = results if isinstance(results, tuple) else (results,)
+        assert all(result.requires_grad for result in results)
+        sum(float(i + 1) * result.square().sum() for i, result in enumerate(results)).backward()
+        grads = [leaf.grad for leaf in leaves if isinstance(leaf, Tensor)]
+        found.append([*(result.detach() for result in results), *grads])
+    assert type(results[0].grad_fn).__name__ != "RecordedBackward"
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)

@@ -294,3 +294,52 @@ with activated("sm_90", launches.append):
     measured.use(None)
     assert call(half, weight)[:2] == (False, [predicted])
 """)
+
+
+def test_attention_backward_is_planned_also_where_heads_share_scratch_memory() -> None:
+    run("""
+from dataclasses import replace
+from csrc_triton.attention import backward, build_tile_map, shaw_attention_backward
+from csrc_triton.attention.config import attention_backward_config
+
+backward._launch = counted(backward._launch.__wrapped__)
+
+
+def arguments():
+    shapes = ((20, 4, 16),) * 5 + ((4, 20),)
+    tensors = [torch.ones(shape) for shape in shapes]
+    return *tensors, torch.tensor([0, 20], dtype=torch.int32)
+
+
+def backward_of(given, limit=None):
+    distances = torch.ones(7, 16)
+    config = attention_backward_config(16, torch.float32, "sm_80", has_dropout=False)
+    if limit is not None:
+        backward.attention_backward_config = lambda *a, **k: replace(config, scratch_limit=limit)
+    slow.clear()
+    launches.clear()
+    tiles = build_tile_map(given[-1], config.tile, num_tokens=20, max_seqlen=20)
+    out = tuple(torch.empty(20, 4, 16) for _ in range(3))
+    _, _, _, found = shaw_attention_backward(
+        *given, 20, distance_embedding=distances, left_max_position=4, right_max_position=2,
+        tile_map=tiles, out=out,
+    )
+    values = [{a.name: a.value for a in launch.arguments} for launch in launches]
+    for value in values:
+        assert value["q_ptr"] is given[1]
+        assert value.get("dq_ptr", out[0]) is out[0] and value.get("dk_ptr", out[1]) is out[1]
+        scores = value.get("scratch_ptr", value.get("scores_ptr"))
+        assert scores is None or scores.storage_offset() > 0  # memory in front may be read
+    assert found.shape == (7, 16)
+    return len(slow), [launch.described() for launch in launches]
+
+
+with activated("sm_80", launches.append):
+    slowly, first = backward_of(arguments())
+    assert slowly == 1 and len(first) == 3
+    assert backward_of(arguments()) == (0, first)
+    plans.forget()
+    slowly, each = backward_of(arguments(), limit=1)
+    assert slowly == 4 and len(each) == 12
+    assert backward_of(arguments(), limit=1) == (0, each)
+""")

@@ -3,7 +3,8 @@
 `torch.library.custom_op` does the same with more checks at every call: 15 microseconds of Python,
 against 4 for what is registered here (two cores of a server, in `torch.inference_mode`; under
 `torch.no_grad` PyTorch's autograd kernel adds about 11). An encoder of 24 layers makes 340 calls,
-so a call that nobody records, traces, casts or watches goes to its implementation at once.
+so a call that nobody traces, casts or watches goes to its implementation at once, by a function of
+autograd where a gradient is recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2vbert_fast.ops import dispatch
 
@@ -43,6 +44,7 @@ class Operation:
 
     Attributes:
         call: as `operation` returns it.
+        run: the form for these arguments, which nobody records.
         plain: the plain form.
         cpu: the form of the CPU, where there is one.
         triton: the Triton form, where there is one: a function, or a launcher's name.
@@ -50,6 +52,7 @@ class Operation:
     """
 
     call: Callable[..., Any]
+    run: Callable[..., Any]
     plain: Callable[..., Any]
     cpu: Callable[..., Any] | None
     triton: str | Callable[..., Any] | None
@@ -58,6 +61,9 @@ class Operation:
 
 OPERATIONS: dict[str, Operation] = {}
 """Every operation that was declared, by name."""
+_RECORDED: dict[str, Callable[..., Any]] = {}
+"""Of those with a gradient: the form for these arguments, recorded by autograd."""
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str, list})
 
 
 def operation(
@@ -92,8 +98,9 @@ def operation(
         results: makes the operation's results of what a form returns.
 
     Returns:
-        A function that calls the registered operation, or its form for these arguments where
-        PyTorch would do nothing else (`_runs_at_once`). It takes arguments by position.
+        A function that calls the registered operation, or where nobody watches (`is_watched`) its
+        form for these arguments, recorded by autograd where there is a gradient. It takes arguments
+        by position.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=_TAGS)
@@ -101,15 +108,22 @@ def operation(
     run = _ladder(registered, plain, triton, takes, cpu, results)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"w2vbert::{name}", fake, lib=_LIBRARY)
+
+    def direct(*args: Any) -> Any:
+        if is_watched(args):
+            return registered(*args)
+        if not torch.is_grad_enabled():
+            return run(*args)
+        return _RECORDED.get(name, registered)(*args)
+
     for device_type, key in _AUTOCAST_DEVICES.items():
-        _LIBRARY.impl(name, _under_autocast(registered, device_type, key, autocast), key)
+        _LIBRARY.impl(name, _under_autocast(direct, device_type, key, autocast), key)
 
     @functools.wraps(plain)
-    def call(x: Tensor, *args: Any) -> Any:
-        function = run if _runs_at_once(x) else registered
-        return function(x, *args)
+    def call(*args: Any) -> Any:
+        return (registered if _is_any_autocast_enabled() else direct)(*args)
 
-    OPERATIONS[name] = Operation(call, plain, cpu, triton, takes)
+    OPERATIONS[name] = Operation(call, run, plain, cpu, triton, takes)
     return call
 
 
@@ -160,16 +174,15 @@ def _by_name(launcher: str) -> Callable[..., Any]:
     return launch
 
 
-def _runs_at_once(x: Tensor) -> bool:
-    """Whether PyTorch's dispatcher would hand a call with this first argument straight on."""
-    return not (
+def is_watched(args: Sequence[Any]) -> bool:
+    """Whether more than autograd and autocast would see a call with these arguments: a compiler, a
+    dispatch mode, the profiler, a function transform or a subclass of tensors."""
+    return (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
+        or not _PLAIN.issuperset(map(type, args))
+        or bool(torch._C._len_torch_dispatch_stack())
         or torch._C._autograd._profiler_enabled()
         or torch._C._functorch.maybe_current_level() is not None
-        or _is_any_autocast_enabled()
     )
 
 
@@ -285,7 +298,38 @@ def gradient(
     torch.library.register_autograd(
         f"w2vbert::{name}", differentiate, setup_context=setup_context, lib=_LIBRARY
     )
+    _RECORDED[name] = _recorded(
+        OPERATIONS[name].run, forward_schema.arguments, setup_context, differentiate
+    )
     return backward
+
+
+def _recorded(
+    run: Callable[..., Any],
+    arguments: Sequence[Any],
+    setup_context: Callable[..., None],
+    differentiate: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`run` with its gradient, as `torch.library.register_autograd` makes it of these functions,
+    without the dispatcher."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = run(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return differentiate(ctx, *grads)
+
+    defaults = [argument.default_value for argument in arguments]
+
+    def apply(*args: Any) -> Any:
+        return Recorded.apply(*args, *defaults[len(args) :])  # type: ignore[no-untyped-call]
+
+    return apply
 
 
 def _picker(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -310,7 +354,7 @@ def dense_rows(grad: Tensor) -> Tensor:
 
 
 def _under_autocast(
-    registered: Callable[..., Any], device_type: str, key: str, autocast: Autocast
+    function: Callable[..., Any], device_type: str, key: str, autocast: Autocast
 ) -> Callable[..., Any]:
     without = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -320,7 +364,7 @@ def _under_autocast(
             dtype = torch.get_autocast_dtype(device_type) if lower else torch.float32
             args = tuple(_cast(value, device_type, dtype) for value in args)
         with torch._C._ExcludeDispatchKeyGuard(without):
-            return registered(*args)
+            return function(*args)
 
     return kernel
 
