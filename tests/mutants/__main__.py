@@ -116,7 +116,7 @@ def tried(
                     continue
                 outcome = case.tried(ptx, mutant)
                 if not outcome.noticed:
-                    long = long or Case(operation, larger(operation), target)
+                    long = long or Case(operation, larger(operation), target, strided=True)
                     if any(ran.launch.ptx == ptx for ran in long.ran):
                         second = long.tried(ptx, mutant)
                         outcome = min(outcome, second, key=lambda one: one.rank)

@@ -16,11 +16,11 @@ import dataclasses
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .block import Blocks, Mask, Read, Step, predicate, reader, unsigned, writer
+from .block import Blocks, Mask, Read, Step, address, predicate, reader, unsigned, vector, writer
 from .faults import Fault, UnsupportedError
 from .ptx import Instruction, Program, parse, split_operands, statement
 from .record import Launch
@@ -152,7 +152,8 @@ class Watched:
     Attributes:
         reached: the changed statement was executed by some thread.
         differs: it wrote another value than the one that stood there, or went on where the mask
-            would not have let it. None: of such statements (stores, waits, ...) it is not known.
+            would not have let it (of a store: and stored what no other thread stored there). None:
+            of such statements (stores, waits, ...) it is not known.
     """
 
     def __init__(self, mutant: Mutant, most_rounds: int) -> None:
@@ -202,13 +203,17 @@ class Watched:
             ]
         if step is not None or mutant.operator == "mask dropped":
             self.differs = bool(self.differs)
+        stored = _stored(original, program)
 
         def before(b: Blocks, mask: Mask) -> None:
             going = np.ones(b.threads.size, bool) if mask is None else mask
             if guard:
                 on = guard(b) != original.negated
                 if mutant.operator == "mask dropped":
-                    self.differs = bool(self.differs or (going & ~on).any())
+                    off = going & ~on
+                    if stored is not None and off.any():
+                        off[off] = ~np.isin(stored(b, off), stored(b, going & on))
+                    self.differs = bool(self.differs or off.any())
                 else:
                     going = going & on
             self.reached = bool(self.reached or going.any())
@@ -225,6 +230,22 @@ class Watched:
         for read, values in self._values:
             wrong = read(b) != values
             self.differs = bool(self.differs or (wrong if mask is None else wrong & mask).any())
+
+
+def _stored(i: Instruction, program: Program) -> Callable[[Blocks, np.ndarray], np.ndarray] | None:
+    """What some threads store where, in which block, as rows of bytes; None: it is no store."""
+    found = re.fullmatch(r"st\.(shared|global)(?:::cta)?(?:\.v\d)?\.b(\d+)", i.opcode)
+    if found is None:
+        return None
+    where = address(i, i.operands[0], 32 if found[1] == "shared" else 64, program)
+    reads = [reader(i, name, unsigned(int(found[2])), program) for name in vector(i.operands[1])]
+
+    def rows(b: Blocks, threads: np.ndarray) -> np.ndarray:
+        columns = [b.block_of, where(b), *(read(b) for read in reads)]
+        table = np.stack([column[threads].astype(np.uint64) for column in columns], 1)
+        return table.view(f"V{8 * len(columns)}")[:, 0]
+
+    return rows
 
 
 _NUMBERS = itertools.count()

@@ -139,6 +139,24 @@ def test_a_mask_that_is_never_off_is_equal(limit: int, differs: bool) -> None:
     assert ran(launch, only(launch, "mask dropped", "st.global"), garbage=False).differs is differs
 
 
+@pytest.mark.parametrize(
+    ("value", "to", "differs"),
+    [("%r3", "%r4", False), ("%r0", "%r4", True), ("%r3", "%r1", True)],
+)
+def test_a_store_of_what_another_thread_stores_there_is_equal(
+    value: str, to: str, differs: bool
+) -> None:
+    """One lane of each warp stores; without the mask all do, the same to one place or not."""
+    launch = of(
+        "and.b32 %r2, %r0, 31;\nsetp.eq.u32 %p1, %r2, 0;\nshr.u32 %r3, %r0, 5;\n"
+        f"shl.b32 %r4, %r3, 2;\nshl.b32 %r1, %r0, 2;\n@%p1 st.shared.b32 [{to}], {value};",
+        threads=64,
+        shared=256,
+    )
+    mutant = only(launch, "mask dropped", "st.shared")
+    assert ran(launch, mutant, races=False, garbage=False).differs is differs
+
+
 def test_a_kernel_that_does_not_end_is_a_fault() -> None:
     launch = of(
         f"mov.b32 %r2, 0;\n$again:\nadd.s32 %r2, %r2, 1;\nsetp.lt.s32 %p1, %r2, 5;\n"
