@@ -17,7 +17,8 @@ import torch
 from tests.helpers.signals import speech_like
 from w2vbert_fast.inference import Flow, Transcription
 from w2vbert_fast.inference.ctc.chunks import Chunk
-from w2vbert_fast.inference.jobs.job import Job, JobOptions, Summary, read_results
+from w2vbert_fast.inference.jobs.job import Job, JobOptions, Summary
+from w2vbert_fast.inference.jobs.results import read_results
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.inference.tasks.base import Piece, Task, identity

@@ -16,7 +16,7 @@ from w2vbert_fast.inference import Transcriber, load_audio, transcribe
 from w2vbert_fast.inference.ctc.subtitles import Layout, cues, srt, txt, vtt
 from w2vbert_fast.inference.ctc.timestamps import Word
 from w2vbert_fast.inference.ctc.turns import in_turns
-from w2vbert_fast.inference.jobs.job import read_results
+from w2vbert_fast.inference.jobs.results import read_results
 from w2vbert_fast.inference.tasks.embed import Embed
 
 SAMPLES = Path(__file__).parents[2] / "w2vbert_fast" / "demo" / "samples"

@@ -30,8 +30,9 @@ from tests.helpers.offline import Stub, clips, job, run, table, write_manifest
 from tests.helpers.signals import speech_like
 from w2vbert_fast.inference import Embedder, Flow, load_pipeline, transcribe
 from w2vbert_fast.inference.jobs.formats import JsonTable
-from w2vbert_fast.inference.jobs.job import Interrupted, TooManyErrors, read_results
+from w2vbert_fast.inference.jobs.job import Interrupted, TooManyErrors
 from w2vbert_fast.inference.jobs.journal import Entry, JobError, Journal, Ranges, ranges_of
+from w2vbert_fast.inference.jobs.results import read_results
 from w2vbert_fast.inference.tasks import Embed, Transcribe
 
 COMMAND = [sys.executable, "-m", "w2vbert_fast.cli"]

@@ -26,7 +26,8 @@ import torch
 from tests.helpers.snippets import Reader, blocks
 from tests.helpers.stand_ins import ADDED, NOT_RUN, REPLACED, fill
 from tests.helpers.waiting import PATIENCE
-from w2vbert_fast.inference.jobs.job import Job, read_results
+from w2vbert_fast.inference.jobs.job import Job
+from w2vbert_fast.inference.jobs.results import read_results
 from w2vbert_fast.inference.runner import Embedder, Flow, Runner, Transcriber
 from w2vbert_fast.inference.tasks import Embed, Transcribe
 from w2vbert_fast.inference.tasks.base import Piece

@@ -36,7 +36,7 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"``?([^`]+)``?")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(r"[\w.*-]+(?:/[\w.*-]+)*/?")
-_ENDING = re.compile(r"\.(jsonl?|py|txt)$")
+_ENDING = re.compile(r"\.(html|jsonl?|py|txt)$")
 _DOTTED = re.compile(r"([a-z]\w*(?:\.\w+)+)(?:\(.*)?")
 
 

@@ -166,11 +166,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "doctor": ("_extras", "cpus", "ops"),
     "recordings": ("_extras", "ops"),
     "checkpoints": (),
+    "report": ("checkpoints",),
     "processing": ("checkpoints", "ops", "recordings"),
     "models": ("checkpoints", "layout", "ops"),
     "export": ("_extras", "checkpoints", "layout", "models", "ops", "processing"),
     "inference": (
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
+        *("report",),
     ),
     "training": (
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),

@@ -17,6 +17,7 @@ from w2vbert_fast.cli import (
     evaluate,
     export,
     finetune,
+    report,
     transcribe,
 )
 from w2vbert_fast.cli.messages import PROGRAM, fail
@@ -60,6 +61,7 @@ def build_app() -> Any:
     ) -> None:
         """Hold the options that come before a command."""
 
-    for module in (transcribe, doctor, embed, classify, evaluate, finetune, export, convert):
+    modules = (transcribe, doctor, embed, classify, report, evaluate, finetune, export, convert)
+    for module in modules:
         add(app, module.command, short=module.SHORT, help_text=module.HELP)
     return app

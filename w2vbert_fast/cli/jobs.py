@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HELP = (
     "Results go to tables in the folder, part-*; rows with errors to errors-*.jsonl. A command "
     "that was stopped, by whatever, goes on when it is given again. Exit status: 0 all went well, "
-    "1 some rows failed, 2 the job did."
+    "1 some rows failed, 2 the job did. report.html shows it all."
 )
 _AUTO = "auto"
 
@@ -146,6 +146,7 @@ class Books:
     max_errors: int | None = option(None, "End the job when more rows have failed.")
     retry_errors: bool = option(False, "Do the rows again that have failed.")
     log_json: bool = option(False, "Report progress as JSON lines on standard error.")
+    no_page: bool = option(False, "Write no report.html at the end.")
 
 
 @dataclass(kw_only=True)
@@ -235,6 +236,7 @@ def run_job(
         retry_errors=job.retry_errors,
         overwrite=job.overwrite,
         log_json=job.log_json,
+        page=not job.no_page,
     )
     kind = TASKS[task]
     flow = Flow(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w2vbert_fast.inference.jobs.job import read_results
 from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE
+from w2vbert_fast.inference.jobs.results import read_results
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.recordings.inputs import Inputs
 from w2vbert_fast.recordings.manifest import transcript

@@ -2,13 +2,12 @@
 
 The folder holds `job.json` (what the job is), `journal.jsonl` (which rows are done), tables
 `part-*` (rows that went well) and `errors-*.jsonl` (rows that did not), and at the end
-`summary.json`. `read_results` reads the tables.
+`summary.json` and `report.html`. `read_results` reads the tables.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,16 +20,24 @@ from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder, read_json, to_disk, write_json
 from w2vbert_fast.inference.ctc.subtitles import Layout
 from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results
-from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Journal, differences
+from w2vbert_fast.inference.jobs.journal import (
+    JOB_FILE,
+    JOURNAL_FILE,
+    SUMMARY_FILE,
+    Entry,
+    JobError,
+    Journal,
+    differences,
+)
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
+from w2vbert_fast.inference.jobs.report import REPORT_FILE, write_report
+from w2vbert_fast.inference.jobs.results import json_rows
 from w2vbert_fast.inference.jobs.shard import Shard
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.recordings.inputs import Inputs
 from w2vbert_fast.recordings.which_files import PassedOver
 
-JOB_FILE = "job.json"
-SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 
 _COLUMN_ROWS = 256  # rows that decide about the columns of Parquet tables
@@ -58,6 +65,7 @@ class JobOptions:
         retry_errors: do the rows again that have failed.
         overwrite: forget what the folder holds of another job.
         log_json: report in JSON lines.
+        page: write `report.html` at the end.
     """
 
     shard_rows: int = 1000
@@ -66,6 +74,7 @@ class JobOptions:
     retry_errors: bool = False
     overwrite: bool = False
     log_json: bool = False
+    page: bool = True
 
     def __post_init__(self) -> None:
         if self.shard_rows < 1:
@@ -162,7 +171,10 @@ class Job:
                 self._check_errors(journal, retried)
                 self._work(journal, retried, complete)
             self.progress.close()
-            return self._finish(journal, startup)
+            summary = self._finish(journal, startup)
+            if self.options.page:
+                write_report(self.folder)
+            return summary
 
     def _work(self, journal: Journal, retried: Sequence[str], complete: bool) -> None:
         if not complete:
@@ -172,7 +184,7 @@ class Job:
         wanted: set[int] = set()
         for name in retried:
             group.append(name)
-            wanted.update(row["index"] for row in _json_rows(self.folder / name))
+            wanted.update(row["index"] for row in json_rows(self.folder / name))
             if len(wanted) >= self.options.shard_rows or name == retried[-1]:
                 self._pass(journal, wanted.__contains__, tuple(group))
                 group, wanted = [], set()
@@ -305,6 +317,7 @@ class Job:
             "frame_budget": budget,
             "columns": self.columns.types,
             "versions": versions(),
+            "working_folder": os.getcwd(),
         }
         write_json(path, content)
         to_disk(self.folder)
@@ -326,7 +339,7 @@ class Job:
     def _clear(self) -> None:
         """Remove what a job has written, and nothing else."""
         # The journal first: from then on nothing of the old job counts.
-        for name in (JOURNAL_FILE, JOB_FILE, SUMMARY_FILE):
+        for name in (JOURNAL_FILE, JOB_FILE, SUMMARY_FILE, REPORT_FILE):
             (self.folder / name).unlink(missing_ok=True)
         remove_results(self.folder)
 
@@ -380,39 +393,3 @@ class Job:
         if device.type == "cuda":
             return torch.cuda.get_device_name(device)
         return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def read_results(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a job that are done, shard by shard: those that went well and those with errors.
-
-    Embeddings in Parquet tables are lists here; `pyarrow` reads them faster.
-
-    Raises:
-        JobError: the folder's files are not what its journal says.
-        ImportError: a table is Parquet and pyarrow is not installed.
-    """
-    path = Path(folder)
-    names: dict[str, int] = {}
-    gone: set[str] = set()
-    for line in _json_rows(path / JOURNAL_FILE):
-        names.update(line["files"])
-        gone.update(line["supersedes"])
-    for name in names:
-        if name in gone:
-            continue
-        if not (path / name).is_file():
-            raise JobError(f"{path / name} is missing")
-        if name.endswith(".jsonl"):
-            yield from _json_rows(path / name)
-        elif name.endswith(".parquet"):
-            parquet = require("pyarrow.parquet", "offline")
-            with parquet.ParquetFile(path / name) as file:
-                for batch in file.iter_batches(batch_size=64):
-                    yield from batch.to_pylist()
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # else a running job is writing it
-                yield json.loads(line)

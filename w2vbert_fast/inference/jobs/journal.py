@@ -18,7 +18,9 @@ from typing import Any
 from w2vbert_fast.checkpoints.files import to_disk
 from w2vbert_fast.inference.jobs.formats import ERRORS, PARTS
 
+JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
+SUMMARY_FILE = "summary.json"
 
 
 class JobError(RuntimeError):
@@ -67,6 +69,7 @@ class Entry:
         errors: rows that did not, by the type of the error.
         audio_seconds: of the rows that went well.
         supersedes: tables of errors that these rows replace.
+        seconds: between the first row's begin and the last one's end; None in older journals.
     """
 
     shard: int
@@ -76,6 +79,7 @@ class Entry:
     errors: dict[str, int]
     audio_seconds: float
     supersedes: list[str] = field(default_factory=list)
+    seconds: float | None = None
 
 
 class Journal:

@@ -107,6 +107,7 @@ class Shard:
             errors=dict(self._errors),
             audio_seconds=self._audio_seconds,
             supersedes=list(supersedes),
+            seconds=round(time.monotonic() - self.opened, 3),
         )
         journal.write(entry)
         return entry
