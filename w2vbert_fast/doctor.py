@@ -19,7 +19,7 @@ from torch import Tensor
 
 from w2vbert_fast import __version__, cpus
 from w2vbert_fast._extras import versions
-from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops import dispatch, tuned
 from w2vbert_fast.ops.examples import Sizes, example
 from w2vbert_fast.ops.operation import OPERATIONS
 
@@ -99,12 +99,14 @@ class Examination:
         packages: name and version; "not installed" for what is missing.
         machine: what was asked and the answer.
         reasons: for every device, why its operations run as they do.
+        tuned: for every device, what was measured on it, and what runs where nothing was.
         checks: every operation on every device.
     """
 
     packages: list[tuple[str, str]]
     machine: list[tuple[str, str]]
     reasons: list[tuple[str, str]]
+    tuned: list[tuple[str, str]]
     checks: list[Check]
 
     @property
@@ -121,7 +123,8 @@ def examine() -> Examination:
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     checks = [check for device in devices for check in check_operations(device)]
     reasons = [(str(device), dispatch.explain(device)) for device in devices]
-    return Examination(_packages(), _machine(), reasons, checks)
+    measured = [(str(device), tuned.explain(device)) for device in devices]
+    return Examination(_packages(), _machine(), reasons, measured, checks)
 
 
 def check_operations(device: torch.device) -> list[Check]:

@@ -57,7 +57,7 @@ def test_json_tells_packages_machine_and_every_operation() -> None:
     assert found["packages"]["w2vbert_fast"] == w2vbert_fast.__version__
     assert found["packages"]["torch"] == torch.__version__
     assert found["machine"]["threads of PyTorch"] == "1"
-    assert found["reasons"]["cpu"]
+    assert found["reasons"]["cpu"] and found["tuned"]["cpu"]
     on_cpu = [check for check in found["checks"] if check["device"] == "cpu"]
     assert {check["operation"] for check in on_cpu} == OPERATIONS
     assert {check["dtype"] for check in on_cpu} == {"float32", "bfloat16"}

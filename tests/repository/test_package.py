@@ -164,6 +164,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "layout": (),
     "ops": ("cpus", "csrc_triton", "layout"),
     "doctor": ("_extras", "cpus", "ops"),
+    "tuning": ("ops",),
     "recordings": ("_extras", "ops"),
     "checkpoints": (),
     "report": ("checkpoints",),

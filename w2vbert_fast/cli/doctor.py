@@ -33,7 +33,7 @@ def command(printing: Printing) -> int:
     if printing.as_json:
         content = {**dataclasses.asdict(found), "passed": found.passed}
         content["packages"], content["machine"] = dict(found.packages), dict(found.machine)
-        content["reasons"] = dict(found.reasons)
+        content["reasons"], content["tuned"] = dict(found.reasons), dict(found.tuned)
         write_line(json.dumps(content, indent=2))
         return 0 if found.passed else ITEMS_FAILED
     # Lines are not wrapped where the output is a file.
@@ -42,9 +42,10 @@ def command(printing: Printing) -> int:
         console.print(title, style="bold")
         for name, value in rows:
             console.print(f"  {name:20} {value}", markup=False)
-    console.print("Implementations", style="bold")
-    for device, reason in found.reasons:
-        console.print(f"  {device:20} {reason}", markup=False)
+    for title, rows in (("Implementations", found.reasons), ("Tuned", found.tuned)):
+        console.print(title, style="bold")
+        for device, reason in rows:
+            console.print(f"  {device:20} {reason}", markup=False, soft_wrap=True)
     table = Table(title="Self-check: relative error against plain PyTorch in float64")
     for column in ("operation", "device", "dtype", "implementation", "error", "limit", "ms", ""):
         table.add_column(column, justify="right" if column in ("error", "limit", "ms") else "left")

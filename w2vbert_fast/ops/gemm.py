@@ -6,14 +6,17 @@ or of the gated unit needs it. The inside of a feed-forward layer is four times 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from w2vbert_fast.ops import tuned
 from w2vbert_fast.ops.activations import get_activation
 from w2vbert_fast.ops.cpu import gemm as cpu
 from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
@@ -176,11 +179,35 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(tensors) * first.shape[0], *first.shape[1:]), first.stride())
 
 
+@functools.cache
+def _kernels() -> ModuleType:
+    """The launchers, which take measured tiles where there are some."""
+    from csrc_triton import gemm
+    from csrc_triton.gemm import measured
+
+    measured.use(tuned.tile)
+    return gemm
+
+
+def _linear_on_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    if activation is None and tuned.product_by_pytorch(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _kernels().linear(x, weight, bias, activation)
+    return y
+
+
+def _linear_glu_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = _kernels().linear_glu(x, weight, bias)
+    return y
+
+
 _linear_op = operation(
     "linear(Tensor x, Tensor weight, Tensor? bias, str? activation=None) -> Tensor",
     linear,
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
-    triton="csrc_triton.gemm:linear",
+    triton=_linear_on_triton,
     cpu=cpu.linear,
     autocast="lower",
 )
@@ -188,7 +215,7 @@ _linear_glu_op = operation(
     "linear_glu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     linear_glu,
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0] // 2),
-    triton="csrc_triton.gemm:linear_glu",
+    triton=_linear_glu_on_triton,
     cpu=cpu.linear_glu,
     autocast="lower",
 )
@@ -221,10 +248,11 @@ _feed_forward_op = operation(
 
 
 def _linear_stacked_on_triton(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    from csrc_triton.gemm import linear as kernel
-
+    kernel = _kernels().linear
     if lie_end_to_end(weights) and (not biases or lie_end_to_end(biases)):
-        return kernel(x, _joined(weights), _joined(biases) if biases else None)
+        weight, bias = _joined(weights), _joined(biases) if biases else None
+        y: Tensor = _linear_on_triton(x, weight, bias, None)
+        return y
     width = weights[0].shape[0]
     y = x.new_empty(x.shape[0], len(weights) * width)
     for weight, bias, columns in itertools.zip_longest(
