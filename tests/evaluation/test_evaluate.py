@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.report.test_page import rows_of, scripts
 from w2vbert_fast import cli
-from w2vbert_fast.evaluation import Evaluation, evaluate
+from w2vbert_fast.evaluation import Evaluation, evaluate, write_report
 from w2vbert_fast.evaluation.bootstrap import interval, resampled_rates
 from w2vbert_fast.evaluation.normalisation import Normalisation, chosen
+from w2vbert_fast.inference.jobs.journal import Entry
 
 SAID = {
     "a": ("the cat sat", "x", 1.0),
@@ -43,14 +46,40 @@ def write_results(folder: Path, heard: dict[str, str | None], **more: Any) -> Pa
         row |= {"text": text} if text is not None else {"error": "damaged"}
         lines.append(json.dumps({**row, **more}) + "\n")
     (folder / "part-000000.jsonl").write_text("".join(lines))
-    journal = {"files": {"part-000000.jsonl": 1}, "supersedes": []}
-    (folder / "journal.jsonl").write_text(json.dumps(journal) + "\n")
+    journal = Entry(0, {"part-000000.jsonl": 1}, [(0, len(lines))], len(lines), {}, 1.0)
+    (folder / "journal.jsonl").write_text(json.dumps(asdict(journal)) + "\n")
     return folder
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_data(tmp_path)
+
+
+def test_the_page_has_every_row_with_its_errors(data: Path) -> None:
+    first = write_results(
+        data.parent / "one", {"a": "the cot sat", "b": None, "c": "oh", "d": SAID["d"][0]}
+    )
+    second = write_results(data.parent / "two", {name: text for name, (text, _, _) in SAID.items()})
+    (data.parent / "a.wav").touch()
+    path = write_report(evaluate(data, first, second, by="speaker"), data.parent / "out")
+    (page,) = scripts(path, "page")
+    titles = [column["title"] for column in page["columns"]]
+    assert titles[2:7] == [
+        "Errors",
+        f"WER of {first}",
+        f"WER of {second}",
+        "Said",
+        f"Heard of {first}",
+    ]
+    assert (titles[page["sort"]], page["descending"]) == ("Errors", True)
+    rows = {Path(row[0][0]).stem: row for row in rows_of(path)}
+    assert [rows[name][0][2:5] for name in "acd"] == [[1, 1 / 3, 0.0], [1, 1.0, 0.0], [0, 0.0, 0.0]]
+    assert rows["a"][0][8] == f"{first}: “cat” is heard as “cot”"
+    assert rows["a"][2] == "../a.wav" and rows["c"][2] is None
+    assert rows["b"][1] == 1 and rows["b"][0][-1] == "damaged"
+    assert all(len(row[0]) == len(titles) for row in rows.values())
+    assert page["findings"][2]["entries"][0] == ["“cat” is heard as “cot”", 1, ""]
 
 
 def test_errors_are_those_counted_by_hand(data: Path) -> None:

@@ -178,7 +178,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": (
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
     ),
-    "evaluation": ("_lazy", "checkpoints", "inference", "recordings", "training"),
+    "evaluation": ("_lazy", "checkpoints", "inference", "recordings", "report", "training"),
     "integrations": (
         *("_extras", "cpus", "inference", "layout", "models", "ops", "processing"),
         *("recordings",),

@@ -54,7 +54,7 @@ class Computing:
 @dataclass(kw_only=True)
 class Printing:
     out: str | None = option(
-        None, "Folder for evaluation.json and utterances.jsonl.", metavar="DIR"
+        None, "Folder for evaluation.json, utterances.jsonl and report.html.", metavar="DIR"
     )
     as_json: bool = option(False, "Print the numbers as JSON.", "--json")
 
@@ -71,7 +71,7 @@ def command(
     reading: jobs.Reading,
 ) -> int:
     """Score, and print the scores; the exit status."""
-    from w2vbert_fast.evaluation import evaluate
+    from w2vbert_fast.evaluation import evaluate, write_report
     from w2vbert_fast.inference.runner import Flow
 
     with log_shown("w2vbert_fast.inference", below_progress=True):
@@ -84,6 +84,7 @@ def command(
         )
     if printing.out is not None:
         found.save(printing.out)
+        write_report(found, printing.out)
     if printing.as_json:
         write_line(json.dumps(found.summary(), ensure_ascii=False))
     else:

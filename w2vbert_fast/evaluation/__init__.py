@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING
 from w2vbert_fast._lazy import names_of
 
 if TYPE_CHECKING:
+    from w2vbert_fast.evaluation.report import write_report
     from w2vbert_fast.evaluation.scoring import Evaluation, evaluate
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "write_report"]
 
-__getattr__, __dir__ = names_of(__name__, {"evaluation.scoring": ("Evaluation", "evaluate")})
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "evaluation.report": ("write_report",),
+        "evaluation.scoring": ("Evaluation", "evaluate"),
+    },
+)

@@ -49,6 +49,8 @@ class Scored:
         reference: what was said.
         hypotheses: what each system recognised.
         alignments: the errors of each system, by "wer" and "cer".
+        audio: name of the recording.
+        offset: where the row begins in it, in seconds.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Scored:
     reference: str
     hypotheses: tuple[str, ...]
     alignments: dict[str, tuple[Alignment, ...]]
+    audio: str
+    offset: float
 
     def errors(self, score: str) -> list[int]:
         """How many errors each system has made."""
@@ -308,6 +312,8 @@ def evaluate(
             said[place],
             tuple(texts[place] for texts in heard),
             {score: found_here[place] for score, found_here in alignments.items()},
+            wanted[i].audio,
+            wanted[i].offset,
         )
         for place, i in enumerate(kept)
     )
