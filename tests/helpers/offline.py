@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ def job(
     formats: Sequence[str] = (),
     flow: Flow | None = None,
     stream: Any = None,
+    how: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Job:
     """A job, with a stub unless told otherwise, in small windows and shards."""
@@ -116,7 +117,13 @@ def job(
     )
     values = {"shard_rows": 5, "shard_seconds": math.inf, **options}
     return Job(
-        runner, open_inputs(names), out, formats, JobOptions(**values), stream or io.StringIO()
+        runner,
+        open_inputs(names),
+        out,
+        formats,
+        JobOptions(**values),
+        stream or io.StringIO(),
+        **(how or {}),
     )
 
 

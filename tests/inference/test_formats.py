@@ -89,12 +89,11 @@ def test_a_job_writes_it_states_it_in_its_rows_and_overwriting_removes_it(
     assert all((out / path).stat().st_size > 0 for path in written)
     if not FORMATS[name].is_table:
         assert {row[f"{name}_file"] for row in table(out)} == written
-    own = out / name / "000000"
     if FORMATS[name].per_recording:
+        assert written == {f"{name}/{Path(path).stem}.{name}" for path in recordings}
         (out / name / "mine.txt").write_text("not the job's")
     (out / "mine.txt").write_text("not the job's")
     run(recordings[:1], out, Stub(), ["jsonl"], overwrite=True)
-    assert not own.exists()
     kept = {"mine.txt", f"{name}/mine.txt"} if FORMATS[name].per_recording else {"mine.txt"}
 
     assert files_of(out) - BOOKS == {"part-000000.jsonl", *kept}
@@ -120,7 +119,7 @@ def test_another_one_is_written_offered_and_removed_wherever_formats_are(
     files = [row["loud_file"] for row in table(out)]
     assert [(out / file).read_text() for file in files] == ["WELL SAID"] * 2
     run(recordings, out, Spoken(), overwrite=True)
-    assert not [path for path in files_of(out) if path.endswith(".loud")]
+    assert not (out / "loud").exists()
     assert "srt, vtt, txt and loud of transcripts" in help_text()
     with pytest.raises(ValueError, match="'loud' is not one of stub's: jsonl, parquet"):
         Formats.of_task(Stub(), ["loud"])
@@ -149,9 +148,7 @@ def test_words_have_times_where_a_format_shows_them() -> None:
 
 def test_subtitles_of_a_job_have_the_layout_that_is_asked_for(tmp_path: Path) -> None:
     (recording,), out = clips(tmp_path / "clips", 1), tmp_path / "out"
-    work = job([recording], out, Spoken(), ["srt", "vtt"])
-    work.formats = Formats.of_task(Spoken(), ["srt", "vtt"], Layout(max_words=1))
-    work.run()
+    job([recording], out, Spoken(), ["srt", "vtt"], how={"layout": Layout(max_words=1)}).run()
     (row,) = table(out)
     for name in ("srt", "vtt"):
         cues = (out / row[f"{name}_file"]).read_text().strip().split("\n\n")

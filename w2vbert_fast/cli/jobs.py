@@ -17,7 +17,6 @@ from w2vbert_fast.cli.options import REQUIRED, argument, given, option, values
 from w2vbert_fast.inference.jobs.formats import help_text
 
 if TYPE_CHECKING:
-    from w2vbert_fast.inference.ctc.subtitles import Layout
     from w2vbert_fast.inference.jobs.job import Summary
 
 HELP = (
@@ -209,7 +208,7 @@ def run_job(
     out: str,
     task_options: dict[str, Any],
     job: Job,
-    layout: Layout | None = None,
+    **how: Any,
 ) -> int:
     """Run a job as the command line asks for it; the exit status.
 
@@ -219,7 +218,7 @@ def run_job(
         out: the job's folder.
         task_options: of the task's class.
         job: how it is run.
-        layout: of subtitles; None: the usual one.
+        **how: of the class `Job`: layout, beside.
 
     Raises:
         JobError, OSError, ValueError, TypeError, ImportError: the job has failed.
@@ -245,7 +244,7 @@ def run_job(
         **job.flow(),
     )
     runner = make_runner(kind(**task_options), flow)
-    run = Run(runner, open_inputs(inputs), out, job.formats or (), options, layout=layout)
+    run = Run(runner, open_inputs(inputs), out, job.formats or (), options, **how)
     with _stoppable(), log_shown("w2vbert_fast.inference", below_progress=True):
         try:
             summary = run.run()

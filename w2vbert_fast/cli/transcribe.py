@@ -39,7 +39,8 @@ HELP = (
     f"With --format {listed([*BESIDE], 'or')} a file is written beside each recording instead "
     "(talk.mp4: talk.srt), or for a single one to --out FILE. Files that are there are not "
     "replaced without --overwrite.\n\n"
-    "With --out DIR it is a job. " + jobs.HELP
+    "With --out DIR it is a job; such files are then in DIR/srt, in folders as the input has them, "
+    "or with --beside beside the recordings. " + jobs.HELP
 )
 
 
@@ -73,6 +74,9 @@ class Target:
         None,
         "Folder of a job, which can be resumed; or a file such as talk.srt.",
         metavar="DIR|FILE",
+    )
+    beside: bool = option(
+        False, "Write files of single recordings beside those; without --out DIR they are."
     )
 
 
@@ -207,9 +211,13 @@ def command(
     is_job = target.out is not None and _file_format(target.out) is None
     if is_job:
         _refuse(given(printing), "is for printing; a job has --log-json")
+        if target.beside and not {*BESIDE} & {*formats}:
+            _refuse(["--beside"], "needs a --format with a file for each recording")
     else:
         formats = _formats_beside(formats, target.out)
         _refuse([f"--format {f}" for f in formats if f not in BESIDE], "needs --out DIR")
+        if target.beside and (target.out is not None or not formats):
+            _refuse(["--beside"], f"needs --format {listed([*BESIDE], 'or')}, and no file in --out")
         _refuse(given(job, jobs.Books, jobs.Engine), "needs --out DIR")
         if job.overwrite and not formats:
             _refuse(["--overwrite"], "needs --format or --out")
@@ -222,7 +230,8 @@ def command(
     task = {**values(model, chunks), **sound.of_task(), **search.of_task()}
     task["timestamps"] = usual_timestamps(formats) if times.timestamps is None else times.timestamps
     if target.out is not None and is_job:
-        return jobs.run_job("transcribe", source.inputs, target.out, task, job, layout)
+        how = {"layout": layout, "beside": target.beside}
+        return jobs.run_job("transcribe", source.inputs, target.out, task, job, **how)
     return _print(source.inputs, task, job, formats, target.out, printing.as_json, layout)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from w2vbert_fast.recordings.datasets.tar import Tar
@@ -32,6 +33,13 @@ class Files:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
+
+    @property
+    def root(self) -> str:
+        """The folder that all of them are in or below, or the beginning of their URLs."""
+        folders = [path.split("/")[:-1] for path in self.paths]
+        shared = takewhile(lambda parts: len({*parts}) == 1, zip(*folders, strict=False))
+        return "/".join(parts[0] for parts in shared)
 
     def survey(self) -> tuple[int | None, dict[str, Any]]:
         return len(self.paths), _names(self.paths)
@@ -143,6 +151,11 @@ class Inputs:
                 found.update(part.passed_over)
         return found
 
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The folder of each part, from which on names of recordings are the input's own tree."""
+        return tuple(map(_root, self.parts))
+
     def rows(self, wanted: Wanted = everything) -> Iterator[Row]:
         """The rows whose index is wanted, in order.
 
@@ -234,6 +247,13 @@ def _part(name: str) -> Part:
     if name.lower().endswith(TAR_SUFFIXES):
         return Tar(name)
     return open_manifest(name) or Files([name])
+
+
+def _root(part: Part) -> str:
+    if isinstance(part, Files):
+        return part.root
+    path = str(getattr(part, "path", ""))
+    return path if os.path.isdir(path) else os.path.dirname(path) or "."
 
 
 def _names(paths: Sequence[str]) -> dict[str, Any]:

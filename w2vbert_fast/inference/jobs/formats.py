@@ -14,15 +14,14 @@ import functools
 import json
 import math
 import os
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import to_disk
+from w2vbert_fast.inference.jobs.naming import candidates, in_tree, may_lie_there
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +40,6 @@ PARTS, ERRORS = "part-", "errors-"
 EXTRA = "extra"
 """Column of Parquet tables with the carried columns, as JSON, that have no column of their own."""
 
-_FOLDER_ROWS = 1000
-_STEM_LENGTH = 80
 _ROW_GROUP_VALUES = 1 << 24
 
 
@@ -54,7 +51,7 @@ class Format(abc.ABC):
         stem: name of the shard's files, without an ending.
         columns: types of the carried columns, for tables with types.
         own: names and Arrow types of the task's columns, for tables with types.
-        layout: of subtitles.
+        how: how files of single recordings are named and laid out.
 
     Attributes:
         name: what `--format` calls it, the ending of its files, and the name of their folder.
@@ -84,7 +81,7 @@ class Format(abc.ABC):
         stem: str,
         columns: Columns | None = None,
         own: Sequence[tuple[str, Any]] = (),
-        layout: Layout | None = None,
+        how: PerRecording | None = None,
     ) -> None:
         self.folder = folder
         self.path = temporary(folder / f"{stem}.{self.name}")
@@ -95,7 +92,8 @@ class Format(abc.ABC):
         return cls.in_jobs
 
     def stated(self, result: Result) -> dict[str, str]:
-        """Columns of a row that name the files, relative to the folder, which hold more of it."""
+        """Columns of a row that name the files which hold more of it, relative to the folder if
+        they are in it."""
         return {}
 
     @abc.abstractmethod
@@ -166,7 +164,7 @@ class ParquetTable(Format):
         stem: str,
         columns: Columns | None = None,
         own: Sequence[tuple[str, Any]] = (),
-        layout: Layout | None = None,
+        how: PerRecording | None = None,
     ) -> None:
         super().__init__(folder, stem)
         arrow = require("pyarrow", "offline")
@@ -251,6 +249,26 @@ class ParquetTable(Format):
         _discard_file(self._file, self.path)
 
 
+@dataclass(frozen=True)
+class PerRecording:
+    """How files of single recordings are named and laid out.
+
+    Attributes:
+        layout: of subtitles; None: the usual one.
+        roots: folders of the input, whose trees are kept.
+        beside: each file lies beside its recording, and not in the job's folder.
+    """
+
+    layout: Layout | None = None
+    roots: tuple[str, ...] = ()
+    beside: bool = False
+
+    def places(self, root: Path, result: Result) -> Iterator[Path]:
+        """Paths for a file of a recording, without its ending; the best one first."""
+        path = Path(result.audio) if self.beside else root / in_tree(result.audio, self.roots)
+        return candidates(path, result.index, result.offset > 0)
+
+
 class FilePerRecording(Format):
     """A file for each recording. A row that is computed again writes the same file again."""
 
@@ -262,11 +280,12 @@ class FilePerRecording(Format):
         stem: str,
         columns: Columns | None = None,
         own: Sequence[tuple[str, Any]] = (),
-        layout: Layout | None = None,
+        how: PerRecording | None = None,
     ) -> None:
         super().__init__(folder, stem)
+        self._how = how or PerRecording()
         self._written: list[Path] = []
-        self._layout = layout
+        self._claimed: set[Path] = set()
 
     @classmethod
     def goes_with(cls, task: Task) -> bool:
@@ -284,24 +303,34 @@ class FilePerRecording(Format):
         raise NotImplementedError
 
     def stated(self, result: Result) -> dict[str, str]:
-        """A thousand files share a folder."""
-        stem = re.sub(r"[^\w.-]+", "_", utf8(os.path.basename(result.audio)))
-        stem = os.path.splitext(stem)[0][:_STEM_LENGTH]
-        group = f"{result.index // _FOLDER_ROWS:06d}"
-        name = f"{self.name}/{group}/{result.index:09d}_{stem}.{self.name}"
+        """The file is named as the recording is, or nearly so where that name is taken."""
+        root = self.folder / self.name
+        for path in self._how.places(root, result):
+            final = path.with_name(f"{path.name}.{self.name}")
+            limit = None if self._how.beside else root
+            if final not in self._claimed and may_lie_there(final, limit):
+                break
+        else:
+            final = root / f"{result.index:09d}.{self.name}"
+            root.mkdir(exist_ok=True)
+        self._claimed.add(final)
+        if final.is_relative_to(self.folder):
+            name = final.relative_to(self.folder).as_posix()
+        else:
+            name = os.path.abspath(final)
         return {f"{self.name}_file": name}
 
     def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
         for result, names in zip(results, files, strict=True):
-            final = self.folder / names[f"{self.name}_file"]
-            final.parent.mkdir(parents=True, exist_ok=True)
-            path = temporary(final)
+            path = temporary(self.folder / names[f"{self.name}_file"])
+            # What a run that was killed has left, or a link that leads elsewhere.
+            path.unlink(missing_ok=True)
             self._written.append(path)
             self.write(path, result)
 
     def write(self, path: Path, result: Any) -> None:
         """Write the file of a result."""
-        path.write_text(self.content(result, layout=self._layout), encoding="utf-8")
+        path.write_text(self.content(result, layout=self._how.layout), encoding="utf-8")
 
     def close(self) -> list[Path]:
         for path in self._written:
@@ -467,17 +496,17 @@ class Formats:
 
     Attributes:
         names: a table's, "jsonl" or "parquet", and others that the task has.
-        layout: of subtitles; None: the usual one.
+        how: how files of single recordings are named and laid out.
 
     Raises:
         ValueError: a format is unknown, or does not go with the task or with another format.
     """
 
     names: tuple[str, ...]
-    layout: Layout | None = None
+    how: PerRecording = PerRecording()
 
     @classmethod
-    def of_task(cls, task: Task, names: Sequence[str], layout: Layout | None = None) -> Formats:
+    def of_task(cls, task: Task, names: Sequence[str], how: PerRecording | None = None) -> Formats:
         """Formats of a task; without names, its usual one."""
         known = {name: kind for name, kind in FORMATS.items() if kind.goes_with(task)}
         for name in names:
@@ -494,7 +523,7 @@ class Formats:
         timed = [name for name in chosen if FORMATS[name].has_times]
         if timed and getattr(task, "timestamps", None) == "none":
             raise ValueError(f"format {timed[0]!r} needs timestamps 'word' or 'character'")
-        return cls(tuple(chosen), layout)
+        return cls(tuple(chosen), how or PerRecording())
 
     @property
     def table(self) -> type[Format]:
@@ -516,19 +545,33 @@ class Formats:
             others = [name for name in self.names if not FORMATS[name].is_table]
             own = [*task.typed_columns(), *((f"{name}_file", string) for name in others)]
         stem = f"{PARTS}{number:06d}"
-        return [FORMATS[name](folder, stem, columns, own, self.layout) for name in self.names]
+        return [FORMATS[name](folder, stem, columns, own, self.how) for name in self.names]
 
 
-def remove_results(folder: Path) -> None:
-    """Remove what a job's shards have written into a folder, in whatever formats."""
+def files_of_tables(folder: Path) -> list[str]:
+    """The files of single recordings that a folder's tables name, as far as they can be read."""
+    columns = [f"{name}_file" for name, kind in FORMATS.items() if kind.per_recording]
+    found: list[str] = []
+    for path in sorted(folder.glob(f"{PARTS}*")):
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(ValueError, OSError):
+            if path.suffix == ".parquet":
+                parquet = require("pyarrow.parquet", "offline")
+                named = [name for name in columns if name in parquet.read_schema(path).names]
+                rows = parquet.read_table(path, columns=named).to_pylist() if named else []
+            elif path.suffix == ".jsonl":
+                with path.open(encoding="utf-8") as file:
+                    rows = [json.loads(line) for line in file if '_file": ' in line]
+        found += [row[name] for row in rows for name in columns if row.get(name)]
+    return found
+
+
+def remove_tables(folder: Path) -> None:
+    """Remove the tables that a job's shards have written into a folder."""
     for prefix in (PARTS, ERRORS):
         for pattern in (f"{prefix}*", f".{prefix}*{TEMPORARY}"):
             for path in folder.glob(pattern):
                 path.unlink()
-    for name, kind in FORMATS.items():
-        if kind.per_recording:
-            for group in folder.glob(f"{name}/" + "[0-9]" * 6):
-                shutil.rmtree(group)
 
 
 @functools.cache

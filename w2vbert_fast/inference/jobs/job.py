@@ -19,7 +19,13 @@ from typing import Any, TextIO, cast
 from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder, read_json, to_disk, write_json
 from w2vbert_fast.inference.ctc.subtitles import Layout
-from w2vbert_fast.inference.jobs.formats import Columns, Formats, remove_results
+from w2vbert_fast.inference.jobs.formats import (
+    Columns,
+    Formats,
+    PerRecording,
+    files_of_tables,
+    remove_tables,
+)
 from w2vbert_fast.inference.jobs.journal import (
     JOB_FILE,
     JOURNAL_FILE,
@@ -27,12 +33,15 @@ from w2vbert_fast.inference.jobs.journal import (
     Entry,
     JobError,
     Journal,
+    announce,
     differences,
+    remove_announced,
 )
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
 from w2vbert_fast.inference.jobs.report import REPORT_FILE, write_report
 from w2vbert_fast.inference.jobs.results import json_rows
 from w2vbert_fast.inference.jobs.shard import Shard
+from w2vbert_fast.inference.jobs.sidecars import check_beside
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.recordings.inputs import Inputs
@@ -40,6 +49,7 @@ from w2vbert_fast.recordings.which_files import PassedOver
 
 LOCK_FILE = ".lock"
 
+_NO_SHARD = 999_999_999
 _COLUMN_ROWS = 256  # rows that decide about the columns of Parquet tables
 _FEW_ROWS = 100
 _SHARD_BYTES = 256 << 20
@@ -111,9 +121,10 @@ class Job:
         options: how books are kept.
         stream: where progress is reported; None: standard error.
         layout: of subtitles; None: the usual one.
+        beside: files of single recordings lie beside those, and not in the folder.
 
     Raises:
-        ValueError: a format does not go with the task.
+        ValueError: a format does not go with the task; or nothing can lie beside such recordings.
     """
 
     def __init__(
@@ -125,11 +136,15 @@ class Job:
         options: JobOptions | None = None,
         stream: TextIO | None = None,
         layout: Layout | None = None,
+        beside: bool = False,
     ) -> None:
         self.runner = runner
         self.inputs = inputs
         self.folder = Path(folder)
-        self.formats = Formats.of_task(runner.task, formats, layout)
+        if beside:
+            check_beside(inputs)
+        how = PerRecording(layout, inputs.roots, beside)
+        self.formats = Formats.of_task(runner.task, formats, how)
         self.options = options or JobOptions()
         self.columns = Columns({})
         self.progress = Progress(inputs.total, 0, 0, as_json=self.options.log_json, stream=stream)
@@ -323,7 +338,11 @@ class Job:
         to_disk(self.folder)
 
     def _fingerprint(self) -> dict[str, Any]:
-        task, layout = self.runner.task, self.formats.layout
+        task, how = self.runner.task, self.formats.how
+        # Only where it is given, so that folders of before know themselves.
+        given = {} if how.layout is None else {"layout": asdict(how.layout)}
+        if how.beside:
+            given["beside"] = True
         return {
             "model": {"name": os.fspath(task.model), "files": task.fingerprint()},
             "input": self.inputs.fingerprint,
@@ -331,17 +350,19 @@ class Job:
                 **task.options(),
                 "formats": list(self.formats.names),
                 "longest": self.runner.flow.longest,
-                # Only where it is given, so that folders of before know themselves.
-                **({} if layout is None else {"layout": asdict(layout)}),
+                **given,
             },
         }
 
     def _clear(self) -> None:
         """Remove what a job has written, and nothing else."""
+        # As of a shard that no line of the journal counts: the next start ends what this begins.
+        announced = announce(self.folder, _NO_SHARD, files_of_tables(self.folder))
         # The journal first: from then on nothing of the old job counts.
         for name in (JOURNAL_FILE, JOB_FILE, SUMMARY_FILE, REPORT_FILE):
             (self.folder / name).unlink(missing_ok=True)
-        remove_results(self.folder)
+        remove_announced(announced)
+        remove_tables(self.folder)
 
     def _known_passed_over(self) -> PassedOver:
         """What the last run has passed over; one that has nothing to do does not read tar files."""

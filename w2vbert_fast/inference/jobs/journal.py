@@ -7,6 +7,7 @@ written, and on the disk, after the files that it names have their final names.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import os
 from collections import Counter
@@ -21,6 +22,8 @@ from w2vbert_fast.inference.jobs.formats import ERRORS, PARTS
 JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
 SUMMARY_FILE = "summary.json"
+
+ANNOUNCED = ".names"
 
 
 class JobError(RuntimeError):
@@ -136,6 +139,10 @@ class Journal:
 
     def _clean(self) -> None:
         known = self.files()
+        finished = {entry.shard for entry in self.entries}
+        for path in self.folder.glob(f".{PARTS}*{ANNOUNCED}"):
+            if int(path.name[len(PARTS) + 1 : -len(ANNOUNCED)]) not in finished:
+                remove_announced(path)
         for path in self.folder.iterdir():
             name = path.name
             unfinished = name.startswith((f".{PARTS}", f".{ERRORS}"))
@@ -196,6 +203,36 @@ class Journal:
     def audio_seconds(self) -> float:
         """Audio of the rows that went well, in seconds."""
         return sum(entry.audio_seconds for entry in self.entries)
+
+
+def announce(folder: Path, shard: int, files: Iterable[str | Path]) -> Path:
+    """Write down which files of single recordings a shard will have, before they have their names.
+
+    The next start removes those of a shard that no line of the journal counts.
+
+    Returns:
+        The list, to be removed when the files count.
+    """
+    path = folder / f".{PARTS}{shard:06d}{ANNOUNCED}"
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(os.path.abspath(folder / name)) + "\n" for name in files)
+        file.flush()
+        os.fsync(file.fileno())
+    to_disk(folder)
+    return path
+
+
+def remove_announced(path: Path) -> None:
+    """Remove the files of a list that `announce` has written, and the folders that are then empty.
+
+    A list that is not complete is one of files that have no names yet.
+    """
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, OSError):
+            file = Path(json.loads(line))
+            file.unlink()
+            for folder in file.relative_to(path.parent.absolute()).parents:
+                (path.parent / folder).rmdir()
 
 
 def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from w2vbert_fast.inference.jobs.formats import (
     JsonTable,
     final_name,
 )
-from w2vbert_fast.inference.jobs.journal import Entry, Journal, ranges_of
+from w2vbert_fast.inference.jobs.journal import Entry, Journal, announce, ranges_of
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.tasks.base import Task
 
@@ -88,11 +88,15 @@ class Shard:
         tables: dict[str, int] = {}
         folders = {self.folder}
         written: list[Path] = []
+        recordings: list[Path] = []
         for writer in [*self._writers, *self._errors_table]:
             paths = writer.close()
             written += paths
-            if not writer.per_recording:
+            if writer.per_recording:
+                recordings += map(final_name, paths)
+            else:
                 tables.update((final_name(path).name, path.stat().st_size) for path in paths)
+        announced = announce(self.folder, self.number, recordings) if recordings else None
         for path in written:
             os.replace(path, final_name(path))
             # New folders have to be on the disk, and so has the list that names them.
@@ -110,6 +114,8 @@ class Shard:
             seconds=round(time.monotonic() - self.opened, 3),
         )
         journal.write(entry)
+        if announced is not None:
+            announced.unlink()
         return entry
 
     def discard(self) -> None:

@@ -34,13 +34,8 @@ def plan(
         FileExistsError: a file is there and must not be replaced.
         OSError: the folder of `out` is not there.
     """
-    named = all(isinstance(part, Files | Folder) for part in inputs.parts)
-    names = [row.name for row in inputs.rows()] if named else []
-    if not named or (out is None and any(map(is_elsewhere, names))):
-        raise ValueError(
-            "files beside the recordings can be written for files and folders only; for tar files, "
-            "manifests, URLs and standard input name a folder for results"
-        )
+    check_beside(inputs, out is not None)
+    names = [row.name for row in inputs.rows()]
     if out is not None:
         if len(names) != 1:
             raise ValueError(f"{out} would be one file for {len(names)} recordings; name a folder")
@@ -58,6 +53,27 @@ def plan(
                 raise ValueError(f"{other} and {name} would both be written to {path}")
             _check(path, recordings, overwrite)
     return found
+
+
+def check_beside(inputs: Inputs, elsewhere: bool = False) -> None:
+    """Refuse recordings beside which nothing can be written, or whose names somebody else chose.
+
+    Args:
+        inputs: the recordings.
+        elsewhere: URLs and standard input are files, too.
+
+    Raises:
+        ValueError: the input is something else than files and folders.
+    """
+    for part in inputs.parts:
+        named = isinstance(part, Files | Folder)
+        if isinstance(part, Files) and not elsewhere:
+            named = not any(map(is_elsewhere, part.paths))
+        if not named:
+            raise ValueError(
+                "files beside the recordings can be written for files and folders only; for tar "
+                "files, manifests, URLs and standard input name a folder for results"
+            )
 
 
 def _check(path: Path, recordings: set[Path], overwrite: bool) -> None:
