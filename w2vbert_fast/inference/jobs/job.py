@@ -340,7 +340,7 @@ class Job:
     def _fingerprint(self) -> dict[str, Any]:
         task, how = self.runner.task, self.formats.how
         # Only where it is given, so that folders of before know themselves.
-        given = {} if how.layout is None else {"layout": asdict(how.layout)}
+        given: dict[str, Any] = {} if how.layout is None else {"layout": asdict(how.layout)}
         if how.beside:
             given["beside"] = True
         return {

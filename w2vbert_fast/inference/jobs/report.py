@@ -136,7 +136,7 @@ class _Seen:
         return Row(
             cells,
             failed,
-            os.fspath(audio) if audio.is_file() else None,
+            os.fspath(audio) if os.path.isfile(audio) else None,
             offset,
             result["seconds"],
             [(_printable(w["word"]), w["start"], w["end"], w["confidence"]) for w in words],
