@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import soundfile
 import torch
 
@@ -91,6 +93,41 @@ def save(folder: Path, kind: str, **fields: Any) -> None:
     w2vbert_fast.SeamlessM4TFeatureExtractor(padding_value=1).save_pretrained(folder)
 
 
+def fill_data_sets(path: Path, rows: list[dict[str, str]]) -> None:
+    """Two recordings and their transcripts in every layout that the page on data sets names."""
+    for folder in ("prompts", "cv/en/clips", "kaldi/train", "voices/data"):
+        (path / folder).mkdir(parents=True)
+    lines: dict[str, list[str]] = {
+        "interviews.csv": ["path,sentence"],
+        "prompts/metadata.csv": ["file_name,text"],
+        "cv/en/validated.tsv": ["client_id\tpath\tsentence"],
+    }
+    for row in rows:
+        name, audio, text = row["id"], row["audio"], row["text"]
+        for folder in ("prompts", "cv/en/clips"):
+            shutil.copy(audio, path / folder / f"{name}.flac")
+        entry = {"audio_filepath": audio, "offset": 0.1, "duration": 1.0, "text": text}
+        for file, line in (
+            ("interviews.csv", f"{audio},{text}"),
+            ("prompts/metadata.csv", f"{name}.flac,{text}"),
+            ("cv/en/validated.tsv", f"ann\t{name}.flac\t{text}"),
+            ("nemo.json", json.dumps(entry)),
+            ("kaldi/train/wav.scp", f"{name} {audio}"),
+            ("kaldi/train/text", f"{name} {text}"),
+        ):
+            lines.setdefault(file, []).append(line)
+    for file, content in lines.items():
+        (path / file).write_text("\n".join(content) + "\n")
+    table = pyarrow.table(
+        {
+            "audio": [{"bytes": Path(r["audio"]).read_bytes(), "path": r["id"]} for r in rows],
+            "text": [row["text"] for row in rows],
+        }
+    )
+    pyarrow.parquet.write_table(table, path / "voices/data/train-00000-of-00001.parquet")
+    shutil.copytree(Path(__file__).parents[1] / "data/saved_to_disk", path / "saved")
+
+
 def fill(path: Path) -> None:
     """Puts what the pages name into a folder: checkpoints, recordings, manifests, statistics."""
     (path / "w2vbert_fast").symlink_to(DEMO.parent)
@@ -124,6 +161,7 @@ def fill(path: Path) -> None:
     for name in ("rows.jsonl", "train.jsonl", "dev.jsonl", "corpus.jsonl"):
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     (path / "rows.csv").write_text("audio\n" + "".join(f"{row['audio']}\n" for row in rows[:2]))
+    fill_data_sets(path, rows[:2])
     (path / "shards").mkdir()
     with tarfile.open(path / "shards" / "0.tar", "w") as shard:
         shard.add(samples[0], "0.flac")

@@ -13,14 +13,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from w2vbert_fast.recordings.manifest import open_manifest, transcript
+from w2vbert_fast.recordings.datasets.formats import open_dataset
+from w2vbert_fast.recordings.manifest import transcript
 from w2vbert_fast.recordings.rows import Row, everything
 
 
 def read(path: Path, content: str | bytes) -> list[Row]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    reader = open_manifest(path)
-    assert reader is not None
+    (reader,) = open_dataset(path)
     rows = list(reader.rows(0, everything))
     assert reader.survey()[0] == len(rows)
     assert [row.index for row in rows] == list(range(len(rows)))
@@ -161,7 +161,7 @@ def test_names_that_are_not_utf8_are_bytes_of_the_file_system(tmp_path: Path) ->
         ("rows.tsv", "audio\ttext\n\n", "holds no rows"),
         ("rows.jsonl", "\n", "holds no rows"),
         ("rows.csv", "a.wav,x\nb.wav,y\n", "first line must name the columns, one of them audio_f"),
-        ("rows.csv", "audio;text\na;b\n", "got 'audio;text'"),
+        ("rows.csv", "audio|text\na|b\n", r"got 'audio\|text'"),
         ("rows.tsv", '"audio"\t"text"\na\tb\n', "first line must name the columns"),
         ("rows.csv", "audio,text,text\na,b,c\n", "the column 'text' is there twice"),
         (
@@ -176,8 +176,7 @@ def test_a_manifest_that_is_none_is_refused(
     tmp_path: Path, name: str, content: str, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content.encode())
-    reader = open_manifest(tmp_path / name)
-    assert reader is not None
+    (reader,) = open_dataset(tmp_path / name)
     with pytest.raises(ValueError, match=message) as caught:
         reader.survey()
     assert str(caught.value).startswith(str(tmp_path / name))
@@ -224,8 +223,7 @@ def test_a_recording_that_is_named_twice_or_in_another_column_is_one(tmp_path: P
     for file, good in (("/data/train/a.flac", True), ("/data/train/b.flac", False)):
         table = pyarrow.Table.from_pylist([{"file": file, "audio": content}])
         pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-        reader = open_manifest(tmp_path / "rows.parquet")
-        assert reader is not None
+        (reader,) = open_dataset(tmp_path / "rows.parquet")
         (row,) = reader.rows(0, everything)
         assert row.audio == (b"fLaC" if good else None)
         assert (row.problem is None) == good and row.place == "row 1"
@@ -233,8 +231,7 @@ def test_a_recording_that_is_named_twice_or_in_another_column_is_one(tmp_path: P
     pyarrow.parquet.write_table(
         pyarrow.table({"audio": [b"fLaC", b"RIFF"]}), tmp_path / "rows.parquet"
     )
-    reader = open_manifest(tmp_path / "rows.parquet")
-    assert reader is not None
+    (reader,) = open_dataset(tmp_path / "rows.parquet")
     assert [(row.audio, row.name) for row in reader.rows(5, everything)] == [
         (b"fLaC", "rows.parquet:5"),
         (b"RIFF", "rows.parquet:6"),

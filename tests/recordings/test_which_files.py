@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers.offline import encoded, run, table, write_manifest
 from tests.helpers.signals import write_container
-from w2vbert_fast.cli.jobs import Job, run_job
+from w2vbert_fast.cli.jobs import Inputs, Job, run_job
 from w2vbert_fast.recordings import which_files
 from w2vbert_fast.recordings.inputs import open_inputs
 from w2vbert_fast.recordings.rows import Row
@@ -106,7 +106,9 @@ def test_what_is_passed_over_is_counted(tmp_path: Path, capsys: pytest.CaptureFi
     # In the summary, and at the end of the run; a second run that has nothing to do says it too.
     for _ in range(2):
         names, out = [str(tmp_path / "in")], str(tmp_path / "out")
-        status = run_job("transcribe", names, out, {"model": "demo"}, Job(frame_budget="1000"))
+        status = run_job(
+            "transcribe", Inputs(inputs=names), out, {"model": "demo"}, Job(frame_budget="1000")
+        )
         lines = capsys.readouterr().err.splitlines()
         assert status == 1
         assert "passed over: 6 hold no audio (code.ts, notes, notes.txt, ...)" in lines[-1]
@@ -369,7 +371,7 @@ def test_joined_tar_files_are_read_to_the_end_of_the_last(tmp_path: Path, module
 def test_a_large_sample_is_handed_out_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from w2vbert_fast.inference.jobs import tar as tar_files
+    from w2vbert_fast.recordings.datasets import tar as tar_files
 
     members = {"s.json": b'{"speaker": "s"}'}
     members |= {f"s.{i}.flac": FLAC for i in range(6)}

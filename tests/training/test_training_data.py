@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import soundfile
 import torch
@@ -22,6 +24,7 @@ from tests.helpers.signals import speech_like, write_container
 from tests.helpers.training import STILL, RandomSource, config, make_model, metrics, write_clips
 from w2vbert_fast import SeamlessM4TFeatureExtractor
 from w2vbert_fast.cli import app as cli
+from w2vbert_fast.recordings.manifest import ColumnNames
 from w2vbert_fast.training import FinetuneConfig, ManifestError, UtteranceSource, finetune
 from w2vbert_fast.training.batches import BUCKET_RATIO, BatchPlan, frame_budget_batches
 from w2vbert_fast.training.data import ManifestSource, UtteranceError
@@ -158,6 +161,42 @@ def test_all_bad_rows_are_listed_up_to_a_limit(clips: Path) -> None:
     assert len(lines) == 22
     assert lines[20] == "  line 20: no column text, sentence, transcription, transcript"
     assert lines[21] == "  and 3 more"
+
+
+def test_recordings_within_a_data_set_are_unpacked_once(clips: Path, tmp_path: Path) -> None:
+    audio = {"bytes": (clips / "0.wav").read_bytes(), "path": "calls/0.wav"}
+    table = pyarrow.table({"audio": [audio, audio], "said": ["a", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ManifestError, match="row 1: it holds the recording itself, and there is"):
+        read_manifest(
+            tmp_path / "rows.parquet", TASKS["ctc"], columns=ColumnNames({"text": "said"})
+        )
+    for _ in range(2):
+        rows = read_manifest(
+            tmp_path / "rows.parquet",
+            TASKS["ctc"],
+            columns=ColumnNames({"text": "said"}),
+            unpack=tmp_path / "out",
+        ).rows
+        (file,) = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+        assert [row.target for row in rows] == ["a", "b"]
+        assert {row.audio for row in rows} == {str(file)} and file.suffix == ".wav"
+        assert file.read_bytes() == audio["bytes"]
+        assert rows[0].seconds == pytest.approx(soundfile.info(clips / "0.wav").duration)
+
+
+def test_what_a_data_set_was_taken_for_is_logged(
+    clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wav.scp").write_text(f"u1 {clips / '0.wav'}\n")
+    (tmp_path / "text").write_text("u1 a\n")
+    with caplog.at_level("INFO"):
+        (row,) = read_manifest(tmp_path, TASKS["ctc"]).rows
+    assert (row.target, row.audio) == ("a", str(clips / "0.wav"))
+    assert caplog.messages == [f"{tmp_path}: Kaldi data folder, 1 row"]
+    (tmp_path / "text").write_text("u2 a\n")
+    with pytest.raises(ManifestError, match=r"wav.scp, line 1: no column text, sentence"):
+        read_manifest(tmp_path, TASKS["ctc"])
 
 
 def test_a_manifest_without_rows_or_with_other_bytes_is_refused(clips: Path) -> None:

@@ -22,4 +22,4 @@ def command(
 ) -> int:
     """Run the job; the exit status."""
     task = {**values(model, chunks), **sound.of_task()}
-    return jobs.run_job("classify", source.inputs, target.out, task, job)
+    return jobs.run_job("classify", source, target.out, task, job)

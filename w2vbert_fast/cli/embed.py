@@ -30,4 +30,4 @@ def command(
 ) -> int:
     """Run the job; the exit status."""
     task = {**values(model, embedding, chunks), **sound.of_task()}
-    return jobs.run_job("embed", source.inputs, target.out, task, job)
+    return jobs.run_job("embed", source, target.out, task, job)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from w2vbert_fast.cli.messages import log_shown
-from w2vbert_fast.cli.options import REQUIRED, option, values
+from w2vbert_fast.cli.options import COLUMNS, COLUMNS_METAVAR, REQUIRED, option, values
+from w2vbert_fast.recordings.manifest import ColumnNames
 from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.tasks import TASKS
 
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 SHORT = "Fine-tune a model on your recordings."
 HELP = (
-    "Fine-tune a model on the recordings of a manifest.\n\n"
+    "Fine-tune a model on the recordings of a data set.\n\n"
     'A manifest has one JSON object a line: {"audio": "a.flac", "text": "what is said"}; instead '
     'of "text" other tasks have "label", or "segments" with "start", "end" and "label". With '
-    '"offset" and "duration" (seconds) a row is a part of a recording. CSV, TSV and Parquet do, '
-    "too. Names are relative to the manifest.\n\n"
+    '"offset" and "duration" (seconds) a row is a part of a recording. CSV, Parquet, '
+    "WebDataset, AudioFolder, Common Voice and Kaldi do, too (docs/use/datasets.md).\n\n"
     "The same command goes on where a killed run has stopped. Several GPUs: accelerate launch -m "
     "w2vbert_fast.cli finetune ..."
 )
@@ -33,9 +34,10 @@ class Fields:
     """Fields of `FinetuneConfig`, with their names there."""
 
     model: str = option(REQUIRED, "Where to start.", metavar="PATH|HUB_ID")
-    train: str = option(REQUIRED, "Manifest to train on.", metavar="FILE")
-    eval: str = option(REQUIRED, "Manifest to score.", metavar="FILE")
+    train: str = option(REQUIRED, "Data set to train on.", metavar="DATA")
+    eval: str = option(REQUIRED, "Data set to score.", metavar="DATA")
     out: str = option(REQUIRED, "Folder for checkpoints, logs and state.", metavar="DIR")
+    columns: str | None = option(None, COLUMNS, metavar=COLUMNS_METAVAR)
     task: str = option(_DEFAULT.task, f"{', '.join(TASKS)}.", metavar="TASK")
     lora: int = option(_DEFAULT.lora, "Rank of LoRA adapters; 0 trains all weights.")
     steps: int = option(_DEFAULT.steps, "Optimiser steps.")
@@ -98,6 +100,7 @@ def command(chosen: Fields, others: Others) -> int:
         raise ValueError(f"--option: FinetuneConfig has no field {', '.join(unknown)}")
     config: dict[str, Any] = {
         **values(chosen),
+        "columns": ColumnNames.parse(chosen.columns).by_meaning,
         "speeds": _numbers("--speeds", chosen.speeds),
         "model_overrides": _entries("--set", chosen.model_overrides),
         **more,

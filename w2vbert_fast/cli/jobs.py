@@ -7,17 +7,27 @@ import enum
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from w2vbert_fast.cli.messages import ITEMS_FAILED, fail, log_shown, report
-from w2vbert_fast.cli.options import REQUIRED, argument, given, option, values
+from w2vbert_fast.cli.messages import ITEMS_FAILED, fail, log_shown, one_line, report
+from w2vbert_fast.cli.options import (
+    COLUMNS,
+    COLUMNS_METAVAR,
+    REQUIRED,
+    argument,
+    given,
+    option,
+    values,
+)
 from w2vbert_fast.inference.jobs.formats import help_text
+from w2vbert_fast.recordings.manifest import ColumnNames
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.jobs.job import Summary
+    from w2vbert_fast.recordings.inputs import Inputs as Surveyed
 
 HELP = (
     "Results go to tables in the folder, part-*; rows with errors to errors-*.jsonl. A command "
@@ -39,10 +49,20 @@ class Dtype(str, enum.Enum):
 @dataclass(kw_only=True)
 class Inputs:
     inputs: list[str] = argument(
-        "Files, folders, patterns such as 'calls/**/*.wav', WebDataset tars (.tar), or manifests "
-        "(.jsonl, .csv, .tsv, .parquet) with a column audio_filepath.",
+        "Files, folders, patterns such as 'calls/**/*.wav', or data sets: JSON lines, CSV, "
+        "Parquet, WebDataset tars, AudioFolder, Common Voice, Kaldi (docs/use/datasets.md).",
         metavar="INPUT...",
     )
+    columns: str | None = option(None, COLUMNS, metavar=COLUMNS_METAVAR)
+
+    def open(self, *, say: bool = True) -> Surveyed:
+        """Survey them, and say what data sets were taken for."""
+        from w2vbert_fast.recordings.inputs import open_inputs
+
+        found = open_inputs(self.inputs, ColumnNames.parse(self.columns))
+        for line in found.described if say else ():
+            report(one_line(line))
+        return found
 
 
 @dataclass(kw_only=True)
@@ -204,7 +224,7 @@ class Job(Engine, Books, Files, Reading):
 
 def run_job(
     task: str,
-    inputs: Sequence[str],
+    source: Inputs,
     out: str,
     task_options: dict[str, Any],
     job: Job,
@@ -214,7 +234,7 @@ def run_job(
 
     Args:
         task: "transcribe", "embed" or "classify".
-        inputs: files, folders, patterns, tar files and manifests.
+        source: what is read.
         out: the job's folder.
         task_options: of the task's class.
         job: how it is run.
@@ -226,7 +246,6 @@ def run_job(
     from w2vbert_fast.inference.jobs.job import Job as Run, JobOptions
     from w2vbert_fast.inference.runner import Flow
     from w2vbert_fast.inference.tasks import TASKS
-    from w2vbert_fast.recordings.inputs import open_inputs
 
     make_runner = job.make_runner(task_options.get("device"))
     options = JobOptions(
@@ -244,7 +263,8 @@ def run_job(
         **job.flow(),
     )
     runner = make_runner(kind(**task_options), flow)
-    run = Run(runner, open_inputs(inputs), out, job.formats or (), options, **how)
+    inputs = source.open(say=not options.log_json)
+    run = Run(runner, inputs, out, job.formats or (), options, **how)
     with _stoppable(), log_shown("w2vbert_fast.inference", below_progress=True):
         try:
             summary = run.run()

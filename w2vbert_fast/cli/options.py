@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import typer
 
 REQUIRED = MISSING
+COLUMNS = (
+    "What columns of data sets mean, where their names do not say so: audio=path,text=sentence."
+)
+COLUMNS_METAVAR = "MEANING=COLUMN,..."
 _HOW = "how"
 
 

@@ -231,8 +231,8 @@ def command(
     task["timestamps"] = usual_timestamps(formats) if times.timestamps is None else times.timestamps
     if target.out is not None and is_job:
         how = {"layout": layout, "beside": target.beside}
-        return jobs.run_job("transcribe", source.inputs, target.out, task, job, **how)
-    return _print(source.inputs, task, job, formats, target.out, printing.as_json, layout)
+        return jobs.run_job("transcribe", source, target.out, task, job, **how)
+    return _print(source, task, job, formats, target.out, printing.as_json, layout)
 
 
 def _refuse(options: list[str], why: str) -> None:
@@ -259,7 +259,7 @@ def _file_format(out: str) -> str | None:
 
 
 def _print(
-    names: list[str],
+    source: jobs.Inputs,
     task: dict[str, Any],
     job: jobs.Job,
     formats: list[str],
@@ -273,14 +273,13 @@ def _print(
     from w2vbert_fast.inference.jobs import sidecars
     from w2vbert_fast.inference.runner import Flow, Transcriber
     from w2vbert_fast.inference.transcripts import transcripts
-    from w2vbert_fast.recordings.inputs import open_inputs
 
     readable = sys.stdout.isatty() and not as_json
     console = Console(stderr=not readable, highlight=False)
     status = 0
     runner = Transcriber(**task, flow=Flow(**job.flow(probe=False), window_rows=1))
     Formats.of_task(runner.task, [name for name in formats if FORMATS[name].in_jobs])
-    inputs = open_inputs(names)
+    inputs = source.open()
     files = None
     if formats:
         files = sidecars.plan(inputs, formats, out, overwrite=job.overwrite)

@@ -1,4 +1,4 @@
-"""The input of a job: files, folders, patterns, tar files and manifests, one after another.
+"""What is named as input: recordings, folders of them, patterns and data sets, one after another.
 
 Nothing is held but names of the command line: rows are read as they are needed.
 """
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from w2vbert_fast.recordings.datasets.tar import Tar
-from w2vbert_fast.recordings.manifest import open_manifest
+from w2vbert_fast.recordings.datasets.formats import open_dataset
+from w2vbert_fast.recordings.manifest import USUAL, ColumnNames
 from w2vbert_fast.recordings.remote import find, is_remote
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
 from w2vbert_fast.recordings.which_files import (
-    TAR_SUFFIXES,
     TWICE,
     UNKNOWN,
     PassedOver,
@@ -30,6 +29,8 @@ from w2vbert_fast.recordings.which_files import (
 
 class Files:
     """Recordings named one by one."""
+
+    kind = "recordings"
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
@@ -83,6 +84,8 @@ class Folder:
         passed_over: what else is there, once it was surveyed.
     """
 
+    kind = "folder of recordings"
+
     def __init__(self, path: str) -> None:
         self.path = path
         self.passed_over = PassedOver()
@@ -128,13 +131,45 @@ class Inputs:
 
     Attributes:
         parts: in order.
+        names: as what each was named.
         counts: rows of each part; None where nobody knows yet.
         fingerprint: what tells this input from others.
     """
 
     parts: tuple[Part, ...]
+    names: tuple[str, ...]
     counts: tuple[int | None, ...]
     fingerprint: list[dict[str, Any]]
+
+    @classmethod
+    def of_parts(
+        cls, parts: Sequence[Part], names: Sequence[str], columns: ColumnNames = USUAL
+    ) -> Inputs:
+        """Survey the parts.
+
+        Args:
+            parts: in order.
+            names: as what each was named.
+            columns: what the columns of data sets mean.
+
+        Raises:
+            OSError: one of them cannot be read.
+            ValueError: one of them is damaged, or holds no recordings.
+        """
+        surveys = []
+        for part, name in zip(parts, names, strict=True):
+            surveys.append(part.survey())
+            if surveys[-1][0] == 0:
+                where = getattr(part, "path", name)
+                passed_over = str(getattr(part, "passed_over", ""))
+                raise ValueError(
+                    f"{where} holds no recordings" + (f": {passed_over}" if passed_over else "")
+                )
+        fingerprint = [description for _, description in surveys]
+        if columns.by_meaning:
+            fingerprint.append({"columns": dict(columns.by_meaning)})
+        counts = tuple(count for count, _ in surveys)
+        return cls(tuple(parts), tuple(names), counts, fingerprint)
 
     @property
     def total(self) -> int | None:
@@ -143,12 +178,27 @@ class Inputs:
         return sum(known) if len(known) == len(self.counts) else None
 
     @property
+    def described(self) -> list[str]:
+        """What each name but those of recordings was taken for, and how many rows that are."""
+        found: dict[tuple[str, str], list[int | None]] = {}
+        for part, name, count in zip(self.parts, self.names, self.counts, strict=True):
+            if not isinstance(part, Files):
+                found.setdefault((name, part.kind), []).append(count)
+        lines = []
+        for (name, kind), counts in found.items():
+            known = [count for count in counts if count is not None]
+            rows = f"{sum(known):,} row{'s' * (sum(known) != 1)}"
+            rows = rows if len(known) == len(counts) else "rows are not counted"
+            several = f" ({len(counts)} files)" if len(counts) > 1 else ""
+            lines.append(f"{name}: {kind}{several}, {rows}")
+        return lines
+
+    @property
     def passed_over(self) -> PassedOver:
         """What of folders, and of tar files that were read to their ends, is in no row."""
         found = PassedOver()
         for part in self.parts:
-            if isinstance(part, Folder | Tar | Elsewhere):
-                found.update(part.passed_over)
+            found.update(getattr(part, "passed_over", PassedOver()))
         return found
 
     @property
@@ -168,16 +218,17 @@ class Inputs:
             start = yield from part.rows(start, wanted)
 
 
-def open_inputs(names: Sequence[str]) -> Inputs:
+def open_inputs(names: Sequence[str], columns: ColumnNames = USUAL) -> Inputs:
     """Find out what the names of a command line are, and survey it.
 
-    A name is a manifest (.jsonl, .json, .csv, .tsv, .parquet), a tar file, a folder, a recording,
-    or a pattern such as `calls/**/*.wav` of any of these. What exists under a name comes before
+    A name is a data set (`datasets.formats`), a folder, a recording, or a pattern such as
+    `calls/**/*.wav` of any of these. What exists under a name comes before
     what it means as a pattern. "-" is a recording on standard input; a URL is a recording, and with
     a "/" at its end or with "*" in it all that are there.
 
     Args:
         names: at least one.
+        columns: what the columns of data sets mean.
 
     Raises:
         OSError: a manifest or a folder cannot be read.
@@ -190,46 +241,35 @@ def open_inputs(names: Sequence[str]) -> Inputs:
     parts: list[Part] = []
     sources: list[str] = []
     for name in names:
-        for part in _parts(name):
+        for part in _parts(name, columns):
             if type(part) is Files and parts and type(parts[-1]) is Files:
                 parts[-1].paths += part.paths
                 continue
             parts.append(part)
             sources.append(name)
-    surveys = []
-    for part, name in zip(parts, sources, strict=True):
-        surveys.append(part.survey())
-        if surveys[-1][0] == 0:
-            where = getattr(part, "path", name)
-            passed_over = str(getattr(part, "passed_over", ""))
-            raise ValueError(
-                f"{where} holds no recordings" + (f": {passed_over}" if passed_over else "")
-            )
-    return Inputs(
-        tuple(parts),
-        tuple(count for count, _ in surveys),
-        [description for _, description in surveys],
-    )
+    return Inputs.of_parts(parts, sources, columns)
 
 
-def _parts(name: str) -> list[Part]:
+def _parts(name: str, columns: ColumnNames) -> list[Part]:
     if is_remote(name):
         return [Elsewhere(name)]
     if os.path.lexists(name) or not glob.has_magic(name):
-        return [_part(name)]
+        return _parts_of(name, columns)
     parts: list[Part] = []
-    folder: str | None = None
+    # The last folder that was found, and whether all that is in it is read: `calls/**` finds
+    # `calls`, and what is in it once more.
+    folder, whole = "", True
     for path in sorted(glob.iglob(name, recursive=True)):
         if _is_hidden_in(path, name):
             continue
-        part = _part(path)
-        if folder is not None and path.startswith(folder):
-            # `calls/**` finds `calls`, and all that is in it once more.
-            if isinstance(part, Folder | Files):
-                continue
-        elif isinstance(part, Folder):
-            folder = os.path.join(path, "")
-        parts.append(part)
+        if folder and path.startswith(folder):
+            if not (whole or os.path.isdir(path)):
+                parts += open_dataset(path, columns)
+            continue
+        found = _parts_of(path, columns)
+        if os.path.isdir(path):
+            folder, whole = os.path.join(path, ""), not isinstance(found[0], Folder)
+        parts += found
     if not parts:
         raise ValueError(f"the pattern {name!r} finds no files")
     return parts
@@ -241,12 +281,10 @@ def _is_hidden_in(path: str, pattern: str) -> bool:
     return any(is_hidden(one) and one not in asked for one in path.split(os.sep)[:-1])
 
 
-def _part(name: str) -> Part:
-    if os.path.isdir(name):
-        return Folder(name)
-    if name.lower().endswith(TAR_SUFFIXES):
-        return Tar(name)
-    return open_manifest(name) or Files([name])
+def _parts_of(path: str, columns: ColumnNames) -> list[Part]:
+    """What a path is: a data set, a folder of recordings, or a recording."""
+    found = open_dataset(path, columns)
+    return found or [Folder(path) if os.path.isdir(path) else Files([path])]
 
 
 def _root(part: Part) -> str:

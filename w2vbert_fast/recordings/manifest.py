@@ -1,8 +1,9 @@
-"""Manifests: files that name recordings, one a row. JSON lines, CSV, TSV and Parquet.
+"""Manifests: files that name recordings, one a row, as JSON lines, CSV or TSV; and what the columns
+of any data set mean.
 
-The one reader of jobs and of fine-tuning. Every format is a `Part` of an input: it counts its rows
-and digests itself once, and then hands its rows out lazily. A row that cannot be used is a row with
-a problem that names its line; none is left out, and none is read into another.
+Every format of data sets is a `Part` of an input: it counts its rows and digests itself once, and
+then hands its rows out lazily. A row that cannot be used is a row with a problem that names its
+line; none is left out, and none is read into another.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from w2vbert_fast._extras import require
 from w2vbert_fast.recordings.remote import join
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted
 
@@ -29,56 +30,121 @@ AUDIO_COLUMNS = ("audio_filepath", "audio", "file")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
 """Names of the column with the transcript: NeMo's, Common Voice's, and two that the hub has."""
 
-_BLOCK = 1 << 20
-_PARQUET_ROWS = 512
 # A quotation mark that nobody closes is not looked for any further than this.
 _LONGEST_CELL_LINES = 1_000
+_SAME_MEANING = {"audio": AUDIO_COLUMNS, "text": TEXT_COLUMNS}
 
 
-def open_manifest(path: str | os.PathLike[str]) -> Part | None:
-    """The reader of a manifest, by the ending of its name; None where that is no manifest's.
+@dataclass(frozen=True)
+class ColumnNames:
+    """Which columns have which meaning, where their names do not say so.
 
-    Raises:
-        ImportError: it is a Parquet file, and pyarrow is not installed.
+    Attributes:
+        by_meaning: columns by what they mean: "audio", "text", "id", "offset", "duration", or the
+            name that any other one is to have. Other columns of the same meaning are not read.
     """
-    name = os.fspath(path)
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return JsonLines(name)
-    if suffix == ".csv":
-        return Csv(name)
-    if suffix == ".tsv":
-        return Tsv(name)
-    if suffix == ".parquet":
-        return Parquet(name)
-    return None
+
+    by_meaning: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str | None) -> ColumnNames:
+        """Of a text such as "audio=path,text=sentence".
+
+        Raises:
+            ValueError: it is none such.
+        """
+        found: dict[str, str] = {}
+        for pair in (text or "").split(",") if text is not None else ():
+            meaning, _, column = (part.strip() for part in pair.partition("="))
+            if not meaning or not column or meaning in found:
+                raise ValueError(
+                    f"columns must be MEANING=COLUMN,..., as in audio=path,text=sentence, each "
+                    f"meaning once; got {text!r}"
+                )
+            found[meaning] = column
+        return cls(found)
+
+    def of_audio(self, column: str) -> ColumnNames:
+        """The same, with a column of recordings where none is named."""
+        return ColumnNames({"audio": column, **self.by_meaning})
+
+    def has_audio(self, columns: Iterable[str]) -> bool:
+        """Whether one of the columns is that of the recordings."""
+        wanted = self.by_meaning.get("audio")
+        return bool(set(columns) & set(AUDIO_COLUMNS if wanted is None else (wanted,)))
+
+    def apply(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a row under the names that say what they mean.
+
+        Raises:
+            ValueError: one that is named is not there.
+        """
+        if not self.by_meaning:
+            return entries
+        missing = [column for column in self.by_meaning.values() if column not in entries]
+        if missing:
+            raise ValueError(f"no column {', '.join(missing)}")
+        replaced = {*self.by_meaning.values()}
+        for meaning in self.by_meaning:
+            replaced.update(_SAME_MEANING.get(meaning, (meaning,)))
+        kept = {name: value for name, value in entries.items() if name not in replaced}
+        return {**kept, **{meaning: entries[name] for meaning, name in self.by_meaning.items()}}
+
+
+USUAL = ColumnNames()
+"""The columns' own names say what they mean."""
 
 
 class _Text(ABC):
     """A manifest of lines in UTF-8, with or without a byte order mark.
 
     Bytes that are no UTF-8 come through as surrogates (PEP 383), as in the names of files.
+
+    Args:
+        path: the file.
+        names: what its columns mean.
+        folder: where relative names of recordings start; None: the file's.
+        kind: what messages call such a file; None: by its format.
     """
 
-    def __init__(self, path: str) -> None:
+    kind: str
+    endings: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        path: str,
+        names: ColumnNames = USUAL,
+        folder: str | None = None,
+        kind: str | None = None,
+    ) -> None:
         self.path = path
+        self.names = names
+        self.folder = Path(path).parent if folder is None else Path(folder)
+        self.kind = kind or self.kind
+
+    @classmethod
+    def open(cls, path: str, names: ColumnNames) -> list[Part]:
+        return [cls(path, names)] if path.lower().endswith(cls.endings) else []
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """The columns, as its first line has them; none where that is no line of such a file."""
 
     def survey(self) -> tuple[int | None, dict[str, Any]]:
         digest = hashlib.sha256()
         count = sum(1 for _ in self._records(digest))
-        return _description(self.path, digest, count)
+        return description(self.path, digest, count)
 
     def rows(self, start: int, wanted: Wanted) -> Rows:
-        folder = Path(self.path).parent
         index = start
         for number, record in self._records():
             if wanted(index):
                 place = f"line {number}"
                 entries = self._entries(record)
                 if isinstance(entries, str):
-                    yield _bad(index, self.path, place, entries)
+                    yield bad_row(index, self.path, place, entries)
                 else:
-                    yield manifest_row(index, entries, folder, self.path, place)
+                    yield manifest_row(index, entries, self.folder, self.path, place, self.names)
             index += 1
         return index
 
@@ -104,6 +170,15 @@ class _Text(ABC):
 
 class JsonLines(_Text):
     """One JSON object a line. Lines of white space do not count."""
+
+    kind = "JSON lines"
+    endings = (".jsonl", ".ndjson", ".json")
+
+    def columns(self) -> list[str]:
+        for _, record in self._records():
+            entries = self._entries(record)
+            return [] if isinstance(entries, str) else [*entries]
+        return []
 
     def _records(self, digest: Any = None) -> Iterator[tuple[int, bytes]]:
         return (item for item in self._lines(digest) if not item[1].isspace())
@@ -135,11 +210,18 @@ def _is_utf8(text: str) -> bool:
 class _Delimited(_Text):
     """The first line names the columns. Empty lines do not count."""
 
-    delimiter: str
+    delimiters: ClassVar[tuple[str, ...]]
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.header: list[str] = []
+        self.delimiter = self.delimiters[0]
+
+    def columns(self) -> list[str]:
+        for _, line in self._decoded(None):
+            if line.strip(" "):
+                return self._split_header(line)
+        return []
 
     def _records(self, digest: Any = None) -> Iterator[tuple[int, list[str] | str]]:
         """Cells of each row, or what is wrong with it."""
@@ -167,12 +249,27 @@ class _Delimited(_Text):
                 f"{self.path}: its lines must end with a line feed, or with a carriage return and "
                 "a line feed; they end with a carriage return alone"
             )
-        cells = self._cells(line, _Returnable(iter(())))
-        if isinstance(cells, str):
+        names = self._split_header(line)
+        if not names:
+            cells = self._cells(line, _Returnable(iter(())))
             raise ValueError(f"{self.path}: the first line must name the columns: {cells}")
-        names = [cell.strip() for cell in cells]
-        _check_columns(self.path, names, "the first line must name the columns")
+        check_columns(self.path, names, "the first line must name the columns", self.names)
         return names
+
+    def _split_header(self, line: str) -> list[str]:
+        """The names of the columns, by the first delimiter that makes one of recordings, else by
+        that which makes the most; none where the usual one cannot split the line."""
+        found: dict[str, list[str]] = {}
+        for delimiter in self.delimiters:
+            self.delimiter = delimiter
+            cells = self._cells(line, _Returnable(iter(())))
+            names = [] if isinstance(cells, str) else [cell.strip() for cell in cells]
+            if self.names.has_audio(names):
+                return names
+            found[delimiter] = names
+        usual = self.delimiters[0]
+        self.delimiter = max(found, key=lambda one: len(found[one])) if found[usual] else usual
+        return found[self.delimiter]
 
     def _cells(self, line: str, following: _Returnable) -> list[str] | str:
         return line.split(self.delimiter)
@@ -194,11 +291,14 @@ class _Delimited(_Text):
 class Tsv(_Delimited):
     """Values between tabs. Quotation marks are text; a line is a row."""
 
-    delimiter = "\t"
+    kind = "TSV"
+    endings = (".tsv",)
+    delimiters = ("\t",)
 
 
 class Csv(_Delimited):
-    """Values between commas, quoted as RFC 4180 has it.
+    """Values between commas, semicolons or tabs, as the first line has them, quoted as RFC 4180 has
+    it.
 
     A quoted cell may go on over the next lines where it is closed there, the row then has as many
     cells as there are columns, and none of those lines could be a row by itself. Else the quotation
@@ -206,7 +306,9 @@ class Csv(_Delimited):
     of its own.
     """
 
-    delimiter = ","
+    kind = "CSV"
+    endings = (".csv",)
+    delimiters = (",", ";", "\t")
 
     def _cells(self, line: str, following: _Returnable) -> list[str] | str:
         if '"' not in line:
@@ -253,48 +355,13 @@ class _Returnable(Iterator[tuple[int, str]]):
         self._returned += reversed(lines)
 
 
-class Parquet:
-    """A Parquet manifest: names of recordings, or `{bytes, path}` as the datasets library has them.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.parquet = require("pyarrow.parquet", "offline")
-        self.arrow = require("pyarrow", "offline")
-
-    def survey(self) -> tuple[int | None, dict[str, Any]]:
-        digest = _digest_of(self.path)
-        with self._open() as file:
-            _check_columns(self.path, file.schema_arrow.names, "it must have a column")
-            count = file.metadata.num_rows
-        return _description(self.path, digest, count)
-
-    def rows(self, start: int, wanted: Wanted) -> Rows:
-        folder = Path(self.path).parent
-        index = start
-        with self._open() as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                here = [i for i in range(batch.num_rows) if wanted(index + i)]
-                for i in here:
-                    (entries,) = batch.slice(i, 1).to_pylist()
-                    found = {name: value for name, value in entries.items() if value is not None}
-                    place = f"row {index + i - start + 1}"
-                    yield manifest_row(index + i, found, folder, self.path, place)
-                index += batch.num_rows
-        return index
-
-    def _open(self) -> Any:
-        try:
-            return self.parquet.ParquetFile(self.path)
-        except self.arrow.ArrowInvalid as error:
-            raise ValueError(f"{self.path} is not a Parquet file: {error}") from error
-
-
 def manifest_row(
-    index: int, entries: Mapping[str, Any], folder: Path, manifest: str, place: str
+    index: int,
+    entries: dict[str, Any],
+    folder: str | os.PathLike[str],
+    manifest: str,
+    place: str,
+    names: ColumnNames = USUAL,
 ) -> Row:
     """A row of the entries of a manifest; a row with a problem where they make none.
 
@@ -304,11 +371,13 @@ def manifest_row(
         folder: where relative names of recordings start.
         manifest: its name, for messages.
         place: of the row in it, such as "line 7".
+        names: what the columns mean.
     """
     try:
+        entries = names.apply(entries)
         column = _audio_column(entries)
     except ValueError as error:
-        return _bad(index, manifest, place, str(error), columns=entries)
+        return bad_row(index, manifest, place, str(error), columns=entries)
     others = {name: value for name, value in entries.items() if name not in (column, "id")}
     audio, name = entries[column], None
     if isinstance(audio, bytes):
@@ -323,7 +392,7 @@ def manifest_row(
     if not (isinstance(audio, bytes) and name is not None):
         if not isinstance(audio, str) or not audio:
             problem = f"{column} must be the name of a file, got {audio!r:.200}"
-            return _bad(index, manifest, place, problem, identity, others)
+            return bad_row(index, manifest, place, problem, identity, others)
         audio = name = join(folder, audio)
     try:
         offset = _seconds(others, "offset", above_zero=False)
@@ -409,7 +478,7 @@ def _seconds(columns: dict[str, Any], name: str, *, above_zero: bool) -> float |
     return seconds
 
 
-def _bad(
+def bad_row(
     index: int,
     manifest: str,
     place: str,
@@ -417,6 +486,7 @@ def _bad(
     identity: str = "",
     columns: Mapping[str, Any] | None = None,
 ) -> Row:
+    """A row that cannot be used, and why."""
     name = f"{manifest}, {place}"
     return Row(
         index,
@@ -429,12 +499,13 @@ def _bad(
     )
 
 
-def _check_columns(path: str, names: Sequence[str], rule: str) -> None:
-    """Refuse a manifest without a column of recordings, and one with two columns of one name."""
-    if not set(names) & set(AUDIO_COLUMNS):
-        raise ValueError(
-            f"{path}: {rule}, one of them {', '.join(AUDIO_COLUMNS)}; got {', '.join(names)!r:.500}"
-        )
+def check_columns(path: str, names: Sequence[str], rule: str, meant: ColumnNames) -> None:
+    """Refuse a manifest without a column that is needed, and one with two columns of one name."""
+    missing = [column for column in meant.by_meaning.values() if column not in names]
+    if missing or not meant.has_audio(names):
+        one_of = f"one of them {', '.join(AUDIO_COLUMNS)}"
+        wanted = f"{', '.join(missing)} among them" if missing else one_of
+        raise ValueError(f"{path}: {rule}, {wanted}; got {', '.join(names)!r:.500}")
     repeated = _repeated([name for name in names if name])
     if repeated:
         raise ValueError(f"{path}: the column {repeated} is there twice")
@@ -445,16 +516,8 @@ def _repeated(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
 
 
-def _description(path: str, digest: Any, count: int) -> tuple[int, dict[str, Any]]:
+def description(path: str, digest: Any, count: int) -> tuple[int, dict[str, Any]]:
+    """What a survey of a manifest gives."""
     if count == 0:
         raise ValueError(f"{path} holds no rows")
     return count, {"manifest": os.path.abspath(path), "sha256": digest.hexdigest(), "rows": count}
-
-
-def _digest_of(path: str) -> Any:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(_BLOCK), b""):
-            digest.update(block)
-    return digest

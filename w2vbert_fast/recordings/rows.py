@@ -48,7 +48,14 @@ def everything(index: int) -> bool:
 
 
 class Part(Protocol):
-    """A part of the input."""
+    """A part of the input.
+
+    Attributes:
+        kind: what it was taken for, such as "JSON lines".
+    """
+
+    @property
+    def kind(self) -> str: ...
 
     def survey(self) -> tuple[int | None, dict[str, Any]]:
         """How many rows there are (None: nobody knows yet), and what tells this part from others.

@@ -41,10 +41,12 @@ class FinetuneConfig:
     Attributes:
         model: a folder or hub id to start from: an encoder such as `facebook/w2v-bert-2.0`, or a
             model with the head of the task.
-        train: manifest of the recordings to train on; see `docs/use/finetune.md`.
-        eval: manifest of the recordings to score. It is never trained on.
+        train: data set of the recordings to train on; see `docs/use/datasets.md`.
+        eval: data set of the recordings to score. It is never trained on.
         out: folder for checkpoints, logs and the state of a run. When it holds the state of a run
             with the same configuration, that run goes on.
+        columns: columns of the data sets by what they mean, such as `{"text": "sentence"}`, where
+            their names do not say so.
         task: "ctc" (speech recognition), "classification" (one class an utterance), "frames" (one
             class a 20 ms frame) or "xvector" (speakers).
         steps: optimiser steps; `epochs` replaces it.
@@ -100,6 +102,7 @@ class FinetuneConfig:
     train: str | os.PathLike[str]
     eval: str | os.PathLike[str]
     out: str | os.PathLike[str]
+    columns: Mapping[str, str] = field(default_factory=dict)
     task: str = "ctc"
     steps: int = 5000
     epochs: int | None = None
@@ -146,9 +149,10 @@ class FinetuneConfig:
             if isinstance(value, str) or not isinstance(value, list | tuple):
                 raise TypeError(f"{name} must be a tuple, got {value!r}")
             object.__setattr__(self, name, tuple(value))
-        if not isinstance(self.model_overrides, Mapping):
-            raise TypeError(f"model_overrides must be a mapping, got {self.model_overrides!r}")
-        object.__setattr__(self, "model_overrides", dict(self.model_overrides))
+        for name in ("columns", "model_overrides"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name} must be a mapping, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, dict(getattr(self, name)))
         self._check_choices()
         self._check_counts()
         self._check_numbers()

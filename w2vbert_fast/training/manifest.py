@@ -1,17 +1,26 @@
-"""Manifests of fine-tuning: rows of `recordings.manifest`, and what is to be learnt from them."""
+"""Data sets of fine-tuning: rows of `recordings.inputs`, and what is to be learnt from them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from w2vbert_fast._extras import require
+from w2vbert_fast.checkpoints.files import staged_file
 from w2vbert_fast.recordings import rows as recordings
 from w2vbert_fast.recordings.audio import AudioError, load_audio, stated_seconds
-from w2vbert_fast.recordings.manifest import JsonLines, open_manifest
+from w2vbert_fast.recordings.datasets.formats import open_dataset
+from w2vbert_fast.recordings.inputs import Inputs, open_inputs
+from w2vbert_fast.recordings.manifest import USUAL, ColumnNames, JsonLines
 from w2vbert_fast.training.tasks import Task, utf8
+
+logger = logging.getLogger(__name__)
 
 _LISTED_ERRORS = 20
 # A part may end so much behind the end of its recording: `load_audio` gives what there is.
@@ -52,7 +61,7 @@ class Manifest:
 
     Attributes:
         rows: its rows, in the file's order.
-        digest: SHA-256 of the file, in hexadecimal.
+        digest: SHA-256 of the file, in hexadecimal; of a data set of several, of their description.
     """
 
     rows: tuple[Row, ...]
@@ -60,9 +69,14 @@ class Manifest:
 
 
 def read_manifest(
-    path: str | os.PathLike[str], task: Task, *, lower_case: bool = False
+    path: str | os.PathLike[str],
+    task: Task,
+    *,
+    lower_case: bool = False,
+    columns: ColumnNames = USUAL,
+    unpack: str | os.PathLike[str] | None = None,
 ) -> Manifest:
-    """Read a manifest and check all of it.
+    """Read a data set and check all of it. What it was taken for is logged.
 
     Every recording must be there. Where a row has no `duration` the recording's header is read for
     it, and only where that does not say, the recording. Where it has an `offset` the header tells
@@ -70,10 +84,13 @@ def read_manifest(
     out when it is loaded, as one is whose row states the length.
 
     Args:
-        path: the file; what does not end as CSV, TSV or Parquet is read as JSON lines. Relative
-            names in it start from its folder.
+        path: a data set as jobs read it, or a pattern of several; any other file is read as JSON
+            lines.
         task: decides which columns a row needs.
         lower_case: lower the case of transcripts.
+        columns: what columns mean.
+        unpack: folder into which recordings are written that lie in the data set; None: those
+            cannot be used.
 
     Returns:
         The rows.
@@ -84,25 +101,57 @@ def read_manifest(
             are named (the first 20, and the number of the rest).
         ImportError: soundfile is needed for a length and not installed, or pyarrow for Parquet.
     """
-    reader = open_manifest(path) or JsonLines(os.fspath(path))
+    name = os.fspath(path)
     try:
-        _, description = reader.survey()
+        if os.path.isfile(name) and not open_dataset(name, columns):
+            inputs = Inputs.of_parts([JsonLines(name, columns)], [name], columns)
+        else:
+            inputs = open_inputs([name], columns)
     except ValueError as error:
         raise ManifestError(str(error)) from error
+    for line in inputs.described:
+        logger.info("%s", line)
     lengths = _Lengths()
     rows: list[Row] = []
     problems: list[str] = []
-    for row in reader.rows(0, recordings.everything):
+    for row in inputs.rows():
         try:
-            rows.append(_row(row, Path(path).name, task, lower_case, lengths))
+            rows.append(_row(row, Path(path).name, task, lower_case, lengths, unpack))
         except ValueError as error:
-            problems.append(row.problem or f"{row.place}: {error}")
+            problems.append(row.problem or f"{row.place or row.name}: {error}")
     if problems:
         shown = problems[:_LISTED_ERRORS]
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         raise ManifestError(f"{path} has rows that cannot be used:\n  " + "\n  ".join(shown))
-    return Manifest(tuple(rows), description["sha256"])
+    return Manifest(tuple(rows), _digest(inputs))
+
+
+def _digest(inputs: Inputs) -> str:
+    digest = inputs.fingerprint[0].get("sha256")
+    if len(inputs.fingerprint) == 1 and isinstance(digest, str):
+        return digest
+    return hashlib.sha256(json.dumps(inputs.fingerprint).encode()).hexdigest()
+
+
+def _unpacked(row: recordings.Row, folder: str | os.PathLike[str] | None) -> str:
+    """The file of a recording that lies in the data set, named by its content.
+
+    Raises:
+        ValueError: there is no folder for it.
+    """
+    if folder is None:
+        raise ValueError("it holds the recording itself, and there is no folder to unpack it into")
+    ending = os.path.splitext(row.name)[1]
+    ending = ending if re.fullmatch(r"\.\w{1,8}", ending, re.ASCII) else ""
+    digest = hashlib.sha256(row.audio).hexdigest()
+    path = Path(folder, digest[:2], f"{digest}{ending}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged_file(path) as staged:
+            staged.path.write_bytes(row.audio)
+            staged.commit()
+    return str(path)
 
 
 class _Lengths:
@@ -158,7 +207,12 @@ def _decoded_seconds(audio: str) -> float | None:
 
 
 def _row(
-    row: recordings.Row, manifest: str, task: Task, lower_case: bool, lengths: _Lengths
+    row: recordings.Row,
+    manifest: str,
+    task: Task,
+    lower_case: bool,
+    lengths: _Lengths,
+    unpack: str | os.PathLike[str] | None,
 ) -> Row:
     """What a task needs of a row.
 
@@ -168,9 +222,8 @@ def _row(
     if row.problem is not None:
         raise ValueError(row.problem)
     columns = row.columns
-    if not isinstance(row.audio, str):
-        raise ValueError("it holds the recording itself; fine-tuning needs the name of a file")
-    audio = utf8(row.audio, "the name of the recording")
+    audio = row.audio if isinstance(row.audio, str) else _unpacked(row, unpack)
+    audio = utf8(audio, "the name of the recording")
     try:
         found = os.path.isfile(audio)
     except ValueError:  # a null character
@@ -186,7 +239,7 @@ def _row(
         seconds = lengths(audio) or 0.0
     target = task.target(columns, row.offset, row.offset + seconds, lower_case)
     number = row.place.rpartition(" ")[2]
-    name = f"{manifest}:{number} ({audio})"
+    name = f"{manifest}:{number} ({audio})" if number else row.name
     return Row(name, audio, seconds, row.offset, row.duration, stated, target)
 
 

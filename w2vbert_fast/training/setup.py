@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from w2vbert_fast.recordings.manifest import ColumnNames
 from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.data import ManifestSource, Skipped, UtteranceSource
 from w2vbert_fast.training.manifest import Manifest, Row, read_manifest
@@ -85,7 +86,13 @@ def prepare(
 
 
 def _manifest(config: FinetuneConfig, path: str | os.PathLike[str]) -> Manifest:
-    return read_manifest(path, TASKS[config.task], lower_case=config.lower_case)
+    return read_manifest(
+        path,
+        TASKS[config.task],
+        lower_case=config.lower_case,
+        columns=ColumnNames(config.columns),
+        unpack=os.path.join(config.out, "recordings"),
+    )
 
 
 def _short_enough(rows: tuple[Row, ...], max_seconds: float) -> tuple[list[Row], list[Skipped]]:

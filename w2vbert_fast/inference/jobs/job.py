@@ -174,6 +174,7 @@ class Job:
                 as_json=self.options.log_json,
                 stream=self._stream,
             )
+            self.progress.event("input", {"parts": self.inputs.described})
             self._passed_over = self._known_passed_over()
             (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
             retried = journal.error_tables() if self.options.retry_errors else []

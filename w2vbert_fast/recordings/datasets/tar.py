@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-from w2vbert_fast.recordings.rows import Row, Rows, Wanted
+from w2vbert_fast.recordings.manifest import USUAL, ColumnNames
+from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted
 from w2vbert_fast.recordings.which_files import (
     NO_AUDIO,
     NO_FILE,
+    TAR_SUFFIXES,
     PassedOver,
     ending,
     is_hidden,
@@ -41,14 +43,30 @@ _LARGEST_SAMPLE = 256 << 20
 class Tar:
     """A tar file, compressed or not.
 
-    Attributes:
+    Args:
         path: the file.
+        names: what the columns mean that lie beside recordings.
+
+    Attributes:
         passed_over: what of it is in no row, once it was read to its end.
+
+    Raises:
+        ValueError: a column is named as that of the recordings.
     """
 
-    def __init__(self, path: str) -> None:
+    kind = "tar file of samples (WebDataset)"
+
+    def __init__(self, path: str, names: ColumnNames = USUAL) -> None:
+        if "audio" in names.by_meaning:
+            raise ValueError(f"{path} is a tar file, whose recordings are files and in no column")
         self.path = path
+        self.names = names
         self.passed_over = PassedOver()
+
+    @classmethod
+    def open(cls, path: str, names: ColumnNames) -> list[Part]:
+        is_tar = path.lower().endswith(TAR_SUFFIXES) and not os.path.isdir(path)
+        return [cls(path, names)] if is_tar else []
 
     def survey(self) -> tuple[int | None, dict[str, Any]]:
         size = os.stat(self.path).st_size
@@ -161,7 +179,11 @@ class Tar:
             passed_over.add(_UNPAIRED, os.path.join(self.path, name))
         stems = [recording.stem for recording in sample.recordings]
         for place, recording in enumerate(sample.recordings):
-            found = columns[place]
+            found, problem = columns[place], None
+            try:
+                found = self.names.apply(found)
+            except ValueError as error:
+                problem = str(error)
             # Of `a.wav` and `a.mp3`, the stem would name both.
             key = recording.stem if stems.count(recording.stem) == 1 else recording.name
             identity = found.pop("id", None)
@@ -171,6 +193,7 @@ class Tar:
                 os.path.join(self.path, recording.name),
                 key if identity is None else str(identity),
                 columns=found,
+                problem=problem,
             )
 
 
