@@ -75,6 +75,7 @@ def write_report(evaluation: Evaluation, folder: str | os.PathLike[str]) -> Path
                 (g["value"], g["rows"], " and ".join(f"{100 * rate:.2f} %" for rate in g[metric]))
                 for g in groups
             ],
+            "rows",
         )
         for name, groups in summary["groups"].items()
     ]

@@ -162,7 +162,8 @@
       const line = make("li");
       const label = finding.search ? make("button", name, { type: "button" }) : make("span", name);
       if (finding.search) label.addEventListener("click", () => lookFor(name));
-      line.append(make("span", number.toLocaleString("en"), { className: "number" }), label);
+      const count = `${number.toLocaleString("en")} ${finding.unit}`;
+      line.append(make("span", count, { className: "number" }), label);
       if (example) line.append(make("small", example));
       list.append(line);
     }

@@ -103,11 +103,13 @@ class Findings:
     Attributes:
         title: what it lists.
         entries: name, number and example of each.
+        unit: of the numbers.
         search: a click on a name looks for it in the table of rows.
     """
 
     title: str
     entries: Sequence[tuple[str, int, str]]
+    unit: str = ""
     search: bool = False
 
 
