@@ -177,6 +177,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
+        *("report",),
     ),
     "evaluation": ("_lazy", "checkpoints", "inference", "recordings", "report", "training"),
     "integrations": (

@@ -25,6 +25,7 @@ from tests.helpers.training import (
     read_rows,
     write_clips,
 )
+from tests.report.test_page import rows_of, scripts
 from w2vbert_fast.inference import load_pipeline, transcribe
 from w2vbert_fast.training import FinetuneConfig, StepReport, Utterance, finetune
 from w2vbert_fast.training.batches import BatchPlan
@@ -105,6 +106,10 @@ def test_it_learns_three_clips_by_heart(tmp_path: Path) -> None:
     predictions = read_rows(out / "predictions.jsonl")
     assert [row["hypothesis"] for row in predictions] == list(TEXTS)
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (page,) = scripts(out / "report.html", "page")
+    assert [x for x, _ in page["charts"][0]["lines"]["training"]] == list(range(10, 61, 10))
+    assert page["charts"][1]["lines"]["wer"][-1] == [60, 0.0]
+    assert [row[0][2:6] for row in rows_of(out / "report.html")] == [[0, 0.0, t, t] for t in TEXTS]
     assert json.loads((out / "finetune.json").read_text())["steps"] == 60
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -129,7 +134,10 @@ def test_every_task_trains_and_saves_what_the_reference_loads(task: str, tmp_pat
     assert np.mean(losses[-4:]) < 0.75 * np.mean(losses[:4])
     for folder in (result.best, result.last):
         assert_equal_logits(folder, TASKS[task])
+    rows = rows_of(tmp_path / "out" / "report.html")
+    assert len(rows) == 6 and {len(row[0]) for row in rows} == {7}
     if task != "ctc":
+        assert all(share == 1 - wrong / of for _, _, wrong, share, of, _, _ in (r[0] for r in rows))
         assert result.score == "accuracy"
         assert result.best_score > 0.5
 

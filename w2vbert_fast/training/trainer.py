@@ -44,6 +44,7 @@ from w2vbert_fast.training.losses import (
     without_unusable,
 )
 from w2vbert_fast.training.model import save_checkpoint
+from w2vbert_fast.training.report import write_report
 from w2vbert_fast.training.scores import is_better
 from w2vbert_fast.training.setup import make_optimizer, prepare, uses_bf16
 from w2vbert_fast.training.state import (
@@ -489,6 +490,7 @@ class _Run:
         log.write(row)
         write_json_lines(self.out / PREDICTIONS_FILE, [p.row() for p in outcome.predictions])
         log.draw()
+        write_report(self.out, log.metrics.rows, self.score, outcome)
 
     def _save(self) -> None:
         with self._averaged():
