@@ -24,7 +24,7 @@ help:
 	@echo "make test-transformers  only what drives transformers, also with the oldest and the newest one"
 	@echo "make test-torch  what needs no Triton, with the oldest and the newest PyTorch (installs both)"
 	@echo "make gpu-test  run the GPU tests, with the python on the path; nothing is installed"
-	@echo "make virtual  the GPU tests without one: kernels compiled, then executed in NumPy (hours)"
+	@echo "make virtual  the GPU tests without one: kernels compiled, then executed in NumPy; mutants (hours)"
 	@echo "make mutants  kernels with one instruction changed, executed: which are noticed (an hour)"
 	@echo "make aot     compile every Triton kernel for every target and check the machine code"
 	@echo "make verify  prove the Triton kernels free of races, where a static verifier can (slow)"
@@ -83,13 +83,15 @@ test-torch-%: tests/torch_%.txt tests/torch_range.txt
 	PYTHONPATH=. build/torch-$*/bin/python -m pytest -p no:cacheprovider $(torch_tests) $(deselected) $(PYTEST_ARGS)
 
 # The kernels compiled for both targets and executed in NumPy: every operation first, then all their
-# tests. Hours; a run that was cut goes on where it stopped. PYTEST_ARGS="-k test_norm" for a part.
+# tests, then mutants. Hours; a run that was cut goes on where it stopped. PYTEST_ARGS="-k test_norm"
+# for a part.
 virtual: $(dev)
 	$(bin)/python -m tests.kernels --virtual sm_80 -k test_every_operation
 	$(bin)/python -m tests.kernels --virtual sm_90 -k test_every_operation
 	$(bin)/python -m tests.kernels --virtual sm_80 $(PYTEST_ARGS)
 	$(bin)/python -m tests.kernels --virtual sm_90 $(PYTEST_ARGS)
 	$(bin)/python -m tests.kernels --summary
+	$(MAKE) mutants
 
 # Ended and started again it goes on; MUTANTS_ARGS="--values 40" draws more of each kernel.
 mutants: $(dev)
