@@ -32,7 +32,9 @@ from csrc_triton.launch import check_device, check_tensor
 from csrc_triton.plans import empty, launch, planned
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+# Of 1 feature specialisation makes a constant and no loop, and the bias is then moved into the
+# accumulators between wgmma.fence and wgmma. Its hint is K_ALIGNMENT instead.
+@triton.jit(do_not_specialize=["num_tokens", "in_features"])
 def _linear_kernel(
     x_ptr,  # [num_tokens, in_features]
     weight_ptr,  # [out_features, in_features], GATED: [2 * out_features, in_features]
@@ -49,6 +51,7 @@ def _linear_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    K_ALIGNMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -89,7 +92,7 @@ def _linear_kernel(
             x = tl.load(x_ptrs)  # [BLOCK_M, BLOCK_K]
             weight = tl.load(weight_ptrs)  # [BLOCK_K, BLOCK_N]
         else:
-            left = in_features - start
+            left = tl.multiple_of(in_features - start, K_ALIGNMENT)
             x = tl.load(x_ptrs, mask=inner[None, :] < left, other=0.0)
             weight = tl.load(weight_ptrs, mask=inner[:, None] < left, other=0.0)
         product = tl.dot(x, weight, product, input_precision="ieee")
@@ -211,6 +214,7 @@ def _constants(
         "GATED": gated,
         "HAS_BIAS": has_bias,
         "EVEN_K": in_features % config.block_k == 0,
+        "K_ALIGNMENT": 16 if in_features % 16 == 0 else 1,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

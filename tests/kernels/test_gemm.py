@@ -69,7 +69,9 @@ def kernel(kind: str, x: Tensor, weight: Tensor, bias: Any, **options: Any) -> A
 def check(judge: Judge, kind: str, arguments: Any, **options: Any) -> None:
     exact = twin(kind, *(None if x is None else x.double() for x in arguments))
     result = kernel(kind, *arguments, **options)
-    errors = judge(f"linear/{kind}", result, exact, twin(kind, *arguments))
+    # PyTorch's product of bf16 on CPUs reads the NaN between strided rows.
+    plain = twin(kind, *(None if x is None else x.contiguous() for x in arguments))
+    errors = judge(f"linear/{kind}", result, exact, plain)
     if result.dtype == torch.float16 and kind in LOGISTIC and not INTERPRETED:
         return  # the special-function unit's tanh is as far off as what is rounded away
     if result.dtype != torch.float32:

@@ -177,11 +177,12 @@ def test_each_tile_is_launched_with_each_epilogue() -> None:
     ("kernel", "name"),
     [
         (_linear_kernel, "num_tokens"),
+        (_linear_kernel, "in_features"),
         (ctc._ctc_argmax_kernel, "num_frames"),
         (ctc._ctc_collapse_kernel, "blank"),
     ],
 )
-def test_lengths_do_not_specialise(kernel: object, name: str) -> None:
+def test_lengths_and_sizes_do_not_specialise(kernel: object, name: str) -> None:
     (parameter,) = [p for p in kernel.params if p.name == name]  # type: ignore[attr-defined]
     assert parameter.do_not_specialize
     assert not parameter.is_constexpr
