@@ -103,6 +103,22 @@ def test_what_is_divided() -> None:
     assert not threads.divides(torch.empty(400, 8))
 
 
+def test_more_threads_than_shares_are_worth_take_parts_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "count", lambda: 64)
+    x = torch.empty(1500, 8)
+    assert threads.number(x, 3.0) == 24
+    assert threads.number(x, 8.0) == threads.number(x, 3.0, part=24) == 64
+    assert threads.number(x, 200.0) == 192
+    assert threads.number(x, 0.4) == 1
+    # Half a minute at the published width: every core has a part of every product.
+    weight = torch.empty(1024, 1024)
+    packed = gemm.PackedWeight(weight, (1024, 1024), torch.float32)
+    for of in (weight, packed):
+        assert len(gemm._shares(torch.empty(1500, 1024), of)) > 60
+
+
 def test_calls_that_pytorch_records_or_watches_stay_on_their_thread() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

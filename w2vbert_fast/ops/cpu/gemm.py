@@ -45,6 +45,9 @@ _SHARE = 1 << 29
 """Multiplications that are worth a share: some milliseconds in float32. Half of them are not worth
 that a thread is woken: products of the demo's size, and of one or two seconds."""
 
+_PART = 24
+"""A product is cut into so small parts of a share where there are threads for them: 0.2 ms each."""
+
 _LEAST_ROWS = {torch.float32: 192, torch.bfloat16: 512}
 """Rows of a share, where there are enough, for which a packed weight is read once."""
 
@@ -167,12 +170,13 @@ def _shares(x: Tensor, weight: Tensor | PackedWeight, parts: int = 1) -> list[sl
     if isinstance(weight, PackedWeight):
         return _row_shares(x, weight)
     worth = x.shape[0] * weight.numel() / _SHARE
-    return threads.slices(weight.shape[0] // parts, threads.number(x, worth))
+    return threads.slices(weight.shape[0] // parts, threads.number(x, worth, part=_PART))
 
 
 def _row_shares(x: Tensor, weight: PackedWeight) -> list[slice]:
     worth = x.shape[0] * weight.shape[0] * weight.shape[1] / _SHARE
-    number = threads.number(x, worth, x.shape[0] // _LEAST_ROWS[weight.dtype])
+    most = x.shape[0] // _LEAST_ROWS[weight.dtype]
+    number = threads.number(x, worth, most, _PART)
     return threads.slices(x.shape[0], number)
 
 

@@ -65,7 +65,7 @@ def divides(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.shape[0] >= _LEAST_TOKENS and count() > 1
 
 
-def number(x: Tensor, worth: float, most: float = math.inf) -> int:
+def number(x: Tensor, worth: float, most: float = math.inf, part: int = 8) -> int:
     """Into how many shares an operation is cut.
 
     Args:
@@ -73,6 +73,7 @@ def number(x: Tensor, worth: float, most: float = math.inf) -> int:
         worth: so many shares would each be worth more than their calls; half a share is the least
             that is cut at all.
         most: more lose, beyond one for each thread.
+        part: where there are more threads than shares, each may have a `part`-th of one.
 
     Returns:
         One, or a multiple of the number of threads; fewer than threads where these are very many.
@@ -80,8 +81,8 @@ def number(x: Tensor, worth: float, most: float = math.inf) -> int:
     if worth < 0.5 or not divides(x):
         return 1
     threads = count()
-    if 8 * worth < threads:
-        return int(8 * worth)
+    if part * worth < threads:
+        return int(part * worth)
     return threads * max(1, int(min(_SHARES_A_THREAD, worth / threads, most / threads)))
 
 
