@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from w2vbert_fast.cli import jobs
 from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, one_line, report, write_line
-from w2vbert_fast.cli.options import REQUIRED, argument, option, values
+from w2vbert_fast.cli.options import COLUMNS, COLUMNS_METAVAR, REQUIRED, argument, option, values
 from w2vbert_fast.cli.transcribe import Search
 
 SHORT = "Word and character error rates on transcribed recordings."
 HELP = (
     "Score a model on transcribed recordings: word and character error rate with intervals, where "
     "the errors are, and which rows have most of them.\n\n"
-    "DATA is a manifest as finetune takes it. --model and --against may also be folders of "
+    "DATA is a data set as finetune takes it. --model and --against may also be folders of "
     "transcribe --out, whose results are scored as they are. Two are compared on the rows that "
     "both have. Exit status: 0 all rows were scored, 1 some were left out, 2 none could be."
 )
@@ -24,6 +24,7 @@ HELP = (
 @dataclass(kw_only=True)
 class Data:
     data: str = argument("Recordings with transcripts.", metavar="DATA")
+    columns: str | None = option(None, COLUMNS, metavar=COLUMNS_METAVAR)
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,7 @@ def command(
 
     with log_shown("w2vbert_fast.inference", below_progress=True):
         found = evaluate(
-            data.data,
+            jobs.Inputs(inputs=[data.data], columns=data.columns).open(),
             **values(systems, scoring),
             flow=Flow(**reading.flow(probe=False)),
             watch=_show if sys.stderr.isatty() else None,

@@ -24,7 +24,7 @@ from w2vbert_fast.evaluation.outcomes import (
 )
 from w2vbert_fast.inference.runner import Flow, Transcriber
 from w2vbert_fast.inference.tasks.transcribe import Transcribe
-from w2vbert_fast.recordings.inputs import open_inputs
+from w2vbert_fast.recordings.inputs import Inputs, open_inputs
 from w2vbert_fast.training.scores import Alignment, align, separates_words
 
 SUMMARY_FILE = "evaluation.json"
@@ -227,7 +227,7 @@ class Evaluation:
 
 
 def evaluate(
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Inputs,
     model: str | os.PathLike[str] = "demo",
     against: str | os.PathLike[str] | None = None,
     *,
@@ -242,7 +242,7 @@ def evaluate(
     """Score a model on transcribed recordings, or compare two on the same rows.
 
     Args:
-        data: manifest with transcripts, or other input of a job whose rows have them.
+        data: data set with transcripts, or other input of a job whose rows have them.
         model: "demo", a folder or a hub id; or the folder of a job of `transcribe`, whose results
             are scored as they are.
         against: another one.
@@ -268,7 +268,7 @@ def evaluate(
     options = {k: v for k, v in options.items() if v != getattr(Transcribe, k, ...)}
     if options and all(map(is_results, names)):
         raise ValueError(f"{', '.join(options)}: no effect on results, which are as they are")
-    inputs = open_inputs([os.fspath(data)])
+    inputs = data if isinstance(data, Inputs) else open_inputs([os.fspath(data)])
     wanted = references(inputs, by)
     found: list[list[Outcome]] = []
     for name in names:
