@@ -41,7 +41,7 @@ def invoke(command: Callable[..., int], *arguments: str) -> Result:
     app = typer.Typer(pretty_exceptions_enable=False)
     app.callback()(lambda: None)  # keeps the only command a command
     add(app, command, short="Runs.", help_text="Runs it.")
-    return CliRunner().invoke(app, ["test_options", *arguments])
+    return CliRunner().invoke(app, ["test-options", *arguments])
 
 
 def test_values_are_those_of_the_command_line() -> None:

@@ -126,6 +126,7 @@ def test_two_are_compared_on_the_rows_that_both_have(data: Path) -> None:
     assert [system["wer"] for system in summary["systems"]] == pytest.approx([2 / 9, 2 / 9])
     text = str(evaluation)
     assert "3 of 4 rows" in text and "better in 1 rows, worse in 1, equal in 1" in text
+    assert "\n    said  the cat sat\n    heard the cot sat\n    heard the cat sat\n" in text
     assert "damaged" in text and "'cat' is heard as 'cot'" in text and "'a' is lost" in text
     # Against itself nothing differs, in any draw.
     same = evaluate(data, first, first).summary()["comparison"]["wer"]

@@ -225,6 +225,7 @@ def test_a_binary_model_without_words_says_so(
     assert [BeamDecoder(tokenizer, wordless).decode(row) for row in log_probs] != expected
     (message,) = {record.getMessage() for record in caplog.records}
     assert "wordless.bin" in message and "--unigrams FILE" in message
+    assert "13.9 instead of 5.6 %" in message
     caplog.clear()
     given = BeamDecoder(tokenizer, wordless, unigrams=["A", "ab", "b", "é"])
     assert [given.decode(row) for row in log_probs] == expected

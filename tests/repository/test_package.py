@@ -179,7 +179,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
         *("report",),
     ),
-    "evaluation": ("_lazy", "checkpoints", "inference", "recordings", "report", "training"),
+    "evaluation": (
+        *("_lazy", "checkpoints", "cpus", "inference", "recordings", "report", "training"),
+    ),
     "integrations": (
         *("_extras", "cpus", "inference", "layout", "models", "ops", "processing"),
         *("recordings",),

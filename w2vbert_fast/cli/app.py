@@ -19,6 +19,7 @@ from w2vbert_fast.cli import (
     finetune,
     report,
     transcribe,
+    tune_lm,
 )
 from w2vbert_fast.cli.messages import PROGRAM, fail
 from w2vbert_fast.cli.options import add
@@ -61,7 +62,7 @@ def build_app() -> Any:
     ) -> None:
         """Hold the options that come before a command."""
 
-    modules = (transcribe, doctor, embed, classify, report, evaluate, finetune, export, convert)
-    for module in modules:
+    inferring = (transcribe, doctor, embed, classify, report)
+    for module in (*inferring, evaluate, tune_lm, finetune, export, convert):
         add(app, module.command, short=module.SHORT, help_text=module.HELP)
     return app

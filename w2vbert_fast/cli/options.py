@@ -88,7 +88,7 @@ def add(app: typer.Typer, command: Callable[..., int], *, short: str, help_text:
     Args:
         app: the app.
         command: a function of classes with options, one parameter for each, to an exit status. The
-            name of its module is the command's.
+            name of its module is the command's, with hyphens.
         short: its line in the list of commands.
         help_text: what its `--help` begins with.
     """
@@ -128,7 +128,7 @@ def add(app: typer.Typer, command: Callable[..., int], *, short: str, help_text:
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    name = command.__module__.rpartition(".")[2]
+    name = command.__module__.rpartition(".")[2].replace("_", "-")
     app.command(name, short_help=short, help=help_text)(run)
 
 

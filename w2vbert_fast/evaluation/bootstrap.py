@@ -40,3 +40,8 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float]:
     """Between which bounds 95 % of the draws lie, half of the others on each side."""
     low, high = np.quantile(values, [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return float(low), float(high)
+
+
+def share_better(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """In what share of the draws the second rate is lower; one where both are equal is half."""
+    return float((second < first).mean() + (second <= first).mean()) / 2

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from w2vbert_fast.checkpoints.files import make_folder, write_json, write_text
-from w2vbert_fast.evaluation.bootstrap import interval, resampled_rates
+from w2vbert_fast.evaluation.bootstrap import interval, resampled_rates, share_better
 from w2vbert_fast.evaluation.normalisation import AUTO, Normalisation, chosen
 from w2vbert_fast.evaluation.outcomes import (
     Outcome,
@@ -34,7 +34,7 @@ SCORES = {"wer": "words", "cer": "characters"}
 
 # Bounds of the durations that are told apart, in seconds.
 _DURATIONS = (2.0, 5.0, 10.0, 20.0, 40.0)
-_LISTED = 10
+_LISTED, _GROUPS = 10, 30
 _SAVED = 1000
 
 
@@ -140,8 +140,7 @@ class Evaluation:
                 comparison[score] = {
                     "difference": rates[1] - rates[0],
                     "interval": interval(second - first),
-                    # A draw in which both are equal counts half for each.
-                    "better": float((second < first).mean() + (second <= first).mean()) / 2,
+                    "better": share_better(first, second),
                 }
         for index, system in enumerate(systems):
             system |= self._kinds(index)
@@ -364,9 +363,10 @@ def _text(summary: dict[str, Any]) -> str:
         table = [[f"{metric.upper()}, %, by {name}", "rows", unit, *(s["name"] for s in systems)]]
         table += [
             [g["value"], str(g["rows"]), str(g[unit]), *(f"{100 * r:.2f}" for r in g[metric])]
-            for g in groups
+            for g in groups[:_GROUPS]
         ]
         lines += ["", *_columns(table)]
+        lines += [f"and {len(groups) - _GROUPS} more"] * (len(groups) > _GROUPS)
     for system, edits in zip(systems, summary["edits"], strict=True):
         if edits:
             lines += ["", f"most frequent errors of {system['name']}:"]
@@ -380,7 +380,7 @@ def _text(summary: dict[str, Any]) -> str:
         errors = " and ".join(map(str, row[f"{metric}_errors"]))
         lines.append(f"  {row['id']}: {errors} errors in {row[unit]} {unit}")
         for what, text in (("said", row["reference"]), *(("heard", t) for t in row["hypotheses"])):
-            lines.append(textwrap.shorten(f"    {what:6}{text}", 400, placeholder=" ..."))
+            lines.append(f"    {what:6}{textwrap.shorten(text, 400, placeholder=' ...')}")
     if summary["left_out"]:
         lines += ["", "left out:"]
         lines += [f"  {row['row']}: {row['reason']}" for row in summary["left_out"][:_LISTED]]

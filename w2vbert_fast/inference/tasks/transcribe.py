@@ -332,6 +332,26 @@ class Transcribe(Task):
         # Copies, because a view would keep the batch's padding in memory.
         return [row[:n].cpu().clone() for row, n in zip(log_probs, counts, strict=True)]
 
+    def merged(self, chunks: Sequence[Chunk], outputs: Sequence[Tensor]) -> Tensor:
+        """Log-probabilities of a recording ``[frames, vocab]``, of those of its chunks."""
+        if len(outputs) == 1:
+            return outputs[0]
+        from w2vbert_fast.inference.ctc.timestamps import frame_seconds
+
+        tokenizer = self.pipeline.processor.tokenizer
+        return merge(
+            outputs,
+            chunks,
+            frame_seconds(self.network.config),
+            blank=self.pipeline.blank,
+            delimiter=tokenizer.word_delimiter_token_id,
+            unspaced=[
+                index
+                for token, index in tokenizer.get_vocab().items()
+                if any(map(is_unspaced, token))
+            ],
+        )
+
     def finish(
         self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]
     ) -> Transcription:
@@ -341,21 +361,7 @@ class Transcribe(Task):
             return Transcription(**identity(loaded), text=spoken)
         from w2vbert_fast.inference.ctc.timestamps import frame_seconds, word_timestamps
 
-        seconds = frame_seconds(self.network.config)
-        log_probs = outputs[0]
-        if len(outputs) > 1:
-            log_probs = merge(
-                outputs,
-                chunks,
-                seconds,
-                blank=self.pipeline.blank,
-                delimiter=tokenizer.word_delimiter_token_id,
-                unspaced=[
-                    index
-                    for token, index in tokenizer.get_vocab().items()
-                    if any(map(is_unspaced, token))
-                ],
-            )
+        log_probs = self.merged(chunks, outputs)
         text: str | None = None
         words = None
         offset = loaded.row.offset
@@ -363,6 +369,7 @@ class Transcribe(Task):
             text, _ = self.decoder.search(log_probs)
         if self._needs_words:
             if text is None:
+                seconds = frame_seconds(self.network.config)
                 found = word_timestamps(log_probs, tokenizer, seconds, offset, delay=self.delay)
             else:
                 found = self.decoder.align(log_probs, text, offset=offset, delay=self.delay)
