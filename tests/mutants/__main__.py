@@ -92,7 +92,8 @@ def tried(
     torch.set_num_threads(1)
     seen: set[str] = set()
     for operation in (name for name in NAMES if only in name):
-        case, long = Case(operation, SMALL, target), None
+        case = Case(operation, SMALL, target)
+        long: list[Case] = []
         for ptx, name in {ran.launch.ptx: ran.launch.name for ran in case.ran}.items():
             digest = hashlib.sha256(ptx.encode()).hexdigest()[:12]
             if digest in seen:
@@ -116,10 +117,13 @@ def tried(
                     continue
                 outcome = case.tried(ptx, mutant)
                 if not outcome.noticed:
-                    long = long or Case(operation, larger(operation), target, strided=True)
-                    if any(ran.launch.ptx == ptx for ran in long.ran):
-                        second = long.tried(ptx, mutant)
-                        outcome = min(outcome, second, key=lambda one: one.rank)
+                    long = long or [
+                        Case(operation, sizes, target, strided=True) for sizes in larger(operation)
+                    ]
+                    for other in long:
+                        if not outcome.noticed and any(ran.launch.ptx == ptx for ran in other.ran):
+                            second = other.tried(ptx, mutant)
+                            outcome = min(outcome, second, key=lambda one: one.rank)
                 yield row | dataclasses.asdict(outcome)
 
 

@@ -2,8 +2,8 @@
 
 A mutant of synchronisation leaves out a barrier, a wait, a commit or a fence, or waits for one
 group less; one of values leaves out a mask, swaps two operands or two registers of a vector, or
-changes a constant. Operands of what is commutative are not swapped, and what there is no rule for
-is no mutant.
+changes a constant. Operands of what is commutative are not swapped, no value is changed that the
+next statement overwrites, and what there is no rule for is no mutant.
 
 While a mutant runs it is watched whether the changed statement was reached, and whether it ever did
 something else than the one that stood there. The watching statements are PTX of this file's own.
@@ -79,11 +79,21 @@ def mutants(ptx: str, seed: int = 0) -> Iterator[Mutant]:
     """All mutants of a kernel: of each constant one, by a step that the seed decides."""
     program = parse(ptx)
     choice = random.Random(seed)
-    for i in program.instructions:
+    for i, following in zip(program.instructions, [*program.instructions[1:], None], strict=True):
         for operator, after in _changes(i, program, choice):
+            if operator in VALUES and _is_lost(i, following):
+                continue
             if after == i.text or (operator in VALUES and not _valid(after, i, program)):
                 continue
             yield Mutant(operator, i.line, i.text, after, i.source)
+
+
+def _is_lost(i: Instruction, following: Instruction | None) -> bool:
+    """Whether the next instruction overwrites all that this one writes, and reads none of it."""
+    if following is None or following.guard is not None or not i.opcode.startswith("mov."):
+        return False
+    reads = re.findall(r"%\w+", " ".join(following.operands[1:]))
+    return i.written <= following.written - frozenset(reads)
 
 
 def _valid(text: str, i: Instruction, program: Program) -> bool:

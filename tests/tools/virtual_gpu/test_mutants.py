@@ -87,6 +87,20 @@ def test_what_there_is_no_rule_for_is_no_mutant() -> None:
     assert all(", 1, 1, " in after for after in afters)
 
 
+@pytest.mark.parametrize(
+    ("following", "is_mutant"),
+    [
+        ("ld.global.b32 {%r1}, [%rd10];", False),
+        ("@%p1 ld.global.b32 {%r1}, [%rd10];", True),
+        ("add.s32 %r1, %r1, %r0;", True),
+        ("st.shared.b32 [%r1], %r0;", True),
+    ],
+)
+def test_what_the_next_statement_overwrites_is_no_mutant(following: str, is_mutant: bool) -> None:
+    found = {m.before for m in mutants(of(f"mov.u32 %r1, 7;\n{following}").ptx)}
+    assert ("mov.u32 %r1, 7" in found) is is_mutant
+
+
 def ran(launch: Launch, mutant: Mutant, **checks: bool) -> Watched:
     with watched(mutant, most_rounds=100) as one:
         execute(one.launch(launch), **checks)
