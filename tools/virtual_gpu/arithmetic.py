@@ -339,9 +339,10 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
 
 def _tanh(x: np.ndarray) -> np.ndarray:
     """With a relative error of up to 2^-11, which is all that the PTX ISA says of `tanh.approx`:
-    any number in between, which depends on the argument alone."""
+    any number in between, which depends on the argument alone. Of infinity it is 1."""
     bits = x.astype(np.float32).view(np.uint32) * np.uint32(2654435761)
-    return np.clip(np.tanh(x) * (1 + 2.0**-11 * (bits / 2.0**31 - 1)), -1, 1)
+    off = np.where(np.isinf(x), 0, 2.0**-11 * (bits / 2.0**31 - 1))
+    return np.clip(np.tanh(x) * (1 + off), -1, 1)
 
 
 _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from tests.tools.virtual_gpu.kernels import caught, changed, execute
+from tests.tools.virtual_gpu.kernels import caught, changed, execute, written
 from tests.tools.virtual_gpu.scripts import fused_attention, matrix_product
+from tests.tools.virtual_gpu.test_tensor_cores import A16, A32, DTYPES, fragment
 from tools.virtual_gpu.executor import ExecutionError
 from tools.virtual_gpu.faults import Fault
 from tools.virtual_gpu.record import Launch
@@ -73,6 +75,75 @@ def test_without_swizzling_there_are_core_matrices() -> None:
         assert across[row, k, 0] == at + k % 8 * 16 + row % 8 * 2
     with pytest.raises(Fault, match="base offset"):
         operand_bytes(1 << 49, 8, 16, 2, True)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("left", ["registers", "shared"])
+def test_a_product_of_fragments_is_the_product_of_the_matrices(left: str, kind: str) -> None:
+    """PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16" and "m64nNk8": of each warp 16
+    rows, as mma.sync has them; accumulators of 8 columns after one another."""
+    torch.manual_seed(0)
+    size = 4 if kind == "tf32" else 2
+    k, columns = 32 // size, 16
+    a, b = torch.randint(-8, 9, (64, k)).float() / 4, torch.randint(-8, 9, (k, columns)).float() / 4
+    c = torch.randn(64, columns)
+    x, y = (m.to(DTYPES[kind]).view(torch.int32 if size == 4 else torch.int16) for m in (a, b.T))
+    image = torch.zeros(4096 // size, dtype=x.dtype)
+    for matrix, start, leading, stride in ((y, 256, 256, 512), (x, 2048, 128, 256)):
+        for row, column in itertools.product(range(len(matrix)), range(k)):
+            at = start + row // 8 * stride + column * size // 16 * leading
+            at += row % 8 * 16 + column * size % 16
+            image[at // size] = matrix[row, column]
+
+    def of_warps(matrix: np.ndarray, count: int, row_of, column_of) -> np.ndarray:
+        parts = matrix.reshape(4, 16, -1)
+        return np.concatenate([fragment(part, count, row_of, column_of) for part in parts])
+
+    accumulator = (
+        lambda i, g, t: g if i % 4 < 2 else g + 8,
+        lambda i, g, t: i // 4 * 8 + t * 2 + (i & 1),
+    )
+    of_a = of_warps(x.numpy(), 16 // size, *(A32 if size == 4 else A16))
+    tensors = {
+        "image": image.view(torch.int32),
+        "a": torch.from_numpy(np.ascontiguousarray(of_a).view(np.int32)),
+        "c": torch.from_numpy(of_warps(c.numpy(), 8, *accumulator)),
+        "out": torch.zeros(128, 8),
+    }
+    descriptors = [descriptor(256, 256, 512, 0), descriptor(2048, 128, 256, 0)]
+    operand = "{%r1, %r2, %r3, %r4}" if left == "registers" else "%rd21"
+    turned = "" if size == 4 else ", 0" if left == "registers" else ", 0, 0"
+    sums = [f"%r{8 + i}" for i in range(8)]
+    halves = [f"{{{', '.join(half)}}}" for half in (sums[:4], sums[4:])]
+    body = f"""
+    mad.wide.u32 %rd22, %r0, 32, %rd0;
+    mad.wide.u32 %rd23, %r0, 16, %rd1;
+    mad.wide.u32 %rd24, %r0, 32, %rd2;
+    mad.wide.u32 %rd25, %r0, 32, %rd3;
+    shl.b32 %r20, %r0, 5;
+    ld.global.v4.b32 {halves[0]}, [%rd22];
+    ld.global.v4.b32 {halves[1]}, [%rd22+16];
+    st.shared.v4.b32 [%r20], {halves[0]};
+    st.shared.v4.b32 [%r20+16], {halves[1]};
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd23];
+    ld.global.v4.b32 {halves[0]}, [%rd24];
+    ld.global.v4.b32 {halves[1]}, [%rd24+16];
+    mov.b64 %rd20, {descriptors[0]};
+    mov.b64 %rd21, {descriptors[1]};
+    mov.pred %p0, -1;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n16k{k}.f32.{kind}.{kind} {{{", ".join(sums)}}},
+        {operand}, %rd20, %p0, 1, 1{turned};
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.v4.b32 [%rd25], {halves[0]};
+    st.global.v4.b32 [%rd25+16], {halves[1]};
+    """
+    execute(written(body, tensors, threads=128, shared=4096))
+    right = (a.double() @ b.double() + c.double()).float().numpy()
+    np.testing.assert_array_equal(tensors["out"].numpy(), of_warps(right, 8, *accumulator))
 
 
 def product(dtype: torch.dtype = torch.bfloat16) -> tuple[Launch, torch.Tensor]:
