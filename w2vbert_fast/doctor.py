@@ -39,7 +39,7 @@ PACKAGES = (
 TESTED_TORCH = ("2.5", "2.15")
 """The oldest and the newest PyTorch that tests were run with."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-# Of the plain form's own error in the same dtype, both against float64; see `_limit`.
+# Of the plain form's own error in the same dtype, both against float64; see `error_limit`.
 ERROR_RATIO = 2.0
 CALLS = 5
 
@@ -161,7 +161,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> Check:
         arguments = _arguments(name, device, dtype)
         with torch.no_grad():
             exact = _exact(name, _arguments(name, device, torch.float64))
-            limit = _limit(_error(operation.plain(*arguments), exact), dtype)
+            limit = error_limit(_error(operation.plain(*arguments), exact), dtype)
             error = _error(operation.call(*arguments), exact)
             milliseconds = 1000 * min(
                 _seconds(operation.call, arguments, device) for _ in range(CALLS)
@@ -215,18 +215,23 @@ def _error(results: Any, exact: Any) -> float:
     """The largest relative error of the results."""
     if isinstance(results, Tensor):
         results, exact = (results,), (exact,)
-    return max(_relative_error(*pair) for pair in zip(results, exact, strict=True))
+    return max(relative_error(*pair) for pair in zip(results, exact, strict=True))
 
 
-def _relative_error(result: Tensor, exact: Tensor) -> float:
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """The norm of the difference by that of the exact result.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
     if result.shape != exact.shape:
         raise ValueError(f"the result has shape {tuple(result.shape)}, not {tuple(exact.shape)}")
     exact = exact.double()
     return float((result.double() - exact).norm() / exact.norm())
 
 
-def _limit(plain_error: float, dtype: torch.dtype) -> float:
-    """A multiple of PyTorch's own error, and no less than one rounding."""
+def error_limit(plain_error: float, dtype: torch.dtype) -> float:
+    """The largest error that passes: a multiple of PyTorch's own, and no less than a rounding."""
     return max(
         ERROR_RATIO * plain_error, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     )

@@ -53,6 +53,8 @@ NOT_RUN = {
     "ray start": "starts a cluster of machines",
     "w2vbert-fast transcribe https://example.org": "needs a network",
     "w2vbert-fast transcribe --out results 's3://bucket": "needs a network, and an account",
+    "w2vbert-fast tune --model": "needs a GPU",
+    "w2vbert-fast warm --model": "needs a GPU",
     "RAY_ADDRESS=HEAD:6379 w2vbert-fast": "needs that cluster",
 }
 """Beginning of a command -> the reason why it is not run."""

@@ -164,7 +164,6 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "layout": (),
     "ops": ("cpus", "csrc_triton", "layout"),
     "doctor": ("_extras", "cpus", "ops"),
-    "tuning": ("ops",),
     "recordings": ("_extras", "ops"),
     "checkpoints": (),
     "report": ("checkpoints",),
@@ -175,6 +174,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
         *("report",),
     ),
+    "tuning": ("cpus", "doctor", "inference", "models", "ops", "csrc_triton"),
     "training": (
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
         *("report",),
@@ -188,7 +188,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "cli": (
         *("_extras", "cpus", "doctor", "evaluation", "export", "inference", "integrations"),
-        *("models", "recordings", "training"),
+        *("models", "ops", "recordings", "training", "tuning"),
     ),
     "bench": (
         *("_extras", "csrc_triton", "doctor", "inference", "integrations", "layout", "models"),

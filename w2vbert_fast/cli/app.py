@@ -19,7 +19,9 @@ from w2vbert_fast.cli import (
     finetune,
     report,
     transcribe,
+    tune,
     tune_lm,
+    warm,
 )
 from w2vbert_fast.cli.messages import PROGRAM, fail
 from w2vbert_fast.cli.options import add
@@ -63,6 +65,6 @@ def build_app() -> Any:
         """Hold the options that come before a command."""
 
     inferring = (transcribe, doctor, embed, classify, report)
-    for module in (*inferring, evaluate, tune_lm, finetune, export, convert):
+    for module in (*inferring, evaluate, tune_lm, finetune, export, convert, tune, warm):
         add(app, module.command, short=module.SHORT, help_text=module.HELP)
     return app

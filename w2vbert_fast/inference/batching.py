@@ -15,11 +15,12 @@ from w2vbert_fast.inference.pipeline import is_out_of_memory
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.tasks.base import Piece, Task
+from w2vbert_fast.ops import tuned
 
 logger = logging.getLogger(__name__)
 
 USUAL_BUDGET = {"cpu": 2_000, "cuda": 32_000}
-"""Frames of a batch where nothing else is said, by the kind of device."""
+"""Frames of a batch where nothing else is said or was measured, by the kind of device."""
 
 _PROBE_SECONDS = 10.0  # of audio in each of the probe's utterances
 _SMALLEST_BUDGET = 1_000
@@ -56,7 +57,7 @@ class Batcher:
     Args:
         task: the task.
         frame_budget: encoder frames of a batch, 50 a second; "auto": found by a probe at first use,
-            of some 10 seconds; None: `USUAL_BUDGET`. A single piece that is longer makes a batch of
+            of some 10 seconds; None: `usual_budget`. A single piece that is longer makes a batch of
             its own.
 
     Attributes:
@@ -84,9 +85,7 @@ class Batcher:
         """Load the model and find the budget, where that has not been done; the budget."""
         self.task.load()
         if self.frame_budget is None:
-            device = next(self.task.network.parameters()).device
-            usual = USUAL_BUDGET.get(device.type, USUAL_BUDGET["cuda"])
-            self.frame_budget = probe(self.task) if self.probes else usual
+            self.frame_budget = probe(self.task) if self.probes else usual_budget(self.task.network)
         return self.frame_budget
 
     def run(self, window: Sequence[Loaded]) -> Iterator[Result]:
@@ -210,6 +209,16 @@ def _describe(error: Exception, loaded: Loaded) -> tuple[str, str]:
     return type(error).__name__, str(error)
 
 
+def usual_budget(network: Any) -> int:
+    """Frames of a batch where nobody says: what was measured on this GPU, or `USUAL_BUDGET`."""
+    parameter = next(network.parameters())
+    usual = USUAL_BUDGET.get(parameter.device.type, USUAL_BUDGET["cuda"])
+    if parameter.device.type != "cuda":
+        return usual
+    case = tuned.model_case(tuned.FRAME_BUDGET, network.config, parameter.dtype)
+    return tuned.number(parameter.device, case) or usual
+
+
 def probe(task: Task) -> int:
     """Find a frame budget: doubled while that is faster and fits into memory.
 
@@ -220,25 +229,44 @@ def probe(task: Task) -> int:
     count = round(_PROBE_SECONDS * task.extractor.sampling_rate)
     noise = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.1
     frames = count // task.samples_per_frame
+    start = time.perf_counter()
+
+    def seconds_a_frame(budget: int) -> float:
+        pieces = [Piece(noise)] * max(1, budget // frames)
+        # The first run warms up: allocations, kernels that are made when they are needed.
+        return min(_timed(task, pieces) for _ in range(2)) / (len(pieces) * frames)
+
+    best = doubled(
+        seconds_a_frame, largest, lambda: time.perf_counter() - start >= _LONGEST_PROBE_SECONDS
+    )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return best
+
+
+def doubled(
+    seconds_a_frame: Callable[[int], float], largest: int, is_over: Callable[[], bool]
+) -> int:
+    """The frame budget that is reached by doubling while that pays and fits into memory.
+
+    Args:
+        seconds_a_frame: runs a batch of so many frames.
+        largest: budget.
+        is_over: whether time is up.
+    """
     best, best_rate = _SMALLEST_BUDGET, 0.0
     budget = _SMALLEST_BUDGET
-    start = time.perf_counter()
-    while budget <= largest and time.perf_counter() - start < _LONGEST_PROBE_SECONDS:
-        pieces = [Piece(noise)] * max(1, budget // frames)
+    while budget <= largest and not is_over():
         try:
-            # The first run warms up: allocations, kernels that are made when they are needed.
-            seconds = min(_timed(task, pieces) for _ in range(2))
+            rate = 1 / seconds_a_frame(budget)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             break
-        rate = len(pieces) * frames / seconds
         if rate < _WORTH_DOUBLING * best_rate:
             break
         best, best_rate = budget, rate
         budget *= 2
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return best
 
 

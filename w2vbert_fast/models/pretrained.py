@@ -42,6 +42,7 @@ from w2vbert_fast.models.optimized.stacked import stack
 from w2vbert_fast.models.outputs import ModelOutput
 from w2vbert_fast.models.recompute import Policy, Recompute
 from w2vbert_fast.models.tracing import recorder
+from w2vbert_fast.ops import tuned
 from w2vbert_fast.ops.cpu.capability import onednn_linear
 
 logger = logging.getLogger(__name__)
@@ -647,8 +648,8 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         capture.
 
         Args:
-            max_tokens: frames of all utterances of a batch; `None`: that of the largest bucket, or
-                8192.
+            max_tokens: frames of all utterances of a batch; `None`: that of the largest bucket,
+                else what `w2vbert-fast tune` measured on the model's GPU, else 8192.
             buckets: rising token counts, the last at least `max_tokens`; `None`: every 64 up to
                 512, then four to an octave.
             max_graphs: how many graphs are kept; the one not used for longest goes first.
@@ -664,6 +665,10 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
             TypeError: an argument is no integer.
         """
         encoders = self._parts_with("layer_graphs", "encoder layers")
+        parameter = next(self.parameters())
+        if max_tokens is None and buckets is None and parameter.is_cuda:
+            case = tuned.model_case(tuned.GRAPH_LIMIT, self.config, parameter.dtype)
+            max_tokens = tuned.number(parameter.device, case)
         settings = (max_tokens, buckets, max_graphs, max_bytes)
         fresh = [LayerGraphs(*settings) if enabled else None for _ in encoders]
         for encoder, graphs in zip(encoders, fresh, strict=True):

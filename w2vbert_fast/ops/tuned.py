@@ -111,6 +111,12 @@ def case_of(product: Product) -> Case:
     return Case(f"linear{ends}", shape, dtype, bucket_of(product.num_tokens))
 
 
+def model_case(operation: str, config: Any, dtype: torch.dtype) -> Case:
+    """The case of a limit or budget of a model, by its configuration."""
+    shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+    return Case(operation, shape, str(dtype).removeprefix("torch."))
+
+
 def tile_name(config: LinearConfig) -> str:
     """By which a table knows a tile; those of one architecture and dtype all have their own."""
     return f"{config.block_m}x{config.block_n}"
@@ -258,7 +264,7 @@ def _driver() -> str:
 @functools.cache
 def of_device(device: torch.device) -> dict[Case, Found]:
     """All that is known of a device: of its kind from what ships, then of itself."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not dispatch.has_triton():
         return {}
     here = machine(device)
     kind = (here.gpu, here.multiprocessors)
@@ -356,14 +362,15 @@ def product_by_pytorch(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.is_cuda and _product_by_pytorch(x.device, x.shape[0], *weight.shape, x.dtype)
 
 
-def number(device: torch.device, operation: str, shape: tuple[int, ...], dtype: str) -> int | None:
+def number(device: torch.device, case: Case) -> int | None:
     """A limit or budget that was measured for a model; `None` where none was."""
-    found = choice(device, Case(operation, shape, dtype))
+    found = choice(device, case)
     return found if isinstance(found, int) else None
 
 
-def explain(device: torch.device) -> str:
+def explain(device: torch.device | str) -> str:
     """What is tuned on a device, in one line."""
+    device = torch.device(device)
     if device.type != "cuda":
         return "nothing to tune: tiles are of GPUs"
     if not dispatch.has_triton():
