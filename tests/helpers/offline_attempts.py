@@ -52,7 +52,7 @@ def attempt(
     return status == 0
 
 
-def at_random_moments(work: Callable[[], object]) -> int:
+def at_random_moments(work: Callable[[], object], halfway: Callable[[], None]) -> int:
     """Kill it `KILLS` times, at a random moment or at a random step, whichever comes first."""
     moments = random.Random(0)
 
@@ -60,7 +60,9 @@ def at_random_moments(work: Callable[[], object]) -> int:
         time.sleep(moments.uniform(0.0, LONGEST_WAIT))
         os.kill(child, signal.SIGKILL)
 
-    for _ in range(KILLS):
+    for number in range(KILLS):
+        if number == KILLS // 2:
+            halfway()
         ended = attempt(work, at_step(moments.randint(2, MOST_STEPS)), kill)
         assert not ended
     return KILLS
@@ -97,7 +99,14 @@ def main() -> None:
 
     killed = 0
     if mode == "random":
-        killed = at_random_moments(into(Path(out)))
+        # The input grows meanwhile.
+        whole = Path(manifest).read_bytes().splitlines(keepends=True)
+        Path(manifest).write_bytes(b"".join(whole[: len(whole) * 2 // 3]))
+
+        def grow() -> None:
+            Path(manifest).write_bytes(b"".join(whole))
+
+        killed = at_random_moments(into(Path(out)), grow)
         assert attempt(into(Path(out)))
     else:
         while not attempt(into(Path(out, str(killed + 1))), at_step(killed + 1)):

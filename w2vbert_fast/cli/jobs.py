@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 HELP = (
     "Results go to tables in the folder, part-*; rows with errors to errors-*.jsonl. A command "
-    "that was stopped, by whatever, goes on when it is given again. Exit status: 0 all went well, "
-    "1 some rows failed, 2 the job did. report.html shows it all."
+    "that was stopped, by whatever, goes on when it is given again, and does what is new in its "
+    "input. Exit status: 0 all went well, 1 some rows failed, 2 the job did. report.html shows it "
+    "all."
 )
 _AUTO = "auto"
 
@@ -163,6 +164,9 @@ class Books:
 
     shard_rows: int = option(1000, "Rows of a table.")
     max_errors: int | None = option(None, "End the job when more rows have failed.")
+    by_content: bool = option(
+        False, "Know recordings by what they hold, and not by path, size and time."
+    )
     retry_errors: bool = option(False, "Do the rows again that have failed.")
     log_json: bool = option(False, "Report progress as JSON lines on standard error.")
     no_page: bool = option(False, "Write no report.html at the end.")
@@ -254,6 +258,7 @@ def run_job(
         retry_errors=job.retry_errors,
         overwrite=job.overwrite,
         log_json=job.log_json,
+        by_content=job.by_content,
         page=not job.no_page,
     )
     kind = TASKS[task]
@@ -287,6 +292,12 @@ def _ending(summary: Summary, out: str) -> str:
             f"; {run['rows']} in {run['seconds']:.1f} s now, "
             f"{run['audio_hours_per_hour']:.0f} h of audio an hour"
         )
+    for what, told in (
+        ("have changed since they were done", summary.content["changed"]),
+        ("are not in the input any more", summary.content["vanished"]),
+    ):
+        if told["rows"]:
+            text += f"; {told['rows']} {what} ({', '.join(told['examples'])})"
     passed_over = PassedOver.from_json(summary.content["passed_over"])
     if passed_over.counts:
         text += f"; passed over: {passed_over}"

@@ -31,6 +31,7 @@ class Files:
     """Recordings named one by one."""
 
     kind = "recordings"
+    sealed = False
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
@@ -85,6 +86,7 @@ class Folder:
     """
 
     kind = "folder of recordings"
+    sealed = False
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -192,6 +194,18 @@ class Inputs:
             several = f" ({len(counts)} files)" if len(counts) > 1 else ""
             lines.append(f"{name}: {kind}{several}, {rows}")
         return lines
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What the command names: folders, patterns and data sets, which may grow, and what their
+        columns mean. Recordings that are named one by one are not told."""
+        names = {
+            name if is_remote(name) else os.path.abspath(name)
+            for part, name in zip(self.parts, self.names, strict=True)
+            if not (isinstance(part, Files) and (type(part) is Files or part.paths == [name]))
+        }
+        columns = self.fingerprint[len(self.parts) :]
+        return {"names": sorted(names), **(columns[0] if columns else {})}
 
     @property
     def passed_over(self) -> PassedOver:

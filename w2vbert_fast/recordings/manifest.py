@@ -107,6 +107,7 @@ class _Text(ABC):
         kind: what messages call such a file; None: by its format.
     """
 
+    sealed = False
     kind: str
     endings: ClassVar[tuple[str, ...]]
 

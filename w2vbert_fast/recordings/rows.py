@@ -52,10 +52,14 @@ class Part(Protocol):
 
     Attributes:
         kind: what it was taken for, such as "JSON lines".
+        sealed: it holds its recordings, so that they are what they were as long as it is.
     """
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def sealed(self) -> bool: ...
 
     def survey(self) -> tuple[int | None, dict[str, Any]]:
         """How many rows there are (None: nobody knows yet), and what tells this part from others.

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from w2vbert_fast.recordings.rows import Row
 
 TEMPORARY = ".tmp"
-PARTS, ERRORS = "part-", "errors-"
-"""What the names of tables begin with: of rows that went well, and of those that did not."""
+PARTS, ERRORS, KNOWN = "part-", "errors-", "known-"
+"""What the names of tables begin with: of rows that went well, of those that did not, and of what
+all of them were made of."""
 
 EXTRA = "extra"
 """Column of Parquet tables with the carried columns, as JSON, that have no column of their own."""
@@ -568,7 +569,7 @@ def files_of_tables(folder: Path) -> list[str]:
 
 def remove_tables(folder: Path) -> None:
     """Remove the tables that a job's shards have written into a folder."""
-    for prefix in (PARTS, ERRORS):
+    for prefix in (PARTS, ERRORS, KNOWN):
         for pattern in (f"{prefix}*", f".{prefix}*{TEMPORARY}"):
             for path in folder.glob(pattern):
                 path.unlink()

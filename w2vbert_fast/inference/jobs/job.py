@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -37,14 +37,15 @@ from w2vbert_fast.inference.jobs.journal import (
     differences,
     remove_announced,
 )
+from w2vbert_fast.inference.jobs.known import Known
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
 from w2vbert_fast.inference.jobs.report import REPORT_FILE, write_report
-from w2vbert_fast.inference.jobs.results import json_rows
 from w2vbert_fast.inference.jobs.shard import Shard
 from w2vbert_fast.inference.jobs.sidecars import check_beside
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.recordings.inputs import Inputs
+from w2vbert_fast.recordings.rows import Row
 from w2vbert_fast.recordings.which_files import PassedOver
 
 LOCK_FILE = ".lock"
@@ -75,6 +76,7 @@ class JobOptions:
         retry_errors: do the rows again that have failed.
         overwrite: forget what the folder holds of another job.
         log_json: report in JSON lines.
+        by_content: recordings are known by what they hold, and not by path, size and time.
         page: write `report.html` at the end.
     """
 
@@ -84,6 +86,7 @@ class JobOptions:
     retry_errors: bool = False
     overwrite: bool = False
     log_json: bool = False
+    by_content: bool = False
     page: bool = True
 
     def __post_init__(self) -> None:
@@ -147,6 +150,7 @@ class Job:
         self.formats = Formats.of_task(runner.task, formats, how)
         self.options = options or JobOptions()
         self.columns = Columns({})
+        self.known = Known(self.folder, self.options.by_content, {})
         self.progress = Progress(inputs.total, 0, 0, as_json=self.options.log_json, stream=stream)
         self._stream = stream
         self._passed_over = PassedOver()
@@ -166,53 +170,39 @@ class Job:
         with self._locked():
             self._open()
             journal = Journal(self.folder)
-            errors = sum(journal.errors().values())
+            before = self._last_summary()
+            self.known = Known(self.folder, self.options.by_content, before.get("whole", {}))
+            self.known.load(journal.entries)
             self.progress = Progress(
                 self.inputs.total,
-                len(journal.done),
-                errors,
+                len(self.known),
+                sum(self.known.errors().values()),
                 as_json=self.options.log_json,
                 stream=self._stream,
             )
             self.progress.event("input", {"parts": self.inputs.described})
-            self._passed_over = self._known_passed_over()
+            self._passed_over = PassedOver.from_json(before.get("passed_over", {}))
             (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
-            retried = journal.error_tables() if self.options.retry_errors else []
-            complete = len(journal.done) == self.inputs.total
+            retried = self.options.retry_errors
+            rows = self.known.missing(self.inputs, lambda error: retried and error is not None)
             startup = 0.0
-            if not complete or retried:
+            # A job that has nothing to do loads no model.
+            for first in islice(rows, 1):
                 self._prepare()
                 startup = self.progress.elapsed
                 self.progress.start += startup
-                self._check_errors(journal, retried)
-                self._work(journal, retried, complete)
+                self._check_errors()
+                self._work(journal, chain([first], rows))
             self.progress.close()
-            summary = self._finish(journal, startup)
+            summary = self._finish(startup)
             if self.options.page:
                 write_report(self.folder)
             return summary
 
-    def _work(self, journal: Journal, retried: Sequence[str], complete: bool) -> None:
-        if not complete:
-            done = journal.done
-            self._pass(journal, lambda index: index not in done, ())
-        group: list[str] = []
-        wanted: set[int] = set()
-        for name in retried:
-            group.append(name)
-            wanted.update(row["index"] for row in json_rows(self.folder / name))
-            if len(wanted) >= self.options.shard_rows or name == retried[-1]:
-                self._pass(journal, wanted.__contains__, tuple(group))
-                group, wanted = [], set()
-
-    def _pass(
-        self, journal: Journal, wanted: Callable[[int], bool], supersedes: tuple[str, ...]
-    ) -> None:
-        """Do the rows that are wanted; those of tables of errors in one shard."""
+    def _work(self, journal: Journal, rows: Iterator[Row]) -> None:
+        """Do the rows."""
         shard = self._shard(journal)
         whole = True  # no window has been taken in by half
-        # A copy of what is done: the reading thread asks it while shards are committed.
-        rows = self.inputs.rows(wanted)
         try:
             windows = cast(Generator[Any, None, None], self.runner.windows(rows))
             self.runner.batcher.watch = lambda seconds, _: self.progress.begin(seconds)
@@ -220,20 +210,20 @@ class Job:
                 for window in windows:
                     results = self.runner.in_order(window, self.runner.batcher.run(window))
                     whole = False
+                    self._count(results)
                     shard.add(results)
                     whole = True
-                    self._count(results, bool(supersedes))
-                    if not supersedes and self._full(shard):
+                    if self._full(shard):
                         whole = False
                         self._commit(shard, journal)
                         shard = self._shard(journal)
                         whole = True
-                    self._check_errors(journal, supersedes, shard)
+                    self._check_errors()
             if shard.rows > 0:
                 whole = False
-                self._commit(shard, journal, supersedes)
+                self._commit(shard, journal)
         except (KeyboardInterrupt, TooManyErrors) as error:
-            if whole and shard.rows > 0 and not supersedes:
+            if whole and shard.rows > 0:
                 self._commit(shard, journal)
             else:
                 shard.discard()
@@ -244,20 +234,18 @@ class Job:
             shard.discard()
             raise
 
-    def _count(self, results: Sequence[Result], again: bool) -> None:
+    def _count(self, results: Sequence[Result]) -> None:
         bad = sum(result.error is not None for result in results)
         seconds = sum(result.seconds or 0.0 for result in results if result.error is None)
-        if again:
-            # These rows are among the errors already.
-            self.progress.done -= len(results)
-            self.progress.errors -= len(results)
+        # Those that are done again are among the rows already, and perhaps among the errors.
+        again = [error for r in results if (error := self.known.outcome(r.index)) is not None]
+        self.progress.done -= len(again)
+        self.progress.errors -= sum(map(bool, again))
         self.progress.update(len(results), bad, seconds)
 
-    def _check_errors(
-        self, journal: Journal, retried: Sequence[str], shard: Shard | None = None
-    ) -> None:
+    def _check_errors(self) -> None:
         limit = self.options.max_errors
-        if limit is None or retried or self.progress.errors <= limit:
+        if limit is None or self.options.retry_errors or self.progress.errors <= limit:
             return
         raise TooManyErrors(
             f"{self.progress.errors} rows failed, more than the {limit} of max_errors; the last "
@@ -273,10 +261,10 @@ class Job:
 
     def _shard(self, journal: Journal) -> Shard:
         number = journal.next_shard()
-        return Shard(self.folder, number, self.runner.task, self.formats, self.columns)
+        return Shard(self.folder, number, self.runner.task, self.formats, self.columns, self.known)
 
-    def _commit(self, shard: Shard, journal: Journal, supersedes: Sequence[str] = ()) -> None:
-        entry: Entry = shard.commit(journal, supersedes)
+    def _commit(self, shard: Shard, journal: Journal) -> None:
+        entry: Entry = shard.commit(journal)
         self.progress.event("shard", {"files": list(entry.files), "rows": shard.rows})
 
     @contextlib.contextmanager
@@ -344,9 +332,11 @@ class Job:
         given: dict[str, Any] = {} if how.layout is None else {"layout": asdict(how.layout)}
         if how.beside:
             given["beside"] = True
+        if self.options.by_content:
+            given["by_content"] = True
         return {
             "model": {"name": os.fspath(task.model), "files": task.fingerprint()},
-            "input": self.inputs.fingerprint,
+            "input": self.inputs.named,
             "options": {
                 **task.options(),
                 "formats": list(self.formats.names),
@@ -365,26 +355,28 @@ class Job:
         remove_announced(announced)
         remove_tables(self.folder)
 
-    def _known_passed_over(self) -> PassedOver:
-        """What the last run has passed over; one that has nothing to do does not read tar files."""
+    def _last_summary(self) -> dict[str, Any]:
         path = self.folder / SUMMARY_FILE
-        known = read_json(path).get("passed_over", {}) if path.is_file() else {}
-        return PassedOver.from_json(known)
+        return read_json(path) if path.is_file() else {}
 
-    def _finish(self, journal: Journal, startup: float) -> Summary:
-        progress = self.progress
+    def _finish(self, startup: float) -> Summary:
+        progress, known = self.progress, self.known
         passed_over = self.inputs.passed_over
         if progress.rows == 0 and not passed_over.counts:
+            # Files that hold recordings are not read once more.
             passed_over = self._passed_over
-        errors = error_counts(journal.errors())
+        errors = error_counts(known.errors())
         elapsed, batcher = progress.elapsed, self.runner.batcher
         hours = progress.audio_seconds / 3600
         content = {
-            "rows": len(journal.done),
-            "good": journal.good(),
+            "rows": len(known),
+            "good": known.good(),
             "errors": errors,
             "passed_over": passed_over.as_json(),
-            "audio_hours": round(journal.audio_seconds() / 3600, 6),
+            "changed": known.changed.as_json(),
+            "vanished": known.vanished.as_json(),
+            "whole": known.whole,
+            "audio_hours": round(known.audio_seconds() / 3600, 6),
             "this_run": {
                 "rows": progress.rows,
                 "audio_hours": round(hours, 6),
@@ -404,7 +396,7 @@ class Job:
         }
         write_json(self.folder / SUMMARY_FILE, content)
         progress.event("summary", content)
-        return Summary(len(journal.done), errors, content)
+        return Summary(len(known), errors, content)
 
     def _device(self) -> str | None:
         if self.runner.batcher.batches == 0:

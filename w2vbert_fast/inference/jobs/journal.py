@@ -10,14 +10,13 @@ import bisect
 import contextlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from w2vbert_fast.checkpoints.files import to_disk
-from w2vbert_fast.inference.jobs.formats import ERRORS, PARTS
+from w2vbert_fast.inference.jobs.formats import ERRORS, KNOWN, PARTS
 
 JOB_FILE = "job.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -71,7 +70,9 @@ class Entry:
         good: rows that went well.
         errors: rows that did not, by the type of the error.
         audio_seconds: of the rows that went well.
-        supersedes: tables of errors that these rows replace.
+        supersedes: tables of which these rows replace the last.
+        replaces: ranges of the row numbers that were done before; tables of earlier shards may
+            still hold what came of them then.
         seconds: between the first row's begin and the last one's end; None in older journals.
     """
 
@@ -83,6 +84,7 @@ class Entry:
     audio_seconds: float
     supersedes: list[str] = field(default_factory=list)
     seconds: float | None = None
+    replaces: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Journal:
@@ -96,7 +98,6 @@ class Journal:
         self.folder = folder
         self.path = folder / JOURNAL_FILE
         self.entries: list[Entry] = []
-        self.done = Ranges()
         self._read()
         self._check()
         self._clean()
@@ -120,12 +121,7 @@ class Journal:
                 os.truncate(self.path, good)
                 break
             good += len(line)
-            self._take(entry)
-
-    def _take(self, entry: Entry) -> None:
-        self.entries.append(entry)
-        for start, stop in entry.rows:
-            self.done.add(start, stop)
+            self.entries.append(entry)
 
     def _check(self) -> None:
         for name, size in self.files().items():
@@ -145,8 +141,8 @@ class Journal:
                 remove_announced(path)
         for path in self.folder.iterdir():
             name = path.name
-            unfinished = name.startswith((f".{PARTS}", f".{ERRORS}"))
-            if unfinished or (name.startswith((PARTS, ERRORS)) and name not in known):
+            unfinished = name.startswith((f".{PARTS}", f".{ERRORS}", f".{KNOWN}"))
+            if unfinished or (name.startswith((PARTS, ERRORS, KNOWN)) and name not in known):
                 path.unlink()
 
     def files(self) -> dict[str, int]:
@@ -158,10 +154,6 @@ class Journal:
             for name in entry.supersedes:
                 found.pop(name, None)
         return found
-
-    def error_tables(self) -> list[str]:
-        """Tables of errors that count."""
-        return [name for name in self.files() if name.startswith(ERRORS)]
 
     def next_shard(self) -> int:
         """Number of the next shard."""
@@ -183,26 +175,9 @@ class Journal:
             if self.path.exists():
                 os.truncate(self.path, before)
             raise
-        self._take(entry)
+        self.entries.append(entry)
         for name in entry.supersedes:
             (self.folder / name).unlink(missing_ok=True)
-
-    def good(self) -> int:
-        """Rows that went well."""
-        return sum(entry.good for entry in self.entries)
-
-    def errors(self) -> Counter[str]:
-        """Rows that did not, by the type of the error."""
-        counts: Counter[str] = Counter()
-        superseded = {name for entry in self.entries for name in entry.supersedes}
-        for entry in self.entries:
-            if not any(name in superseded for name in entry.files):
-                counts.update(entry.errors)
-        return counts
-
-    def audio_seconds(self) -> float:
-        """Audio of the rows that went well, in seconds."""
-        return sum(entry.audio_seconds for entry in self.entries)
 
 
 def announce(folder: Path, shard: int, files: Iterable[str | Path]) -> Path:

@@ -72,7 +72,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
     def finish() -> None:
         entries = list(read_entries(path))
-        page.facts = _facts(job, summary, entries, seen)
+        page.facts = _facts(job, summary, seen)
         page.charts = [
             _speed(entries),
             Chart("Length of recordings", "seconds", column=_LENGTH),
@@ -100,10 +100,14 @@ class _Seen:
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     has_confidence: bool = False
+    count: int = 0
+    seconds: float = 0.0
 
     def rows(self, results: Iterator[dict[str, Any]]) -> Iterator[Row]:
         for result in results:
             kind = result.get("error_type")
+            self.count += 1
+            self.seconds += (result["seconds"] or 0.0) if kind is None else 0.0
             if kind is not None:
                 self.errors[kind] += 1
                 self.examples.setdefault(kind, f"{result['audio_filepath']}: {result['error']}")
@@ -172,17 +176,13 @@ def _confidence(result: Mapping[str, Any]) -> float | None:
     return float(max(dict(scores).values()))  # pairs in Parquet tables
 
 
-def _facts(
-    job: Mapping[str, Any], summary: Mapping[str, Any], entries: list[Entry], seen: _Seen
-) -> list[Fact]:
+def _facts(job: Mapping[str, Any], summary: Mapping[str, Any], seen: _Seen) -> list[Fact]:
     options = job["fingerprint"]["options"]
-    rows = sum(stop - start for entry in entries for start, stop in entry.rows)
     failed = sum(seen.errors.values())
-    seconds = sum(entry.audio_seconds for entry in entries)
     facts = [
-        Fact("Rows", f"{rows:,}"),
+        Fact("Rows", f"{seen.count:,}"),
         Fact("Failed", f"{failed:,}"),
-        Fact("Audio", duration(seconds)),
+        Fact("Audio", duration(seen.seconds)),
         Fact("Model", job["fingerprint"]["model"]["name"]),
     ]
     run = summary.get("this_run", {})

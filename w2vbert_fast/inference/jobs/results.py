@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from w2vbert_fast._extras import require
-from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError
+from w2vbert_fast.inference.jobs.formats import KNOWN
+from w2vbert_fast.inference.jobs.journal import JOURNAL_FILE, Entry, JobError, Ranges
 
 
 def read_results(
@@ -28,26 +29,34 @@ def read_results(
         ImportError: a table is Parquet and pyarrow is not installed.
     """
     path = Path(folder)
-    names: dict[str, int] = {}
-    gone: set[str] = set()
-    for entry in read_entries(path):
-        names.update(entry.files)
-        gone.update(entry.supersedes)
-    for name in names:
-        if name in gone:
-            continue
-        if not (path / name).is_file():
-            raise JobError(f"{path / name} is missing")
-        if name.endswith(".jsonl"):
-            yield from json_rows(path / name)
-        elif name.endswith(".parquet"):
-            parquet = require("pyarrow.parquet", "offline")
-            with parquet.ParquetFile(path / name) as file:
-                columns = [
-                    name for name in file.schema_arrow.names if tensors or name != "embedding"
-                ]
-                for batch in file.iter_batches(batch_size=64, columns=columns):
-                    yield from batch.to_pylist()
+    entries = list(read_entries(path))
+    gone = {name for entry in entries for name in entry.supersedes}
+    # Of each shard the rows that later ones have done again.
+    replaced = Ranges()
+    stale: list[Ranges] = []
+    for entry in reversed(entries):
+        stale.append(Ranges(replaced))
+        for start, stop in entry.replaces:
+            replaced.add(start, stop)
+    for entry, again in zip(entries, reversed(stale), strict=True):
+        for name in entry.files:
+            if name not in gone and not name.startswith(KNOWN):
+                for row in _table_rows(path / name, tensors):
+                    if row["index"] not in again:
+                        yield row
+
+
+def _table_rows(path: Path, tensors: bool) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise JobError(f"{path} is missing")
+    if path.suffix == ".jsonl":
+        yield from json_rows(path)
+    elif path.suffix == ".parquet":
+        parquet = require("pyarrow.parquet", "offline")
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if tensors or name != "embedding"]
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                yield from batch.to_pylist()
 
 
 def read_entries(folder: Path) -> Iterator[Entry]:

@@ -18,6 +18,7 @@ from w2vbert_fast.inference.jobs.formats import (
     final_name,
 )
 from w2vbert_fast.inference.jobs.journal import Entry, Journal, announce, ranges_of
+from w2vbert_fast.inference.jobs.known import Known, KnownTable
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.tasks.base import Task
 
@@ -31,10 +32,17 @@ class Shard:
         task: the task, loaded.
         formats: in which formats to write.
         columns: of Parquet tables.
+        known: the rows that were done before, and what these ones are made of.
     """
 
     def __init__(
-        self, folder: Path, number: int, task: Task, formats: Formats, columns: Columns
+        self,
+        folder: Path,
+        number: int,
+        task: Task,
+        formats: Formats,
+        columns: Columns,
+        known: Known,
     ) -> None:
         self.folder = folder
         self.number = number
@@ -42,7 +50,10 @@ class Shard:
         self.size = 0  # bytes of embeddings
         self.opened = time.monotonic()
         self._task, self._formats, self._columns = task, formats, columns
+        self._known = known
+        self._table = KnownTable(folder, number)
         self._indices: list[int] = []
+        self._replaces: list[int] = []
         self._good = 0
         self._errors: Counter[str] = Counter()
         self._audio_seconds = 0.0
@@ -64,22 +75,34 @@ class Shard:
             files: list[dict[str, str]] = [{} for _ in good]
             for writer in self._writers:
                 for result, names in zip(good, files, strict=True):
-                    names.update(writer.stated(result))
+                    names.update(self._stated(writer, result))
             for writer in self._writers:
                 writer.add(good, files)
+            self._table.lines += map(self._known.line, good, files)
         if bad:
             self._errors_table = self._errors_table or [
                 JsonTable(self.folder, f"{ERRORS}{self.number:06d}")
             ]
             self._errors_table[0].add(bad, [{}] * len(bad))
+            self._table.lines += [self._known.line(result, {}) for result in bad]
         self._indices += [result.index for result in results]
+        self._replaces += [r.index for r in results if self._known.is_done(r.index)]
         self.rows += len(results)
         self._good += len(good)
         self._errors.update(result.error_type or "Error" for result in bad)
         self._audio_seconds += sum(result.seconds or 0.0 for result in good)
         self.size += sum(0 if r.tensor is None else r.tensor.nbytes for r in good)
 
-    def commit(self, journal: Journal, supersedes: Sequence[str] = ()) -> Entry:
+    def _stated(self, writer: Format, result: Result) -> dict[str, str]:
+        """Names of files, those of a row that is done again as they were."""
+        stated = writer.stated(result)
+        before = self._known.files(result.index) if writer.per_recording else {}
+        return {
+            column: old if (old := before.get(column)) and (self.folder / old).is_file() else name
+            for column, name in stated.items()
+        }
+
+    def commit(self, journal: Journal) -> Entry:
         """Give the files their names and write the journal's line. All or nothing.
 
         Raises:
@@ -89,7 +112,7 @@ class Shard:
         folders = {self.folder}
         written: list[Path] = []
         recordings: list[Path] = []
-        for writer in [*self._writers, *self._errors_table]:
+        for writer in [*self._writers, *self._errors_table, self._table]:
             paths = writer.close()
             written += paths
             if writer.per_recording:
@@ -110,15 +133,17 @@ class Shard:
             good=self._good,
             errors=dict(self._errors),
             audio_seconds=self._audio_seconds,
-            supersedes=list(supersedes),
+            supersedes=self._known.emptied(self._replaces, journal.entries),
             seconds=round(time.monotonic() - self.opened, 3),
+            replaces=ranges_of(sorted(self._replaces)),
         )
         journal.write(entry)
+        self._known.commit(self._table.lines, self.number)
         if announced is not None:
             announced.unlink()
         return entry
 
     def discard(self) -> None:
         """Leave nothing behind but what the next start removes."""
-        for writer in [*self._writers, *self._errors_table]:
+        for writer in [*self._writers, *self._errors_table, self._table]:
             writer.discard()

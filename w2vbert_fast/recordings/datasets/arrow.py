@@ -49,6 +49,7 @@ class _Table:
         self.path = path
         self.arrow = require("pyarrow", "offline")
         self.names = names
+        self.sealed = False  # until it was surveyed
 
     def rows(self, start: int, wanted: Wanted) -> Rows:
         index = start
@@ -84,6 +85,7 @@ class _Table:
         named = self.names.has_audio(schema.names) or len(audio) != 1
         names = self.names if named else self.names.of_audio(audio[0])
         check_columns(self.path, schema.names, "it must have columns", names)
+        self.sealed = _holds_recordings(self.arrow, schema)
         classes = {n: kind["names"] for n, kind in features.items() if "names" in kind}
         return names, classes
 
@@ -140,7 +142,9 @@ class Parquet(_Table):
         with self._open() as file:
             schema = file.schema_arrow
             names, classes = self._meaning(schema)
-            for batch in file.iter_batches(batch_size=_rows_at_once(self.arrow, schema)):
+            # A batch is in memory as a whole.
+            size = _ROWS_WITH_RECORDINGS if _holds_recordings(self.arrow, schema) else _ROWS
+            for batch in file.iter_batches(batch_size=size):
                 yield batch, names, classes
 
     def _open(self) -> Any:
@@ -151,18 +155,15 @@ class Parquet(_Table):
             raise ValueError(f"{self.path} is not a Parquet file: {error}") from error
 
 
-def _rows_at_once(arrow: Any, schema: Any) -> int:
-    """Rows of a batch, which is in memory as a whole."""
-    kinds = arrow.types
-    with_recordings = any(
-        kinds.is_binary(field.type) or kinds.is_large_binary(field.type) or _is_audio(arrow, field)
-        for field in schema
-    )
-    return _ROWS_WITH_RECORDINGS if with_recordings else _ROWS
+def _holds_recordings(arrow: Any, schema: Any) -> bool:
+    """Whether rows hold recordings, and not their names alone."""
+    kinds = [field.type for field in schema]
+    kinds += [kind.field("bytes").type for kind in kinds if _has_bytes(arrow, kind)]
+    return any(arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind) for kind in kinds)
 
 
-def _is_audio(arrow: Any, field: Any) -> bool:
-    return bool(arrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+def _has_bytes(arrow: Any, kind: Any) -> bool:
+    return bool(arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
 class SavedToDisk(_Table):

@@ -39,6 +39,7 @@ class Kaldi:
     """
 
     kind = "Kaldi data folder"
+    sealed = False
 
     def __init__(self, path: str, names: ColumnNames = USUAL) -> None:
         self.path = path
@@ -96,6 +97,7 @@ class Kaldi:
     def _build(self, digests: dict[str, Any]) -> sqlite3.Connection:
         """All lines by what they begin with, in a file that goes with the connection."""
         index = sqlite3.connect("", check_same_thread=False)
+        index.execute("PRAGMA journal_mode = OFF")
         for name in self._there:
             index.execute(
                 f'CREATE TABLE "{name}" (key BLOB PRIMARY KEY, line INTEGER, value BLOB, '

@@ -55,6 +55,7 @@ class Tar:
     """
 
     kind = "tar file of samples (WebDataset)"
+    sealed = True
 
     def __init__(self, path: str, names: ColumnNames = USUAL) -> None:
         if "audio" in names.by_meaning:
