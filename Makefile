@@ -15,7 +15,7 @@ bench := $(VENV)/.stamp-bench
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers test-torch gpu-test virtual mutants aot verify bench bench-train gpu-bench gpu-bench-short gpu-bench-long \
+.PHONY: help demo test test-transformers test-torch gpu-test virtual mutants aot verify bench bench-train gpu-bench gpu-day gpu-bench-short gpu-bench-long \
         gpu-bench-mixed gpu-bench-speech gpu-bench-operations lint types docs format clean
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make bench   time this library and its peers side by side (BENCH_ARGS=...)"
 	@echo "make bench-train  the same for training steps, forward and backward"
 	@echo "make gpu-bench  the same on a GPU, with the python on the path; installs nothing"
+	@echo "make gpu-day  nine minutes of a GPU: tests in bf16, main rows, the tuner; installs nothing"
 	@echo "make lint    ruff: lint rules and formatting"
 	@echo "make types   mypy, strict"
 	@echo "make docs    build the documentation, with the API reference, into build/docs"
@@ -128,6 +129,11 @@ gpu-bench-mixed:
 gpu-bench-speech:
 	@$(gpu_bench) --workload "1x30s, layer 17" --workload 8x30s --workload "16x1-20s, demo" \
 	    --out bench/results/cuda_speech.json
+
+# A GPU that is lent for minutes: the tests in bf16 and the main rows of the two above, then the tuner.
+gpu-day:
+	@python=$$(command -v python || command -v python3) || { echo "no python" >&2; exit 1; }; \
+	    PYTHONPATH=. "$$python" -m bench.gpu_day $(GPU_DAY_ARGS)
 
 # The operations one by one, where pytest-benchmark is installed.
 gpu-bench-operations:

@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peer", dest="peers", action="append", choices=(*PEERS, "none"),
                    help="repeat for several")  # fmt: skip
     p.add_argument("--match", default="", help='of the peers, only labels with this, as "sdpa, c"')
+    p.add_argument("--without", action="append", default=[], metavar="TEXT",
+                   help="of the peers, no labels with this; repeat for several")  # fmt: skip
     p.add_argument("--dtype", dest="dtypes", action="append", choices=("fp32", "bf16", "int8"))
     p.add_argument("--rounds", type=int, default=5, help="rounds at most (5)")
     p.add_argument("--budget", type=float, default=4.0, help="seconds of timing a candidate (4)")
@@ -118,12 +120,16 @@ def _measure(arguments: argparse.Namespace) -> int:
             rows, wrong = run_workload(workload, settings, print_row)
             measured += rows
             disagreements += wrong
-    result["rows"] = [asdict(row) for row in measured]
-    result["targets"] = targets.evaluate(measured, counted=arguments.check)
-    result["wall_seconds"] = round(time.perf_counter() - started, 1)
+            # After each one, so that a run that is cut leaves what it had.
+            result["rows"] = [asdict(row) for row in measured]
+            result["targets"] = targets.evaluate(
+                measured, counted=arguments.check and name == names[-1]
+            )
+            result["wall_seconds"] = round(time.perf_counter() - started, 1)
+            if arguments.out is not None:
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         print(f"\nwritten: {arguments.out}")
     print(f"{result['wall_seconds']:.0f} s in all")
     status = _check(result["targets"]) if arguments.check else 0

@@ -39,6 +39,7 @@ class Settings:
         pause: seconds of rest before each timed run.
         peers: implementations to compare with; None: all.
         match: of the peers' configurations only those whose label holds this.
+        without: and none of these.
         dtypes: of these only; None: the workload's.
         memory: measure peak memory too, in fresh processes; on a CPU of the workloads that say so.
         folder: where exported models are kept during the run; None: a folder for each workload.
@@ -52,6 +53,7 @@ class Settings:
     pause: float = 0.25
     peers: Collection[str] | None = None
     match: str = ""
+    without: Collection[str] = ()
     dtypes: Collection[str] | None = None
     memory: bool = True
     gemms: dict[str, Gemm] = field(default_factory=dict)
@@ -79,7 +81,9 @@ def run_workload(
         return rows, []
     opened = open_context(workload, device, settings.threads, settings.layers, settings.folder)
     with opened as context:
-        candidates = select(candidates_of(context, dtypes), settings.peers, settings.match)
+        candidates = select(
+            candidates_of(context, dtypes), settings.peers, settings.match, settings.without
+        )
         peaks: dict[str, int | None] = {}
         wanted = workload.memory or settings.device == "cuda"
         if settings.memory and wanted and workload.kind in ("encoder", "training"):
@@ -119,13 +123,18 @@ def run_workload(
 
 
 def select(
-    candidates: Sequence[Candidate], peers: Collection[str] | None, match: str = ""
+    candidates: Sequence[Candidate],
+    peers: Collection[str] | None,
+    match: str = "",
+    without: Collection[str] = (),
 ) -> list[Candidate]:
     """Ours, those of `peers`, and transformers' first of each dtype, the measure of all."""
     kept, compared_with = [], set()
     for candidate in candidates:
         wanted = candidate.ours or peers is None or candidate.implementation in peers
-        wanted = wanted and (candidate.ours or match in candidate.label)
+        label = candidate.label
+        left_out = match not in label or any(text in label for text in without)
+        wanted = wanted and (candidate.ours or not left_out)
         key = candidate.dtype, training.mode_of(candidate.configuration)
         if candidate.implementation == "transformers" and key not in compared_with:
             compared_with.add(key)

@@ -31,7 +31,7 @@ from bench import (
 )
 from bench.agreement import judge
 from bench.measure import Candidate, Prepared, Unavailable
-from bench.rows import SCHEMA, Row
+from bench.rows import SCHEMA, Row, parse
 
 CPU = torch.device("cpu")
 SMALL = workloads.Workload("small", "encoder", (0.5, 0.3), ("fp32",), layers=1)
@@ -322,6 +322,12 @@ def test_the_reference_runs_whatever_peers_are_chosen() -> None:
     assert runner.select(made, {"none"}) == made[:2]
     assert runner.select(made, {"openvino"}) == made
     assert runner.select(made, None) == made
+    labels = ("sdpa", "eager", "sdpa, compiled", "sdpa, compiled max-autotune")
+    first = made[1]
+    made = [made[0], *(dataclasses.replace(first, configuration=label) for label in labels)]
+    assert runner.select(made, None, without=["compiled"]) == made[:3]
+    assert runner.select(made, None, "compiled", ["max"]) == [*made[:2], made[3]]
+    assert runner.select(made, None, without=["sdpa"]) == made[:3]  # with its first, the measure
 
 
 def test_memory_sees_what_a_run_allocates() -> None:
@@ -468,6 +474,27 @@ def test_misuse_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert command.main(["--device", "cuda"]) == 2
         assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_leaves_the_workloads_that_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gemm = machine.Gemm("gemm", 1.0, lambda: torch.ones(()), 1.0)
+    monkeypatch.setattr(machine, "best_gemm", lambda dtype, device: gemm)
+    monkeypatch.setattr(machine, "packed_gemm_rate", lambda dtype, device: None)
+    measured: list[str] = []
+
+    def run_workload(workload: workloads.Workload, *_: object) -> tuple[list[Row], list[Any]]:
+        measured.append(workload.name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return [row(workload=workload.name)], []
+
+    monkeypatch.setattr(runner, "run_workload", run_workload)
+    path = tmp_path / "result.json"
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--workload", "1x30s", "--workload", "1x10s", "--out", str(path)])
+    assert [found.workload for found in parse(json.loads(path.read_text()), "").rows] == ["1x30s"]
 
 
 def test_results_have_the_schema(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

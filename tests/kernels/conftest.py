@@ -26,6 +26,7 @@ if DEVICE.type == "cuda" and LANE is not None:
 FOLDER = Path(__file__).parent
 _ROWS = os.environ.get("W2VBERT_LANE_ROWS")
 _judge = Judge()
+_TELLING = ("test_operations", "test_models", "test_gradients", "test_graphs")
 _rows: dict[str, Row] = {}
 _passed_before: list[str] = []
 
@@ -40,8 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keeps every n-th test of this folder where several processes share them, and on a virtual GPU
     those that have not passed yet.
 
-    The tests of `test_large.py`, which take much memory, stay in one process. On a virtual GPU the
-    tests of every operation come first: after them each kernel has run once.
+    The tests of `test_large.py`, which take much memory, stay in one process. Those of every
+    operation come first: after them each kernel has run once; on a GPU, which may be taken away,
+    then whole models.
     """
     number, _, count = os.environ.get("W2VBERT_LANE_SHARE", "0/1").partition("/")
     done: set[str] = set()
@@ -62,8 +64,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if share == int(number) and item.nodeid in done:
             _passed_before.append(item.nodeid)
         (mine if share == int(number) and item.nodeid not in done else others).append(item)
-    if VIRTUAL is not None:
-        mine.sort(key=lambda item: item.path.stem != "test_operations")
+    first = _TELLING[: 1 if DEVICE.type == "cpu" else None]
+    mine.sort(
+        key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first)
+    )
     if others:
         config.hook.pytest_deselected(items=others)
     items[:] = mine
