@@ -39,7 +39,8 @@ def test_transcribe_into_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None
     again = invoke(*command, "--timestamps", "character")
     assert again.exit_code == 2
     assert 'options.timestamps: "word" before, "character" now' in again.stderr
-    assert again.stderr.count("\n") == 1
+    # Behind what the two names were taken for.
+    assert again.stderr.count("\n") == 3
 
 
 def test_rows_with_errors_are_exit_status_1(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -166,5 +167,6 @@ def test_progress_as_json(tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = invoke(*command, "--out", tmp_path / "out")
     assert result.exit_code == 0
     events = [json.loads(line) for line in result.stderr.splitlines()]
-    assert [event["event"] for event in events] == ["shard", "summary"]
+    assert [event["event"] for event in events] == ["input", "shard", "summary"]
+    assert events[0]["parts"] == [f"{tmp_path / 'clips'}: folder of recordings, 3 rows"]
     assert events[-1]["this_run"]["rows"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -103,7 +104,8 @@ def read_manifest(
     """
     name = os.fspath(path)
     try:
-        if os.path.isfile(name) and not open_dataset(name, columns):
+        several = os.path.isdir(name) or (glob.has_magic(name) and not os.path.exists(name))
+        if not several and not open_dataset(name, columns):
             inputs = Inputs.of_parts([JsonLines(name, columns)], [name], columns)
         else:
             inputs = open_inputs([name], columns)
