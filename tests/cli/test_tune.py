@@ -93,7 +93,7 @@ def test_no_minutes_measure_nothing(gpu: list[tuple[Any, ...]], tmp_path: Path) 
 def test_warm_says_how_long_a_first_call_would_have_waited(
     gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warm, "model_launches", lambda forward: [])
+    monkeypatch.setattr(warm, "model_launches", lambda model, forward: [])
     monkeypatch.setattr(warm, "compile_all", lambda launches, device: (47, 12.34, 61.2))
     result = invoke("warm", "--model", "some/folder")
     assert gpu == [("some/folder", torch.device("cuda", 0), None)]

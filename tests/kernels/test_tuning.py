@@ -36,9 +36,17 @@ def product(operation: str = "linear", dtype: str = "float16") -> Product:
     return made
 
 
+@pytest.fixture
+def pytorchs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small products as well."""
+    monkeypatch.setattr(tuned, "PYTORCH_FROM", 1)
+
+
 @pytest.mark.parametrize("operation", ["linear", "linear silu", "linear glu"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_way_to_compute_a_product_is_right(operation: str, dtype: str) -> None:
+def test_every_way_to_compute_a_product_is_right(
+    operation: str, dtype: str, pytorchs_too: None
+) -> None:
     made = product(operation, dtype)
     candidates = made.candidates()
     choices = [candidate.choice for candidate in candidates]
@@ -57,7 +65,7 @@ WRONG: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("how", WRONG)
 def test_a_tile_that_computes_wrong_is_never_taken(
-    how: str, monkeypatch: pytest.MonkeyPatch
+    how: str, pytorchs_too: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = gemm.linear
 
@@ -78,8 +86,9 @@ def test_a_tile_that_computes_wrong_is_never_taken(
 
 @interpreted
 def test_what_is_usual_on_hopper_is_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Product(PLAIN, DEVICE).usual == "32x32"
     monkeypatch.setattr(tuned, "usually_by_pytorch", lambda device: True)
+    assert Product(PLAIN, DEVICE).usual == "32x32"  # few tokens
+    monkeypatch.setattr(tuned, "PYTORCH_FROM", 1)
     assert Product(PLAIN, DEVICE).usual == PYTORCH
     assert Product(Case("linear silu", (32, 48), "float16", 64), DEVICE).usual == "32x32"
     assert Product(Case("linear", (32, 48), "float32", 64), DEVICE).usual == "32x32"
@@ -198,12 +207,15 @@ def test_a_gpu_is_measured_and_computes_as_before(
 ) -> None:
     file = tmp_path / "tuned.json"
     monkeypatch.setattr(tuned, "user_file", lambda: file)
+    monkeypatch.setattr(measure, "BUCKETS", (4096, 64))
+    monkeypatch.setattr(measure, "GRAPH_LIMITS", (1024,))
+    monkeypatch.setattr(measure, "LARGEST_BUDGET", 4000)
     tuned.forget()
     model = model.half()
     features = torch.randn(2, 40, 16, device=DEVICE, dtype=torch.float16)
     with torch.inference_mode():
         before = model(features).logits
-    measure.tune(model, 20.0, lambda entries: tuned.merge(file, entries), print)
+    measure.tune(model, 120.0, lambda entries: tuned.merge(file, entries), print)
     entries = tuned.read(file)
     names = {case.operation for _, case in entries}
     assert {machine for machine, _ in entries} == {tuned.machine(next(model.parameters()).device)}

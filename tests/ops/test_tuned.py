@@ -168,6 +168,7 @@ def test_pytorchs_product_is_taken_on_hopper_and_where_it_was_measured(
         return tuned.product_by_pytorch(x, SimpleNamespace(shape=(1024, 4096)))  # type: ignore[arg-type]
 
     assert of(torch.bfloat16) and of(torch.float16) and not of(torch.float32)
+    assert of(torch.bfloat16, 2049) and not of(torch.bfloat16, 2048)
     tuned.merge(file, {(HERE, PLAIN): FOUND})
     tuned.forget()
     assert not of(torch.bfloat16)  # of 2,049 to 4,096 tokens

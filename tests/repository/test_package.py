@@ -174,7 +174,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
         *("report",),
     ),
-    "tuning": ("cpus", "doctor", "inference", "models", "ops", "csrc_triton"),
+    "tuning": ("cpus", "csrc_triton", "doctor", "inference", "models", "ops", "processing"),
     "training": (
         *("_extras", "_lazy", "checkpoints", "models", "ops", "processing", "recordings"),
         *("report",),

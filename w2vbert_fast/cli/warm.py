@@ -15,15 +15,13 @@ HELP = (
 
 def command(model: Model) -> int:
     """Compile; the exit status."""
-    from functools import partial
-
     from w2vbert_fast.tuning.measure import forward
     from w2vbert_fast.tuning.model import find_gpu, load
     from w2vbert_fast.tuning.warm import compile_all, model_launches
 
     device = find_gpu(model.device)
     network = load(model.model, device, model.dtype and model.dtype.value)
-    kernels, taken, waited = compile_all(model_launches(partial(forward, network)), device)
+    kernels, taken, waited = compile_all(model_launches(network, forward), device)
     write_line(
         f"{kernels} kernels are compiled, in {taken:.1f} s; one after another, as first calls need "
         f"them, they would have taken {waited:.1f} s"

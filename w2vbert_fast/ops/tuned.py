@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 SCHEMA = "w2vbert-tuned/v1"
 PYTORCH = "pytorch"
 """The choice of PyTorch's own product in place of a tile."""
+PYTORCH_FROM = 2049
+"""Tokens from which on it may be chosen. With fewer the host is what is waited for, and between
+launches of Triton's kernels alone there is the least to do."""
 GRAPH_LIMIT = "graph limit"
 FRAME_BUDGET = "frame budget"
 SMALLEST_BUCKET, LARGEST_BUCKET = 64, 65536
@@ -335,7 +338,7 @@ def _product_by_pytorch(
 ) -> bool:
     from csrc_triton.gemm.measured import Product
 
-    if dtype.itemsize != 2:  # float32 in full precision, whatever PyTorch is allowed to do
+    if not may_be_pytorchs(num_tokens, dtype):
         return False
     case = case_of(Product(num_tokens, columns, in_features, dtype, "identity"))
     found = choice(device, case)
@@ -344,9 +347,15 @@ def _product_by_pytorch(
     return found == PYTORCH
 
 
+def may_be_pytorchs(num_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own is a way to compute a product that nothing follows. Of float32 it is
+    not: that is in full precision here, whatever PyTorch is allowed to do."""
+    return num_tokens >= PYTORCH_FROM and dtype.itemsize == 2
+
+
 def usually_by_pytorch(device: torch.device) -> bool:
-    """Whether products in 16 bits that nothing follows run PyTorch's own kernel where nobody has
-    measured: on Hopper, where others found the vendor's a fifth faster."""
+    """Whether products that may be PyTorch's are where nobody has measured: on Hopper, where others
+    found the vendor's a fifth faster."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) == (9, 0)
@@ -377,7 +386,10 @@ def explain(device: torch.device | str) -> str:
         return "nothing to tune: there are no Triton kernels"
     found = of_device(device)
     usual = "PyTorch's own" if usually_by_pytorch(device) else "Triton's, with predicted tiles"
-    rest = f"products in 16 bits with nothing behind them are {usual}"
+    rest = (
+        f"products in 16 bits of more than {PYTORCH_FROM - 1:,} tokens with nothing behind them "
+        f"are {usual}"
+    )
     if not found:
         return f"nothing is tuned: {rest}; `w2vbert-fast tune` measures"
     by_pytorch = sum(f.choice == PYTORCH for f in found.values())

@@ -92,7 +92,7 @@ class Product:
         self.tiles = linear_candidates(dtype, arch)
         size = (tokens, columns, inner, dtype, arch, device_multiprocessors(device))
         self.usual: Choice = tuned.tile_name(linear_config(*size))
-        self.may_be_pytorchs = not self.epilogue and dtype.itemsize == 2
+        self.may_be_pytorchs = not self.epilogue and tuned.may_be_pytorchs(tokens, dtype)
         if self.may_be_pytorchs and tuned.usually_by_pytorch(device):
             self.usual = PYTORCH
         generator = torch.Generator(device).manual_seed(0)

@@ -16,7 +16,10 @@ from unittest.mock import patch
 
 import torch
 
-from w2vbert_fast import cpus
+from w2vbert_fast import cpus, ops
+from w2vbert_fast.inference.pipeline import features_of
+from w2vbert_fast.models import Wav2Vec2BertForCTC
+from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 
 UTTERANCE_FRAMES = 500
 """10 seconds."""
@@ -54,7 +57,10 @@ def noted() -> Iterator[list[Launch]]:
     """Launches of Triton kernels inside are not made, and listed. Results hold garbage."""
     from triton.runtime.jit import JITFunction
 
+    from csrc_triton import plans
+
     found: list[Launch] = []
+    plans.forget()  # which launch without asking Triton
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         found.append(Launch(self, args, grid, keywords))
@@ -107,15 +113,22 @@ def compile_all(
 
 
 def model_launches(
-    forward: Callable[[int], object], tokens: Sequence[int] = TOKENS
+    model: Any, forward: Callable[[Any, int], object], tokens: Sequence[int] = TOKENS
 ) -> list[Launch]:
-    """What a model launches for batches of so many tokens.
+    """What is launched from a waveform to a model's outputs, and to tokens where it has CTC's head.
 
     Args:
-        forward: runs the model on such a batch.
+        model: the model.
+        forward: runs it on a batch of so many tokens.
         tokens: of the batches.
     """
+    parameter = next(model.parameters())
     with noted() as launches, torch.inference_mode():
+        features_of(model, SeamlessM4TFeatureExtractor(), [torch.rand(16_000)])
         for count in tokens:
-            forward(count)
+            forward(model, count)
+        if isinstance(model, Wav2Vec2BertForCTC):
+            logits = parameter.new_zeros(2, model.config.vocab_size)
+            ends = torch.tensor([0, 2], dtype=torch.int32, device=parameter.device)
+            ops.ctc_greedy(logits, ends, 0)
     return launches
