@@ -1,12 +1,12 @@
 """Mutants of every kernel as compiled: which are noticed when they are executed.
 
-    python -m tests.mutants [--out FOLDER] [--values N] [--only OPERATION] [--table]
+    python -m tests.mutants [--out FOLDER] [--orders N] [--values N] [--only OPERATION] [--table]
 
-All mutants of synchronisation and, of each kernel and target, N mutants of values, drawn with a
-fixed seed, at small sizes; what lives there, at larger ones, where the kernel is the same. Each is
-a row of `FOLDER/rows.jsonl`: ended and started again, it goes on with the next. In the end it
-writes `docs/inside/mutants.md` (`--table`: of the rows there are, and runs nothing), and fails
-where a mutant lives that `explanations.toml` says nothing of.
+Of each kernel and target all mutants of synchronisation (or N) and N of values, drawn with a fixed
+seed, at small sizes; what lives there, at larger ones, where the kernel is the same. Each is a row
+of `FOLDER/rows.jsonl`: ended and started again, it goes on with the next. In the end it writes
+`docs/inside/mutants.md` (`--table`: of the rows there are, and runs nothing), and fails where a
+mutant lives that `explanations.toml` says nothing of.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ VALUES = 40
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants")
-    parser.add_argument("--values", type=int, default=VALUES, help="of each kernel (%(default)s)")
+    parser.add_argument("--orders", type=int, help="of synchronisation, of each kernel (all)")
+    parser.add_argument(
+        "--values", type=int, default=VALUES, help="of values, of each kernel (%(default)s)"
+    )
     parser.add_argument("--only", default="", help="operations in whose name this is")
     parser.add_argument("--target", choices=TARGETS, action="append", help="both, if not given")
     parser.add_argument("--table", action="store_true", help="only write the table")
@@ -43,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.table:
         os.environ.setdefault("TRITON_CACHE_DIR", str(options.out / "triton"))
         rows.parent.mkdir(parents=True, exist_ok=True)
-        run(rows, options.target or TARGETS, options.values, options.only)
+        drawn = options.orders, options.values
+        run(rows, options.target or TARGETS, drawn, options.only)
     wrong = write(read(rows))
     for line in wrong:
         print(line)
@@ -56,12 +60,12 @@ def read(rows: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in rows.read_text().splitlines() if line.endswith("}")]
 
 
-def run(rows: Path, targets: Sequence[str], values: int, only: str) -> None:
+def run(rows: Path, targets: Sequence[str], drawn: tuple[int | None, int], only: str) -> None:
     """Appends a row for every mutant that has none."""
     done = {key(row) for row in read(rows)}
     with rows.open("a") as file:
         for target in targets:
-            for row in tried(target, values, only, done):
+            for row in tried(target, drawn, only, done):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
 
@@ -81,13 +85,13 @@ def code(source: str) -> str:
 
 
 def tried(
-    target: str, values: int, only: str, done: set[tuple[Any, ...]]
+    target: str, drawn: tuple[int | None, int], only: str, done: set[tuple[Any, ...]]
 ) -> Iterator[dict[str, Any]]:
     import torch
 
     from tests.helpers.operations import SMALL
     from tests.mutants.cases import NAMES, Case, larger
-    from tools.virtual_gpu.mutants import SYNCHRONISATION, mutants
+    from tools.virtual_gpu.mutants import SYNCHRONISATION, Mutant, mutants
 
     torch.set_num_threads(1)
     seen: set[str] = set()
@@ -99,19 +103,20 @@ def tried(
             if digest in seen:
                 continue
             seen.add(digest)
-            everything = list(mutants(ptx))
-            chosen = [m for m in everything if m.operator in SYNCHRONISATION]
-            of_values = [m for m in everything if m.operator not in SYNCHRONISATION]
-            draw = random.Random(f"{operation} {name}")
-            draw.shuffle(of_values)
-            chosen += of_values[:values]
+            kinds: tuple[list[Mutant], list[Mutant]] = ([], [])
+            for mutant in mutants(ptx):
+                kinds[mutant.operator not in SYNCHRONISATION].append(mutant)
+            chosen = []
+            for some, number in zip(kinds, drawn, strict=True):
+                random.Random(f"{operation} {name}").shuffle(some)
+                chosen += some[:number]
             for mutant in chosen:
                 row = {
                     **{"target": target, "operation": operation, "kernel": name, "ptx": digest},
                     **dataclasses.asdict(mutant),
                     "source": re.sub(r"\S*/(?=[\w.]+:\d+)", "", mutant.source),
                     "code": code(mutant.source),
-                    "of": len(of_values),
+                    "of": len(kinds[1]),
                 }
                 if key(row) in done:
                     continue

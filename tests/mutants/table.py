@@ -163,8 +163,8 @@ Written by `python -m tests.mutants` (`make mutants`): every kernel as compiled 
 one statement of its PTX changed, executed with all checks ([what they are](virtual_gpu.md)).
 Of synchronisation: a barrier, wait, commit or fence left out, or a wait for one group less. Of
 values: a mask left out, two operands or two registers of a vector swapped, a constant changed. Of
-values a number of each kernel is drawn with a fixed seed, of synchronisation all. A kernel that is
-not in the table was not tried yet: the run goes on where it was ended.
+both a number of each kernel is drawn with a fixed seed. A kernel that is not in the table was not
+tried yet: the run goes on where it was ended.
 
 Noticed: synchronisation {synchronisation}, values {values}.
 

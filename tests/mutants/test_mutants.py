@@ -85,8 +85,8 @@ def test_what_has_a_row_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     from tests.mutants.__main__ import key
 
     monkeypatch.setattr(cases, "NAMES", ["layer_norm"])
-    rows = list(tried("sm_80", 2, "", set()))
+    rows = list(tried("sm_80", (None, 2), "", set()))
     assert len(rows) >= 5 and {r["kernel"] for r in rows} == {"_norm_fwd_kernel"}
     assert len({key(r) for r in rows}) == len(rows)
-    left = list(tried("sm_80", 3, "", {key(r) for r in rows}))
+    left = list(tried("sm_80", (None, 3), "", {key(r) for r in rows}))
     assert len(left) == 1 and key(left[0]) not in {key(r) for r in rows}

@@ -96,13 +96,13 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return store
 
 
-@rule(r"cp\.async\.(?:ca|cg)\.shared\.global(?:\.L2::\w+)?")
+@rule(r"cp\.async\.(?P<cache>ca|cg)\.shared\.global(?:\.L2::\w+)?")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     to = address(i, i.operands[0], 32, program)
     source = address(i, i.operands[1], 64, program)
     width = int(i.operands[2], 0)
     given = reader(i, i.operands[3], unsigned(32), program) if len(i.operands) == 4 else None
-    if len(i.operands) not in (3, 4):
+    if len(i.operands) not in (3, 4) or width not in ((16,) if m["cache"] == "cg" else (4, 8, 16)):
         raise unsupported(i)
 
     def copy(b: Blocks, mask: Mask) -> None:

@@ -44,7 +44,7 @@ def test_kernels_without_tensor_cores(
         "fused_attention float16",
     ],
 )
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 def test_kernels_with_tensor_cores(
     target: str, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,71 @@ def test_quotients_are_the_nearest_float32(how: str) -> None:
     np.testing.assert_array_equal(got, np.float32([math.inf, -math.inf, math.nan, 0.0]))
 
 
+SUMS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_and_products_round_once(name: str) -> None:
+    a, b = np.random.default_rng(0).standard_normal((2, 32))
+    a[:4], b[:4] = 1.0, [2.0**-24, 3 * 2.0**-24, 2.0**-24 * (1 + 2.0**-20), 2.0**-53]
+    single = [x.astype(np.float32) for x in (a, b)]
+    got = floats(computed(f"{name}.f32 %r25, %r20, %r21;", *map(bits, single)))
+    exactly = [
+        SUMS[name](Fraction(float(x)), Fraction(float(y))) for x, y in zip(*single, strict=True)
+    ]
+    assert got.tolist() == [rounded(value) for value in exactly]
+    double = [torch.from_numpy(x.view(np.int64).copy()) for x in (a, b)]
+    wide = computed(f"{name}.f64 %rd25, %rd20, %rd21;", *double).numpy().view(np.float64)
+    pairs = zip(a, b, strict=True)
+    assert wide.tolist() == [float(SUMS[name](Fraction(x), Fraction(y))) for x, y in pairs]
+
+
+LONG: dict[str, Callable[[int, int], int]] = {
+    "add.s64": lambda a, b: a + b,
+    "sub.s64": lambda a, b: a - b,
+    "mul.lo.s64": lambda a, b: a * b,
+    "min.s64": min,
+    "max.s64": max,
+    "or.b64": lambda a, b: a | b,
+    "xor.b64": lambda a, b: a ^ b,
+}
+
+
+@pytest.mark.parametrize("opcode", LONG)
+def test_integers_of_64_bits_are_those_of_python(opcode: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(-(2**63), 2**63 - 1, (2, 32), generator=generator)
+    a[:2], b[:2] = torch.tensor([-(2**63), 2**63 - 1]), torch.tensor([-1, 2])
+    got = computed(f"{opcode} %rd25, %rd20, %rd21;", a, b).tolist()
+    pairs = zip(a.tolist(), b.tolist(), strict=True)
+    assert [x & 2**64 - 1 for x in got] == [LONG[opcode](x, y) & 2**64 - 1 for x, y in pairs]
+
+
+def test_integers_of_64_bits_are_compared_chosen_shifted_and_made_of_32() -> None:
+    a = torch.tensor([-1, 5, 2**62, -(2**63)] * 8)
+    b = torch.tensor([1, 5, -(2**62), 2**63 - 1] * 8)
+    choose = "selp.b64 %rd25, %rd20, %rd21, %p0;"
+    for kind, wanted in (("s64", a < b), ("u64", (a ^ -(2**63)) < (b ^ -(2**63)))):
+        got = computed(f"setp.lt.{kind} %p0, %rd20, %rd21;\n{choose}", a, b)
+        assert torch.equal(got, torch.where(wanted, a, b))
+    assert torch.equal(computed("shr.s64 %rd25, %rd20, 3;", a), a >> 3)
+    assert computed("shr.u64 %rd25, %rd20, 3;", a).tolist() == [
+        (x & 2**64 - 1) >> 3 for x in a.tolist()
+    ]
+    low = [x - (x >> 31 << 32) for x in (a & 0xFFFFFFFF).tolist()]
+    assert computed("cvt.s64.s32 %rd25, %r20;", a).tolist() == low
+    wide = computed("mad.wide.s32 %rd25, %r20, -7, %rd21;", a, b)
+    assert wide.tolist() == [x * -7 + y for x, y in zip(low, b.tolist(), strict=True)]
+    assert computed("mad.lo.s64 %rd25, %rd20, 2, %rd21;", a, b).tolist() == (a * 2 + b).tolist()
+    assert floats(computed("cvt.rn.f32.s32 %r25, %r20;", a)).tolist() == [
+        rounded(Fraction(x)) for x in low
+    ]
+
+
 def test_roots_and_reciprocals_of_float64_round_once() -> None:
     x = np.random.default_rng(0).uniform(0.1, 1e9, 32)
     raw = torch.from_numpy(x.view(np.int64).copy())

@@ -9,6 +9,7 @@ import torch
 
 from tests.tools.virtual_gpu.kernels import execute, written
 from tools.virtual_gpu.executor import ExecutionError
+from tools.virtual_gpu.faults import UnsupportedError
 from tools.virtual_gpu.record import Argument, Launch
 
 
@@ -100,6 +101,8 @@ def test_copies_bring_what_they_are_told_to_and_zeros(width: int) -> None:
     execute(launch)
     assert torch.equal(out[: 20 * width], source[: 20 * width])
     assert not out[20 * width :].any()
+    with pytest.raises(UnsupportedError, match="no rule for"):
+        execute(dataclasses.replace(launch, ptx=launch.ptx.replace(f"{width}, %r2", "12, %r2")))
     part = dataclasses.replace(
         launch, ptx=launch.ptx.replace(f"{width}, 0, %p1", f"{width}, 2, %p1")
     )
