@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from w2vbert_fast.cli import jobs
 from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, one_line, report, write_line
 from w2vbert_fast.cli.options import COLUMNS, COLUMNS_METAVAR, REQUIRED, argument, option, values
 from w2vbert_fast.cli.transcribe import Search
+
+if TYPE_CHECKING:
+    from w2vbert_fast.recordings.inputs import Inputs
 
 SHORT = "Word and character error rates on transcribed recordings."
 HELP = (
@@ -25,6 +29,10 @@ HELP = (
 class Data:
     data: str = argument("Recordings with transcripts.", metavar="DATA")
     columns: str | None = option(None, COLUMNS, metavar=COLUMNS_METAVAR)
+
+    def open(self) -> Inputs:
+        """Survey it, and say what it was taken for."""
+        return jobs.Inputs(inputs=[self.data], columns=self.columns).open()
 
 
 @dataclass(kw_only=True)
@@ -77,7 +85,7 @@ def command(
 
     with log_shown("w2vbert_fast.inference", below_progress=True):
         found = evaluate(
-            jobs.Inputs(inputs=[data.data], columns=data.columns).open(),
+            data.open(),
             **values(systems, scoring),
             flow=Flow(**reading.flow(probe=False)),
             watch=_show if sys.stderr.isatty() else None,

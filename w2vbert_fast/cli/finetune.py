@@ -47,7 +47,7 @@ class Fields:
     learning_rate: float = option(_DEFAULT.learning_rate, "Its peak.")
     warmup: int | None = option(None, "Steps of warm-up. Default: a tenth of all steps.")
     decay: str = option(_DEFAULT.decay, "linear, cosine or constant.", metavar="SHAPE")
-    precision: str = option(_DEFAULT.precision, "auto, bf16 or fp32.", metavar="DTYPE")
+    precision: str = option(_DEFAULT.precision, "auto, bf16, fp16 or fp32.", metavar="DTYPE")
     speeds: str = option(
         ",".join(map(str, _DEFAULT.speeds)),
         "Playback speeds to draw from, separated by commas; 1 for none.",
@@ -57,6 +57,11 @@ class Fields:
     )
     lower_case: bool = option(False, "Lower the case of transcripts.")
     average: float | None = option(None, "Decay of a moving average of the weights, such as 0.999.")
+    freeze: str = option(
+        str(_DEFAULT.freeze),
+        "First layers to leave as they are; encoder: all of them.",
+        metavar="N|encoder",
+    )
     gradient_checkpointing: str = option(
         "none", "none, layer, attention or auto: activations to recompute, for memory."
     )
@@ -71,6 +76,9 @@ class Fields:
     )
     log_every: int = option(_DEFAULT.log_every, "Steps between rows of the log.")
     num_workers: int = option(_DEFAULT.num_workers, "Processes that read audio.", "--workers")
+    push_to_hub: str | None = option(
+        None, "Repository of the hub to upload the best checkpoint to.", metavar="HUB_ID"
+    )
     device: str | None = option(None, "cpu, to leave a GPU alone.")
     seed: int = option(_DEFAULT.seed, "Of all that is random.")
     model_overrides: list[str] | None = option(
@@ -102,6 +110,7 @@ def command(chosen: Fields, others: Others) -> int:
         **values(chosen),
         "columns": ColumnNames.parse(chosen.columns).by_meaning,
         "speeds": _numbers("--speeds", chosen.speeds),
+        "freeze": int(chosen.freeze) if chosen.freeze.isdecimal() else chosen.freeze,
         "model_overrides": _entries("--set", chosen.model_overrides),
         **more,
     }
@@ -138,6 +147,7 @@ def _print(result: FinetuneResult, as_json: bool) -> None:
         "skipped": result.skipped,
         "best": str(result.best),
         "last": str(result.last),
+        "uploaded": result.uploaded,
     }
     if as_json:
         print(json.dumps(content))
@@ -145,6 +155,8 @@ def _print(result: FinetuneResult, as_json: bool) -> None:
     print(f"best {result.score} {100 * result.best_score:.2f} % at step {result.best_step}")
     print(f"best checkpoint: {result.best}")
     print(f"last checkpoint: {result.last}")
+    if result.uploaded is not None:
+        print(f"uploaded: {result.uploaded}")
     if result.skipped:
         print(f"utterances left out: {result.skipped} times, see skipped.jsonl")
 

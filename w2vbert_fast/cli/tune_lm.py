@@ -19,7 +19,7 @@ SHORT = "Find weights of a language model on transcribed recordings."
 HELP = (
     "Find the weight of a language model and the word bonus with the lowest error rate on "
     "transcribed recordings, on which neither the model nor the language model was trained.\n\n"
-    "DATA is a manifest as finetune takes it. The language model is that of --lm, or the one in "
+    "DATA is a data set as finetune takes it. The language model is that of --lm, or the one in "
     "the model's language_model/. Some forty pairs are tried. What is printed last are the options "
     "to transcribe with."
 )
@@ -52,7 +52,7 @@ def command(
 
     with log_shown("w2vbert_fast.inference"):
         found = tune_lm(
-            data.data,
+            data.open(),
             **values(tuning),
             flow=Flow(**reading.flow(probe=False)),
             watch=_show,

@@ -27,7 +27,7 @@ from w2vbert_fast.inference.runner import Flow, Runner
 from w2vbert_fast.inference.tasks.base import identity
 from w2vbert_fast.inference.tasks.transcribe import Transcribe, Transcription
 from w2vbert_fast.recordings.audio import SPLIT
-from w2vbert_fast.recordings.inputs import open_inputs
+from w2vbert_fast.recordings.inputs import Inputs, open_inputs
 from w2vbert_fast.training.scores import align, separates_words
 
 USUAL_BEAM = 100
@@ -102,7 +102,7 @@ class _Emit(Transcribe):
 
 
 def tune_lm(
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Inputs,
     model: str | os.PathLike[str] = "demo",
     *,
     normalise: str = AUTO,
@@ -119,7 +119,7 @@ def tune_lm(
     was trained on, and others for the error rate that you report.
 
     Args:
-        data: manifest with transcripts, as `evaluate` takes it.
+        data: data set with transcripts, as `evaluate` takes it.
         model: "demo", a folder or a hub id.
         normalise: as for `evaluate`.
         resamples: draws of the bootstrap.
@@ -143,7 +143,7 @@ def tune_lm(
         raise ValueError(f"channels must not be {SPLIT!r}: a transcript is of the whole recording")
     if task.language_model is None:
         raise ValueError(f"lm: {os.fspath(model)!r} has no language model, and none is given")
-    inputs = open_inputs([os.fspath(data)])
+    inputs = data if isinstance(data, Inputs) else open_inputs([os.fspath(data)])
     wanted = references(inputs)
     runner: Runner[_Emissions] = Runner(task, flow)
     runner.batcher.prepare()

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from w2vbert_fast.training.tasks import TASKS
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Decay = Literal["linear", "cosine", "constant"]
 RecomputePolicy = Literal["none", "layer", "attention", "auto"]
 Metric = Literal["auto", "wer", "cer"]
@@ -31,7 +31,9 @@ LORA_TARGETS = (
 """The linear layers of a Conformer layer: attention and both feed-forward blocks."""
 
 # What may differ between a run and the one that resumes it: none of these changes a weight.
-_FREE_TO_CHANGE = ("log_every", "num_workers", "out", "save_every", "tensorboard")
+_FREE_TO_CHANGE = (
+    *("hub_private", "log_every", "num_workers", "out", "push_to_hub", "save_every", "tensorboard"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,10 @@ class FinetuneConfig:
         betas: AdamW's.
         adam_epsilon: AdamW's.
         max_grad_norm: gradients are scaled down to this norm.
-        precision: "bf16" runs the model under autocast with fp32 weights, "fp32" does not, "auto"
-            takes bf16 on a GPU that has it.
+        precision: "bf16" runs the model under autocast with fp32 weights, and so does "fp16", with
+            a loss that is scaled up as far as gradients stay finite (Micikevicius et al. 2018), for
+            GPUs without bf16 such as T4 and V100; "fp32" does not; "auto" takes bf16 on a GPU that
+            has it.
         speeds: playback speeds drawn from for each training utterance (Ko et al. 2015); `(1.0,)`
             for none.
         model_overrides: entries of the model's configuration to change, such as SpecAugment's
@@ -74,6 +78,8 @@ class FinetuneConfig:
             "attention" or "auto", see the model's `gradient_checkpointing_enable`; True is "layer",
             False "none".
         use_fast_kernels: see the model's property of that name.
+        freeze: how many of the encoder's first layers stay as they are, with the feature projection
+            in front of them; "encoder": all, so that an adapter and the head are trained; 0: none.
         vocabulary: "new" builds it from the training transcripts and starts a new CTC head; "keep"
             takes the tokenizer of the checkpoint; "auto" keeps it where there is one.
         lower_case: lower the case of transcripts.
@@ -89,6 +95,9 @@ class FinetuneConfig:
             `evaluate_every`.
         log_every: steps between two rows of `metrics.jsonl`.
         tensorboard: also write TensorBoard events.
+        push_to_hub: repository of the Hugging Face hub that the best checkpoint is uploaded to at
+            the end; it is made at the start, where there is none. None: no upload.
+        hub_private: whether a repository that is made is private.
         device: "cpu" keeps a process off the GPU; None: a GPU if there is one.
         num_workers: processes that read audio ahead; 0: the training process itself.
         seed: of everything that is random.
@@ -122,6 +131,7 @@ class FinetuneConfig:
     average: float | None = None
     gradient_checkpointing: bool | RecomputePolicy = False
     use_fast_kernels: bool = True
+    freeze: int | Literal["encoder"] = 0
     vocabulary: VocabularyChoice = "auto"
     lower_case: bool = False
     min_character_count: int = 1
@@ -134,6 +144,8 @@ class FinetuneConfig:
     save_every: int | None = None
     log_every: int = 20
     tensorboard: bool = True
+    push_to_hub: str | None = None
+    hub_private: bool = False
     device: str | None = None
     num_workers: int = 2
     seed: int = 0
@@ -182,7 +194,13 @@ class FinetuneConfig:
                 "gradient_checkpointing must be True, False or one of "
                 f"{policies}, got {recompute!r}"
             )
-        for name in ("lower_case", "use_fast_kernels", "tensorboard"):
+        if self.freeze != "encoder" and (
+            isinstance(self.freeze, bool) or not isinstance(self.freeze, int) or self.freeze < 0
+        ):
+            raise ValueError(f"freeze must be a number of layers or 'encoder', got {self.freeze!r}")
+        if self.freeze and self.lora:
+            raise ValueError("freeze has no effect with lora, which trains no layer but adapters")
+        for name in ("lower_case", "use_fast_kernels", "tensorboard", "hub_private"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
@@ -235,6 +253,7 @@ class FinetuneConfig:
         for name, needs, has in (
             ("lora_alpha", "lora", self.lora > 0),
             ("lora_dropout", "lora", self.lora > 0),
+            ("hub_private", "push_to_hub", self.push_to_hub is not None),
             *(
                 (name, "the task 'ctc'", TASKS[self.task].transcribes)
                 for name in ("lower_case", "vocabulary", "min_character_count")
@@ -264,7 +283,8 @@ class FinetuneConfig:
         """
         mine = self.to_dict()
         # What that run could not choose yet was as it is by default.
-        theirs = {"metric": "auto", **other}
+        usual = FinetuneConfig(**{name: mine[name] for name in ("model", "train", "eval", "out")})
+        theirs = {**usual.to_dict(), **other}
         names = [entry.name for entry in fields(self) if entry.name not in _FREE_TO_CHANGE]
         return [
             f"{name}: {theirs.get(name)!r}, now {mine[name]!r}"

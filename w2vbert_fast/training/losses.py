@@ -41,13 +41,13 @@ class TrainingModule(nn.Module):
 
     Args:
         model: a model with a head, or such a model within PEFT's.
-        bf16: run under bfloat16 autocast.
+        autocast: dtype to run in under autocast; None: without.
     """
 
-    def __init__(self, model: nn.Module, bf16: bool = False) -> None:
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
-        self.bf16 = bf16
+        self.autocast = autocast
 
     def forward(
         self, input_features: Tensor, attention_mask: Tensor, labels: Tensor
@@ -55,8 +55,8 @@ class TrainingModule(nn.Module):
         """Losses of a padded batch; arguments as `pad_batch` returns them."""
         core = unwrapped(self.model)
         kind = input_features.device.type
-        autocast = torch.autocast(kind, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-        with autocast:
+        dtype = self.autocast
+        with contextlib.nullcontext() if dtype is None else torch.autocast(kind, dtype):
             output = self.model(input_features=input_features, attention_mask=attention_mask)
             lengths = core.valid_lengths(attention_mask)
         losses, weights = core.utterance_losses(output.logits, lengths, labels)

@@ -112,11 +112,27 @@ def make_parts(
     if not masks and hasattr(model.base_model, "masked_spec_embed"):
         # It would never have a gradient, and a sharded optimiser wants a state for all it holds.
         model.base_model.masked_spec_embed.requires_grad_(False)
+    _freeze(model, config.freeze)
     recompute = config.gradient_checkpointing
     if recompute:
         model.gradient_checkpointing_enable(policy="layer" if recompute is True else recompute)
     model.train()
     return Parts(model, _with_lora(model, config), extractor, tokenizer, label2id)
+
+
+def _freeze(model: Wav2Vec2BertPreTrainedModel, freeze: int | str) -> None:
+    """Leave the feature projection and the encoder's first layers out of the training."""
+    if not freeze:
+        return
+    base: Any = model.base_model
+    layers = base.encoder.layers
+    if freeze != "encoder" and int(freeze) > len(layers):
+        raise ValueError(f"freeze is {freeze}, and the encoder has {len(layers)} layers")
+    frozen = [base.encoder] if freeze == "encoder" else layers[: int(freeze)]
+    for part in (base.feature_projection, *frozen):
+        part.requires_grad_(False)
+    if hasattr(base, "masked_spec_embed"):
+        base.masked_spec_embed.requires_grad_(False)
 
 
 def _tokenizer(

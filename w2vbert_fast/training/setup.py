@@ -107,11 +107,13 @@ def _short_enough(rows: tuple[Row, ...], max_seconds: float) -> tuple[list[Row],
     return kept, skipped
 
 
-def uses_bf16(config: FinetuneConfig, device: torch.device) -> bool:
-    """Whether the model runs under bfloat16 autocast."""
+def autocast_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype | None:
+    """What the model runs in under autocast; None: without."""
     if config.precision != "auto":
-        return config.precision == "bf16"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    # Where bf16 is emulated it is slower than fp32.
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else None
 
 
 def make_optimizer(

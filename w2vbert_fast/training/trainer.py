@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder, write_json
+from w2vbert_fast.checkpoints.hub import upload_folder
 from w2vbert_fast.training.batches import BatchPlan
 from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.data import (
@@ -46,7 +48,7 @@ from w2vbert_fast.training.losses import (
 from w2vbert_fast.training.model import save_checkpoint
 from w2vbert_fast.training.report import write_report
 from w2vbert_fast.training.scores import is_better
-from w2vbert_fast.training.setup import make_optimizer, prepare, uses_bf16
+from w2vbert_fast.training.setup import autocast_dtype, make_optimizer, prepare
 from w2vbert_fast.training.state import (
     Progress,
     find_state,
@@ -61,6 +63,8 @@ logger = logging.getLogger(__name__)
 
 MAX_IDLE_STEPS = 25
 """Steps in a row without a finite loss and gradient, after which a run gives up."""
+
+_LOSS_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class FinetuneResult:
         best_step: when that was.
         steps: optimiser steps.
         skipped: how often an utterance was left out, by all processes.
+        uploaded: address of the commit on the hub; None: nothing was uploaded, or by another
+            process.
     """
 
     best: Path
@@ -105,6 +111,7 @@ class FinetuneResult:
     best_step: int
     steps: int
     skipped: int
+    uploaded: str | None = None
 
 
 def finetune(
@@ -138,6 +145,7 @@ def finetune(
         ManifestError: a manifest has rows that cannot be used.
         ValueError: model and data do not fit, or `config.out` holds the state of another run.
         ImportError: a package of the extra `train` is missing.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses an upload; the same call repeats it.
         FloatingPointError: 25 steps in a row had no finite loss and gradient.
     """
     for module in ("accelerate", "matplotlib", *TASKS[config.task].packages):
@@ -173,6 +181,8 @@ class _Run:
         self.accelerator: Any = accelerate.Accelerator(
             cpu=config.device == "cpu", kwargs_handlers=[unused]
         )
+        if self.accelerator.scaler is not None:
+            raise ValueError("Accelerate's mixed precision is fp16; say precision='fp16' instead")
         self.device: torch.device = self.accelerator.device
         # The head is drawn alike in every process.
         torch.manual_seed(config.seed)
@@ -188,7 +198,13 @@ class _Run:
             config.seed,
         )
         self.total = self.plan.num_steps(config.epochs) if config.epochs else config.steps
-        module = TrainingModule(self.parts.model, uses_bf16(config, self.device))
+        autocast = autocast_dtype(config, self.device)
+        module = TrainingModule(self.parts.model, autocast)
+        # Without fp16 it does nothing. It begins below its usual 65,536 for means, because what it
+        # scales is a sum over the utterances of a batch.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=_LOSS_SCALE, enabled=autocast is torch.float16
+        )
         if is_sharded(self.accelerator) and self.core.config.layerdrop:
             # Each process would draw other layers, and wait for the others at different ones.
             logger.warning("layerdrop is off: processes that share layers have to run the same")
@@ -214,6 +230,7 @@ class _Run:
             "num_processes": self.accelerator.num_processes,
             "steps": self.total,
             "score": self.score,
+            "loss_scale": self.scaler.state_dict(),
         }
 
     def _choosing_score(self) -> str:
@@ -243,6 +260,8 @@ class _Run:
         # A run goes on with the score that it was begun with.
         self.score = about.get("score", self.task.score)
         load_state(folder, self.accelerator, self.average)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(about["loss_scale"])
         logger.info("going on after step %d", progress.step)
         return progress
 
@@ -253,6 +272,12 @@ class _Run:
         main = self.accelerator.is_main_process
         log = None
         if main:
+            if config.push_to_hub is not None:
+                # What the hub refuses, it refuses before the training.
+                private = config.hub_private or None
+                huggingface_hub.HfApi().create_repo(
+                    config.push_to_hub, private=private, exist_ok=True
+                )
             write_json(self.out / "finetune.json", config.to_dict())
             log = RunLog(self.out, progress.step, self.total, self.score, config.tensorboard)
         rank = self.accelerator.process_index
@@ -268,6 +293,9 @@ class _Run:
             self.skipped_log.close()
             if log is not None:
                 log.close()
+        uploaded = None
+        if main and config.push_to_hub is not None:
+            uploaded = upload_folder(self.out / "best", ["*"], repo_id=config.push_to_hub)
         assert progress.best_score is not None and progress.best_step is not None
         return FinetuneResult(
             self.out / "best",
@@ -277,6 +305,7 @@ class _Run:
             progress.best_step,
             progress.step,
             int(self._summed([float(progress.skipped)])[0]),
+            uploaded,
         )
 
     def _loop(self, log: RunLog | None) -> None:
@@ -340,7 +369,7 @@ class _Run:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
                 result, batch = self._losses(batch)
                 counts = 1.0 if batch.utterances else 0.0
-                self.accelerator.backward(result.losses.sum() * counts)
+                self.accelerator.backward(self.scaler.scale(result.losses.sum() * counts))
             skipped += batch.skipped
             if batch.utterances:
                 loss_sum += float(result.losses.detach().sum())
@@ -373,6 +402,7 @@ class _Run:
         """Scale and clip the gradients and change the weights; the norm before clipping."""
         norm = math.nan
         if weight:
+            self.scaler.unscale_(self.optimizer)
             gradients = [p.grad for p in self.trained if p.grad is not None]
             # Processes average their gradients.
             torch._foreach_mul_(gradients, self.accelerator.num_processes / weight)
@@ -382,6 +412,9 @@ class _Run:
             self.progress.idle_steps += 1
             step = self.progress.step + 1
             logger.warning("step %d changes nothing: its gradient's norm is %s", step, norm)
+            if weight and self.scaler.is_enabled():
+                self.scaler.update()
+                logger.info("the loss is scaled by %g now", self.scaler.get_scale())
             if self.progress.idle_steps >= MAX_IDLE_STEPS:
                 raise FloatingPointError(
                     f"{MAX_IDLE_STEPS} steps in a row, up to step {step}, had no finite loss and "
@@ -391,6 +424,7 @@ class _Run:
             return norm
         self.progress.idle_steps = 0
         self.optimizer.step()
+        self.scaler.update()
         if self.average is not None:
             assert self.config.average is not None
             with torch.no_grad():
@@ -414,6 +448,7 @@ class _Run:
         """A row of the log: means over the steps since the last one."""
         sums, self.progress.sums = self.progress.sums, {}
         fraction = self.progress.done / len(self.plan.steps(self.progress.epoch))
+        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
         return {
             "step": report.step,
             "epoch": round(self.progress.epoch + fraction, 4),
@@ -423,6 +458,7 @@ class _Run:
             "utterances": int(sums["utterances"]),
             "frames": int(sums["frames"]),
             "skipped": int(sums["skipped"]),
+            **scale,
             "seconds": round(seconds, 3),
         }
 
