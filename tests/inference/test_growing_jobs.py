@@ -8,6 +8,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,36 @@ import pytest
 import soundfile
 
 from tests.helpers.offline import Stub, clips, encoded, run, table, write_manifest
+from w2vbert_fast.inference import Transcription
+from w2vbert_fast.inference.ctc.timestamps import Character, Word
 from w2vbert_fast.inference.jobs import shard
 from w2vbert_fast.inference.jobs.job import JobError
 from w2vbert_fast.inference.jobs.results import read_results
+from w2vbert_fast.inference.reading import Loaded
+from w2vbert_fast.inference.tasks import Transcribe
 
 
+@dataclass
 class Texts(Stub):
-    """A stub whose results may be files of single recordings."""
+    """A stub whose results may be files of single recordings, and have times."""
+
+    timestamps: str = "none"
 
     name = "transcribe"
+
+    def finish(self, loaded: Loaded, *arguments: Any) -> Transcription:
+        found = super().finish(loaded, *arguments)
+        if self.timestamps == "none":
+            return found
+        characters = [Character(c, i / 10, i / 10 + 0.1, 0.5) for i, c in enumerate("ab")]
+        words = (Word(found.text or "", 0.0, 0.2, 0.25, characters),)
+        return replace(found, words=words, characters=self.timestamps == "character")
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "timestamps": self.timestamps}
+
+    def columns(self) -> list[tuple[str, Any]]:
+        return Transcribe(timestamps=self.timestamps).columns()
 
 
 def sound(path: Path, samples: int) -> Path:
@@ -236,6 +258,82 @@ def test_files_of_single_recordings_follow_theirs(tmp_path: Path) -> None:
     assert len(list((out / "txt").rglob("*.txt"))) == 4
 
 
+# More is asked for.
+
+
+def more(out: Path, *formats: str, timestamps: str = "word", **options: Any) -> Any:
+    """The same command with other formats."""
+    names = [str(out.parent / "in")]
+    return run(names, out, Texts(timestamps=timestamps), formats, **options)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_files_of_another_format_come_from_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    out = tmp_path / "out"
+    for i in range(7):
+        sound(tmp_path / "in" / f"{i}.wav", 1000 + i)
+    (tmp_path / "in" / "3.wav").write_bytes(b"no audio")
+    rows = [{"audio": f"in/{i}.wav", "text": f"t{i}", "deep": {"a": [i]}} for i in range(7)]
+    names = [write_manifest(tmp_path / "rows.jsonl", rows)]
+    run(names, out, Texts(timestamps="character"), [form])
+    before = list(read_results(out))
+    monkeypatch.setattr(Stub, "load", lambda self: pytest.fail("loaded"))
+    summary = run(names, out, Texts(timestamps="character"), [form, "srt", "txt"])
+    assert counts(summary) == (7, 0, 0, 0)
+    assert summary.content["this_run"]["rewritten_rows"] == 6
+    after = sorted(read_results(out), key=lambda row: row["index"])
+    for row in after:
+        if row.get("error") is None:
+            text = str(1000 + row["index"])
+            srt, txt = ((out / row.pop(f"{kind}_file")).read_text() for kind in ("srt", "txt"))
+            assert (text in srt, "00:00:00,000 -->" in srt, txt) == (True, True, f"{text}\n")
+    # All else is as it was.
+    assert after == sorted(before, key=lambda row: row["index"])
+    summary = run(names, out, Texts(timestamps="character"), [form, "srt", "txt"])
+    assert (counts(summary)[1], summary.content["this_run"]["rewritten_rows"]) == (0, 0)
+    assert len(list(out.glob("part-*"))) == 2
+
+
+def test_times_that_are_missing_are_computed_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for i in range(7):
+        sound(tmp_path / "in" / f"{i}.wav", 1000 + i)
+    (tmp_path / "in" / "3.wav").write_bytes(b"no audio")
+    more(out, timestamps="none")
+    assert not any("words" in row for row in table(out))
+    summary = more(out, "srt")
+    assert counts(summary) == (7, 6, 0, 0)
+    good = [row for row in table(out) if "error" not in row]
+    assert [row["words"][0]["word"] for row in good] == [row["text"] for row in good]
+    assert all((out / row["srt_file"]).is_file() for row in good)
+    # The tables of before are gone, but for the errors.
+    lines = [line for path in out.glob("part-*") for line in path.read_text().splitlines()]
+    assert (len(lines), len(list(out.glob("errors-*")))) == (6, 1)
+    assert counts(more(out, "srt")) == (7, 0, 0, 0)
+    for wrong in ({"timestamps": "none"}, {"formats": ("parquet", "srt")}):
+        formats = wrong.pop("formats", ())
+        with pytest.raises(JobError, match=r"options\.(formats|timestamps)"):
+            more(out, *formats, **wrong)
+
+
+def test_a_format_is_added_while_the_input_grows(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for i in range(4):
+        sound(tmp_path / "in" / f"{i}.wav", 1000 + i)
+    more(out)
+    sound(tmp_path / "in" / "1.wav", 2000)
+    sound(tmp_path / "in" / "00.wav", 700)
+    summary = more(out, "vtt")
+    assert counts(summary) == (5, 2, 1, 0)
+    assert texts(out) == {f"{i}.wav": str(2000 if i == 1 else 1000 + i) for i in range(4)} | {
+        "00.wav": "700"
+    }
+    for row in table(out):
+        assert row["text"] in (out / row["vtt_file"]).read_text()
+
+
 # Killed on the way.
 
 
@@ -268,35 +366,42 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
 def test_kills_while_an_input_that_has_grown_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every step: what is known, changed and new is done once, whenever the process ended."""
+    """At every step, with a format besides: what is known, changed and new is there once, whenever
+    the process ended."""
     begun = tmp_path / "begun"
-    for i in range(6):
+    for i in range(3):
         sound(begun / "in" / f"{i}.wav", 1000 + i)
-    run([str(begun / "in")], begun / "out", Texts(), ["txt"], shard_rows=3)
-    wanted = {f"{i}.wav": str(1000 + i) for i in range(6)} | {"1.wav": "2000", "00.wav": "700"}
+    more(begun / "out", "txt", shard_rows=2, page=False)
+    wanted = {f"{i}.wav": str(1000 + i) for i in range(3)} | {"1.wav": "2000", "00.wav": "700"}
     wanted |= {"z.wav": "600"}
     step, finished = 0, False
     while not finished:
         step += 1
         folder = tmp_path / str(step)
         shutil.copytree(begun, folder)
-        names, out = [str(begun / "in")], folder / "out"
+        out = folder / "out"
+
+        def again(out: Path = out) -> Any:
+            task = Texts(timestamps="word")
+            return run([str(begun / "in")], out, task, ["txt", "srt"], shard_rows=3, page=False)
+
         if step == 1:
             for name, samples in (("1", 2000), ("00", 700), ("z", 600)):
                 sound(begun / "in" / f"{name}.wav", samples)
         with killed_at(step, monkeypatch):
             try:
-                run(names, out, Texts(), ["txt"], shard_rows=2)
+                again()
                 finished = True
             except Killed:
                 pass
         assert texts(out).keys() <= wanted.keys()
-        run(names, out, Texts(), ["txt"], shard_rows=2)
+        again()
         assert texts(out) == wanted
-        assert counts(run(names, out, Texts(), ["txt"], shard_rows=2)) == (8, 0, 0, 0)
-        rows = {Path(row["audio_filepath"]).name: row["txt_file"] for row in read_results(out)}
-        said = {name: (out / file).read_text().strip() for name, file in rows.items()}
-        assert said == wanted
-        assert len(list((out / "txt").rglob("*"))) == 8, "files of nobody"
+        for kind in ("txt", "srt"):
+            for row in read_results(out):
+                content = (out / row[f"{kind}_file"]).read_text().split("\n")
+                assert wanted[Path(row["audio_filepath"]).name] in content
+            files = [path for path in (out / kind).rglob("*") if path.is_file()]
+            assert len(files) == len(wanted), "files of nobody"
         assert not list(out.glob(".*.tmp"))
     assert step > 12

@@ -20,6 +20,7 @@ from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder, read_json, to_disk, write_json
 from w2vbert_fast.inference.ctc.subtitles import Layout
 from w2vbert_fast.inference.jobs.formats import (
+    FORMATS,
     Columns,
     Formats,
     PerRecording,
@@ -35,12 +36,14 @@ from w2vbert_fast.inference.jobs.journal import (
     Journal,
     announce,
     differences,
+    is_more,
     remove_announced,
 )
-from w2vbert_fast.inference.jobs.known import Known
+from w2vbert_fast.inference.jobs.known import Again, Known
 from w2vbert_fast.inference.jobs.progress import Progress, error_counts, peak_memory, versions
 from w2vbert_fast.inference.jobs.report import REPORT_FILE, write_report
-from w2vbert_fast.inference.jobs.shard import Shard
+from w2vbert_fast.inference.jobs.rewriting import read_shard
+from w2vbert_fast.inference.jobs.shard import Shard, made_by
 from w2vbert_fast.inference.jobs.sidecars import check_beside
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
@@ -183,8 +186,8 @@ class Job:
             self.progress.event("input", {"parts": self.inputs.described})
             self._passed_over = PassedOver.from_json(before.get("passed_over", {}))
             (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
-            retried = self.options.retry_errors
-            rows = self.known.missing(self.inputs, lambda error: retried and error is not None)
+            rows = self.known.missing(self.inputs, self._again(journal))
+            rewritten = self._rewrite(journal)
             startup = 0.0
             # A job that has nothing to do loads no model.
             for first in islice(rows, 1):
@@ -194,10 +197,51 @@ class Job:
                 self._check_errors()
                 self._work(journal, chain([first], rows))
             self.progress.close()
-            summary = self._finish(startup)
+            summary = self._finish(startup, rewritten)
             if self.options.page:
                 write_report(self.folder)
             return summary
+
+    def _again(self, journal: Journal) -> Again:
+        """Which rows are done once more: those without the timestamps that are asked for, and
+        those that failed, if they are to be retried."""
+        made = made_by(self.runner.task, self.formats)
+        lacking = {
+            entry.shard
+            for entry in journal.entries
+            if is_more(entry.made.get("timestamps"), made["timestamps"])
+        }
+        retried = self.options.retry_errors
+        return lambda error, shard: shard in lacking if error is None else retried
+
+    def _rewrite(self, journal: Journal) -> int:
+        """Write the tables again of rows that lack nothing but files of a format, with these.
+
+        Returns:
+            How many rows.
+        """
+        made = made_by(self.runner.task, self.formats)
+        count = 0
+        here = self.known.shards()
+        for place, entry in enumerate(list(journal.entries)):
+            if entry.shard not in here or not entry.made:
+                continue
+            if is_more(entry.made["timestamps"], made["timestamps"]) or not (
+                set(made["formats"]) - set(entry.made["formats"])
+            ):
+                continue
+            shard = self._shard(journal)
+            results = list(read_shard(self.folder, entry, journal.entries[place + 1 :]))
+            for result in results:
+                self.known.recall(result.index)
+            try:
+                shard.add(results)
+                self._commit(shard, journal)
+            except BaseException:
+                shard.discard()
+                raise
+            count += len(results)
+        return count
 
     def _work(self, journal: Journal, rows: Iterator[Row]) -> None:
         """Do the rows."""
@@ -289,11 +333,15 @@ class Job:
         fingerprint = self._fingerprint()
         if path.exists():
             known = read_json(path)
-            found = differences(known.get("fingerprint"), fingerprint)
+            before = known.get("fingerprint") or {}
+            extended = _extended(before, fingerprint)
+            found = differences(extended, fingerprint)
             if found:
                 raise JobError(
                     f"{self.folder} holds another job: {'; '.join(found)}. --overwrite starts again"
                 )
+            if extended != before:
+                write_json(path, {**known, "fingerprint": fingerprint})
             self.columns = Columns(known["columns"])
             if self.runner.batcher.frame_budget is None:
                 self.runner.batcher.frame_budget = known["frame_budget"]
@@ -359,7 +407,7 @@ class Job:
         path = self.folder / SUMMARY_FILE
         return read_json(path) if path.is_file() else {}
 
-    def _finish(self, startup: float) -> Summary:
+    def _finish(self, startup: float, rewritten: int) -> Summary:
         progress, known = self.progress, self.known
         passed_over = self.inputs.passed_over
         if progress.rows == 0 and not passed_over.counts:
@@ -379,6 +427,7 @@ class Job:
             "audio_hours": round(known.audio_seconds() / 3600, 6),
             "this_run": {
                 "rows": progress.rows,
+                "rewritten_rows": rewritten,
                 "audio_hours": round(hours, 6),
                 "seconds": round(elapsed, 3),
                 "startup_seconds": round(startup, 3),
@@ -407,3 +456,18 @@ class Job:
         if device.type == "cuda":
             return torch.cuda.get_device_name(device)
         return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def _extended(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint with what may be added to a job: formats of files of single recordings, and
+    timestamps."""
+    options, wanted = dict(before.get("options", {})), now["options"]
+    names = [*options.get("formats", ()), *wanted["formats"]]
+    more = [name for name in names if name not in options.get("formats", ())]
+    if set(names) == set(wanted["formats"]) and all(FORMATS[n].per_recording for n in more):
+        if "layout" in wanted and not any(FORMATS[n].has_cues for n in options["formats"]):
+            options["layout"] = wanted["layout"]
+        options["formats"] = wanted["formats"]
+    if is_more(options.get("timestamps"), wanted.get("timestamps")):
+        options["timestamps"] = wanted["timestamps"]
+    return {**before, "options": options}

@@ -73,6 +73,7 @@ class Entry:
         supersedes: tables of which these rows replace the last.
         replaces: ranges of the row numbers that were done before; tables of earlier shards may
             still hold what came of them then.
+        made: "formats" and "timestamps" that it has.
         seconds: between the first row's begin and the last one's end; None in older journals.
     """
 
@@ -85,6 +86,7 @@ class Entry:
     supersedes: list[str] = field(default_factory=list)
     seconds: float | None = None
     replaces: list[tuple[int, int]] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 class Journal:
@@ -213,6 +215,16 @@ def remove_announced(path: Path) -> None:
 def ranges_of(indices: Iterable[int]) -> list[tuple[int, int]]:
     """Disjoint ranges of row numbers in increasing order."""
     return list(Ranges((index, index + 1) for index in indices))
+
+
+NO_TIMES = "none"
+_TIMES = (NO_TIMES, "word", "character")
+
+
+def is_more(before: Any, now: Any) -> bool:
+    """Whether timestamps go further than those before."""
+    known = before in _TIMES and now in _TIMES
+    return known and _TIMES.index(now) > _TIMES.index(before)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

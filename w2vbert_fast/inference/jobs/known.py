@@ -29,6 +29,10 @@ from w2vbert_fast.recordings.rows import Part, Row
 
 _BLOCK = 1 << 20
 _EXAMPLES = 3
+
+Again = Callable[[str | None, int], bool]
+"""Of the error of a row, None where it went well, and its shard."""
+
 _COLUMNS = "idx, key, state, name, error, seconds, files"
 
 
@@ -146,7 +150,21 @@ class Known:
         query = "SELECT coalesce(error, '') FROM rows WHERE idx = ?"
         return self._one(query, index) if self._before else None
 
-    def missing(self, inputs: Inputs, again: Callable[[str | None], bool]) -> Iterator[Row]:
+    def shards(self) -> set[int]:
+        """Shards with rows that went well and count."""
+        with self._lock:
+            found = self._rows.execute("SELECT DISTINCT shard FROM rows WHERE error IS NULL")
+            return {shard for (shard,) in found}
+
+    def recall(self, index: int) -> None:
+        """Take a row to work once more, whatever the input has of it."""
+        with self._lock:
+            key, state, name = self._rows.execute(
+                "SELECT key, state, name FROM rows WHERE idx = ?", (index,)
+            ).fetchone()
+        self._in_work[index] = key, state, name
+
+    def missing(self, inputs: Inputs, again: Again) -> Iterator[Row]:
         """The rows of an input that are to be done, with their indices.
 
         A row that is not known gets its place in the input as its index, or the next one that is
@@ -154,9 +172,11 @@ class Known:
 
         Args:
             inputs: the input.
-            again: of the error of a row that is known, whether it is done once more.
+            again: whether a row that is known is done once more.
         """
         is_new = self._before == 0
+        with self._lock:
+            self._rows.execute("UPDATE rows SET seen = 0")
         start = 0
         for part, description in zip(inputs.parts, inputs.fingerprint, strict=False):
             seal = _seal(part, description, self.by_content) if part.sealed else None
@@ -171,7 +191,7 @@ class Known:
 
                 def wanted(index: int, seal: str = seal, begin: int = begin) -> bool:
                     found = None if is_new else self._of_state(f"{seal}:{index - begin}")
-                    return found is None or again(found[1])
+                    return found is None or again(*found[1:])
 
                 rows = part.rows(start, wanted)
             start = yield from self._chosen(rows, seal, begin, is_new, again)
@@ -189,7 +209,7 @@ class Known:
         seal: str | None,
         begin: int,
         is_new: bool,
-        again: Callable[[str | None], bool],
+        again: Again,
     ) -> Generator[Row, None, int]:
         while True:
             try:
@@ -203,23 +223,23 @@ class Known:
             index = row.index
             if not is_new:
                 found = self._find(key, state)
-                if found is not None and not again(found[1]):
+                if found is not None and not again(*found[1:]):
                     continue
                 index = self._index(row.index, key) if found is None else found[0]
             self._in_work[index] = (key, state, utf8(row.name))
             yield replace(row, index=index)
 
-    def _find(self, key: str, state: str) -> tuple[int, str | None] | None:
-        """The first row of that name and state that was not met yet, and its error."""
+    def _find(self, key: str, state: str) -> Any:
+        """Index, error and shard of the first row of that name and state that was not met yet."""
         with self._lock:
             found = self._rows.execute(
-                "SELECT idx, error FROM rows WHERE key = ? AND state = ? AND seen = 0 "
+                "SELECT idx, error, shard FROM rows WHERE key = ? AND state = ? AND seen = 0 "
                 "ORDER BY idx LIMIT 1",
                 (key, state),
             ).fetchone()
             if found is not None:
                 self._rows.execute("UPDATE rows SET seen = 1 WHERE idx = ?", (found[0],))
-        return found if found is None else (found[0], found[1])
+        return found
 
     def _index(self, place: int, key: str) -> int:
         """The index of a row that is not known in its state."""
@@ -237,19 +257,18 @@ class Known:
         self._next = index + 1
         return index
 
-    def _of_state(self, state: str) -> tuple[int, str | None] | None:
+    def _of_state(self, state: str) -> Any:
         with self._lock:
-            found = self._rows.execute(
-                "SELECT idx, error FROM rows WHERE state = ?", (state,)
+            return self._rows.execute(
+                "SELECT idx, error, shard FROM rows WHERE state = ?", (state,)
             ).fetchone()
-        return found if found is None else (found[0], found[1])
 
-    def _again_in(self, seal: str, again: Callable[[str | None], bool]) -> bool:
+    def _again_in(self, seal: str, again: Again) -> bool:
         with self._lock:
             found = self._rows.execute(
-                "SELECT DISTINCT error FROM rows WHERE state GLOB ?", (f"{seal}:*",)
+                "SELECT DISTINCT error, shard FROM rows WHERE state GLOB ?", (f"{seal}:*",)
             ).fetchall()
-        return any(again(error) for (error,) in found)
+        return any(again(*one) for one in found)
 
     def _mark(self, seal: str) -> None:
         """All rows of such a file were met."""

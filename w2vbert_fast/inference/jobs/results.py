@@ -41,12 +41,13 @@ def read_results(
     for entry, again in zip(entries, reversed(stale), strict=True):
         for name in entry.files:
             if name not in gone and not name.startswith(KNOWN):
-                for row in _table_rows(path / name, tensors):
+                for row in table_rows(path / name, tensors):
                     if row["index"] not in again:
                         yield row
 
 
-def _table_rows(path: Path, tensors: bool) -> Iterator[dict[str, Any]]:
+def table_rows(path: Path, tensors: bool) -> Iterator[dict[str, Any]]:
+    """The rows of a table; without `tensors` not their embeddings."""
     if not path.is_file():
         raise JobError(f"{path} is missing")
     if path.suffix == ".jsonl":

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from w2vbert_fast.checkpoints.files import to_disk
 from w2vbert_fast.inference.jobs.formats import (
@@ -17,10 +18,15 @@ from w2vbert_fast.inference.jobs.formats import (
     JsonTable,
     final_name,
 )
-from w2vbert_fast.inference.jobs.journal import Entry, Journal, announce, ranges_of
+from w2vbert_fast.inference.jobs.journal import NO_TIMES, Entry, Journal, announce, ranges_of
 from w2vbert_fast.inference.jobs.known import Known, KnownTable
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.tasks.base import Task
+
+
+def made_by(task: Task, formats: Formats) -> dict[str, Any]:
+    """What rows have that are done now."""
+    return {"formats": list(formats.names), "timestamps": getattr(task, "timestamps", NO_TIMES)}
 
 
 class Shard:
@@ -136,6 +142,7 @@ class Shard:
             supersedes=self._known.emptied(self._replaces, journal.entries),
             seconds=round(time.monotonic() - self.opened, 3),
             replaces=ranges_of(sorted(self._replaces)),
+            made=made_by(self._task, self._formats),
         )
         journal.write(entry)
         self._known.commit(self._table.lines, self.number)
