@@ -36,9 +36,12 @@ def test_transcribe_into_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert rows[0]["id"] == "0000.wav"
     assert rows[0]["words"][0]["confidence"] <= 1
     assert (tmp_path / "out" / rows[0]["srt_file"]).exists()
-    again = invoke(*command, "--timestamps", "character")
+    more = invoke(*command, "--timestamps", "character")
+    assert (more.exit_code, "8 rows, 0.00 h of audio; 8 in" in more.stderr) == (0, True)
+    assert table(tmp_path / "out")[0]["words"][0]["characters"]
+    again = invoke(*command, "--timestamps", "character", "--max-seconds", "30")
     assert again.exit_code == 2
-    assert 'options.timestamps: "word" before, "character" now' in again.stderr
+    assert "options.max_seconds: 300.0 before, 30.0 now" in again.stderr
     # Behind what the two names were taken for.
     assert again.stderr.count("\n") == 3
 

@@ -52,6 +52,7 @@ from w2vbert_fast.recordings.rows import Row
 from w2vbert_fast.recordings.which_files import PassedOver
 
 LOCK_FILE = ".lock"
+_INTERRUPTED = "interrupted; the same command goes on"
 
 _NO_SHARD = 999_999_999
 _COLUMN_ROWS = 256  # rows that decide about the columns of Parquet tables
@@ -237,8 +238,10 @@ class Job:
             try:
                 shard.add(results)
                 self._commit(shard, journal)
-            except BaseException:
+            except BaseException as error:
                 shard.discard()
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(_INTERRUPTED) from None
                 raise
             count += len(results)
         return count
@@ -273,7 +276,7 @@ class Job:
                 shard.discard()
             if isinstance(error, TooManyErrors):
                 raise
-            raise Interrupted("interrupted; the same command goes on") from None
+            raise Interrupted(_INTERRUPTED) from None
         except BaseException:
             shard.discard()
             raise
