@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,46 @@ def test_a_run_that_is_cut_keeps_what_it_has(
     with pytest.raises(KeyboardInterrupt):
         measure.tune(model, 600.0, keep, lambda line: None)
     assert len(kept) == 2
+
+
+@interpreted
+def test_another_run_begins_with_what_is_not_known_yet(
+    model: Wav2Vec2BertForCTC, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "GpuClock", Clock)
+    known = {Case("linear", (96, 32), "float32", 64): Found("32x32", 1.0, "32x32", 1.0)}
+    monkeypatch.setattr(tuned, "of_device", cache(lambda device: known))
+    measured: list[Case] = []
+    monkeypatch.setattr(measure, "fastest", lambda *_: None)
+    monkeypatch.setattr(measure, "graph_limit", lambda *_: (Case("", (), ""), None))
+    monkeypatch.setattr(measure, "frame_budget", lambda *_: (Case("", (), ""), None))
+
+    class Noted(Product):
+        def __init__(self, case: Case, device: torch.device, num_tokens: int | None = None) -> None:
+            super().__init__(case, device, num_tokens)
+            if num_tokens is None:
+                measured.append(case)
+
+    monkeypatch.setattr(measure, "Product", Noted)
+    measure.tune(model, 600.0, lambda entries: None, lambda line: None)
+    assert len(measured) == 6 and measured[-1] in known
+
+
+@interpreted
+def test_a_candidate_that_cannot_be_timed_is_left_out(pytorchs_too: None) -> None:
+    def prepared(run: Callable[[], object]) -> Callable[[], object]:
+        calls.append(run)
+        return run if len(calls) != 2 else fail
+
+    def fail() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    calls: list[object] = []
+    candidates = product().candidates(prepared)
+    with pytest.raises(RuntimeError, match="capturing"):
+        candidates[1].right()
+    found = fastest(candidates, "32x32", lambda run: 0.1 if run is fail else 1.0)
+    assert found is not None and found.choice == "32x32"
 
 
 @interpreted
