@@ -40,9 +40,10 @@ def write_results(folder: Path, heard: dict[str, str | None], **more: Any) -> Pa
     """A job's folder, whose rows come in the order of `heard`; None is an error."""
     folder.mkdir()
     lines = []
-    for name, text in heard.items():
+    for index, (name, text) in enumerate(heard.items()):
         audio = str(folder.parent / f"{name}.wav")
-        row = {"id": audio, "audio_filepath": audio, "offset": 0.0, "seconds": SAID[name][2]}
+        row = {"index": index, "id": audio, "audio_filepath": audio, "offset": 0.0}
+        row |= {"seconds": SAID[name][2]}
         row |= {"text": text} if text is not None else {"error": "damaged"}
         lines.append(json.dumps({**row, **more}) + "\n")
     (folder / "part-000000.jsonl").write_text("".join(lines))
