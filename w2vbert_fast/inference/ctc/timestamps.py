@@ -192,9 +192,23 @@ def word_timestamps(
                 characters=own,
             )
         )
+    return place_words(words, delay, frame_seconds, offset)
+
+
+def place_words(
+    words: list[Word], delay: Delay | None, shortest: float, offset: float
+) -> list[Word]:
+    """Words at the times at which they are said.
+
+    Args:
+        words: with the times of their frames, in seconds, in order.
+        delay: of the model; None: times stay.
+        shortest: a word lasts at least so many seconds.
+        offset: seconds that are added to all times.
+    """
     spans = [(word.start, word.end) for word in words]
     if delay is not None:
-        spans = _without_delay(spans, delay, frame_seconds)
+        spans = _without_delay(spans, delay, shortest)
     return [_moved(word, *span, offset) for word, span in zip(words, spans, strict=True)]
 
 
