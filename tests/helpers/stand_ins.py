@@ -152,6 +152,7 @@ def fill(path: Path) -> None:
         ("a.wav", "b.m4a", "talk.mp3", "talk.wav", "interview.mp3"), samples, strict=True
     ):
         shutil.copy(sample, path / name)
+    (path / "talk.txt").write_text("Press * to return to the main menu.")
     (path / "calls").mkdir()
     for sample in samples[:2]:
         shutil.copy(sample, path / "calls" / f"{sample.stem}.wav")

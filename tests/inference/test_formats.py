@@ -120,7 +120,7 @@ def test_another_one_is_written_offered_and_removed_wherever_formats_are(
     assert [(out / file).read_text() for file in files] == ["WELL SAID"] * 2
     run(recordings, out, Spoken(), overwrite=True)
     assert not (out / "loud").exists()
-    assert "srt, vtt, txt and loud of transcripts" in help_text()
+    assert "srt, vtt, txt, TextGrid, ctm and loud of transcripts" in help_text()
     with pytest.raises(ValueError, match="'loud' is not one of stub's: jsonl, parquet"):
         Formats.of_task(Stub(), ["loud"])
 
@@ -138,7 +138,7 @@ def test_what_lies_beside_a_recording_ends_with_its_line(name: str) -> None:
 def test_words_have_times_where_a_format_shows_them() -> None:
     assert {name: usual_timestamps(["jsonl", name]) for name in FORMATS} == {
         **dict.fromkeys(FORMATS, "none"),
-        **dict.fromkeys(("srt", "vtt", "json"), "word"),
+        **dict.fromkeys(("srt", "vtt", "json", "TextGrid", "ctm"), "word"),
     }
     for name in ("srt", "vtt"):
         with pytest.raises(ValueError, match=f"'{name}' needs timestamps 'word' or 'character'"):
@@ -177,7 +177,8 @@ def test_columns_that_are_carried_keep_the_names_that_they_had() -> None:
     """A job that is continued must call them as it did: these get the prefix `input_`."""
     assert own_columns() == {
         *("index", "id", "audio_filepath", "offset", "seconds", "louder_channel"),
-        *("salvaged", "expected_seconds", "channels"),
+        *("salvaged", "expected_seconds", "channels", "unwritten", "unsaid"),
+        *("TextGrid_file", "ctm_file"),
         *("text", "words", "shape", "embedding", "label", "scores", "segments"),
         *("error_type", "error", "extra"),
         *("npy_file", "srt_file", "vtt_file", "txt_file", "safetensors_file"),

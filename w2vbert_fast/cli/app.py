@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from w2vbert_fast import __version__
 from w2vbert_fast._extras import require
 from w2vbert_fast.cli import (
+    align,
     classify,
     convert,
     doctor,
@@ -64,7 +65,7 @@ def build_app() -> Any:
     ) -> None:
         """Hold the options that come before a command."""
 
-    inferring = (transcribe, doctor, embed, classify, report)
+    inferring = (transcribe, align, doctor, embed, classify, report)
     for module in (*inferring, evaluate, tune_lm, finetune, export, convert, tune, warm):
         add(app, module.command, short=module.SHORT, help_text=module.HELP)
     return app

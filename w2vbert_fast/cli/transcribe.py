@@ -16,6 +16,7 @@ from w2vbert_fast.inference.jobs.formats import (
     BESIDE,
     FORMATS,
     Formats,
+    beside_format,
     listed,
     usual_timestamps,
 )
@@ -23,6 +24,7 @@ from w2vbert_fast.inference.jobs.formats import (
 if TYPE_CHECKING:
     from w2vbert_fast.inference.batching import Batcher
     from w2vbert_fast.inference.ctc.subtitles import Layout
+    from w2vbert_fast.inference.tasks.transcribe import Transcription
     from w2vbert_fast.inference.transcripts import Transcript
 
 SHORT = "Print what is said in audio files."
@@ -78,6 +80,11 @@ class Target:
     beside: bool = option(
         False, "Write files of single recordings beside those; without --out DIR they are."
     )
+
+    @property
+    def is_job(self) -> bool:
+        """Whether `out` names a folder."""
+        return self.out is not None and _file_format(self.out) is None
 
 
 @dataclass(kw_only=True)
@@ -207,10 +214,45 @@ def command(
     job: jobs.Job,
 ) -> int:
     """Run a job, or transcribe and print; the exit status."""
-    formats = list(dict.fromkeys(job.formats or ()))
-    is_job = target.out is not None and _file_format(target.out) is None
+    is_job = target.is_job
     if is_job:
         _refuse(given(printing), "is for printing; a job has --log-json")
+    formats = job.formats or ()
+    timestamps = times.timestamps
+    if timestamps is None:
+        named = [] if is_job or target.out is None else [str(beside_format(target.out))]
+        timestamps = usual_timestamps([*formats, *named])
+    elif timestamps != "none" and not (formats or printing.as_json or target.out):
+        more = "add --json, --format or --out DIR"
+        _refuse(["--timestamps"], f"has no effect on what is printed; {more}")
+    task = {**values(model, chunks), **sound.of_task(), **search.of_task()}
+    task["timestamps"] = timestamps
+    return perform("transcribe", source, task, target, subtitles, job, as_json=printing.as_json)
+
+
+def perform(
+    name: str,
+    source: jobs.Inputs,
+    task: dict[str, Any],
+    target: Target,
+    subtitles: Subtitles,
+    job: jobs.Job,
+    *,
+    as_json: bool,
+) -> int:
+    """Run a job of words, or print them or write them beside the recordings; the exit status.
+
+    Args:
+        name: of the task.
+        source: what is read.
+        task: options of its class.
+        target: where results go.
+        subtitles: their layout.
+        job: how it is run.
+        as_json: print JSON, where no files are written.
+    """
+    formats = list(dict.fromkeys(job.formats or ()))
+    if target.is_job:
         if target.beside and not {*BESIDE} & {*formats}:
             _refuse(["--beside"], "needs a --format with a file for each recording")
     else:
@@ -221,18 +263,13 @@ def command(
         _refuse(given(job, jobs.Books, jobs.Engine), "needs --out DIR")
         if job.overwrite and not formats:
             _refuse(["--overwrite"], "needs --format or --out")
-        if times.timestamps not in (None, "none") and not (formats or printing.as_json):
-            more = "add --json, --format or --out DIR"
-            _refuse(["--timestamps"], f"has no effect on what is printed; {more}")
     layout = subtitles.layout(formats)
-    if model.model == "demo":
+    if task["model"] == "demo":
         report(DEMO_NOTICE)
-    task = {**values(model, chunks), **sound.of_task(), **search.of_task()}
-    task["timestamps"] = usual_timestamps(formats) if times.timestamps is None else times.timestamps
-    if target.out is not None and is_job:
+    if target.out is not None and target.is_job:
         how = {"layout": layout, "beside": target.beside}
-        return jobs.run_job("transcribe", source, target.out, task, job, **how)
-    return _print(source, task, job, formats, target.out, printing.as_json, layout)
+        return jobs.run_job(name, source, target.out, task, job, **how)
+    return _print(name, source, task, job, formats, target.out, as_json, layout)
 
 
 def _refuse(options: list[str], why: str) -> None:
@@ -254,11 +291,11 @@ def _formats_beside(formats: list[str], out: str | None) -> list[str]:
 
 def _file_format(out: str) -> str | None:
     """The format of a file that `--out` names; None: it names a folder."""
-    kind = os.path.splitext(out)[1][1:].lower()
-    return kind if kind in BESIDE and not os.path.isdir(out) else None
+    return None if os.path.isdir(out) else beside_format(out)
 
 
 def _print(
+    name: str,
     source: jobs.Inputs,
     task: dict[str, Any],
     job: jobs.Job,
@@ -271,13 +308,15 @@ def _print(
     from rich.console import Console
 
     from w2vbert_fast.inference.jobs import sidecars
-    from w2vbert_fast.inference.runner import Flow, Transcriber
+    from w2vbert_fast.inference.runner import Flow, Runner
+    from w2vbert_fast.inference.tasks import TASKS
     from w2vbert_fast.inference.transcripts import transcripts
 
     readable = sys.stdout.isatty() and not as_json
     console = Console(stderr=not readable, highlight=False)
     status = 0
-    runner = Transcriber(**task, flow=Flow(**job.flow(probe=False), window_rows=1))
+    flow = Flow(**job.flow(probe=False), window_rows=1)
+    runner: Runner[Transcription] = Runner(TASKS[name](**task), flow)
     Formats.of_task(runner.task, [name for name in formats if FORMATS[name].in_jobs])
     inputs = source.open()
     files = None
@@ -293,6 +332,7 @@ def _print(
                 status = ITEMS_FAILED
             elif files is not None:
                 sidecars.write(row, files[row.file], characters=characters, layout=layout)
+            _report_differences(row)
             if as_json:
                 write_line(row.to_json(characters))
             elif row.error is not None:
@@ -307,6 +347,18 @@ def _print(
     if inputs.passed_over.counts:
         report(f"passed over: {inputs.passed_over}")
     return status
+
+
+def _report_differences(row: Transcript) -> None:
+    """Say where a known transcript and the recording differ."""
+    for stretch in row.unwritten or ():
+        times = f"{stretch.start:.2f} to {stretch.end:.2f} s"
+        report(f"{one_line(row.file)}: not in the transcript: {times}, {one_line(stretch.text)!r}")
+    for place in row.unsaid or ():
+        assert row.words is not None
+        word = row.words[place]
+        what = f"word {place} {one_line(word.text)!r}, {word.start:.2f} s"
+        report(f"{one_line(row.file)}: probably not said: {what}")
 
 
 def with_progress(

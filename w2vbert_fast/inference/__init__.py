@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from w2vbert_fast.inference.tasks.classify import Classification
     from w2vbert_fast.inference.tasks.embed import Embedding
     from w2vbert_fast.inference.tasks.transcribe import Transcription
-    from w2vbert_fast.inference.transcripts import Transcript, transcribe
+    from w2vbert_fast.inference.transcripts import Transcript, align, transcribe
     from w2vbert_fast.recordings.audio import Audio, AudioError, load_audio, to_mono_16khz
     from w2vbert_fast.recordings.rows import Row
 
@@ -32,6 +32,7 @@ __all__ = [
     "Transcriber",
     "Transcript",
     "Transcription",
+    "align",
     "load_audio",
     "load_pipeline",
     "to_mono_16khz",
@@ -47,7 +48,7 @@ __getattr__, __dir__ = names_of(
         "inference.tasks.classify": ("Classification",),
         "inference.tasks.embed": ("Embedding",),
         "inference.tasks.transcribe": ("Transcription",),
-        "inference.transcripts": ("Transcript", "transcribe"),
+        "inference.transcripts": ("Transcript", "align", "transcribe"),
         "recordings.audio": ("Audio", "AudioError", "load_audio", "to_mono_16khz"),
         "recordings.rows": ("Row",),
     },

@@ -6,16 +6,20 @@ import json
 import os
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from w2vbert_fast.inference.ctc.known_text import Stretch
 from w2vbert_fast.inference.ctc.timestamps import Word
 from w2vbert_fast.inference.pipeline import DEMO_MODEL, Pipeline
+from w2vbert_fast.inference.rows import as_row
 from w2vbert_fast.inference.runner import Flow, Runner
+from w2vbert_fast.inference.tasks.align import Align
 from w2vbert_fast.inference.tasks.transcribe import (
     ChannelText,
     Transcribe,
     Transcription,
+    difference_fields,
     word_fields,
 )
 from w2vbert_fast.recordings.audio import Salvaged
@@ -38,6 +42,8 @@ class Transcript:
         channels: what was said on each channel, where each was transcribed by itself, or one of
             them alone.
         salvaged: what is wrong with a file of which was taken what decodes; None: nothing.
+        unwritten: speech that a known transcript lacks; None: `text` is what the model hears.
+        unsaid: places in `words` of those that are probably not said, of a known transcript.
     """
 
     file: str
@@ -49,6 +55,18 @@ class Transcript:
     louder_channel: int | None = None
     channels: tuple[ChannelText, ...] | None = None
     salvaged: Salvaged | None = None
+    unwritten: tuple[Stretch, ...] | None = None
+    unsaid: tuple[int, ...] | None = None
+
+    @property
+    def audio(self) -> str:
+        """`file`, as results of tasks call it."""
+        return self.file
+
+    @property
+    def seconds(self) -> float | None:
+        """`audio_seconds`, as results of tasks call it."""
+        return self.audio_seconds
 
     @property
     def real_time_factor(self) -> float | None:
@@ -80,6 +98,7 @@ class Transcript:
                 content["channels"] = [channel._asdict() for channel in self.channels]
             if self.words is not None:
                 content["words"] = [word_fields(word, characters) for word in self.words]
+            content.update(difference_fields(self.unwritten, self.unsaid))
         text = json.dumps(content, ensure_ascii=False, indent=indent)
         try:
             text.encode()
@@ -127,6 +146,37 @@ def transcribe(
     return transcripts(runner, audio)
 
 
+def align(
+    audio: Any,
+    text: str,
+    pipeline: Pipeline | str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Transcript:
+    """Find when the words of a transcript are said in a recording (`ctc.known_text.align_text`).
+
+    Args:
+        audio: the recording, as `transcribe` takes it.
+        text: its transcript, with capitals, digits and marks as it is written.
+        pipeline: as `transcribe` takes it.
+        **options: of `Align`: timestamps, max_seconds, channels, ...
+
+    Returns:
+        The transcript with `words`, `unwritten` and `unsaid`. What is wrong with the recording, or
+        that the text does not fit into it, is its `error`.
+
+    Raises:
+        TypeError, ValueError, ImportError: as `transcribe`.
+    """
+    if isinstance(pipeline, Pipeline):
+        task = Align.of_pipeline(pipeline, **options)
+    else:
+        task = Align(DEMO_MODEL if pipeline is None else pipeline, **options)
+    row = replace(as_row(0, audio), columns={"text": text})
+    runner: Runner[Transcription] = Runner(task, Flow(window_rows=1))
+    (found,) = transcripts(runner, row)
+    return found
+
+
 def transcripts(runner: Runner[Transcription], audio: Any) -> Generator[Transcript, None, None]:
     """What a runner makes of recordings, each with the time that it took."""
     runner.batcher.prepare()
@@ -143,5 +193,7 @@ def transcripts(runner: Runner[Transcription], audio: Any) -> Generator[Transcri
             result.louder_channel,
             result.channels,
             result.salvaged,
+            result.unwritten,
+            result.unsaid,
         )
         start = time.perf_counter()

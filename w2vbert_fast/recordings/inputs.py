@@ -53,6 +53,29 @@ class Files:
         return start + len(self.paths)
 
 
+class Transcribed(Files):
+    """A recording with its transcript.
+
+    Args:
+        path: of the recording.
+        text: the transcript.
+    """
+
+    def __init__(self, path: str, text: str) -> None:
+        super().__init__([path])
+        self.text = text
+
+    def survey(self) -> tuple[int | None, dict[str, Any]]:
+        count, found = super().survey()
+        return count, {**found, "text": hashlib.sha256(self.text.encode()).hexdigest()}
+
+    def rows(self, start: int, wanted: Wanted) -> Rows:
+        if wanted(start):
+            (path,) = self.paths
+            yield Row(start, path, path, path, columns={"text": self.text})
+        return start + 1
+
+
 class Elsewhere(Files):
     """Recordings that a URL names, or those of a folder or a pattern there.
 
@@ -262,6 +285,21 @@ def open_inputs(names: Sequence[str], columns: ColumnNames = USUAL) -> Inputs:
             parts.append(part)
             sources.append(name)
     return Inputs.of_parts(parts, sources, columns)
+
+
+def open_transcribed(audio: str, transcript: str) -> Inputs:
+    """A recording, and a UTF-8 text file with its transcript.
+
+    Raises:
+        OSError: the transcript cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    try:
+        with open(transcript, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{transcript} is not UTF-8: {error}") from error
+    return Inputs.of_parts([Transcribed(audio, text)], [audio])
 
 
 def _parts(name: str, columns: ColumnNames) -> list[Part]:

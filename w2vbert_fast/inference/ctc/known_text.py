@@ -1,7 +1,7 @@
 """Times for a transcript as people write it, and where it and the recording differ.
 
-The alignment is CTC segmentation (Kürzinger et al. 2020, https://arxiv.org/abs/2007.09127): the most
-probable path through the transcript's tokens, which may begin and end anywhere in the recording.
+The alignment is CTC segmentation (Kürzinger et al. 2020, https://arxiv.org/abs/2007.09127): the
+most probable path through the transcript's tokens, which may begin and end anywhere.
 Two kinds of states are added to it, both of which emit whatever is most probable in a frame, as the
 wildcard of torchaudio's `forced_align` and of MMS (Pratap et al. 2023, section 3.1.4) does:
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +50,10 @@ _PROGRESS = 3.0
 _UNSAID = 5.0
 
 _ANYTHING = -1
-# Marks that are spoken, though Unicode calls them punctuation.
+# Marks that are spoken, though Unicode calls them punctuation; and one that is where it stands
+# alone, "press *", and elsewhere is not, "*press*".
 _SPOKEN_MARKS = frozenset("%&@#‰٪")
+_SPOKEN_ALONE = "*"
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ class _Spelling:
         silent: list[_Unit] = []
         for word in text.split():
             units = [_Unit(grapheme, self._tokens(grapheme)) for grapheme in graphemes(word)]
+            if word == _SPOKEN_ALONE:
+                units = [_Unit(word, (_ANYTHING,))]
             if any(unit.tokens for unit in units):
                 found.append([*silent, *units])
                 silent = []
@@ -271,10 +275,10 @@ class _Chain:
         before = None
         self.shortest = 0
         for number in range(len(words)):
-            begins = True
+            begins = first = True
             for sound in self._sounds(number):
                 if before is not None and begins:
-                    if delimiter is not None:
+                    if delimiter is not None and first:
                         self._add(delimiter, 1, self.BLANK)
                         self._add(blank, 0, self.BLANK)
                         before = delimiter
@@ -292,7 +296,7 @@ class _Chain:
                 self._add(blank, 0, self.BLANK)
                 before = sound.token
                 unit = words[number][sound.last - 1].text
-                begins = is_unspaced(unit[-1])
+                begins, first = is_unspaced(unit[-1]), False
         self._add(_ANYTHING, 1, self.OPTIONAL)
 
     def _add(self, token: int, skips: int, owner: int) -> None:
@@ -317,7 +321,7 @@ class _Chain:
             yield _Sound(number, *pending, _ANYTHING)
 
     def emitted(self, log_probs: Tensor, best: Tensor) -> npt.NDArray[np.float32]:
-        """Log-probabilities of the distinct tokens, ``[num_frames, num_columns]``, anything last."""
+        """Log-probabilities ``[num_frames, num_columns]`` of the distinct tokens, anything last."""
         self._columns = sorted({*self._tokens} - {_ANYTHING})
         kept = log_probs[:, torch.tensor(self._columns, device=log_probs.device)]
         found = torch.cat([kept, (best - _PRICE_A_FRAME)[:, None]], 1)
@@ -333,7 +337,7 @@ class _Chain:
             np.array(self._entry),
             [-_PRICE, 0.0],
             3,
-            _PROGRESS * np.cumsum(np.array(self.owners) >= 0),
+            np.cumsum(np.array(self.owners) >= 0, dtype=np.float64) * np.float64(_PROGRESS),
         )
 
 
@@ -403,9 +407,9 @@ class _Reading:
         spoken = [place for place in places if place is not None]
         now = spoken[0][0]
         for unit, found in zip(units, places, strict=True):
-            start, now, sure = found or (now, now, 1.0)
+            begin, now, sure = found or (now, now, 1.0)
             characters.append(
-                Character(unit.text, start * self.frame_seconds, now * self.frame_seconds, sure)
+                Character(unit.text, begin * self.frame_seconds, now * self.frame_seconds, sure)
             )
         return Word(
             "".join(unit.text for unit in units),

@@ -290,7 +290,7 @@ class FilePerRecording(Format):
 
     @classmethod
     def goes_with(cls, task: Task) -> bool:
-        return cls.in_jobs and task.name == "transcribe"
+        return cls.in_jobs and task.name in ("transcribe", "align")
 
     @classmethod
     def content(cls, result: Any, characters: bool = False, layout: Layout | None = None) -> str:
@@ -382,6 +382,47 @@ class WebVtt(Text):
     has_cues = True
 
 
+class TextGrid(FilePerRecording):
+    """Words on the time line of Praat, a tier a channel."""
+
+    name = "TextGrid"
+    of = "transcripts"
+    beside = True
+    has_times = True
+
+    @classmethod
+    def content(
+        cls,
+        result: Transcription | Transcript,
+        characters: bool = False,
+        layout: Layout | None = None,
+    ) -> str:
+        from w2vbert_fast.inference.ctc.annotations import textgrid
+
+        return textgrid(result.words or (), result.seconds or 0.0, characters)
+
+
+class Ctm(FilePerRecording):
+    """Words as NIST's scoring programs read them."""
+
+    name = "ctm"
+    of = "transcripts"
+    beside = True
+    has_times = True
+
+    @classmethod
+    def content(
+        cls,
+        result: Transcription | Transcript,
+        characters: bool = False,
+        layout: Layout | None = None,
+    ) -> str:
+        from w2vbert_fast.inference.ctc.annotations import ctm
+
+        name = os.path.splitext(os.path.basename(result.audio))[0]
+        return ctm(result.words or (), utf8(name))
+
+
 class JsonFile(FilePerRecording):
     """A transcript as JSON, beside its recording: a job's table has it."""
 
@@ -456,7 +497,18 @@ class Safetensors(Format):
 
 FORMATS: dict[str, type[Format]] = {
     kind.name: kind
-    for kind in (JsonTable, ParquetTable, SubRip, WebVtt, Text, JsonFile, Npy, Safetensors)
+    for kind in (
+        JsonTable,
+        ParquetTable,
+        SubRip,
+        WebVtt,
+        Text,
+        TextGrid,
+        Ctm,
+        JsonFile,
+        Npy,
+        Safetensors,
+    )
 }
 """All formats by name, tables first."""
 
@@ -466,6 +518,12 @@ BESIDE: dict[str, type[FilePerRecording]] = {
     if kind.beside and issubclass(kind, FilePerRecording)
 }
 """Those that can be written beside the recordings."""
+
+
+def beside_format(path: str | os.PathLike[str]) -> str | None:
+    """Which of `BESIDE` a file's ending names, in capitals or not; None: none of them."""
+    ending = os.path.splitext(path)[1][1:].lower()
+    return next((name for name in BESIDE if name.lower() == ending), None)
 
 
 def help_text() -> str:

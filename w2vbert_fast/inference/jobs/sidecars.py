@@ -8,7 +8,7 @@ from pathlib import Path
 
 from w2vbert_fast.checkpoints.files import write_text
 from w2vbert_fast.inference.ctc.subtitles import Layout
-from w2vbert_fast.inference.jobs.formats import BESIDE
+from w2vbert_fast.inference.jobs.formats import BESIDE, beside_format
 from w2vbert_fast.inference.transcripts import Transcript
 from w2vbert_fast.recordings.inputs import Files, Folder, Inputs
 from w2vbert_fast.recordings.remote import is_elsewhere
@@ -110,4 +110,5 @@ def write(
     """
     assert row.text is not None
     for path in paths:
-        write_text(path, BESIDE[path.suffix[1:].lower()].content(row, characters, layout))
+        kind = BESIDE[beside_format(path) or ""]
+        write_text(path, kind.content(row, characters, layout))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from w2vbert_fast.recordings.audio import MIX, SPLIT
 
 if TYPE_CHECKING:
     from w2vbert_fast.inference.ctc.beam import BeamDecoder
+    from w2vbert_fast.inference.ctc.known_text import Stretch
     from w2vbert_fast.inference.ctc.timestamps import Delay, Word
 
 _log = logging.getLogger(__name__)
@@ -76,12 +77,16 @@ class Transcription(Result):
         characters: whether tables have the characters too.
         channels: what was said on each channel, where each was transcribed by itself, or one of
             them alone; `text` and `words` are then those of all, in order of time.
+        unwritten: speech that a known transcript lacks; None: `text` is what the model hears.
+        unsaid: places in `words` of those that are probably not said, of a known transcript.
     """
 
     text: str | None = None
     words: tuple[Word, ...] | None = None
     characters: bool = True
     channels: tuple[ChannelText, ...] | None = None
+    unwritten: tuple[Stretch, ...] | None = None
+    unsaid: tuple[int, ...] | None = None
 
     def fields(self) -> dict[str, Any]:
         found: dict[str, Any] = {"text": self.text}
@@ -89,7 +94,21 @@ class Transcription(Result):
             found["channels"] = [channel._asdict() for channel in self.channels]
         if self.words is not None:
             found["words"] = [word_fields(word, self.characters) for word in self.words]
+        found.update(difference_fields(self.unwritten, self.unsaid))
         return found
+
+
+def difference_fields(
+    unwritten: Sequence[Stretch] | None, unsaid: Sequence[int] | None
+) -> dict[str, Any]:
+    """Where a known transcript and a recording differ, as tables hold it; nothing for others."""
+    if unwritten is None or unsaid is None:
+        return {}
+    stretches = [
+        {"start": round(one.start, 3), "end": round(one.end, 3), "text": one.text}
+        for one in unwritten
+    ]
+    return {"unwritten": stretches, "unsaid": list(unsaid)}
 
 
 def word_fields(word: Word, characters: bool) -> dict[str, Any]:
@@ -148,7 +167,7 @@ class Transcribe(Task):
 
     name = "transcribe"
     result = Transcription
-    column_names = ("text", "channels", "words")
+    column_names: ClassVar[tuple[str, ...]] = ("text", "channels", "words")
     splits = True
 
     def __post_init__(self) -> None:
