@@ -197,7 +197,10 @@ def shaw_attention_bwd_prepare_kernel(
         rows, stride_grad_row, channels, row_mask, HEAD_DIM,
     )  # fmt: skip
     row_offsets = head.to(tl.int64) * stride_row_head + start + rows
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [BLOCK_M]
+    products = out.to(tl.float32) * grad.to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    # Selected, so that they are not fused with the sum's first additions: the threads that hold one
+    # sum would differ in its last bit.
+    delta = tl.sum(tl.where(row_mask[:, None], products, 0.0), 1)  # [BLOCK_M]
     tl.store(delta_ptr + row_offsets, delta, mask=row_mask)
 
     lse = tl.load(lse_ptr + wide_head * stride_lse_head + start + rows, mask=row_mask, other=0.0)
@@ -607,9 +610,7 @@ def shaw_attention_bwd_queries_kernel(
             HAS_DROPOUT,
         )  # fmt: skip
         if HAS_POSITIONS:
-            # The products themselves would be fused with the sum's first additions, and the threads
-            # that hold one sum would differ in its last bit.
-            row_sum = tl.sum(tl.where(row_mask[:, None], ds, 0.0), 1)
+            row_sum = tl.sum(tl.where(row_mask[:, None], ds, 0.0), 1)  # selected as delta's are
             left_sum += tl.where(far_start < band_first, row_sum, 0.0)
             right_sum += tl.where(far_start < band_first, 0.0, row_sum)
 

@@ -46,7 +46,7 @@ COMPARED = {
         SMALL,
         lengths=choose((64, 0, 1500, 217), SMALL.lengths),
         width=1024,
-        inner=4096,
+        inner=choose(4096, 1024),
         heads=16,
         head_size=64,
     ),
