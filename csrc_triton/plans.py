@@ -23,10 +23,12 @@ Streams, and which device is the current one, are asked for at every launch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, TypeVar, cast
 
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 from triton import knobs
 from triton.runtime.driver import driver as drivers
 
+_Value = TypeVar("_Value")
 _Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
 _Plan = Callable[[Sequence[Any]], Any]
 
@@ -57,14 +60,28 @@ _runtime_settings = _reader(("debug", "add_stages_inspection_hook"), knobs.runti
 _compilation_settings = _reader(("instrumentation_mode",), knobs.compilation)
 # Chains, which may be empty.
 _hooks = attrgetter("launch_enter_hook.calls", "launch_exit_hook.calls")
-_all_plans: list[dict[tuple[Any, ...], _Plan]] = []
+_all_plans: list[Table[Any]] = []
 
 
 class _Recording(threading.local):
     steps: _Steps | None = None  # of the planned launcher that runs in this thread
+    tape: Tape | None = None  # of the function around it
 
 
 _recording = _Recording()
+
+
+class Table(dict[tuple[Any, ...], _Value]):
+    """Plans by what they assume, which `forget` drops. At `MOST_PLANS` it begins anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _all_plans.append(self)
+
+    def __setitem__(self, key: tuple[Any, ...], value: _Value) -> None:
+        if len(self) >= MOST_PLANS:
+            self.clear()
+        super().__setitem__(key, value)
 
 
 def forget() -> None:
@@ -78,12 +95,11 @@ def planned(launcher: _Launcher) -> _Launcher:
 
     It runs with that tensor's device as the current one, on which Triton launches.
     """
-    plans: dict[tuple[Any, ...], _Plan] = {}
-    _all_plans.append(plans)
+    plans: Table[_Plan] = Table()
 
     @functools.wraps(launcher)
     def run(*args: Any) -> Any:
-        key = _key(args)
+        key = key_of(args) if _recording.tape is None else None
         if key is not None:
             plan = plans.get(key)
             if plan is not None:
@@ -100,16 +116,14 @@ def planned(launcher: _Launcher) -> _Launcher:
             plan = steps.plan(result)
             result = _given(result, args, distinct)
         if plan is not None:
-            if len(plans) >= MOST_PLANS:
-                plans.clear()
             plans[key] = plan
         return result
 
     return cast(_Launcher, launcher if knobs.runtime.interpret else run)
 
 
-def _key(args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """What a plan assumes; `None` where there is to be none."""
+def key_of(args: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What a plan assumes about a launcher's arguments; `None` where there is to be none."""
     runtime = knobs.runtime
     try:
         entering, leaving = _hooks(runtime)
@@ -182,8 +196,9 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **keywords: Any) -> Non
         keywords: its constants, and options of its compilation.
     """
     compiled = kernel[tuple(grid)](*args, **keywords)
-    if _recording.steps is not None:
-        _recording.steps.launched(kernel, compiled, grid, args, keywords)
+    for recorder in (_recording.steps, _recording.tape):
+        if recorder is not None:
+            recorder.launched(kernel, compiled, grid, args, keywords)
 
 
 class _Steps:
@@ -212,8 +227,7 @@ class _Steps:
         if not _can_run(compiled):
             self.complete = False
             return
-        constants = [keywords[name] for name in kernel.arg_names[len(args) :]]
-        places = [self._place(value) for value in (*args, *constants)]
+        places = [self._place(value) for value in _all_arguments(kernel, args, keywords)]
         self.launches.append((compiled, [*grid, 1, 1][:3], places))
 
     def _place(self, value: Any) -> tuple[bool, int]:
@@ -276,3 +290,169 @@ def _can_run(compiled: Any) -> bool:
         return False
     *first, last = kinds
     return len(first) == _RUN_ARGUMENTS and last is inspect.Parameter.VAR_POSITIONAL
+
+
+def _all_arguments(kernel: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
+    """A kernel's arguments with its constants, in the order of its parameters."""
+    return [*args, *[keywords[name] for name in kernel.arg_names[len(args) :]]]
+
+
+_ALIGNMENT = 256  # of what is allocated together; no kernel is specialised on more than 16
+
+
+class Tape:
+    """Launches of a function that besides only allocates and views tensors, by their addresses.
+
+    Where `planned` keeps what one launcher does with tensors, which must be its arguments or its
+    own, this keeps what many do one after the other: an address says which memory a tensor is part
+    of, so that views need not be followed. What a function allocates and does not return lies in
+    one buffer when the launches are repeated; memory is used again as its last reader allows.
+
+    Args:
+        inputs: what the function reads, and nothing else that may be another the next time.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+        self.complete = True
+        self._memory = [_extent(tensor) for tensor in inputs]
+        self._num_inputs = len(inputs)
+        self._kept: list[Any] = list(inputs)  # so that no address stands for two tensors
+        self._launches: list[tuple[Any, list[int], list[tuple[int | None, Any]]]] = []
+        given = sorted((extent for extent in self._memory if extent), key=lambda e: e.start)
+        for before, after in itertools.pairwise(given):
+            self.complete &= before.stop <= after.start
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """In this block, launches of this thread are kept."""
+        outer, _recording.tape = _recording.tape, self
+        try:
+            yield
+        finally:
+            _recording.tape = outer
+
+    def made(self, result: Any, is_new: bool) -> None:
+        """An operation gave this result: new memory, or a view."""
+        self._kept.append(result)
+        if is_new:
+            self._memory.append(_extent(result))
+
+    def launched(
+        self,
+        kernel: Any,
+        compiled: Any,
+        grid: Sequence[int],
+        args: Sequence[Any],
+        keywords: Mapping[str, Any],
+    ) -> None:
+        """A kernel was launched; arguments as of `launch`."""
+        self.complete &= _can_run(compiled)
+        places = [self._place(value) for value in _all_arguments(kernel, args, keywords)]
+        self._launches.append((compiled, [*grid, 1, 1][:3], places))
+
+    def _place(self, value: Any) -> tuple[int | None, Any]:
+        """Which memory and the offset in it; of what is no address, `None` and the value."""
+        if not isinstance(value, Tensor):
+            return None, value
+        address = value.data_ptr()
+        for place, extent in enumerate(self._memory):
+            if address in extent:
+                return place, address - extent.start
+        self.complete &= address == 0
+        return None, 0
+
+    def plan(self, results: Sequence[Tensor]) -> Callable[[Sequence[int]], list[Tensor]] | None:
+        """What launches the same: from addresses of `inputs` (0 for `None`) to new results.
+
+        `None` where that cannot be: the function did more than allocate, view and launch, or
+        a result is not the whole of something that it allocated.
+
+        Args:
+            results: what the function returned.
+        """
+        returned = [self._place(tensor) for tensor in results]
+        for tensor, (place, offset) in zip(results, returned, strict=True):
+            whole = place is not None and place >= self._num_inputs and offset == 0
+            self.complete &= whole and len(_extent(tensor)) == len(self._memory[place or 0])
+        if not self.complete or len(set(returned)) < len(returned):
+            return None
+        offsets, total = self._arranged({place for place, _ in returned})
+        # Bases of all addresses: inputs, the buffer, results.
+        base_of: dict[int | None, int] = {place: place for place in range(self._num_inputs)}
+        base_of |= {place: self._num_inputs for place in offsets}
+        base_of |= {place: self._num_inputs + 1 + i for i, (place, _) in enumerate(returned)}
+        pointers: dict[tuple[int, int], int] = {}
+        numbers: list[Any] = []
+        picks = []
+        for _, _, places in self._launches:
+            pick = []
+            for place, value in places:
+                if place is None:
+                    numbers.append(value)
+                    pick.append(-len(numbers))
+                else:
+                    pointer = (base_of[place], value + offsets.get(place, 0))
+                    pick.append(pointers.setdefault(pointer, len(pointers)))
+            picks.append(itemgetter(*pick))
+        numbers.reverse()
+        relative = list(pointers)
+        launches = [
+            (compiled.run, *grid, compiled.function, compiled.packed_metadata, pick)
+            for (compiled, grid, _), pick in zip(self._launches, picks, strict=True)
+        ]
+        driver = drivers.active
+        if not getattr(driver, "takes_addresses", True):  # one of `tools`, for tests
+            return None
+        device = driver.get_current_device()
+        current_device, current_stream = driver.get_current_device, driver.get_current_stream
+        where = results[0].device
+        empties = [(t.shape, t.stride(), t.dtype) for t in results]
+
+        def plan(inputs: Sequence[int]) -> list[Tensor]:
+            if current_device() != device:
+                with torch.cuda.device(device):
+                    return plan(inputs)
+            buffer = torch.empty(total, dtype=torch.uint8, device=where)
+            made = [torch.empty_strided(*e[:2], dtype=e[2], device=where) for e in empties]
+            bases = [*inputs, buffer.data_ptr(), *[tensor.data_ptr() for tensor in made]]
+            values = [bases[base] + offset for base, offset in relative]
+            values += numbers
+            stream = current_stream(device)
+            for run, x, y, z, function, metadata, pick in launches:
+                run(x, y, z, stream, function, metadata, None, None, None, *pick(values))
+            return made
+
+        return plan
+
+    def _arranged(self, returned: set[int | None]) -> tuple[dict[int, int], int]:
+        """Where in one buffer lies what the function allocated and did not return, and its size.
+
+        The largest first, each at the lowest place that is free from its first launch to its last.
+        """
+        used: dict[int, list[int]] = {}
+        for number, (_, _, places) in enumerate(self._launches):
+            for place, _ in places:
+                if place is not None and place >= self._num_inputs and place not in returned:
+                    used.setdefault(place, []).append(number)
+        placed: list[tuple[int, int, int]] = []
+        offsets: dict[int, int] = {}
+        for place in sorted(used, key=lambda place: -len(self._memory[place])):
+            size, first, last = len(self._memory[place]), used[place][0], used[place][-1]
+            offset = 0
+            for start, stop, other in sorted(placed):
+                beside = used[other][-1] < first or last < used[other][0]
+                if not beside and start < offset + size and offset < stop:
+                    offset = -(-stop // _ALIGNMENT) * _ALIGNMENT
+            offsets[place] = offset
+            placed.append((offset, offset + size, place))
+        return offsets, max((stop for _, stop, _ in placed), default=0)
+
+
+def _extent(tensor: Tensor | None) -> range:
+    """The addresses of a tensor's bytes."""
+    if tensor is None or tensor.numel() == 0:
+        return range(0)
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in pairs)
+    address = tensor.data_ptr()
+    return range(address, address + elements * tensor.element_size())

@@ -62,7 +62,14 @@ class _Utils:
 
 
 class NamedGpu:
-    """What Triton asks of a driver before it compiles. Its tensors are on the CPU."""
+    """What Triton asks of a driver before it compiles. Its tensors are on the CPU.
+
+    Attributes:
+        takes_addresses: whether plans may launch with a number for a tensor, of which nobody knows
+            where its memory ends.
+    """
+
+    takes_addresses = False
 
     def __init__(self, gpu: GPUTarget) -> None:
         self.gpu = gpu

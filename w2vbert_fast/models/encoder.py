@@ -18,6 +18,7 @@ from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, is_untouched
 from w2vbert_fast.models.optimized.graphs import LayerGraphs
+from w2vbert_fast.models.optimized.replay import layer_runner
 from w2vbert_fast.models.positions import (
     Wav2Vec2BertRelPositionalEmbedding,
     Wav2Vec2BertRotaryPositionalEmbedding,
@@ -123,17 +124,20 @@ class Wav2Vec2BertEncoder(nn.Module):
         stop = self.num_layers if num_layers is None else num_layers
         settings = self.recompute if self.gradient_checkpointing and self.training else None
         plan = LayerPlan(settings, self, stop)
-        for index, layer in enumerate(islice(self.layers, stop), start=1):
+        run_layer = layer_runner(hidden_states, layout)
+        layers = list(islice(self.layers, stop))
+        for index, layer in enumerate(layers, start=1):
             drops = self.training and self.config.layerdrop > 0.0
             drop = drops and torch.rand(()).item() < self.config.layerdrop
             if not drop:
                 arguments = (hidden_states, layout, positions, output_attentions)
                 if plan.takes_apart(index) and self._may_fuse(layer):
                     returned = index in wanted and torch.is_grad_enabled()
-                    following = self.layers[index] if index < stop and not returned else None
+                    following = layers[index] if index < stop and not returned else None
                     if not (plan.takes_apart(index + 1) and self._may_fuse(following)):
                         following = None
-                    hidden_states, normed, probabilities = layer.from_normed(
+                    hidden_states, normed, probabilities = run_layer(
+                        layer,
                         hidden_states,
                         layer.open(hidden_states) if normed is None else normed,
                         *arguments[1:],

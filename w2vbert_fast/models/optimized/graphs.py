@@ -55,7 +55,7 @@ FEWEST_UTTERANCES = 16
 
 # Everything that an answer depends on besides the input is in these modules' parameters, which
 # `_State` watches. Others (LoRA, quantisation, wrappers) have state that it knows nothing of.
-_KNOWN = frozenset(
+KNOWN_MODULES = frozenset(
     {
         Wav2Vec2BertEncoderLayer,
         Wav2Vec2BertFeedForward,
@@ -146,7 +146,7 @@ class _State:
             return "a part of the encoder is in training mode"
         if not self.switches[0][1]:
             return "use_fast_kernels is off"
-        if unknown := {*self.kinds} - _KNOWN:
+        if unknown := {*self.kinds} - KNOWN_MODULES:
             names = ", ".join(sorted(kind.__name__ for kind in unknown))
             return f"the encoder has parts with a state of their own ({names})"
         if any(self.touched):

@@ -1,0 +1,323 @@
+"""Layers by recorded launches: the same answers, and none where what was assumed has changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+PRELUDE = """
+import copy, sys
+from dataclasses import replace
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from csrc_triton import plans
+from tools.virtual_gpu.driver import activated
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
+from w2vbert_fast.models.model import Wav2Vec2BertModel
+from w2vbert_fast.models.optimized import replay
+from w2vbert_fast.ops.dispatch import force_triton
+
+recorded = []
+make = plans.Tape
+
+
+class Tape(make):
+    def plan(self, results):
+        plan = super().plan(results)
+        recorded.append(plan is not None)
+        return plan
+
+
+plans.Tape = Tape
+
+
+def encoder_of(layers=3, **changes):
+    torch.manual_seed(0)
+    config = Wav2Vec2BertConfig(
+        num_hidden_layers=layers, hidden_size=16, intermediate_size=16, num_attention_heads=1,
+        output_hidden_size=16, left_max_position_embeddings=4, right_max_position_embeddings=2,
+        conv_depthwise_kernel_size=3, layerdrop=0.0, **changes,
+    )
+    model = Wav2Vec2BertModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.use_fast_kernels = True
+    return model.encoder
+
+
+def batch(*lengths):
+    return PackedBatch.from_lengths(lengths, max(lengths), "cpu")
+
+
+layout = batch(5, 3)
+x = torch.randn(8, 16)
+
+
+def forward(encoder, x=x, layout=layout, maps=False):
+    '''Output, and for each layer whether it was recorded and whether that can be repeated.'''
+    recorded.clear()
+    output = encoder.run_layers(x, layout, set(), maps, None)[0]
+    return output, list(recorded)
+"""
+
+
+def run(script: str) -> None:
+    """In a process of its own: pytest's runs Triton's interpreter here."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", PRELUDE + script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_repeated_launches_give_the_same_bits() -> None:
+    """On the virtual GPU, where memory is what was allocated and nothing else."""
+    run("""
+from torch.utils._python_dispatch import _disable_current_modes
+from tools.virtual_gpu.executor import Executor
+from tools.virtual_gpu.global_memory import Checks
+
+made = []
+for name in ("empty", "empty_strided"):
+    def allocate(*args, make=getattr(torch, name), **keywords):
+        made.append(make(*args, **keywords))
+        return made[-1]
+    setattr(torch, name, allocate)
+# A buffer's other parts are not written by this launch.
+call = replay._Replays.__call__
+
+
+def remembering(replays, *args, taps, **keywords):
+    made.extend(t for t in (*args, taps, *replays._layout) if isinstance(t, torch.Tensor))
+    return call(replays, *args, taps=taps, **keywords)
+
+
+replay._Replays.__call__ = remembering
+execute = Executor(Checks(written_whole=False, garbage=False))
+numbers = []
+
+
+def tensor_at(argument):
+    if not argument.type.startswith("*") or not isinstance(argument.value, int):
+        return argument
+    numbers.append(argument.value)
+    for tensor in (*made, *weights):
+        start = tensor.data_ptr()
+        if start <= argument.value < start + max(tensor.nbytes, 1):
+            view = tensor.untyped_storage()
+            view = torch.tensor([], dtype=torch.uint8).set_(view)
+            return replace(argument, value=view[argument.value - view.data_ptr():])
+    raise AssertionError(argument)
+
+
+def execute_at(launch):
+    with _disable_current_modes():  # what executes a launch is no operation of the layer
+        execute(replace(launch, arguments=[tensor_at(a) for a in launch.arguments]))
+
+
+with activated("sm_80", execute_at) as driver, force_triton(), torch.inference_mode():
+    driver.takes_addresses = True
+    encoder = encoder_of()
+    weights = [*encoder.parameters()]
+    first, found = forward(encoder)
+    assert found == [True, True], found  # the second layer is as the first, the last is not
+    assert numbers  # so it was by addresses
+    plans.forget()
+    numbers.clear()
+    driver.takes_addresses = False
+    plain, found = forward(encoder)
+    assert found == [False, False] and not numbers
+    assert torch.equal(first, plain)
+    driver.takes_addresses = True
+    plans.forget()
+    forward(encoder)
+    numbers.clear()
+    again, found = forward(encoder, x.clone())
+    assert not found and numbers and torch.equal(again, first)
+""")
+
+
+WHAT = """
+launches = []
+
+
+def what(encoder, x=x, layout=layout):
+    '''The output's launches: kernels, grids, numbers, and which of what was given is read where.'''
+    launches.clear()
+    recorded.clear()
+    encoder.run_layers(x, layout, set(), False, None)
+    given = {t.data_ptr() for t in (x, layout.cu_seqlens, *encoder.parameters())}
+
+    def value_of(argument):
+        value = argument.value
+        if argument.type.startswith("*") and value is not None:
+            address = value if isinstance(value, int) else value.data_ptr()
+            return address if address in given else "memory"
+        return value
+
+    return [
+        (r.kernel, r.grid, r.constants, r.hints, [value_of(a) for a in r.arguments])
+        for r in launches
+    ]
+
+
+def ordinary(encoder, *given):
+    driver.takes_addresses = False
+    plans.forget()
+    found = what(encoder, *given)
+    driver.takes_addresses = True
+    plans.forget()
+    return found
+
+
+def by_addresses():
+    return any(
+        isinstance(a.value, int) for launch in launches for a in launch.arguments
+        if a.type.startswith("*")
+    )
+"""
+
+
+def test_layers_that_are_alike_share_what_was_recorded_and_others_do_not() -> None:
+    run(
+        WHAT
+        + """
+with activated("sm_90", launches.append) as driver, force_triton(), torch.inference_mode():
+    encoder = encoder_of()
+    usual = ordinary(encoder)
+    assert what(encoder) == usual and recorded == [True, True]  # the last layer is another kind
+    assert what(encoder) == usual and recorded == [] and by_addresses()
+    other = encoder_of()  # another model of this kind
+    repeated = what(other)
+    assert recorded == [] and by_addresses()
+    assert repeated == ordinary(other)
+    what(encoder)
+    unaligned = torch.randn(8 * 16 + 1)[1:].view(8, 16)
+    for given in (
+        (torch.randn(9, 16), batch(5, 4)),
+        (torch.randn(8, 16), batch(5, 2, 1)),
+        (torch.randn(8, 16), batch(6, 2)),
+        (unaligned, layout),
+        (x, replace(layout, seqused_k=torch.tensor([4, 3], dtype=torch.int32))),
+    ):
+        what(encoder)
+        found = what(encoder, *given)
+        assert recorded and found == what(encoder, *given) and not recorded
+        assert found == ordinary(encoder, *given)
+
+    first = encoder.layers[0]
+    linear, norm = first.ffn1.output_dense, first.ffn2_layer_norm
+    key = first.self_attn.linear_k.weight
+
+    def half():
+        for layer in encoder.layers:
+            layer.half()
+
+    changes = {
+        "an attribute": lambda: setattr(norm, "eps", 1e-3),
+        "an activation": lambda: setattr(first.ffn1, "activation", "relu"),
+        "a parameter": lambda: setattr(norm, "weight", nn.Parameter(norm.weight.detach().clone())),
+        "no parameter": lambda: setattr(linear, "bias", None),
+        "memory": lambda: setattr(norm.weight, "data", norm.weight.detach().clone()),
+        "projections that no longer follow each other": lambda: setattr(key, "data", key.clone()),
+        "a child": lambda: setattr(first, "conv_module", copy.deepcopy(first.conv_module)),
+        "strides": lambda: setattr(linear.weight, "data", wide()),
+        "kernels that are off": lambda: setattr(first.ffn2, "use_fast_kernels", False),
+    }
+
+    def wide():
+        weight = torch.randn(16, 32)[:, :16]
+        return weight
+
+    for name, change in changes.items():
+        what(encoder)
+        what(encoder)
+        assert not recorded
+        change()
+        found = [what(encoder) for _ in range(2)]
+        assert found == [ordinary(encoder)] * 2, name
+"""
+    )
+
+
+def test_what_is_watched_or_touched_runs_as_it_always_did() -> None:
+    run(
+        WHAT
+        + """
+class Linear(nn.Linear):
+    pass
+
+
+seen = []
+
+
+def look(*_):
+    seen.append(1)
+
+
+with activated("sm_90", launches.append) as driver, force_triton(), torch.no_grad():
+    driver.takes_addresses = True
+    encoder = encoder_of()
+    layer = encoder.layers[0]
+    what(encoder)
+
+    def is_repeated(layers):
+        '''Of three.'''
+        what(encoder)
+        what(encoder)
+        own = sum(isinstance(launch.arguments[0].value, int) for launch in launches)
+        return own == 14 * layers or print(own, layers, file=sys.stderr)
+
+    assert is_repeated(3)
+    for kind in ("register_forward_hook", "register_forward_pre_hook"):
+        for module in (layer.ffn1, layer.ffn1.output_dense, layer.final_layer_norm):
+            handle = getattr(module, kind)(look)
+            assert is_repeated(2), (kind, module)
+            handle.remove()
+            assert is_repeated(3)
+    assert seen
+    handle = nn.modules.module.register_module_forward_hook(look)
+    assert is_repeated(0)
+    handle.remove()
+    layer.ffn1.forward = layer.ffn1.forward
+    assert is_repeated(2)
+    del layer.ffn1.forward
+    layer.ffn1.output_dense.__class__ = Linear
+    assert is_repeated(2)
+    layer.ffn1.output_dense.__class__ = nn.Linear
+    layer.ffn1.register_buffer("scale", torch.ones(1))
+    assert is_repeated(2)
+    del layer.ffn1.scale
+    layer.ffn1.note = torch.ones(2)
+    assert is_repeated(2)
+    del layer.ffn1.note
+    layer.ffn2.output_dropout.p = 0.5
+    assert is_repeated(3)  # which is not training
+    layer.ffn2.output_dropout.train()
+    assert is_repeated(2)
+    layer.eval()
+    assert is_repeated(3)
+    for watcher in (FlopCounterMode(display=False), torch.profiler.profile(), torch.enable_grad()):
+        with watcher:
+            assert is_repeated(0), watcher
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_repeated(0)
+    assert is_repeated(3)
+    asked = []
+    stream = driver.get_current_stream
+    driver.get_current_stream = lambda device: asked.append(device) or 7
+    plans.forget()
+    what(encoder)
+    asked.clear()
+    assert is_repeated(3) and len(asked) >= 2 * 3
+    maps = encoder.run_layers(x, layout, set(), True, None)[2]
+    assert len(maps) == 3
+"""
+    )

@@ -1,0 +1,247 @@
+"""A layer in inference as one sequence of launches: recorded once, repeated with other addresses.
+
+Between the launches of a layer lie its modules, their attributes, the choice of operations and the
+plans of fourteen launchers, all of which come to the same for the next layer and the next batch of
+this size. So the launches are kept by all that they depend on (`csrc_triton.plans.Tape`):
+
+* of the layer everything that its modules hold: classes, attributes, parameters by dtype, device,
+  shape, strides, alignment and which of them follow each other in memory. Hooks, other classes
+  (LoRA, quantisation, wrappers) and buffers have no place in that: such a layer is not repeated;
+* of the call the tensors, likewise, and the length of the longest utterance;
+* what `csrc_triton.plans` assumes anyhow.
+
+All of it is compared at each call. Layers that are alike share what was recorded, for a parameter
+is an address among others. What does more than allocate, view and launch (training, positions that
+are plain PyTorch) runs as it always did, and so does everything that is watched.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from w2vbert_fast.layout import PackedBatch
+from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, has_global_hooks, is_touched
+from w2vbert_fast.models.optimized.graphs import KNOWN_MODULES
+from w2vbert_fast.ops.dispatch import runs_triton
+from w2vbert_fast.ops.operation import OPERATIONS, is_watched
+
+_NEW_MEMORY = frozenset(
+    {
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+    }
+)
+_EMPTY = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    "_buffers",
+)
+
+_device_of: Callable[[Tensor], AbstractContextManager[None]] = torch.cuda.device_of
+# Functions in C, as they are asked for every parameter at every call.
+_ADDRESS, _KIND, _STRIDES = Tensor.data_ptr, attrgetter("dtype", "shape"), Tensor.stride
+
+Layer = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+"""`Wav2Vec2BertEncoderLayer.from_normed`, with the layer in front."""
+
+
+def layer_runner(x: Tensor, layout: PackedBatch) -> Layer:
+    """What runs the layers of a forward pass, by recorded launches where that can be.
+
+    Args:
+        x: `[N, C]`, what enters the first layer.
+        layout: the utterances, with the attention's work list.
+    """
+    if (
+        is_watched((x,))
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+        or has_global_hooks()
+        or not runs_triton(x)
+    ):
+        return Wav2Vec2BertEncoderLayer.from_normed
+    return _Replays(layout)
+
+
+class _Replays:
+    """The layers of one forward pass."""
+
+    def __init__(self, layout: PackedBatch) -> None:
+        # Only here, as there may be no Triton.
+        from csrc_triton import plans
+
+        self._plans = plans
+        self._table = _table()
+        self._layout = (layout.cu_seqlens, layout.seqused_k, layout.tile_map)
+        self._max_seqlen = layout.max_seqlen
+
+    def __call__(
+        self,
+        layer: Wav2Vec2BertEncoderLayer,
+        hidden_states: Tensor,
+        normed: Tensor,
+        *arguments: Any,
+        taps: Tensor | None,
+        next_layer: Wav2Vec2BertEncoderLayer | None,
+        run_attention: Callable[..., Any] | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `from_normed`."""
+
+        def run() -> tuple[Tensor, Tensor | None, Tensor | None]:
+            following = {"next_layer": next_layer, "run_attention": run_attention}
+            return layer.from_normed(hidden_states, normed, *arguments, taps=taps, **following)  # type: ignore[arg-type]
+
+        state = _state_of(layer)
+        norm = None if next_layer is None else next_layer._modules["ffn1_layer_norm"]
+        others = (run_attention, *arguments[1:])  # positions and whether to return attention maps
+        if state is None or any(others) or type(norm) not in (nn.LayerNorm, type(None)):
+            return run()
+        border: tuple[Any, ...] = (None, None, None)
+        if norm is not None:
+            border = (*norm._parameters.values(), norm.eps)
+        tensors = (hidden_states, normed, taps, *self._layout, *border[:2])
+        key = self._plans.key_of((*tensors, border[2], self._max_seqlen, state.number))
+        if key is None:
+            return run()
+        plan = self._table.get(key)
+        if plan is None:
+            if key in self._table:  # there was no way
+                return run()
+            tape = self._plans.Tape((*tensors, *state.parameters))
+            with _device_of(hidden_states), tape.recording(), _Operations(tape):
+                result = run()
+                made = [tensor for tensor in result if tensor is not None]
+                self._table[key] = tape.plan(made)
+            return result
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        made = plan(addresses + state.addresses)
+        return made[0], made[1] if len(made) > 1 else None, None
+
+
+@functools.cache
+def _table() -> Any:
+    from csrc_triton import plans
+
+    return plans.Table()
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells a tape what PyTorch does besides launches."""
+
+    def __init__(self, tape: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "w2vbert":
+            with self:
+                return OPERATIONS[func._opname].run(*args)
+        result = func(*args, **(kwargs or {}))
+        is_new = func in _NEW_MEMORY
+        self._tape.complete &= is_new or func.is_view
+        self._tape.made(result, is_new)
+        return result
+
+
+class _State:
+    """All that a layer's modules hold.
+
+    Attributes:
+        number: the same for layers that are alike; `None` where a layer has what is not known.
+        parameters: of all modules, in order, `None` where one has none.
+        addresses: of the parameters, 0 for `None`.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        modules = list(layer.modules())
+        self._modules, self._kinds = modules, [type(module) for module in modules]
+        self._own = [vars(module) for module in modules]
+        # Each module's attributes, then its children; dictionaries among them by identity.
+        self._compared = [*self._own, *[own["_modules"] for own in self._own if own["_modules"]]]
+        self._values = _values(self._compared)
+        self._mostly_empty = [own[name] for own in self._own for name in _EMPTY]
+        self._has_hooks = any(self._mostly_empty)
+        self._parameters = [own["_parameters"] for own in self._own if own["_parameters"]]
+        self.parameters = _values(self._parameters)
+        self.addresses = [0 if p is None else p.data_ptr() for p in self.parameters]
+        self._present = [p for p in self.parameters if p is not None]
+        self._described = self._describe()
+        self.number = self._number()
+
+    def holds(self) -> bool:
+        """Whether it is all as it was."""
+        try:
+            parameters = _values(self._parameters)
+            return (
+                any(self._mostly_empty) is self._has_hooks
+                and [*map(type, self._modules)] == self._kinds
+                and _values(self._compared) == self._values
+                and len(parameters) == len(self.parameters)
+                and all(map(is_, parameters, self.parameters))
+                and self._describe() == self._described
+            )
+        except RuntimeError:  # a tensor where there was none has no truth value
+            return False
+
+    def _describe(self) -> list[Any]:
+        present = self._present
+        return [*map(_ADDRESS, present), *map(_KIND, present), *map(_STRIDES, present)]
+
+    def _number(self) -> int | None:
+        """Of what is alike; see `number`."""
+        kinds = {type(parameter) for parameter in self.parameters}
+        known = kinds <= {nn.Parameter, type(None)} and KNOWN_MODULES.issuperset(self._kinds)
+        if not known or self._has_hooks or any(map(is_touched, self._modules)):
+            return None
+        attributes = []
+        for own in self._own:
+            for name, value in own.items():
+                if isinstance(value, Tensor):
+                    return None
+                if isinstance(value, dict | set):
+                    value = tuple(value) if name in ("_modules", "_parameters") else ()
+                attributes.append((name, tuple(value) if isinstance(value, list) else value))
+        starts = {address: place for place, address in enumerate(self.addresses)}
+        parameters: list[tuple[Any, ...]] = []
+        for p in self.parameters:
+            if p is not None:
+                storage = p.untyped_storage()
+                following = starts.get(p.data_ptr() + p.nbytes)
+                other = None if following is None else self.parameters[following]
+                if other is None or other.untyped_storage().data_ptr() != storage.data_ptr():
+                    following = None
+                kind = (p.dtype, p.device, p.shape, p.stride(), p.data_ptr() & 15)
+                parameters.append((*kind, storage.nbytes() < 2**31, following))
+            else:
+                parameters.append(())
+        try:
+            signature = (tuple(self._kinds), tuple(attributes), tuple(parameters))
+            return _NUMBERS.setdefault(signature, len(_NUMBERS))
+        except TypeError:  # an attribute that has no hash
+            return None
+
+
+def _values(owners: Sequence[dict[str, Any]]) -> list[Any]:
+    return [*chain.from_iterable(map(dict.values, owners))]
+
+
+_NUMBERS: dict[tuple[Any, ...], int] = {}
+_STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
+
+
+def _state_of(layer: nn.Module) -> _State | None:
+    """A layer's state as it is now; `None` where the layer is not to be repeated."""
+    state = _STATES.get(layer)
+    if state is None or not state.holds():
+        state = _STATES[layer] = _State(layer)
+    return None if state.number is None else state
