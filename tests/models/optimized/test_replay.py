@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 
 PRELUDE = """
-import copy, sys
+import copy, gc, sys, weakref
 from dataclasses import replace
 import torch
 from torch import nn
@@ -319,5 +319,10 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.no_gra
     assert is_repeated(3) and len(asked) >= 2 * 3
     maps = encoder.run_layers(x, layout, set(), True, None)[2]
     assert len(maps) == 3
+    freed = [weakref.ref(o) for o in (encoder, layer, layer.ffn1, layer.ffn1.output_dense.weight)]
+    del encoder, layer, module
+    launches.clear()
+    gc.collect()
+    assert [ref() is None for ref in freed] == [True] * 4
 """
     )

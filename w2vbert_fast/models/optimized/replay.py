@@ -17,37 +17,27 @@ are plain PyTorch) runs as it always did, and so does everything that is watched
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, has_global_hooks, is_touched
 from w2vbert_fast.models.optimized.graphs import KNOWN_MODULES
 from w2vbert_fast.ops.dispatch import runs_triton
-from w2vbert_fast.ops.operation import OPERATIONS, is_watched
+from w2vbert_fast.ops.operation import is_watched
+from w2vbert_fast.ops.repeated import repeated
 
-_NEW_MEMORY = frozenset(
-    {
-        torch.ops.aten.empty.memory_format,
-        torch.ops.aten.empty_strided.default,
-        torch.ops.aten.new_empty.default,
-    }
-)
 _EMPTY = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     "_buffers",
 )
 
-_device_of: Callable[[Tensor], AbstractContextManager[None]] = torch.cuda.device_of
 # Functions in C, as they are asked for every parameter at every call.
 _ADDRESS, _KIND, _STRIDES = Tensor.data_ptr, attrgetter("dtype", "shape"), Tensor.stride
 
@@ -77,11 +67,6 @@ class _Replays:
     """The layers of one forward pass."""
 
     def __init__(self, layout: PackedBatch) -> None:
-        # Only here, as there may be no Triton.
-        from csrc_triton import plans
-
-        self._plans = plans
-        self._table = _table()
         self._layout = (layout.cu_seqlens, layout.seqused_k, layout.tile_map)
         self._max_seqlen = layout.max_seqlen
 
@@ -109,48 +94,14 @@ class _Replays:
         border: tuple[Any, ...] = (None, None, None)
         if norm is not None:
             border = (*norm._parameters.values(), norm.eps)
-        tensors = (hidden_states, normed, taps, *self._layout, *border[:2])
-        key = self._plans.key_of((*tensors, border[2], self._max_seqlen, state.number))
-        if key is None:
-            return run()
-        plan = self._table.get(key)
-        if plan is None:
-            if key in self._table:  # there was no way
-                return run()
-            tape = self._plans.Tape((*tensors, *state.parameters))
-            with _device_of(hidden_states), tape.recording(), _Operations(tape):
-                result = run()
-                made = [tensor for tensor in result if tensor is not None]
-                self._table[key] = tape.plan(made)
-            return result
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        made = plan(addresses + state.addresses)
+        made = repeated(
+            lambda: [tensor for tensor in run() if tensor is not None],
+            (hidden_states, normed, taps, *self._layout, *border[:2]),
+            (border[2], self._max_seqlen, state.number),
+            state.parameters,
+            state.addresses,
+        )
         return made[0], made[1] if len(made) > 1 else None, None
-
-
-@functools.cache
-def _table() -> Any:
-    from csrc_triton import plans
-
-    return plans.Table()
-
-
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells a tape what PyTorch does besides launches."""
-
-    def __init__(self, tape: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._tape = tape
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "w2vbert":
-            with self:
-                return OPERATIONS[func._opname].run(*args)
-        result = func(*args, **(kwargs or {}))
-        is_new = func in _NEW_MEMORY
-        self._tape.complete &= is_new or func.is_view
-        self._tape.made(result, is_new)
-        return result
 
 
 class _State:
@@ -163,9 +114,10 @@ class _State:
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        modules = list(layer.modules())
-        self._modules, self._kinds = modules, [type(module) for module in modules]
-        self._own = [vars(module) for module in modules]
+        # But for the layer, which this must not keep alive; its caller knows its class.
+        self._modules = [module for module in layer.modules() if module is not layer]
+        self._kinds = [type(module) for module in self._modules]
+        self._own = [vars(layer), *map(vars, self._modules)]
         # Each module's attributes, then its children; dictionaries among them by identity.
         self._compared = [*self._own, *[own["_modules"] for own in self._own if own["_modules"]]]
         self._values = _values(self._compared)
