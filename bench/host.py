@@ -18,9 +18,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.model import Wav2Vec2BertModel
-from w2vbert_fast.ops import tap_major
+from w2vbert_fast.ops import tap_major, tuned
 from w2vbert_fast.ops.dispatch import force_triton
 from w2vbert_fast.ops.examples import Sizes, example
 from w2vbert_fast.ops.operation import OPERATIONS
@@ -68,13 +69,15 @@ class Row:
         run: the call.
         less: what is subtracted: the same with a layer less.
         mode: in which both run.
-        launches: of Triton kernels that `run` makes, less those of `less`.
+        library: launches of the vendor's library that `run` makes, less those of `less`.
+        launches: all that `run` makes, less those of `less`.
     """
 
     name: str
     run: Callable[[], object]
     less: Callable[[], object] = lambda: None
     mode: Callable[[], AbstractContextManager[object]] = torch.inference_mode
+    library: int = 0
     launches: int = 0
 
 
@@ -170,11 +173,26 @@ def training_step(layers: int) -> Callable[[], object]:
     return step
 
 
+@contextmanager
+def products_by_pytorch() -> Iterator[None]:
+    """Inference, and PyTorch's own product where no activation follows, as for many tokens on
+    Hopper. Here it computes, which for so few takes little more than its call."""
+    with torch.inference_mode(), patch.object(tuned, "product_by_pytorch", lambda x, weight: True):
+        yield
+
+
+PRODUCTS = 5
+"""Of a layer, with no activation behind them: of both feed-forward blocks the second, query, key
+and value in one, the attention's output, the second of the convolution module."""
+
+
 def layers() -> Iterator[Row]:
     """What a layer takes: the difference between three layers and two."""
     three, two = forward(3), forward(2)
     layer = "encoder layer"
     yield Row(f"{layer}, inference_mode", three, two)
+    mixed = f"{layer}, PyTorch's products, inference_mode"
+    yield Row(mixed, three, two, products_by_pytorch, PRODUCTS)
     yield Row(f"{layer}, no_grad", three, two, torch.no_grad)
     yield Row(f"{layer}, training step", training_step(3), training_step(2), torch.enable_grad)
 
@@ -208,7 +226,7 @@ def measure(rows: list[Row], launches: Callable[[], int], rounds: int) -> list[R
             for run in (row.run, row.less):
                 run()
                 counts.append(launches())
-        row.launches = counts[1] - counts[0] - (counts[2] - counts[1])
+        row.launches = counts[1] - counts[0] - (counts[2] - counts[1]) + row.library
     rows = [row for row in rows if row.launches > 0]
     times: list[list[float]] = []
     gc.collect()
