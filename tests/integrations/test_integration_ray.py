@@ -271,6 +271,7 @@ def test_the_command_line_embeds_with_ray(ray: Any, tmp_path: Path) -> None:
         (["--actors", "2"], "--actors is for --engine ray"),
         (["--gpus-per-actor", "1"], "--gpus-per-actor is for --engine ray"),
         (["--engine", "ray", "--device", "cuda"], "--device is for --engine local"),
+        (["--engine", "ray", "--processes", "2"], "--processes is for --engine local"),
         (["--engine", "ray", "--actors", "1:2:3"], "--actors must be a number or MIN:MAX"),
         (["--engine", "ray", "--actors", "many"], "--actors must be a number or MIN:MAX"),
     ],

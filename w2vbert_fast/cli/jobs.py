@@ -176,6 +176,10 @@ class Books:
 class Engine:
     """Where a job computes; nor does this."""
 
+    processes: int = option(
+        1,
+        "Processes that compute on a CPU, each on a part of --threads, with one copy of the model.",
+    )
     engine: str = option(
         "local",
         "ray: models live in the actors of a Ray cluster; the options below are for that.",
@@ -197,10 +201,13 @@ class Engine:
             from w2vbert_fast.inference.runner import Runner
 
             for name in given(self, Engine):
-                raise ValueError(f"{name} is for --engine ray")
+                if name != "--processes":
+                    raise ValueError(f"{name} is for --engine ray")
             return Runner
         if self.engine != "ray":
             raise ValueError(f"--engine must be local or ray, got {self.engine!r}")
+        if self.processes != 1:
+            raise ValueError("--processes is for --engine local; with ray there is --actors")
         if device is not None:
             raise ValueError("--device is for --engine local; with ray there is --gpus-per-actor")
         from w2vbert_fast.integrations.ray import job_runner
@@ -265,6 +272,7 @@ def run_job(
     flow = Flow(
         window_rows=min(Flow.window_rows, options.shard_rows),
         window_seconds=kind.window_seconds,
+        processes=job.processes,
         **job.flow(),
     )
     runner = make_runner(kind(**task_options), flow)

@@ -15,6 +15,7 @@ from w2vbert_fast.inference.pipeline import is_out_of_memory
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.tasks.base import Piece, Task
+from w2vbert_fast.inference.workers import Workers
 from w2vbert_fast.ops import tuned
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ class Batcher:
         frame_budget: encoder frames of a batch, 50 a second; "auto": found by a probe at first use,
             of some 10 seconds; None: `usual_budget`. A single piece that is longer makes a batch of
             its own.
+        processes: so many are forked to compute, each on a part of PyTorch's threads, of which this
+            one then keeps one; 1: none. For models on a CPU, in a process that has computed on no
+            other thread yet.
 
     Attributes:
         frame_budget: as a number, once it is known; halved whenever a batch did not fit into
@@ -69,12 +73,19 @@ class Batcher:
             through the model, and those of the whole window; None: nobody is.
 
     Raises:
-        ValueError: the budget is not positive.
+        ValueError: the budget or the number of processes is not positive.
     """
 
-    def __init__(self, task: Task, frame_budget: int | str | None = None) -> None:
+    def __init__(
+        self, task: Task, frame_budget: int | str | None = None, processes: int = 1
+    ) -> None:
         checked_budget(frame_budget)
+        if processes < 1:
+            raise ValueError(f"processes must be at least 1, got {processes}")
         self.task = task
+        self.processes = processes
+        self._workers: Workers | None = None
+        self._computing: dict[int, Sequence[_Unit]] = {}
         self.probes = frame_budget == "auto"
         self.frame_budget = frame_budget if isinstance(frame_budget, int) else None
         self.seconds = 0.0
@@ -82,7 +93,16 @@ class Batcher:
         self.watch: Callable[[float, float], None] | None = None
 
     def prepare(self) -> int:
-        """Load the model and find the budget, where that has not been done; the budget."""
+        """Load the model and find the budget, where that has not been done; the budget.
+
+        Raises:
+            ValueError: there are to be several processes, and the model is not on a CPU.
+        """
+        if self.processes > 1 and self._workers is None:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            self.task.load()
+            self._workers = Workers(self.task, self.processes, max(1, threads // self.processes))
         self.task.load()
         if self.frame_budget is None:
             self.frame_budget = probe(self.task) if self.probes else usual_budget(self.task.network)
@@ -115,9 +135,9 @@ class Batcher:
         rate = self.task.extractor.sampling_rate if self.watch is not None else 1
         total = sum(unit.piece.samples.numel() for unit in units)
         finished = 0
-        while batches:
-            batch = batches.pop()
-            outcome = self._attempt(batch)
+        self._computing = {}
+        while batches or self._computing:
+            batch, outcome = self._next(batches)
             if isinstance(outcome, Exception) and len(batch) > 1:
                 if is_out_of_memory(outcome):
                     self._halve(batch)
@@ -157,19 +177,34 @@ class Batcher:
     def _frames(self, unit: _Unit) -> int:
         return unit.piece.samples.numel() // self.task.samples_per_frame + 1
 
-    def _attempt(self, batch: Sequence[_Unit]) -> list[Any] | Exception:
-        """What the model makes of a batch; the error of one that has to be run in parts."""
+    def _next(self, batches: list[list[_Unit]]) -> tuple[Sequence[_Unit], list[Any] | Exception]:
+        """A batch, the last one where nobody else computes, and what the model makes of it; the
+        error of one that has to be run in parts."""
         start = time.perf_counter()
-        try:
-            outputs = self.task.run([unit.piece for unit in batch])
-        except (MemoryError, RuntimeError, ValueError) as error:
-            if not (isinstance(error, ValueError) or is_out_of_memory(error)):
-                raise
-            # The traceback holds the batch's tensors.
-            return error.with_traceback(None)
+        outcome: list[Any] | Exception
+        if self._workers is None:
+            batch: Sequence[_Unit] = batches.pop()
+            try:
+                outcome = self.task.run([unit.piece for unit in batch])
+            except (MemoryError, RuntimeError, ValueError) as error:
+                # The traceback holds the batch's tensors.
+                outcome = error.with_traceback(None)
+        else:
+            while batches and self._workers.free:
+                batch = batches.pop()
+                number = self._workers.submit([unit.piece for unit in batch])
+                self._computing[number] = batch
+            number, outcome = self._workers.result()
+            while number not in self._computing:  # of a window that was given up
+                number, outcome = self._workers.result()
+            batch = self._computing.pop(number)
+        if isinstance(outcome, Exception):
+            if not (isinstance(outcome, ValueError) or is_out_of_memory(outcome)):
+                raise outcome
+            return batch, outcome
         self.batches += 1
         self.seconds += time.perf_counter() - start
-        return outputs
+        return batch, outcome
 
     def _halve(self, batch: Sequence[_Unit]) -> None:
         assert self.frame_budget is not None

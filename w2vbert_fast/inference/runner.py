@@ -39,6 +39,8 @@ class Flow:
         window_seconds: a window is full when it holds so much audio; as much again is read ahead.
         longest: recordings of more seconds are errors.
         overlap: decode while the model runs; None: unless it runs on a CPU and there are at most 8.
+        processes: that compute, each on a part of PyTorch's threads, with one copy of the weights;
+            1: this one. For models on a CPU, in a process that has computed on one thread only.
     """
 
     frame_budget: int | str | None = None
@@ -47,10 +49,11 @@ class Flow:
     window_seconds: float = Task.window_seconds
     longest: float = LONGEST_SECONDS
     overlap: bool | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         checked_budget(self.frame_budget)
-        for name in ("workers", "window_rows"):
+        for name in ("workers", "window_rows", "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -73,7 +76,7 @@ class Runner(Generic[R]):
     def __init__(self, task: Task, flow: Flow | None = None) -> None:
         self.task = task
         self.flow = flow or Flow()
-        self.batcher = Batcher(task, self.flow.frame_budget)
+        self.batcher = Batcher(task, self.flow.frame_budget, self.flow.processes)
         self.waited = 0.0
 
     def __getstate__(self) -> dict[str, Any]:

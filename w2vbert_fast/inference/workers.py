@@ -1,0 +1,158 @@
+"""Processes that compute batches: each with a part of the cores, all with one copy of the weights.
+
+They are forked from a process that has loaded the model, so that its weights, packed or not, lie in
+memory once. A process that has computed on several threads must not be forked to do so again:
+OpenMP's threads are not there in the copy, and it waits for them. So the model is loaded on one
+thread, and the copies take more.
+
+Every process computes one batch at a time. The batch of one that ends goes to another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import pickle
+import signal
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing import connection
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from w2vbert_fast.inference.tasks.base import Piece, Task
+
+logger = logging.getLogger(__name__)
+
+
+class Workers:
+    """Forked processes with a task's model.
+
+    Args:
+        task: the task, whose model is loaded.
+        processes: how many there are.
+        threads: that each computes on.
+
+    Raises:
+        ValueError: the model is not on the CPU; or this system has no fork.
+    """
+
+    def __init__(self, task: Task, processes: int, threads: int) -> None:
+        self._pids: dict[connection.Connection[Any, Any], int] = {}
+        self._busy: dict[connection.Connection[Any, Any], tuple[int, bytes]] = {}
+        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._numbers = itertools.count()
+        self._owner = os.getpid()
+        device = next(task.network.parameters()).device
+        if device.type != "cpu" or not hasattr(os, "fork"):
+            where = f"the model is on {device}" if hasattr(os, "fork") else "there is no fork here"
+            raise ValueError(f"processes is {processes}; it is for models on the CPU, {where}")
+        for _ in range(processes):
+            ours, theirs = connection.Pipe()
+            pid = os.fork()
+            if pid == 0:
+                _work(task, theirs, threads)
+            theirs.close()
+            self._pids[ours] = pid
+
+    @property
+    def free(self) -> int:
+        """Processes that have nothing to do."""
+        return len(self._pids) - len(self._busy) - len(self._waiting)
+
+    def submit(self, pieces: Sequence[Piece]) -> int:
+        """Let a batch be computed; its number."""
+        number = next(self._numbers)
+        # Arrays, because a tensor's pickle holds the whole recording of a piece.
+        work = pickle.dumps([(piece.samples.numpy(), piece.whole) for piece in pieces])
+        self._waiting.append((number, work))
+        return number
+
+    def result(self) -> tuple[int, Any]:
+        """The number of a batch that is done, and what `Task.run` returned or raised.
+
+        Raises:
+            RuntimeError: all processes have ended.
+        """
+        while True:
+            idle = [pipe for pipe in self._pids if pipe not in self._busy]
+            for pipe in idle[: len(self._waiting)]:
+                self._busy[pipe] = self._waiting.popleft()
+                with contextlib.suppress(OSError):  # it has ended: reading says so too
+                    pipe.send_bytes(self._busy[pipe][1])
+            ready = connection.wait([*self._busy])
+            for pipe in [pipe for pipe in self._busy if pipe in ready]:
+                number, _ = work = self._busy.pop(pipe)
+                try:
+                    return number, pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError):
+                    self._waiting.append(work)
+                    self._lost(pipe)
+
+    def _lost(self, pipe: connection.Connection[Any, Any]) -> None:
+        pid = self._pids.pop(pipe)
+        pipe.close()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        why = f"by signal {-status}" if status < 0 else f"with status {status}"
+        if not self._pids:
+            raise RuntimeError(f"all processes that compute have ended, the last {why}")
+        logger.warning(
+            "a process that computes has ended %s; the others, %d, go on", why, len(self._pids)
+        )
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        if os.getpid() != self._owner:
+            return  # a copy, in a process that was forked later
+        for pipe, pid in self._pids.items():
+            pipe.close()
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        self._pids.clear()
+        self._busy.clear()
+        self._waiting.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _work(task: Task, pipe: connection.Connection[Any, Any], threads: int) -> NoReturn:
+    """What a forked process does until nobody is at the other end of the pipe."""
+    try:
+        # Ctrl-C reaches all of a terminal's processes; this one ends with the job.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # The job's lock and the other processes' pipes would live as long as this process does.
+        os.closerange(3, pipe.fileno())
+        os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        torch.set_num_threads(threads)
+        while True:
+            pieces = [
+                Piece(torch.from_numpy(samples), whole)
+                for samples, whole in pickle.loads(pipe.recv_bytes())
+            ]
+            pipe.send_bytes(pickle.dumps(_answer(task, pieces)))
+    finally:
+        os._exit(0)  # nothing of what the other process has begun is ended here
+
+
+def _answer(task: Task, pieces: Sequence[Piece]) -> Any:
+    try:
+        # Copies of views, because a tensor's pickle holds all that it is a view of.
+        return tree_map_only(Tensor, _compact, task.run(pieces))
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RuntimeError(f"{type(error).__name__}: {error}")
+        return error.with_traceback(None)
+
+
+def _compact(x: Tensor) -> Tensor:
+    return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
