@@ -74,6 +74,14 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("target", "ptx", "operator", "line", "after"))
 
 
+def digest_of(ptx: str) -> str:
+    """Of a kernel's statements: where its source lies, and on which lines, makes no other one."""
+    from tools.virtual_gpu.ptx import parse
+
+    text = "\n".join(i.text for i in parse(ptx).instructions)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def code(source: str) -> str:
     """The source line's own text; its number changes with every edit of the file."""
     path, _, line = source.partition(" ")[0].rpartition(":")
@@ -99,7 +107,7 @@ def tried(
         case = Case(operation, SMALL, target)
         long: list[Case] = []
         for ptx, name in {ran.launch.ptx: ran.launch.name for ran in case.ran}.items():
-            digest = hashlib.sha256(ptx.encode()).hexdigest()[:12]
+            digest = digest_of(ptx)
             if digest in seen:
                 continue
             seen.add(digest)

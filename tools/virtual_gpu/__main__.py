@@ -20,7 +20,7 @@ from .record import Launch, Recorder
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m tools.virtual_gpu",
+        prog=f"python -m {__package__}",
         description="Run a Python script, its Triton kernels compiled for a GPU that is not there, "
         "executed and checked. Its tensors are on the CPU.",
     )

@@ -2,8 +2,8 @@
 
 A mutant of synchronisation leaves out a barrier, a wait, a commit or a fence, or waits for one
 group less; one of values leaves out a mask, swaps two operands or two registers of a vector, or
-changes a constant. Operands of what is commutative are not swapped, no value is changed that the
-next statement overwrites, and what there is no rule for is no mutant.
+changes a constant. Operands of what is commutative are not swapped, no value is changed that is
+overwritten before it is read, and what there is no rule for is no mutant.
 
 While a mutant runs it is watched whether the changed statement was reached, and whether it ever did
 something else than the one that stood there. The watching statements are PTX of this file's own.
@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -79,21 +79,30 @@ def mutants(ptx: str, seed: int = 0) -> Iterator[Mutant]:
     """All mutants of a kernel: of each constant one, by a step that the seed decides."""
     program = parse(ptx)
     choice = random.Random(seed)
-    for i, following in zip(program.instructions, [*program.instructions[1:], None], strict=True):
+    for at, i in enumerate(program.instructions):
+        is_lost = _is_lost(i, program.instructions[at + 1 : at + 17])
         for operator, after in _changes(i, program, choice):
-            if operator in VALUES and _is_lost(i, following):
+            if operator in VALUES and is_lost:
                 continue
             if after == i.text or (operator in VALUES and not _valid(after, i, program)):
                 continue
             yield Mutant(operator, i.line, i.text, after, i.source)
 
 
-def _is_lost(i: Instruction, following: Instruction | None) -> bool:
-    """Whether the next instruction overwrites all that this one writes, and reads none of it."""
-    if following is None or following.guard is not None or not i.opcode.startswith("mov."):
+def _is_lost(i: Instruction, following: Sequence[Instruction]) -> bool:
+    """Whether what a `mov` writes is overwritten before anything reads it."""
+    if not i.opcode.startswith("mov."):
         return False
-    reads = re.findall(r"%\w+", " ".join(following.operands[1:]))
-    return i.written <= following.written - frozenset(reads)
+    for other in following:
+        # What a product adds to is what it writes.
+        read = other.operands[1:] if other.written else other.operands
+        if other.opcode.startswith(("bra", "ret", "wgmma.")) or i.written & frozenset(
+            re.findall(r"%\w+", " ".join(read))
+        ):
+            return False
+        if other.guard is None and i.written <= other.written:
+            return True
+    return False
 
 
 def _valid(text: str, i: Instruction, program: Program) -> bool:

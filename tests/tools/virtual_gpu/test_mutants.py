@@ -91,12 +91,17 @@ def test_what_there_is_no_rule_for_is_no_mutant() -> None:
     ("following", "is_mutant"),
     [
         ("ld.global.b32 {%r1}, [%rd10];", False),
+        ("mov.u32 %r2, 7;\nld.global.v2.b32 {%r1, %r2}, [%rd10];", False),
+        ("mov.u32 %r2, %r1;\nld.global.v2.b32 {%r1, %r2}, [%rd10];", True),
+        ("@%p1 bra $end;\nmov.u32 %r1, 8;\n$end:", True),
         ("@%p1 ld.global.b32 {%r1}, [%rd10];", True),
         ("add.s32 %r1, %r1, %r0;", True),
         ("st.shared.b32 [%r1], %r0;", True),
     ],
 )
-def test_what_the_next_statement_overwrites_is_no_mutant(following: str, is_mutant: bool) -> None:
+def test_what_is_overwritten_before_it_is_read_is_no_mutant(
+    following: str, is_mutant: bool
+) -> None:
     found = {m.before for m in mutants(of(f"mov.u32 %r1, 7;\n{following}").ptx)}
     assert ("mov.u32 %r1, 7" in found) is is_mutant
 
