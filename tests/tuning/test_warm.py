@@ -13,6 +13,7 @@ from triton import knobs
 
 from csrc_triton import plans
 from csrc_triton.norm import layer_norm
+from tests.helpers.waiting import PATIENCE
 from tools.virtual_gpu.driver import activated
 from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
 from w2vbert_fast.ops.dispatch import force_triton
@@ -76,7 +77,7 @@ def test_kernels_are_compiled_in_threads_and_the_next_call_compiles_none(
         for call in (*calls, *calls):
             call()
     assert len(launches) == 4 and launched == []
-    both, threads = threading.Barrier(2, timeout=60), []
+    both, threads = threading.Barrier(2, timeout=PATIENCE), []
     compile_one = warm.Launch.compile
 
     def compiled(launch: warm.Launch) -> float:
