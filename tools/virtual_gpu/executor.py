@@ -293,7 +293,8 @@ class _Course:
 
     def _apart(self, start: int) -> int:
         """One block whose threads part, until they are together again: where. Of threads at
-        different instructions those at the first go first, so that they meet where their ways do.
+        different instructions those at the first go first, so that they meet where their ways do;
+        at what a warp does together they wait for those of the warp that are on their way.
         """
         code, b = self.code, self.blocks
         at = np.full(b.per, start)
@@ -314,6 +315,15 @@ class _Course:
             here = int(at[running].min())
             if here >= end:
                 return end
+            if _of_a_warp(code.instructions[here]) and _partly(running & (at == here), running):
+                others = np.unique(at[running & (at < end)])
+                whole = (
+                    place
+                    for place in others.tolist()
+                    if not _of_a_warp(code.instructions[place])
+                    or not _partly(running & (at == place), running)
+                )
+                here = next(whole, here)
             self.here = here
             mask: Mask = running & (at == here)
             i = code.instructions[here]
@@ -345,6 +355,16 @@ class _Course:
             raise Fault("the block ends before a cp.async was waited for")
         if b.owed or b.products or any(b.product_groups):
             raise Fault("the block ends before a wgmma was waited for")
+
+
+def _of_a_warp(i: Instruction) -> bool:
+    return ".sync" in i.opcode and not i.opcode.startswith(("bar.sync", "barrier."))
+
+
+def _partly(here: np.ndarray, running: np.ndarray) -> bool:
+    """Whether some of a warp's running threads are here and some are not."""
+    by_warp = here.reshape(-1, 32)
+    return bool((by_warp.any(1) & (running.reshape(-1, 32) & ~by_warp).any(1)).any())
 
 
 def _of_all_threads(i: Instruction, b: Blocks) -> None:

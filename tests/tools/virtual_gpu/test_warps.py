@@ -58,6 +58,33 @@ def test_each_warp_reduces_and_votes_for_itself_and_whole() -> None:
         execute(written("vote.sync.any.pred %p1, %p0, 15;", {}), garbage=False)
 
 
+def test_lanes_wait_for_those_whose_way_is_longer() -> None:
+    """Also where ways meet in front of where they part, as in a loop that a compiler turned."""
+    out = torch.zeros(32, dtype=torch.int64)
+    body = """
+    bra.uni $PART;
+    $MEET:
+    shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;
+    cvt.u64.u32 %rd20, %r2;
+    st.global.b64 [%rd10], %rd20;
+    bra.uni $END;
+    $PART:
+    add.s32 %r1, %r0, 100;
+    setp.lt.u32 %p0, %r0, 5;
+    @%p0 bra $MEET;
+    add.s32 %r1, %r1, 1000;
+    bra.uni $MEET;
+    $END:
+    """
+    execute(written(body, {"out": out}))
+    lanes = [lane ^ 1 for lane in range(32)]
+    assert out.tolist() == [100 + lane + (1000 if lane >= 5 else 0) for lane in lanes]
+    never = body.replace("add.s32 %r1, %r1, 1000;\n    bra.uni $MEET;", "bra.uni $END;")
+    assert never != body
+    with pytest.raises(ExecutionError, match=r"shfl\.sync by a part of a warp"):
+        execute(written(never, {"out": out}))
+
+
 @pytest.mark.parametrize("threshold", [0, 1, 17, 32])
 def test_votes_are_those_of_the_lanes(threshold: int) -> None:
     """PTX ISA, "vote.sync": a bit for each lane; whether any, all, or all the same."""
