@@ -101,6 +101,13 @@ def test_a_job(talk: Path, tmp_path: Path, kind: str) -> None:
         "text needs at least 34 frames, log_probs has 2",
     ]
     assert 'text = "re-record"' in (out / good["TextGrid_file"]).read_text()
+    # Another format is written from the table, which keeps what it knows.
+    formats = ("--format", kind, "--format", "TextGrid", "--format", "ctm")
+    assert invoke("align", manifest, "--out", out, *formats).exit_code == 1
+    more, *_, last = table(out)
+    lines = (out / more.pop("ctm_file")).read_text().splitlines()
+    assert [line.split()[4] for line in lines] == WRITTEN.split()
+    assert more == good and last["unwritten"] == part["unwritten"]
 
 
 def test_bad_usage(talk: Path, tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ def test_digits_of_several_words_and_inside_of_words(tokenizer: Wav2Vec2CTCToken
     assert shown(aligned("-at-|-star-|go-", "*at* * go", tokenizer)) == [
         *(("*at*", 1, 3), ("*", 6, 10), ("go", 12, 14)),
     ]
+    # What the model hears at its ends belongs to it, and no more.
+    assert shown(aligned("a|-|forty-|two-|-|b", "a 42 b", tokenizer)) == [
+        *(("a", 0, 1), ("42", 4, 14), ("b", 18, 19)),
+    ]
     found = aligned("-second-|or|fiveth-", "2nd or 5th", tokenizer)
     assert [word[0] for word in shown(found)] == ["2nd", "or", "5th"]
     assert [(c.text, c.end) for c in found.words[0].characters][1:] == [("n", 6), ("d", 7)]

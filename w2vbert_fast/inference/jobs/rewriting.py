@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from w2vbert_fast.inference.ctc.known_text import Stretch
 from w2vbert_fast.inference.ctc.timestamps import Character, Word
 from w2vbert_fast.inference.jobs.formats import EXTRA, PARTS, own_columns
 from w2vbert_fast.inference.jobs.journal import Entry, Ranges
@@ -36,6 +37,7 @@ def _transcription(row: Mapping[str, Any], has_extra: bool) -> Transcription:
     if has_extra and row[EXTRA]:
         columns.update(json.loads(row[EXTRA]))
     words, channels, damage = row.get("words"), row.get("channels"), row.get("salvaged")
+    unwritten, unsaid = row.get("unwritten"), row.get("unsaid")
     return Transcription(
         index=row["index"],
         id=row["id"],
@@ -48,6 +50,8 @@ def _transcription(row: Mapping[str, Any], has_extra: bool) -> Transcription:
         text=row["text"],
         words=None if words is None else tuple(map(_word, words)),
         channels=None if channels is None else tuple(ChannelText(**each) for each in channels),
+        unwritten=None if unwritten is None else tuple(Stretch(**each) for each in unwritten),
+        unsaid=None if unsaid is None else tuple(unsaid),
     )
 
 
