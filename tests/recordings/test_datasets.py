@@ -76,13 +76,13 @@ def test_delimiters_of_csv(tmp_path: Path, delimiter: str, end: str) -> None:
 
 
 def test_columns_that_are_named(tmp_path: Path) -> None:
-    content = "id,path,audio,sentence,text,cut\n1,a.wav,other.wav,said,raw,0.5\n"
+    content = "id,path,file,sentence,transcript,cut\n1,a.wav,other.wav,said,raw,0.5\n"
     path = write(tmp_path / "rows.csv", content)
     (row,) = rows(path, "audio=path,text=sentence,offset=cut")
     assert (row.audio, row.id, row.offset) == (str(tmp_path / "a.wav"), "1", 0.5)
     # Others of the same meaning are not read, and can be in nobody's way.
     assert dict(row.columns) == {"text": "said"}
-    with pytest.raises(ValueError, match=r"rows.csv: .* clip among them; got 'id, path, audio"):
+    with pytest.raises(ValueError, match=r"rows.csv: .* clip among them; got 'id, path, file"):
         rows(path, "audio=clip")
     lines = '{"path": "a.wav"}\n{"clip": "b.wav"}\n'
     found = rows(write(tmp_path / "rows.jsonl", lines), "audio=path")
@@ -209,6 +209,7 @@ def test_a_pattern_reads_a_data_set_once(tmp_path: Path) -> None:
     found = list(open_inputs([str(tmp_path / "**")]).rows())
     # The folder of all is one of recordings; manifests that are found in it are read as well.
     assert places(found, tmp_path)[:3] == ["in/0000.wav", "in/0001.wav", "other/0000.wav"]
+    assert places(list(open_inputs([str(tmp_path / "in/**")]).rows()), tmp_path) == ["in/0000.wav"]
     found = list(open_inputs([str(tmp_path / "[io]*")]).rows())
     assert places(found, tmp_path) == ["in/0000.wav", "other/0000.wav"]
 
