@@ -22,7 +22,7 @@ from torch import Tensor
 
 from w2vbert_fast.ops.activations import get_activation
 from w2vbert_fast.ops.cpu import threads
-from w2vbert_fast.ops.cpu.gemm import activation_gradient
+from w2vbert_fast.ops.cpu.gemm import IN_PLACE, activation_gradient
 from w2vbert_fast.ops.cpu.norm import norm_gradient, norm_rows
 
 _LOW_PRECISION_CHANNELS = 256
@@ -34,7 +34,6 @@ _SHARE_ELEMENTS = 3 << 18
 """Elements that are worth a share; see `gemm`."""
 _BLOCK_ELEMENTS_BACKWARD = 1 << 17
 """Products of one block, in float32 half a megabyte."""
-_IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
 
 
 def conv_norm_act(
@@ -75,7 +74,7 @@ def _convolve_norm_act(
     if len(pieces) > 1:
         torch.cat([y[start:end] for start, end in _places(pieces, pad)], out=out[rows])
         y = out[rows]
-    in_place = _IN_PLACE.get(activation)
+    in_place = IN_PLACE.get(activation)
     norm_rows(out[rows], y, norm_weight, norm_bias, eps)
     if in_place is not None:
         in_place(out[rows], inplace=True)

@@ -60,8 +60,12 @@ _SMALL_WEIGHT = 3 << 16
 _SMALL_PRODUCTS = 1 << 25
 """`_FEW_PRODUCTS` for such weights."""
 
-_ONE_THREAD = 1 << 15
-"""Elements up to which PyTorch applies an activation without other threads."""
+_SMALL_ACTIVATION = 1 << 17
+"""Elements up to which a pass of its own beside MKL's product takes less time than oneDNN's longer
+call, of such weights."""
+
+IN_PLACE = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "selu": F.selu}
+"""Name of an activation -> a function that takes `inplace`."""
 
 _SELU = (1.6732632423543772, 1.0507009873554805)  # alpha, scale
 
@@ -125,8 +129,7 @@ def linear(
         if x.shape[0] == 0:
             return x.new_empty(0, weight.shape[0])
     elif not _takes_onednn(x, weight, bias, activation):
-        plain = F.linear(x, weight, bias)
-        return plain if activation is None else get_activation(activation)(plain)
+        return _activated(F.linear(x, weight, bias), activation)
     shares = _shares(x, weight)
     if len(shares) == 1:
         return _linear(x, weight, bias, activation)
@@ -151,11 +154,14 @@ def _linear(
     # See matmul_transposed about strides.
     operand = weight.packed if isinstance(weight, PackedWeight) else weight.contiguous()
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, operand, bias, name, [], variant)
-    if activation in _EPILOGUES:
-        return y
-    if activation == "selu":
-        return F.selu(y, inplace=True)
-    return get_activation(activation)(y) if activation is not None else y
+    return y if activation in _EPILOGUES else _activated(y, activation)
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    """An activation of values that are used up."""
+    if activation in IN_PLACE:
+        return IN_PLACE[activation](y, inplace=True)
+    return y if activation is None else get_activation(activation)(y)
 
 
 def _shares(x: Tensor, weight: Tensor | PackedWeight, parts: int = 1) -> list[slice]:
@@ -280,7 +286,7 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     if x.dtype != torch.float32:
         return rows * size > 0
     # An activation beside MKL's product is a pass of its own.
-    one_pass = activation is None or rows * weight.shape[0] <= _ONE_THREAD
+    one_pass = activation is None or rows * weight.shape[0] <= _SMALL_ACTIVATION
     is_small = size <= _SMALL_WEIGHT and one_pass
     return rows * size > (_SMALL_PRODUCTS if is_small else _FEW_PRODUCTS)
 
