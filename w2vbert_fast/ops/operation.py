@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.autocast import cast
 
 _Result = TypeVar("_Result")
 
@@ -379,5 +380,5 @@ def _cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
         and value.dtype != torch.float64
         and value.device.type == device_type
     ):
-        return value.to(dtype)
+        return value if value.dtype == dtype else cast(value, dtype)
     return value
