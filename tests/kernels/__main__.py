@@ -163,7 +163,8 @@ def _rows_folder() -> Path:
 def _summarize() -> int:
     """Writes down what the rows of virtual runs say of each kernel."""
     found = {
-        target: results.read(_rows_folder().glob(f"{target}.*.jsonl"))[0] for target in TARGETS
+        target: results.read(sorted(_rows_folder().glob(f"{target}.*.jsonl")))[0]
+        for target in TARGETS
     }
     lines = [json.dumps(row) for row in results.summary(found)]
     results.SUMMARY.write_text("[\n" + ",\n".join(lines) + "\n]\n")
