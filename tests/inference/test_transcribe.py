@@ -218,7 +218,7 @@ def test_several_recordings_and_a_broken_one(tiny_checkpoint: Path, tmp_path: Pa
     result = invoke("transcribe", tmp_path / "clips", "--model", tiny_checkpoint, "--format", "txt")
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [f"{path[:-4]}.txt" for path in (first, second)]
-    assert result.stderr.startswith(f"w2vbert-fast: {bad}: ")
+    assert f"\nw2vbert-fast: {bad}: " in result.stderr
     assert not bad.with_suffix(".txt").exists()
     printed = invoke("transcribe", tmp_path / "clips", "--model", tiny_checkpoint)
     assert [line.split("\t")[0] for line in printed.stdout.splitlines()] == [first, second]
