@@ -229,12 +229,14 @@ def test_a_job_with_ray_writes_what_one_without_writes(
         sorted(read_results(tmp_path / name), key=lambda row: row["index"])
         for name in ("one", "ray")
     ]
+    # Of two files of one recording, the one that is there first has its name: with Ray, either.
+    for name, rows in zip(("one", "ray"), tables, strict=True):
+        files = [row["srt_file"] for row in rows if "srt_file" in row]
+        assert len({*files}) == len(files) == len(manifest) - 3
+        for row in rows:
+            if "srt_file" in row:
+                row["srt_file"] = (tmp_path / name / row["srt_file"]).read_text()
     assert tables[0] == tables[1]
-    subtitles = [
-        {path.relative_to(folder): path.read_text() for path in folder.rglob("*.srt")}
-        for folder in (tmp_path / "one", tmp_path / "ray")
-    ]
-    assert subtitles[0] == subtitles[1] and len(subtitles[0]) == len(manifest) - 3
     # There is nothing left to do, and no actor is started for it.
     again = ours.job_runner(task, FLOW, num_cpus=0.0, concurrency=1)
     assert Job(again, inputs, tmp_path / "ray", formats).run().content["this_run"]["rows"] == 0
