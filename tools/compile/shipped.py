@@ -131,11 +131,15 @@ def variants(operation: str) -> Mapping[str, Variant]:
     return VARIANTS.get(forward, {forward: Variant()})
 
 
+_LAUNCHERS = {name: f"csrc_triton.gemm:{name}" for name in ("linear", "linear_glu")}
+"""Of operations that may run PyTorch's product instead."""
+
+
 def launch(
     operation: str, variant: Variant, sizes: Sizes, dtype: str, device: str, **options: Any
 ) -> None:
     """Calls the launcher of an operation, with options that the launcher alone has."""
-    form = variant.form or OPERATIONS[operation].triton
+    form = variant.form or _LAUNCHERS.get(operation) or OPERATIONS[operation].triton
     if isinstance(form, str):
         module, _, name = form.partition(":")
         form = getattr(importlib.import_module(module), name)
