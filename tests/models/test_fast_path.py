@@ -256,6 +256,30 @@ def test_the_implementation_follows_the_tensor(caplog: pytest.LogCaptureFixture)
         pass
 
 
+@pytest.mark.parametrize(
+    ("capability", "version", "warned"),
+    [
+        ((9, 0), "3.6.0", True),
+        ((9, 0), "3.7.1", False),
+        ((9, 0), "3.10.0+git1", False),
+        ((8, 0), "3.6.0", False),
+        ((10, 0), "3.6.0", False),
+    ],
+)
+def test_a_triton_that_leaves_out_a_fence_on_hopper_is_told(
+    capability: tuple[int, int], version: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(dispatch, "_triton_problem", lambda _: None)
+    text = dispatch.explain("cuda")
+    assert text.startswith(f"Triton kernels: triton {version} is installed")
+    assert ("take triton 3.7.1" in text) == warned
+
+
 def test_without_triton_a_gpu_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in (dispatch._triton_problem, dispatch._implementation):
         function.cache_clear()

@@ -32,6 +32,13 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _OLDEST_TRITON = "3.5"
 """The first whose `tl.dot` takes float64, as the filterbank does."""
 
+_FIRST_WITH_FENCE = (3, 7, 1)
+_FENCE = (
+    "; on this GPU take triton 3.7.1 (PyTorch 2.13) or later: earlier ones leave out a fence "
+    "between copies and wgmma in linear layers, and whether that shows is a matter of timing"
+)
+"""Seen with 3.6.0; https://github.com/triton-lang/triton/pull/10537."""
+
 
 def _triton_obstacle() -> str | None:
     """Why there are no Triton kernels at all; `None` where there are. Nothing is imported."""
@@ -112,7 +119,8 @@ def explain(device: torch.device | str) -> str:
             return f"plain PyTorch: {problem}"
         import triton
 
-        return f"Triton kernels: triton {triton.__version__} is installed; float64 is plain"
+        text = f"Triton kernels: triton {triton.__version__} is installed; float64 is plain"
+        return text + (_FENCE if _lacks_fence(device.index or 0, triton.__version__) else "")
     if device.type == "cpu":
         problem = _cpu_problem()
         if problem is not None:
@@ -136,6 +144,14 @@ def _triton_problem(device_index: int) -> str | None:
             has, needs = (".".join(map(str, pair)) for pair in (capability, _OLDEST_CAPABILITY))
             return f"the device has compute capability {has}; the kernels need {needs}"
     return None
+
+
+def _lacks_fence(device_index: int, version: str) -> bool:
+    """Whether linear layers on this device read what copies may not have written yet."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    is_hopper = torch.cuda.get_device_capability(device_index)[0] == 9
+    return is_hopper and tuple(map(int, re.findall(r"\d+", version)[:3])) < _FIRST_WITH_FENCE
 
 
 def _cpu_problem() -> str | None:
