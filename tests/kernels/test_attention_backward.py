@@ -30,6 +30,7 @@ from tests.kernels.lane import (
 )
 from tests.kernels.test_attention import vectors as position_vectors
 from w2vbert_fast import ops
+from w2vbert_fast.ops.operation import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("poisoned_buffers")
 
@@ -268,6 +269,24 @@ def test_a_prepared_tile_map_changes_nothing(judge: Judge) -> None:
         runs.append(run(judge, [9, 40], left=6, tile_map=maps if prepared else None))
     for first, second in zip(*runs, strict=True):
         assert first is not None and second is not None and torch.equal(first, second)
+
+
+def test_a_log_sum_exp_among_other_numbers() -> None:
+    cu_seqlens, left, right = packed([9, 40]), 6, 8
+    query, key, value, grad = fused(49, 2, 16, torch.float32)
+    vectors = position_vectors(left, right, 16, torch.float32)
+    place = {
+        "distance_embedding": vectors,
+        "left_max_position": left,
+        "right_max_position": right,
+    }
+    output, lse = shaw_attention(query, key, value, cu_seqlens, 40, **place)
+    strided = torch.full((2, 98), math.nan, device=DEVICE)[:, ::2].copy_(lse)
+    of, rest = (grad, query, key, value, output), (cu_seqlens, 40, vectors, left, right)
+    backward = OPERATIONS["shaw_attention_backward"].triton
+    runs = [backward(*of, each, *rest, None, 0.0, None) for each in (lse, strided)]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]])

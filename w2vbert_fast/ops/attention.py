@@ -452,7 +452,7 @@ def _backward_on_triton(
         key,
         value,
         output,
-        log_sum_exp,
+        log_sum_exp.contiguous(),
         *layout,
         distance_embedding=_in_dtype_of(query, distance_embedding),
         left_max_position=left,
