@@ -196,7 +196,7 @@ def _counting(cores: int) -> Iterator[_Counter]:
         mock.patch.object(threads, "count", counter.count),
         mock.patch.object(threads, "run", counter.run),
         # What operations are made of is counted, not they.
-        mock.patch.object(operation, "_runs_at_once", lambda x: True),
+        mock.patch.object(operation, "is_watched", lambda args: False),
         counter,
     ):
         yield counter

@@ -393,7 +393,8 @@ def shaw_attention_backward(call: Call) -> Cost:
             cost += call.count(lambda shares=shares: shares.sum(0))  # type: ignore[misc]
             if group > 0:
                 cost += call.count(lambda: gradient + gradient)
-        temporary += 4 * tiles * heads * vectors.numel()
+        # One group's shares are there until the next one's take their name.
+        temporary += 4 * tiles * heads * vectors.numel() * min(groups, 2)
     return cost + Cost(temporary=temporary + 4 * heads * tokens)
 
 

@@ -83,7 +83,7 @@ def test_a_window_of_a_job_is_as_long_as_the_task_says(
     monkeypatch.setattr(jobs.Job, "make_runner", lambda job, device: make_runner)
     with pytest.raises(Made) as found:
         jobs.run_job(task, jobs.Inputs(inputs=[]), "out", {"model": "demo"}, jobs.Job())
-    seconds = {"transcribe": 1800.0, "embed": 600.0, "classify": 1800.0}
+    seconds = {"transcribe": 1800.0, "align": 1800.0, "embed": 600.0, "classify": 1800.0}
     assert found.value.args[0] == seconds[task]
 
 

@@ -76,6 +76,7 @@ def test_results_are_those_of_one_process(files: list[str]) -> None:
 
 def test_each_process_has_its_part_of_the_threads() -> None:
     torch.set_num_threads(4)
+    assert torch.ones(1 << 22).exp().sum() > 0  # four threads of this one, and of no copy of it
     batcher = Batcher(Elsewhere(big=True), 20, processes=2)
     batcher.prepare()
     assert torch.get_num_threads() == 1

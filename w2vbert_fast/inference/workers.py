@@ -1,9 +1,8 @@
 """Processes that compute batches: each with a part of the cores, all with one copy of the weights.
 
 They are forked from a process that has loaded the model, so that its weights, packed or not, lie in
-memory once. A process that has computed on several threads must not be forked to do so again:
-OpenMP's threads are not there in the copy, and it waits for them. So the model is loaded on one
-thread, and the copies take more.
+memory once. Where a thread has computed with OpenMP, its copy waits for threads that are not there.
+So they are forked from a new thread, which has none of these yet.
 
 Every process computes one batch at a time. The batch of one that ends goes to another.
 """
@@ -16,6 +15,7 @@ import logging
 import os
 import pickle
 import signal
+import threading
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing import connection
@@ -40,6 +40,7 @@ class Workers:
 
     Raises:
         ValueError: the model is not on the CPU; or this system has no fork.
+        OSError: a process cannot be made.
     """
 
     def __init__(self, task: Task, processes: int, threads: int) -> None:
@@ -54,11 +55,8 @@ class Workers:
             raise ValueError(f"processes is {processes}; it is for models on the CPU, {where}")
         for _ in range(processes):
             ours, theirs = connection.Pipe()
-            pid = os.fork()
-            if pid == 0:
-                _work(task, theirs, threads)
+            self._pids[ours] = _forked(task, theirs, threads)
             theirs.close()
-            self._pids[ours] = pid
 
     @property
     def free(self) -> int:
@@ -120,6 +118,28 @@ class Workers:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _forked(task: Task, pipe: connection.Connection[Any, Any], threads: int) -> int:
+    """The id of a new process that works."""
+    found: list[int | OSError] = []
+
+    def fork() -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            found.append(error)
+            return
+        if pid == 0:
+            _work(task, pipe, threads)
+        found.append(pid)
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], OSError):
+        raise found[0]
+    return found[0]
 
 
 def _work(task: Task, pipe: connection.Connection[Any, Any], threads: int) -> NoReturn:
