@@ -393,8 +393,7 @@ def shaw_attention_backward(call: Call) -> Cost:
             cost += call.count(lambda shares=shares: shares.sum(0))  # type: ignore[misc]
             if group > 0:
                 cost += call.count(lambda: gradient + gradient)
-        # One group's shares are there until the next one's take their name.
-        temporary += 4 * tiles * heads * vectors.numel() * min(groups, 2)
+        temporary += 4 * tiles * heads * vectors.numel()
     return cost + Cost(temporary=temporary + 4 * heads * tokens)
 
 

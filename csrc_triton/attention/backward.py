@@ -744,6 +744,7 @@ def shaw_attention_backward(
         if distance_embedding is not None:
             total = shares.sum(0)
             grad_distance = total if grad_distance is None else grad_distance + total
+        del shares  # they may be as large as the scratch memory of the next heads
         if first_head >= query.shape[1]:
             return *out, grad_distance
 
@@ -805,7 +806,8 @@ def _launch(
     heads = num_heads - first_head
     scores = log_sum_exp  # not touched without positions
     if has_positions:
-        heads = min(max(config.scratch_limit // (4 * layout.head_size), 1), heads)
+        one_head = max(4 * layout.head_size, 1)  # without utterances it is 0
+        heads = min(max(config.scratch_limit // one_head, 1), heads)
         elements = layout.front + heads * layout.head_size + layout.back
         scores = empty((elements,), float32, device, front=layout.front)
     grid = (tile_map.shape[0] * heads,)

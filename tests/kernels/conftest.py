@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import mmap
 import os
 import time
@@ -73,6 +74,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = mine
 
 
+_executors: list[Any] = []
+
+
 @pytest.fixture(scope="session", autouse=True)
 def virtual_gpu() -> Iterator[None]:
     """Kernels are compiled for `VIRTUAL` and executed in NumPy, with every check."""
@@ -82,8 +86,18 @@ def virtual_gpu() -> Iterator[None]:
     from tools.virtual_gpu.driver import activated
     from tools.virtual_gpu.executor import Executor
 
-    with activated(VIRTUAL, Executor(counted=_judge.launched)):
+    executor = Executor(counted=_judge.launched)
+    _executors.append(executor)
+    with activated(VIRTUAL, executor):
         yield
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch of this test may leave elements of a tensor to others, or as they were."""
+    for executor in _executors:
+        checks = dataclasses.replace(executor.checks, written_whole=False)
+        monkeypatch.setattr(executor, "checks", checks)
 
 
 @pytest.fixture(autouse=True)

@@ -276,6 +276,7 @@ def test_head_sizes_in_fp32(head_dim: int, judge: Judge) -> None:
     check(judge, lengths, positions=False, **options)
 
 
+@pytest.mark.usefixtures("in_parts")
 def test_work_over_the_scratch_limit_is_split_into_launches(judge: Judge) -> None:
     from dataclasses import replace
 

@@ -207,6 +207,7 @@ def test_head_sizes(head_dim: int, judge: Judge) -> None:
     run(judge, [37, 5], head_dim=head_dim, left=6, right=3)
 
 
+@pytest.mark.usefixtures("in_parts")
 def test_heads_over_the_scratch_limit_are_split_into_launches(judge: Judge) -> None:
     config = config_of_this_lane()
     two_heads = 2 * 4 * scores_layout(config, 2, 34, 6, 8).head_size

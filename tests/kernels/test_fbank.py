@@ -223,6 +223,7 @@ def test_long_utterance() -> None:
     torch.testing.assert_close(stacked, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("in_parts")
 def test_wrong_counts_and_offsets_stay_inside_the_buffers() -> None:
     waveforms, cu_seqlens = random(1200, dtype=torch.float32), packed([1200])
     expected, offsets = log_mel_filterbank(waveforms, cu_seqlens)
