@@ -89,6 +89,19 @@ def test_a_job_that_was_stopped_and_one_without_a_page(tmp_path: Path) -> None:
     assert scripts(out / REPORT_FILE, "page")[0]["charts"][0]["lines"] == {"speed": []}
 
 
+def test_a_page_is_written_anew_only_where_rows_were_done_since(tmp_path: Path) -> None:
+    names = clips(tmp_path / "clips", 6)
+    out = tmp_path / "out"
+    page = out / REPORT_FILE
+    run(names, out)
+    page.write_text("as it was")
+    run(names, out)
+    assert page.read_text() == "as it was"
+    os.utime(out / "journal.jsonl")  # as a killed run leaves it
+    run(names, out)
+    assert len(rows_of(page)) == 6
+
+
 def test_a_folder_without_a_job_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="holds no rows of a job: there is no job"):
         write_report(tmp_path)

@@ -6,12 +6,7 @@ kernel is launched, on what.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.scripts import run_compiled
 
 PRELUDE = """
 import functools, threading
@@ -54,12 +49,7 @@ x, w, b = torch.ones(20, 64), torch.ones(32, 64), torch.ones(32)
 
 
 def run(script: str) -> None:
-    """In a process of its own: pytest's runs Triton's interpreter here."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", PRELUDE + script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    run_compiled(PRELUDE + script)
 
 
 def test_a_plan_serves_arguments_like_those_and_no_others() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import textwrap
@@ -114,6 +115,10 @@ class Evaluation:
         `edits`: of each system the errors and how often it makes them. `worst`: rows with most
         errors.
         """
+        return self._summary
+
+    @functools.cached_property
+    def _summary(self) -> dict[str, Any]:
         content: dict[str, Any] = {
             "rows": len(self.rows),
             "left_out": [{"row": name, "reason": reason} for name, reason in self.left_out],

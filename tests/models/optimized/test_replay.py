@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.helpers.scripts import run_compiled
 
 PRELUDE = """
 import copy, gc, sys, weakref
@@ -69,12 +64,7 @@ def forward(encoder, x=x, layout=layout, maps=False):
 
 
 def run(script: str) -> None:
-    """In a process of its own: pytest's runs Triton's interpreter here."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", PRELUDE + script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    run_compiled(PRELUDE + script)
 
 
 def test_repeated_launches_give_the_same_bits() -> None:

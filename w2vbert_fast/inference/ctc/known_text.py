@@ -31,7 +31,7 @@ from w2vbert_fast.inference.ctc.timestamps import (
     Character,
     Delay,
     Word,
-    check_log_probs,
+    checked_blank,
     place_words,
 )
 from w2vbert_fast.processing.scripts import graphemes, is_unspaced
@@ -121,14 +121,7 @@ def align_text(
             token; `frame_seconds` is not positive; or `text` has nothing that can be said, or more
             than fits into the frames.
     """
-    check_log_probs(log_probs)
-    if not (frame_seconds > 0 and math.isfinite(frame_seconds)):
-        raise ValueError(f"frame_seconds must be positive and finite, got {frame_seconds}")
-    if not math.isfinite(offset):
-        raise ValueError(f"offset must be finite, got {offset}")
-    blank = tokenizer.pad_token_id
-    if blank is None:
-        raise ValueError("tokenizer has no pad_token, which CTC needs as its blank")
+    blank = checked_blank(log_probs, tokenizer, frame_seconds, offset)
     written = _Spelling(tokenizer).words(text)
     if not written:
         raise ValueError(f"text has nothing that can be said: {text!r:.200}")

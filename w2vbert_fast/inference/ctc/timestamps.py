@@ -152,14 +152,7 @@ def word_timestamps(
             token; `frame_seconds` is not positive; or `text` has characters that the vocabulary
             lacks, more of them than fit into the frames, or no probability at all.
     """
-    check_log_probs(log_probs)
-    if not (frame_seconds > 0 and math.isfinite(frame_seconds)):
-        raise ValueError(f"frame_seconds must be positive and finite, got {frame_seconds}")
-    if not math.isfinite(offset):
-        raise ValueError(f"offset must be finite, got {offset}")
-    blank = tokenizer.pad_token_id
-    if blank is None:
-        raise ValueError("tokenizer has no pad_token, which CTC needs as its blank")
+    blank = checked_blank(log_probs, tokenizer, frame_seconds, offset)
     if log_probs.shape[0] == 0 and not text:
         return []
     if text is None:
@@ -310,6 +303,20 @@ def _speech(waveform: Tensor) -> Tensor:
         raise ValueError("recordings must hold sound and only finite samples")
     loud = (energy > loudest * 10 ** (-_SPEECH_RANGE_DB / 10)).nonzero()[:, 0]
     return waveform[int(loud[0]) * _ENERGY_WINDOW : (int(loud[-1]) + 1) * _ENERGY_WINDOW]
+
+
+def checked_blank(
+    log_probs: Tensor, tokenizer: Wav2Vec2CTCTokenizer, frame_seconds: float, offset: float
+) -> int:
+    """The id of the blank, where the arguments are what `word_timestamps` takes."""
+    check_log_probs(log_probs)
+    if not (frame_seconds > 0 and math.isfinite(frame_seconds)):
+        raise ValueError(f"frame_seconds must be positive and finite, got {frame_seconds}")
+    if not math.isfinite(offset):
+        raise ValueError(f"offset must be finite, got {offset}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer has no pad_token, which CTC needs as its blank")
+    return tokenizer.pad_token_id
 
 
 def check_log_probs(log_probs: Tensor) -> None:

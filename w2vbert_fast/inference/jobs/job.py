@@ -199,7 +199,7 @@ class Job:
                 self._work(journal, chain([first], rows))
             self.progress.close()
             summary = self._finish(startup, rewritten)
-            if self.options.page:
+            if self.options.page and self._page_is_old():
                 write_report(self.folder)
             return summary
 
@@ -395,6 +395,11 @@ class Job:
                 **given,
             },
         }
+
+    def _page_is_old(self) -> bool:
+        """Whether rows were done after it was written, by this run or by one that was killed."""
+        page, journal = self.folder / REPORT_FILE, self.folder / JOURNAL_FILE
+        return not page.exists() or page.stat().st_mtime_ns < journal.stat().st_mtime_ns
 
     def _clear(self) -> None:
         """Remove what a job has written, and nothing else."""

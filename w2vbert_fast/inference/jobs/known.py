@@ -339,16 +339,18 @@ class KnownTable(Format):
     Args:
         folder: the job's.
         number: the shard's.
+        known: what knows the rows.
     """
 
     name = "jsonl"
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, known: Known) -> None:
         super().__init__(folder, f"{KNOWN}{number:06d}")
         self.lines: list[list[Any]] = []
+        self._known = known
 
     def add(self, results: Sequence[Result], files: Sequence[dict[str, str]]) -> None:
-        raise NotImplementedError
+        self.lines += map(self._known.line, results, files)
 
     def close(self) -> list[Path]:
         with self.path.open("w", encoding="utf-8") as file:

@@ -57,7 +57,7 @@ class Shard:
         self.opened = time.monotonic()
         self._task, self._formats, self._columns = task, formats, columns
         self._known = known
-        self._table = KnownTable(folder, number)
+        self._table = KnownTable(folder, number, known)
         self._indices: list[int] = []
         self._replaces: list[int] = []
         self._good = 0
@@ -84,13 +84,13 @@ class Shard:
                     names.update(self._stated(writer, result))
             for writer in self._writers:
                 writer.add(good, files)
-            self._table.lines += map(self._known.line, good, files)
+            self._table.add(good, files)
         if bad:
             self._errors_table = self._errors_table or [
                 JsonTable(self.folder, f"{ERRORS}{self.number:06d}")
             ]
             self._errors_table[0].add(bad, [{}] * len(bad))
-            self._table.lines += [self._known.line(result, {}) for result in bad]
+            self._table.add(bad, [{}] * len(bad))
         self._indices += [result.index for result in results]
         self._replaces += [r.index for r in results if self._known.is_done(r.index)]
         self.rows += len(results)

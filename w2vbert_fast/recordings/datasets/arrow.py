@@ -7,6 +7,7 @@ numbers of classes mean.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ _ROWS_WITH_RECORDINGS = 16
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
 
 
-class _Table:
+class _Table(abc.ABC):
     """Rows of batches of Arrow.
 
     Args:
@@ -74,9 +75,9 @@ class _Table:
         """Where relative names of recordings start."""
         return Path(self.path).parent
 
+    @abc.abstractmethod
     def _batches(self) -> Iterator[tuple[Any, ColumnNames, dict[str, list[str]]]]:
         """Batches, what their columns mean, and the names of classes by column."""
-        raise NotImplementedError
 
     def _meaning(self, schema: Any) -> tuple[ColumnNames, dict[str, list[str]]]:
         """What columns mean, and the names of classes, by the datasets library's note."""
