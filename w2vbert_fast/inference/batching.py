@@ -61,8 +61,7 @@ class Batcher:
             of some 10 seconds; None: `usual_budget`. A single piece that is longer makes a batch of
             its own.
         processes: so many are forked to compute, each on a part of PyTorch's threads, of which this
-            one then keeps one; 1: none. For models on a CPU, in a process that has computed on no
-            other thread yet.
+            one then keeps one; 1: none. For models on a CPU.
 
     Attributes:
         frame_budget: as a number, once it is known; halved whenever a batch did not fit into

@@ -40,7 +40,7 @@ class Flow:
         longest: recordings of more seconds are errors.
         overlap: decode while the model runs; None: unless it runs on a CPU and there are at most 8.
         processes: that compute, each on a part of PyTorch's threads, with one copy of the weights;
-            1: this one. For models on a CPU, in a process that has computed on one thread only.
+            1: this one. For models on a CPU.
     """
 
     frame_budget: int | str | None = None
