@@ -215,7 +215,12 @@ def test_several_recordings_and_a_broken_one(tiny_checkpoint: Path, tmp_path: Pa
     first, second = clips(tmp_path / "clips", 2, seconds=0.5)
     bad = tmp_path / "clips" / "bad.wav"
     bad.write_text("no audio")
-    result = invoke("transcribe", tmp_path / "clips", "--model", tiny_checkpoint, "--format", "txt")
+    command = ["transcribe", tmp_path / "clips", "--model", tiny_checkpoint, "--format", "txt"]
+    refused = invoke(*command)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "3 recordings need --out DIR" in refused.stderr and "or --beside," in refused.stderr
+    assert len([*(tmp_path / "clips").iterdir()]) == 3
+    result = invoke(*command, "--beside")
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [f"{path[:-4]}.txt" for path in (first, second)]
     assert f"\nw2vbert-fast: {bad}: " in result.stderr

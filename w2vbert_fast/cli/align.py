@@ -19,7 +19,7 @@ HELP = (
     "text. Speech that the transcript lacks (unwritten) and words that are probably not said "
     "(unsaid, by their places from 0) are reported.\n\n"
     f"Prints a JSON object for each recording; with --format {listed([*BESIDE], 'or')} writes a "
-    "file beside it, or for a single one to --out FILE. With --out DIR it is a job. " + jobs.HELP
+    "file beside the recording, or to --out FILE. With --out DIR it is a job. " + jobs.HELP
 )
 
 

@@ -38,9 +38,9 @@ HELP = (
     "and the real-time factor (seconds of processing per second of audio).\n\n"
     "Where the output is not a terminal, these are four columns separated by tabs. A recording "
     "that cannot be read is reported and the others go on; the exit status is then 1.\n\n"
-    f"With --format {listed([*BESIDE], 'or')} a file is written beside each recording instead "
-    "(talk.mp4: talk.srt), or for a single one to --out FILE. Files that are there are not "
-    "replaced without --overwrite.\n\n"
+    f"With --format {listed([*BESIDE], 'or')} a file is written beside the recording instead "
+    "(talk.mp4: talk.srt), or to --out FILE; beside each of several with --beside. Files that are "
+    "there are not replaced without --overwrite.\n\n"
     "With --out DIR it is a job; such files are then in DIR/srt, in folders as the input has them, "
     "or with --beside beside the recordings. " + jobs.HELP
 )
@@ -78,7 +78,7 @@ class Target:
         metavar="DIR|FILE",
     )
     beside: bool = option(
-        False, "Write files of single recordings beside those; without --out DIR they are."
+        False, "Write files of single recordings beside those; that of the only one is, anyway."
     )
 
     @property
@@ -269,7 +269,7 @@ def perform(
     if target.out is not None and target.is_job:
         how = {"layout": layout, "beside": target.beside}
         return jobs.run_job(name, source, target.out, task, job, **how)
-    return _print(name, source, task, job, formats, target.out, as_json, layout)
+    return _print(name, source, task, job, formats, target, as_json, layout)
 
 
 def _refuse(options: list[str], why: str) -> None:
@@ -300,7 +300,7 @@ def _print(
     task: dict[str, Any],
     job: jobs.Job,
     formats: list[str],
-    out: str | None,
+    target: Target,
     as_json: bool,
     layout: Layout | None,
 ) -> int:
@@ -321,7 +321,8 @@ def _print(
     inputs = source.open()
     files = None
     if formats:
-        files = sidecars.plan(inputs, formats, out, overwrite=job.overwrite)
+        where = {"beside": target.beside, "overwrite": job.overwrite}
+        files = sidecars.plan(inputs, formats, target.out, **where)
     characters = task["timestamps"] == "character"
     rows = transcripts(runner, inputs.rows())
     if readable or (sys.stderr.isatty() and not sys.stdout.isatty()):

@@ -15,14 +15,20 @@ from w2vbert_fast.recordings.remote import is_elsewhere
 
 
 def plan(
-    inputs: Inputs, formats: Sequence[str], out: str | None = None, *, overwrite: bool = False
+    inputs: Inputs,
+    formats: Sequence[str],
+    out: str | None = None,
+    *,
+    beside: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, list[Path]]:
     """The files that each recording gets, before anything is computed.
 
     Args:
         inputs: files and folders.
         formats: names of `formats.BESIDE`.
-        out: the file of the only recording; None: beside each, with the format as its ending.
+        out: the file of the only recording; None: beside it, with the format as its ending.
+        beside: the same for each of several.
         overwrite: replace files that are there.
 
     Returns:
@@ -30,12 +36,18 @@ def plan(
 
     Raises:
         ValueError: the input is something else than files; several recordings would share a file;
-            a file is one of the recordings; or there are several recordings for `out`.
+            a file is one of the recordings; or there are several recordings for `out`, or for
+            none without `beside`.
         FileExistsError: a file is there and must not be replaced.
         OSError: the folder of `out` is not there.
     """
     check_beside(inputs, out is not None)
     names = [row.name for row in inputs.rows()]
+    if out is None and len(names) > 1 and not beside:
+        raise ValueError(
+            f"{len(names)} recordings need --out DIR, for files in folders as the input has them, "
+            "or --beside, for files beside the recordings"
+        )
     if out is not None:
         if len(names) != 1:
             raise ValueError(f"{out} would be one file for {len(names)} recordings; name a folder")
