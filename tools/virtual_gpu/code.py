@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .block import LANES, Blocks, Mask, Step, predicate
-from .ptx import Instruction, parse
+from .ptx import Instruction, Program
 from .rules import compiled
 
 BARRIERS = frozenset({"bar.sync", "barrier.sync"})
@@ -36,14 +36,14 @@ class Run:
 
 
 class Code:
-    """Of one module of PTX.
+    """Of a program.
 
     Raises:
         UnsupportedError: there is no rule for one of its instructions.
     """
 
-    def __init__(self, ptx: str) -> None:
-        self.program = program = parse(ptx)
+    def __init__(self, program: Program) -> None:
+        self.program = program
         self.instructions = program.instructions
         self.asynchronous = any(i.opcode.startswith("wgmma.") for i in self.instructions)
         self.guards = [

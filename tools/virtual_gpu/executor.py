@@ -17,7 +17,7 @@ from .code import Code, Run, warps
 from .faults import Fault, UnsupportedError, ranges
 from .global_memory import Checks, GlobalMemory
 from .global_order import Interval
-from .ptx import Instruction
+from .ptx import Instruction, parse
 from .record import Argument, Launch
 from .shared_memory import SharedMemory
 
@@ -55,7 +55,7 @@ class ExecutionError(Exception):
     """A fault with its place: kernel, block, threads, line of PTX and of the source."""
 
 
-def _bits(argument: Argument) -> int:
+def bits_of(argument: Argument) -> int:
     value = argument.value
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
@@ -128,7 +128,7 @@ class Executor:
 
     def _code(self, ptx: str) -> Code:
         if ptx not in self._codes:
-            self._codes[ptx] = Code(ptx)
+            self._codes[ptx] = Code(parse(ptx))
         return self._codes[ptx]
 
     def _at_once(self, code: Code, memory: GlobalMemory, seed: int) -> int:
@@ -150,7 +150,7 @@ class Executor:
                 started[1] = garbage.integers(0, 2, shape).astype(bool)
             else:
                 started[width] = garbage.integers(0, 2**width, shape, unsigned(width))
-        bits = [_bits(argument) for argument in launch.arguments]
+        bits = [bits_of(argument) for argument in launch.arguments]
         # Behind its own parameters a kernel has those of scratch memory, which there is none of.
         bits += [0] * (len(program.parameters) - len(bits))
         numbers = np.arange(launch.grid[0] * launch.grid[1] * launch.grid[2])
@@ -180,7 +180,7 @@ class Executor:
             waiting = [(0, blocks)]
             while waiting:
                 at, blocks = waiting.pop()
-                waiting += _Course(launch.name, code, blocks, visits).go(at)
+                waiting += Course(launch.name, code, blocks, visits).go(at)
         for start, times in visits.items():
             run = code.run(start)
             assert run is not None
@@ -192,7 +192,7 @@ class Executor:
         return counts
 
 
-class _Course:
+class Course:
     """Blocks on their way, side by side until they part.
 
     Args:

@@ -12,6 +12,7 @@ without memory counts as aligned. Every target that Triton compiles for will do.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from .driver import NamedGpu, active
-from .record import Request, leaves, named
+from .record import Launch, Request, leaves, named
 
 # What Triton itself adds to the options of a launch.
 _OF_THE_SESSION = frozenset({"debug", "instrumentation_mode"})
@@ -57,6 +58,17 @@ class Uncompiled(Request):
     def compiled(self) -> Any:
         """Triton's compiled kernel, as the launch would have run it; `asm` holds its code."""
         return triton.compile(self.source, target=self.gpu, options=dict(self.options))
+
+    def launch(self) -> Launch:
+        """The launch with its code, of a target whose code is PTX."""
+        kernel = self.compiled()
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(Request)}
+        return Launch(
+            **facts,
+            name=kernel.metadata.name,
+            ptx=kernel.asm["ptx"],
+            shared_bytes=kernel.metadata.shared,
+        )
 
 
 @contextlib.contextmanager

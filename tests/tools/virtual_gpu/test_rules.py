@@ -100,7 +100,7 @@ TESTED = {
         "fence.proxy.async": "test_every_fence_and_wait_is_needed",
     },
 }
-OF_OTHER_FILES = ("mutant", "trace")
+OF_OTHER_FILES = ("mutant", "touch", "trace")
 """Statements that watch others, which no kernel has."""
 
 
