@@ -24,6 +24,7 @@ Streams, and which device is the current one, are asked for at every launch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import itertools
@@ -256,8 +257,7 @@ class _Steps:
         current_device, current_stream = driver.get_current_device, driver.get_current_stream
         empties, numbers = self.empties, self.numbers
         launches = [
-            (compiled.run, *grid, compiled.function, compiled.packed_metadata, values_at(places))
-            for compiled, grid, places in self.launches
+            (_caller(compiled, grid), values_at(places)) for compiled, grid, places in self.launches
         ]
         give = values_at(returned) if results else lambda _: ()
 
@@ -271,8 +271,8 @@ class _Steps:
                 values.append(whole[front:] if front else whole)
             values += numbers
             stream = current_stream(device)
-            for run, x, y, z, function, metadata, pick in launches:
-                run(x, y, z, stream, function, metadata, None, None, None, *pick(values))
+            for call, pick in launches:
+                call(stream, pick(values))
             return give(values)
 
         return plan
@@ -290,6 +290,29 @@ def _can_run(compiled: Any) -> bool:
         return False
     *first, last = kinds
     return len(first) == _RUN_ARGUMENTS and last is inspect.Parameter.VAR_POSITIONAL
+
+
+def _caller(compiled: Any, grid: Sequence[int]) -> Callable[[Any, tuple[Any, ...]], object]:
+    """Launches a kernel on a stream with arguments in the order of its parameters.
+
+    `compiled.run` asks every time for what depends on the kernel alone, and then calls a function
+    in C. Where that function takes grid and stream first and the arguments last, as in Triton 3.7,
+    this calls it with what `run` would pass between them; kernels that need scratch memory, which
+    is new for every launch, and any other Triton, go by `run`.
+    """
+    run, given = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
+    needs_scratch = any(getattr(run, f"{kind}_scratch_size", 1) for kind in ("global", "profile"))
+    if hasattr(run, "launch") and not needs_scratch:
+        calls: list[tuple[Any, ...]] = []
+        watched = copy.copy(run)
+        watched.launch = lambda *args: calls.append(args)
+        first, argument = (*grid, object()), object()
+        watched(*first, *given, argument)
+        (passed,) = calls
+        if passed[:4] == first and passed[-1] == (argument,):
+            launch, (x, y, z), between = run.launch, grid, passed[4:-1]
+            return lambda stream, args: launch(x, y, z, stream, *between, args)
+    return lambda stream, args: run(*grid, stream, *given, *args)
 
 
 def _all_arguments(kernel: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
@@ -397,7 +420,7 @@ class Tape:
         numbers.reverse()
         relative = list(pointers)
         launches = [
-            (compiled.run, *grid, compiled.function, compiled.packed_metadata, pick)
+            (_caller(compiled, grid), pick)
             for (compiled, grid, _), pick in zip(self._launches, picks, strict=True)
         ]
         driver = drivers.active
@@ -418,8 +441,8 @@ class Tape:
             values = [bases[base] + offset for base, offset in relative]
             values += numbers
             stream = current_stream(device)
-            for run, x, y, z, function, metadata, pick in launches:
-                run(x, y, z, stream, function, metadata, None, None, None, *pick(values))
+            for call, pick in launches:
+                call(stream, pick(values))
             return made
 
         return plan

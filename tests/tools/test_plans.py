@@ -333,3 +333,50 @@ with activated("sm_80", launches.append):
     assert slowly == 4 and len(each) == 12
     assert backward_of(arguments(), limit=1) == (0, each)
 """)
+
+
+def test_tritons_function_in_c_is_called_as_triton_calls_it() -> None:
+    """Triton's own launcher, over a driver that does nothing."""
+    run("""
+from triton.backends.nvidia.driver import CudaLauncher
+from tools.virtual_gpu.host import host_driver
+
+passed, ran = [], []
+run_it = CudaLauncher.__call__
+
+
+@functools.wraps(run_it)
+def counting(launcher, *args):
+    ran.append(launcher)
+    run_it(launcher, *args)
+
+
+CudaLauncher.__call__ = counting
+with host_driver("sm_80") as reached:
+    utils = triton.runtime.driver.active.utils
+    launch = utils.launch
+    utils.launch = lambda *args: passed.append(args) or launch(*args)
+
+    def calls():
+        '''Of two calls, the second by a plan: how often Triton's Python ran, and what reached C.'''
+        plans.forget()
+        found = []
+        for is_planned in (False, True):
+            passed.clear(), ran.clear()
+            assert call(x, w, b, "silu")[0] == is_planned
+            ((*others, arguments),) = passed
+            del others[8:11]  # metadata of the launch, and two hooks, which are empty
+            shapes = [a.shape if isinstance(a, torch.Tensor) else a for a in arguments]
+            found.append((len(ran), [*others, shapes]))
+        return found
+
+    (usual, first), (planned, second) = calls()
+    assert usual == 2 and planned == 0 and first == second and reached() == 2
+    (kernel,) = forward._linear_kernel.device_caches[0][0].values()
+    sizes = []
+    allocate = lambda size, alignment, stream: sizes.append(size) or torch.empty(size)
+    triton.set_allocator(allocate)
+    kernel.run.global_scratch_size = 64  # new for every launch
+    (usual, first), (planned, second) = calls()
+    assert (usual, planned, len(sizes), len(first)) == (1, 1, 2, len(second))
+""")
