@@ -103,7 +103,7 @@ def bare_launch() -> Callable[[], object]:
     x, weight, bias, _ = example("linear", SIZES)
     out = x.new_empty(x.shape[0], weight.shape[0])
     config = linear_candidates(x.dtype, "sm_90")[-1]
-    constants = {"HAS_TANH": False, **gemm._constants(config, "silu", False, True, x.shape[1])}
+    constants = {"LOGISTIC": "division", **gemm._constants(config, "silu", False, True, x.shape[1])}
     strides = (x.stride(0), weight.stride(0), out.stride(0))
     arguments = (x, weight, bias, out, x.shape[0], out.shape[1], x.shape[1], *strides)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

@@ -1,10 +1,16 @@
 """Functions that several kernels inline.
 
 `activate` is every pointwise activation that follows a product or a norm. The name is a constant
-of compilation, so a kernel carries the code of one. Where the result is rounded to 16 bits on a GPU
-of NVIDIA (`has_tanh`), the logistic function in it is the special-function unit's tanh, of a
-relative error of at most 2^-11 (PTX ISA, `tanh.approx`): one special function and two multiply-adds
-for two special functions and a division's care for its range.
+of compilation, so a kernel carries the code of one. The logistic function in it is made of what a
+GPU of NVIDIA has for the dtype of the result (`logistic_form`):
+
+    bfloat16  the special-function unit's tanh, of a relative error of at most 2^-11 (PTX ISA,
+              `tanh.approx`): one special function and one multiply-add
+    others    its powers of two and its reciprocal, of a few units in the last place of float32: two
+              special functions. The division's care for its range is not needed of 1 + 2^x.
+
+One reciprocal for two elements, 1/a = b / (a b), would take 1.5 special functions an element, but
+let an element depend on its neighbour, which may be another token: bits, and NaN.
 
 `locate_block` finds where a block of a packed batch lies. A grid over blocks of `BLOCK` rows, none
 of which holds rows of two utterances, needs no table: give utterance s the blocks from
@@ -53,41 +59,49 @@ def activation_constant(activation: str | None) -> str:
     return ACTIVATIONS[activation]
 
 
-def has_tanh(dtype: torch.dtype, arch: str) -> bool:
-    """Whether the special-function unit's tanh is there, and enough for results of a dtype."""
-    return dtype != torch.float32 and arch.startswith("sm_")
+def logistic_form(dtype: torch.dtype, arch: str) -> str:
+    """The `LOGISTIC` constant of a kernel: what the logistic function is made of, for results of a
+    dtype: "tanh", "reciprocal" or, on other GPUs and in the interpreter, "division"."""
+    if not arch.startswith("sm_"):
+        return "division"
+    return "tanh" if dtype == torch.bfloat16 else "reciprocal"
 
 
 @triton.jit
-def _tanh(x):
+def _special_function(x, INSTRUCTION: tl.constexpr):
     """The special-function unit's, of an fp32 tile of any shape."""
     return tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        INSTRUCTION + " $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def logistic(x, HAS_TANH: tl.constexpr):
+def logistic(x, LOGISTIC: tl.constexpr):
     """`1 / (1 + exp(-x))` of an fp32 tile of any shape."""
-    if HAS_TANH:
-        return 0.5 + 0.5 * _tanh(0.5 * x)
-    return 1.0 / (1.0 + tl.exp(-x))
+    if LOGISTIC == "tanh":
+        return 0.5 + 0.5 * _special_function(0.5 * x, "tanh.approx.f32")
+    elif LOGISTIC == "reciprocal":
+        power = tl.exp2(-1.4426950408889634 * x)  # log2(e)
+        return _special_function(1.0 + power, "rcp.approx.ftz.f32")
+    else:
+        tl.static_assert(LOGISTIC == "division", "unknown LOGISTIC")
+        return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr, HAS_TANH: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr, LOGISTIC: tl.constexpr):
     """`ACTIVATION(x)` of an fp32 tile of any shape."""
     if ACTIVATION == "silu":
-        if HAS_TANH:  # one multiplication less than x times the logistic function
+        if LOGISTIC == "tanh":  # one multiplication less than x times the logistic function
             half = 0.5 * x
-            x = half + half * _tanh(half)
+            x = half + half * _special_function(half, "tanh.approx.f32")
         else:
-            x = x / (1.0 + tl.exp(-x))
+            x = x * logistic(x, LOGISTIC)
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_new":
         # (1 + tanh(u)) / 2 is the logistic function of 2 u; u = sqrt(2 / pi) (x + 0.044715 x^3).
-        x = x * logistic(1.5957691216057308 * x * (1.0 + 0.044715 * x * x), HAS_TANH)
+        x = x * logistic(1.5957691216057308 * x * (1.0 + 0.044715 * x * x), LOGISTIC)
     elif ACTIVATION == "relu":
         # A comparison and not a maximum: NaN must stay NaN.
         x = tl.where(x < 0.0, 0.0, x)

@@ -87,15 +87,18 @@ def _slide_kernel(
         x_ptr, weight_ptr, row, start, read_end, stride_x_row, stride_weight_tap,
         channels, is_channel, K, ROWS, UNROLL,
     )  # fmt: skip
+    # Not as first + i < end: that was asked of the first rows that were read, and would be kept.
+    rows_left = end - first
+    x_rows_left = x_end - first
     for i in tl.static_range(ROWS):
         row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
         total = sums[i]
         if BACKWARDS and HAS_SEQUSED:  # rows that were not read have no gradient
-            total = tl.where(first + i < x_end, total, 0.0)
+            total = tl.where(i < x_rows_left, total, 0.0)
         tl.store(
             row_ptr + channels,
             total.to(out_ptr.dtype.element_ty),
-            mask=is_channel & (first + i < end),
+            mask=is_channel & (i < rows_left),
         )
 
 

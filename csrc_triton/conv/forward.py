@@ -24,7 +24,13 @@ from torch import Tensor
 
 from csrc_triton.architectures import architecture, device_multiprocessors
 from csrc_triton.conv.config import ConvConfig, conv_config
-from csrc_triton.functions import activate, activation_constant, has_tanh, locate_block, used_end
+from csrc_triton.functions import (
+    activate,
+    activation_constant,
+    locate_block,
+    logistic_form,
+    used_end,
+)
 from csrc_triton.launch import FLOAT_DTYPES, check_offsets, check_rows, num_blocks
 from csrc_triton.plans import empty, launch, planned
 
@@ -155,7 +161,7 @@ def _conv_norm_act_fwd_kernel(
     CHANNELS: tl.constexpr,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    HAS_TANH: tl.constexpr,
+    LOGISTIC: tl.constexpr,
     LOG_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -186,7 +192,7 @@ def _conv_norm_act_fwd_kernel(
     norm_bias = tl.load(norm_bias_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
     tile = tile * tl.rsqrt(variance + eps)[None]
     tile = tile * _per_channel(norm_weight, LOG_ROWS) + _per_channel(norm_bias, LOG_ROWS)
-    rows = _unstack(activate(tile, ACTIVATION, HAS_TANH).to(out_ptr.dtype.element_ty), LOG_ROWS)
+    rows = _unstack(activate(tile, ACTIVATION, LOGISTIC).to(out_ptr.dtype.element_ty), LOG_ROWS)
     for i in tl.static_range(ROWS):
         row_ptr = out_ptr + (first + i).to(tl.int64) * stride_out_row
         mask = _if_row(is_channel, first + i < end)
@@ -257,7 +263,7 @@ def _launch(
         x.stride(0),
         conv_weight.stride(1),
         out.stride(0),
-        HAS_TANH=has_tanh(x.dtype, arch),
+        LOGISTIC=logistic_form(x.dtype, arch),
         **_constants(channels, conv_weight.shape[1], constant, config, seqused_k is not None),
         num_warps=config.num_warps,
     )

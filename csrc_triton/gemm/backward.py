@@ -85,7 +85,7 @@ def _epilogue_bwd_kernel(
         else:
             dy = grad * activation_derivative(y, ACTIVATION)
             if HAS_OUT:
-                out = activate(y, ACTIVATION, False)  # memory is waited for, not arithmetic
+                out = activate(y, ACTIVATION, "division")  # memory is waited for, not arithmetic
                 _store_rows(out_ptr, rows, columns, stride_out_row, out, mask)
         _store_rows(dy_ptr, rows, columns, stride_dy_row, dy, mask)
         bias_sum += dy

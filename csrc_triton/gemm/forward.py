@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csrc_triton.architectures import architecture, device_multiprocessors
-from csrc_triton.functions import activate, activation_constant, has_tanh, logistic
+from csrc_triton.functions import activate, activation_constant, logistic, logistic_form
 from csrc_triton.gemm.config import LinearConfig, linear_config
 from csrc_triton.gemm.measured import Product, measured_config
 from csrc_triton.launch import check_device, check_tensor
@@ -47,7 +47,7 @@ def _linear_kernel(
     stride_weight_row,
     stride_out_row,
     ACTIVATION: tl.constexpr,
-    HAS_TANH: tl.constexpr,
+    LOGISTIC: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -104,9 +104,9 @@ def _linear_kernel(
     columns = block_n * OUT_N + tl.arange(0, OUT_N)  # [OUT_N]
     if GATED:
         value, gate = tl.split(tl.reshape(product, [BLOCK_M, OUT_N, 2]))  # [BLOCK_M, OUT_N] each
-        result = value * logistic(gate, HAS_TANH)
+        result = value * logistic(gate, LOGISTIC)
     else:
-        result = activate(product, ACTIVATION, HAS_TANH)
+        result = activate(product, ACTIVATION, LOGISTIC)
     inside = (rows[:, None] < num_tokens) & (columns[None, :] < out_features)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_out_row + columns[None, :]
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -188,7 +188,7 @@ def _launch(
         out.stride(0),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        HAS_TANH=has_tanh(x.dtype, arch),
+        LOGISTIC=logistic_form(x.dtype, arch),
         **_constants(config, constant, gated, bias is not None, in_features),
     )
     return out

@@ -189,8 +189,19 @@ def test_what_counts_as_near_enough() -> None:
         judge("kernel/half", bad, exact, plain)
     with pytest.raises(AssertionError, match="is not"):
         judge("kernel/half", plain[:5], exact, plain)
+    # Which of its two neighbours an element is says nothing, any further one does.
+    exact[900] = 91.1  # between 91 and 91.5
+    plain = exact.bfloat16()
+    for number, right in ((91.0, True), (91.5, True), (90.5, False), (92.0, False)):
+        bad = plain.clone()
+        bad[900] = number
+        if right:
+            judge("kernel/half", bad, exact, plain)
+        else:
+            with pytest.raises(AssertionError, match="largest error"):
+                judge("kernel/half", bad, exact, plain)
     lines = table({"test": judge.row.described()}).splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [
-        ["kernel", "bfloat16", "4"],
+        ["kernel", "bfloat16", "8"],
         ["kernel", "float32", "2"],
     ]

@@ -63,6 +63,16 @@ def test_compiles_without_spills_and_with_tensor_cores(target: str) -> None:
             assert TENSOR_CORES[target] in row.code.tensor_core, kernel.name
 
 
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_the_window_of_float32_spills_nothing_where_rows_are_not_read(target: str) -> None:
+    """The most that a thread of `_slide_kernel` holds."""
+    kernels = {kernel.name: kernel for kernel in shipped_kernels(Target.parse(target), "float32")}
+    kernel = kernels["slide/conv_norm_act_seqused/BACKWARDS=True"]
+    row = check_kernel(kernel, {}, default_cache())
+    assert row.code is not None
+    assert row.code.spills == 0 and row.problems == ()
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("width", [1, 100, 256, 512, 1000, 1024, 2048, 4096, 8192])
 def test_a_thread_of_a_norm_holds_at_most_16_elements_of_a_row(width: int, arch: str) -> None:

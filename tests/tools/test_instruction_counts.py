@@ -85,19 +85,25 @@ def of_the_largest_tile(name: str, target: str, dtype: str) -> tuple[Uncompiled,
     return request, sass.disassemble(request.compiled().asm["cubin"])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("name", "outputs", "limit"),
-    [("linear/linear_silu", 128 * 256, 1000), ("linear/linear_glu", 128 * 128, 500)],
+    ("name", "outputs", "dtype", "limit"),
+    [
+        ("linear/linear_silu", 128 * 256, "bfloat16", 1000),
+        ("linear/linear_glu", 128 * 128, "bfloat16", 500),
+        ("linear/linear_silu", 128 * 256, "float16", 1200),
+        ("linear/linear_glu", 128 * 128, "float16", 500),
+    ],
 )
-def test_epilogues(name: str, outputs: int, limit: int, dtype: str) -> None:
-    """Of a tile of 128 x 256 on sm_90: one special function an output, and few instructions."""
+def test_epilogues(name: str, outputs: int, dtype: str, limit: int) -> None:
+    """Of a tile of 128 x 256 on sm_90: few instructions, and one special function an output, or two
+    where tanh is too far off."""
     request, text = of_the_largest_tile(name, "cuda:90", dtype)
     assert (request.constants["BLOCK_M"], request.constants["BLOCK_N"]) == (128, 256)
     code, loop = sass.instructions(text), sass.hot_loop(text)
     assert loop is not None and loop.tensor_core
     epilogue = [instruction.name for instruction in code[loop.end + 1 :]]
-    assert epilogue.count("MUFU") == outputs / (32 * request.options["num_warps"])
+    functions = 1 if dtype == "bfloat16" else 2
+    assert epilogue.count("MUFU") == functions * outputs / (32 * request.options["num_warps"])
     assert len(epilogue) <= limit
 
 
