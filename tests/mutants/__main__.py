@@ -4,7 +4,8 @@
 
 Of each kernel and target all mutants of synchronisation (or N) and N of values, drawn with a fixed
 seed, at small sizes; what lives there, at larger ones, where the kernel is the same. Each is a row
-of `FOLDER/rows.jsonl`: ended and started again, it goes on with the next. In the end it writes
+of `FOLDER/rows.jsonl`: ended and started again, it goes on with the next. Rows of kernels that are
+compiled otherwise by now are dropped when a target has been gone through. In the end it writes
 `docs/inside/mutants.md` (`--table`: of the rows there are, and runs nothing), and fails where a
 mutant lives that `explanations.toml` says nothing of.
 """
@@ -61,13 +62,17 @@ def read(rows: Path) -> list[dict[str, Any]]:
 
 
 def run(rows: Path, targets: Sequence[str], drawn: tuple[int | None, int], only: str) -> None:
-    """Appends a row for every mutant that has none."""
+    """Appends a row for every mutant that has none, and drops those of kernels that are no more."""
     done = {key(row) for row in read(rows)}
-    with rows.open("a") as file:
-        for target in targets:
-            for row in tried(target, drawn, only, done):
+    for target in targets:
+        compiled: set[str] = set()
+        with rows.open("a") as file:
+            for row in tried(target, drawn, only, done, compiled):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
+        if not only:
+            left = [r for r in read(rows) if r["target"] != target or r["ptx"] in compiled]
+            rows.write_text("".join(json.dumps(row) + "\n" for row in left))
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -93,8 +98,13 @@ def code(source: str) -> str:
 
 
 def tried(
-    target: str, drawn: tuple[int | None, int], only: str, done: set[tuple[Any, ...]]
+    target: str,
+    drawn: tuple[int | None, int],
+    only: str,
+    done: set[tuple[Any, ...]],
+    seen: set[str],
 ) -> Iterator[dict[str, Any]]:
+    """The mutants that are not `done`, as rows; adds the digests of all kernels to `seen`."""
     import torch
 
     from tests.helpers.operations import SMALL
@@ -102,7 +112,6 @@ def tried(
     from tools.virtual_gpu.mutants import SYNCHRONISATION, Mutant, mutants
 
     torch.set_num_threads(1)
-    seen: set[str] = set()
     for operation in (name for name in NAMES if only in name):
         case = Case(operation, SMALL, target)
         long: list[Case] = []

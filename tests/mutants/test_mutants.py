@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 
 from csrc_triton.launch import interpreting
 from tests.helpers.operations import SMALL
-from tests.mutants import table
-from tests.mutants.__main__ import tried
+from tests.mutants import cases, table
+from tests.mutants.__main__ import TARGETS, key, read, run
 from tests.mutants.cases import Case
 from tools.virtual_gpu.mutants import SYNCHRONISATION, mutants
 
@@ -80,13 +81,18 @@ def test_too_few_that_are_noticed_are_said(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(interpreting(), reason="Triton's interpreter compiles nothing")
-def test_what_has_a_row_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.mutants import cases
-    from tests.mutants.__main__ import key
-
+def test_what_has_a_row_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "NAMES", ["layer_norm"])
-    rows = list(tried("sm_80", (None, 2), "", set()))
+    path = tmp_path / "rows.jsonl"
+    run(path, ["sm_80"], (None, 2), "")
+    rows = read(path)
     assert len(rows) >= 5 and {r["kernel"] for r in rows} == {"_norm_fwd_kernel"}
     assert len({key(r) for r in rows}) == len(rows)
-    left = list(tried("sm_80", (None, 3), "", {key(r) for r in rows}))
-    assert len(left) == 1 and key(left[0]) not in {key(r) for r in rows}
+    older = [rows[0] | {"ptx": "of an older kernel", "target": target} for target in TARGETS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*older, *rows]))
+    run(path, ["sm_80"], (None, 3), "norm")  # a part of the operations: nothing is known of others
+    assert read(path)[:-1] == [*older, *rows]
+    new = read(path)[-1]
+    assert key(new) not in {key(r) for r in rows}
+    run(path, ["sm_80"], (None, 3), "")
+    assert read(path) == [older[1], *rows, new]
