@@ -21,10 +21,12 @@ from bench.ledger.cost import (
     size_of,
     total_size,
 )
+from csrc_triton.architectures import multiprocessors
 from csrc_triton.attention import build_tile_map, tile_bound
 from csrc_triton.attention.config import (
     attention_backward_config,
     attention_config,
+    num_programs,
     scores_layout,
     scratch_layout,
 )
@@ -299,8 +301,8 @@ def _attention(call: Call, output: Tensor, keeps_log_sum_exp: bool) -> Cost:
         layout = scratch_layout(
             config.block_m, config.block_n, call["left_max_position"], call["right_max_position"]
         )
-        at_once = max(min(work, config.scratch_limit // (4 * layout.size)), 1)
-        launches, scratch = -(-work // at_once), 4 * at_once * layout.size
+        programs = num_programs(config, layout, work, multiprocessors(call.arch))
+        scratch = 4 * programs * layout.size
         # Of whole tiles, rows behind an utterance's end too.
         position_bytes = work * config.block_m * _scores_row(vectors)
         matrix_flops += 2 * num_heads * num_tokens * vectors.numel()

@@ -9,7 +9,7 @@ import torch
 from csrc_triton.architectures import tiles_for
 
 SCRATCH_LIMIT = 256 * 2**20
-"""Bytes of position scores that one launch may keep; more work is split into several launches."""
+"""Bytes of position scores that one launch may keep."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class AttentionConfig:
         num_stages: pipeline depth of the loop over far key blocks.
         band_stages: pipeline depth of the loop over key blocks in the band.
         max_registers: cap on a thread's registers, so that more blocks are resident, or `None`.
-        scratch_limit: bytes of scratch memory of one launch.
+        blocks: resident blocks of a multiprocessor, by what the kernel with positions compiles to.
+            Each keeps the position scores of one tile at a time.
+        scratch_limit: bytes of scratch memory of one launch; of one program at least.
     """
 
     block_m: int
@@ -34,6 +36,7 @@ class AttentionConfig:
     num_stages: int
     band_stages: int = 1
     max_registers: int | None = None
+    blocks: int = 1
     scratch_limit: int = SCRATCH_LIMIT
 
 
@@ -153,7 +156,15 @@ TILES: dict[str, dict[str, dict[int, AttentionTiles]]] = {
             64: AttentionTiles(
                 # 32 rows a warp: half the reads of keys and values from shared memory that 16 rows
                 # need.
-                AttentionConfig(block_m=128, block_n=32, block_p=16, num_warps=4, num_stages=3),
+                AttentionConfig(
+                    block_m=128,
+                    block_n=32,
+                    block_p=16,
+                    num_warps=4,
+                    num_stages=3,
+                    band_stages=2,
+                    blocks=2,
+                ),
                 AttentionBackwardConfig(
                     tile=128,
                     key_step=32,
@@ -192,7 +203,9 @@ TILES: dict[str, dict[str, dict[int, AttentionTiles]]] = {
                     block_p=16,
                     num_warps=8,
                     num_stages=3,
+                    band_stages=2,
                     max_registers=128,
+                    blocks=2,
                 ),
                 _HOPPER_BACKWARD,
             ),
@@ -203,7 +216,9 @@ TILES: dict[str, dict[str, dict[int, AttentionTiles]]] = {
     "sm_100": {
         "half": {
             64: AttentionTiles(
-                AttentionConfig(block_m=128, block_n=64, block_p=16, num_warps=8, num_stages=3),
+                AttentionConfig(
+                    block_m=128, block_n=64, block_p=16, num_warps=8, num_stages=3, blocks=2
+                ),
                 _HOPPER_BACKWARD,
             ),
             128: _HOPPER_128,
@@ -213,7 +228,9 @@ TILES: dict[str, dict[str, dict[int, AttentionTiles]]] = {
     "gfx942": {
         "half": {
             64: AttentionTiles(
-                AttentionConfig(block_m=128, block_n=64, block_p=32, num_warps=4, num_stages=1),
+                AttentionConfig(
+                    block_m=128, block_n=64, block_p=32, num_warps=4, num_stages=1, blocks=2
+                ),
                 _CDNA_BACKWARD,
             ),
             128: AttentionTiles(
@@ -320,6 +337,21 @@ def scratch_layout(
     read_limit = _round_up(block_m + right_max_position, 16)
     size = _round_up(start + (block_m - 1) * row_stride + read_limit + block_n, 32)
     return ScratchLayout(row_stride, start, size, read_limit)
+
+
+def num_programs(
+    config: AttentionConfig, layout: ScratchLayout, num_work: int, multiprocessors: int
+) -> int:
+    """Programs of a launch with positions, of which each works on one tile after the other.
+
+    Args:
+        config: the launch configuration.
+        layout: scratch memory of one program.
+        num_work: tiles times heads.
+        multiprocessors: of the device.
+    """
+    fitting = max(config.scratch_limit // (4 * layout.size), 1)
+    return min(num_work, config.blocks * multiprocessors, fitting)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ softmax is Dao 2023's):
     output(i) = sum_j softmax_j(score(i, j)) v_j
     log_sum_exp(i) = log sum_j exp(score(i, j))
 
-A program owns one tile of `BLOCK_M` queries of one head. Only L + R + 1 distinct position vectors
-exist, so the tile's position scores are a `[BLOCK_M, L + R + 1]` product P = q E^T, computed once
-and kept in a scratch buffer. The key blocks of an utterance then fall into three groups:
+A tile is `BLOCK_M` queries of one head. Only L + R + 1 distinct position vectors exist, so its
+position scores are a `[BLOCK_M, L + R + 1]` product P = q E^T, computed once and kept in scratch
+memory. The key blocks of an utterance then fall into three groups:
 
     keys     0 ................ i - L ........... i + R ................ T
              far: adds P[i, 0]  | band: P[i, j-i+L] | far: adds P[i, L+R]
@@ -21,6 +21,11 @@ pipeline fills once. A band block starts its product q k^T from P instead of zer
 block's scores are an aligned strided tile, not a gather. What it holds left or right of the
 band is other rows' data, and is replaced. Keys that do not fill a block are the last step of the
 band loop, wherever the band is.
+
+Scratch memory belongs to a program, not to a tile, so that it stays in the L2 cache: there are as
+many programs as are resident at once, and each works on one tile after the other. Tiles are sorted,
+those of the longest utterance first; each program takes one of each round, the first of one round
+the last of the next. Without positions a program has one tile.
 
 Where `seqused_k` says how many tokens of an utterance are keys, the loops over keys end there, and
 the queries behind them find their keys on the left.
@@ -42,11 +47,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.architectures import architecture
+from csrc_triton.architectures import architecture, device_multiprocessors
 from csrc_triton.attention.config import (
     AttentionConfig,
     ScratchLayout,
     attention_config,
+    num_programs,
     scratch_layout,
 )
 from csrc_triton.attention.tile_map import build_tile_map, check_tile_map
@@ -151,7 +157,7 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["first_work", "stride_lse_head"],
+    do_not_specialize=["num_work", "stride_lse_head"],
     do_not_specialize_on_alignment=[
         "cu_seqlens_ptr",
         "seqused_k_ptr",
@@ -165,13 +171,13 @@ def shaw_attention_fwd_kernel(
     k_ptr,
     v_ptr,
     distance_ptr,  # [LEFT + RIGHT + 1, HEAD_DIM]
-    scratch_ptr,  # [programs, SCRATCH_SIZE] fp32
+    scratch_ptr,  # [programs, SCRATCH_SIZE] fp32, HAS_POSITIONS
     out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
     lse_ptr,  # [num_heads, num_tokens] fp32
     cu_seqlens_ptr,  # [batch + 1] int32
     seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
     tile_map_ptr,  # [num_tiles, 2] int32
-    first_work,  # this launch's first (tile, head)
+    num_work,  # tiles times heads
     num_heads,
     scale_log2,
     stride_q_row,
@@ -204,163 +210,180 @@ def shaw_attention_fwd_kernel(
     FAR_STAGES: tl.constexpr,
     BAND_STAGES: tl.constexpr,
 ):
-    work = first_work + tl.program_id(0)
-    tile = work // num_heads
-    head = (work % num_heads).to(tl.int64)
-    sequence = tl.load(tile_map_ptr + 2 * tile)
-    if sequence < 0:  # the map is as long as it could be, not as long as it is
-        return
-    first_row = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
-    start = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
-    start = start.to(tl.int64)
-    num_keys = length
-    if HAS_SEQUSED:
-        num_keys = tl.load(seqused_k_ptr + sequence)
-
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    row_mask = first_row + offs_m < length
-    tile_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
-    q_base = q_ptr + (start + first_row) * stride_q_row + head * stride_q_head
-    query = tl.load(
-        q_base + offs_m.to(tl.int64)[:, None] * stride_q_row + offs_d[None, :],
-        mask=tile_mask,
-        other=0.0,
-    )  # [BLOCK_M, BLOCK_D]
-    k_base = k_ptr + start * stride_k_row + head * stride_k_head
-    v_base = v_ptr + start * stride_v_row + head * stride_v_head
-    offs_k = offs_n.to(tl.int64)[:, None] * stride_k_row + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
     if SAME_ROW_STRIDE:
         stride_v_row = stride_k_row
-    offs_v = offs_n.to(tl.int64)[:, None] * stride_v_row + offs_d[None, :]
+    programs = tl.num_programs(0)
+    # Of what does not depend on the tile nothing is computed ahead of the loop: it would lie in
+    # registers that the loops over keys need.
+    for first_work in tl.range(0, num_work, programs, num_stages=1, disable_licm=True):
+        place = tl.program_id(0)
+        if first_work // programs % 2 == 1:  # who had the longest of one round has the last
+            place = programs - 1 - place
+        work = first_work + place
+        tile = work // num_heads
+        head = (work % num_heads).to(tl.int64)
+        # The map is as long as it could be, not as long as it is.
+        sequence = tl.load(tile_map_ptr + 2 * tile, mask=work < num_work, other=-1)
+        if sequence >= 0:
+            first_row = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK_M
+            start = tl.load(cu_seqlens_ptr + sequence)
+            length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+            start = start.to(tl.int64)
+            num_keys = length
+            if HAS_SEQUSED:
+                num_keys = tl.load(seqused_k_ptr + sequence)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    left_term = row_sum
-    right_term = row_sum
-    scratch_base = scratch_ptr
-    whole = num_keys // BLOCK_N * BLOCK_N  # keys in whole blocks
-    band_first = whole
-    band_end = whole
-    if HAS_POSITIONS:
-        scratch_base += tl.program_id(0).to(tl.int64) * SCRATCH_SIZE + SCRATCH_START
-        left_term, right_term = _position_scores(
-            query,
-            distance_ptr,
-            scratch_base + offs_m * (SCRATCH_STRIDE + 1) - LEFT,
-            stride_e_row,
-            LEFT,
-            RIGHT,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_M,
-            BLOCK_P,
-        )
-        tl.debug_barrier()  # the scores were written by other threads than those that will read
-        # A block is left of the band when its last key is, as seen from the first row; right of it
-        # when its first key is, as seen from the last row.
-        last_row = tl.minimum(first_row + BLOCK_M, length) - 1
-        band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
-        band_first = tl.minimum(band_first, whole)
-        band_end = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-        band_end = tl.minimum(band_end, whole)
+            offs_m = tl.arange(0, BLOCK_M)
+            offs_n = tl.arange(0, BLOCK_N)
+            offs_d = tl.arange(0, BLOCK_D)
+            row_mask = first_row + offs_m < length
+            tile_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+            q_base = q_ptr + (start + first_row) * stride_q_row + head * stride_q_head
+            query = tl.load(
+                q_base + offs_m.to(tl.int64)[:, None] * stride_q_row + offs_d[None, :],
+                mask=tile_mask,
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_D]
+            k_base = k_ptr + start * stride_k_row + head * stride_k_head
+            v_base = v_ptr + start * stride_v_row + head * stride_v_head
+            # [BLOCK_N, BLOCK_D]
+            offs_k = offs_n.to(tl.int64)[:, None] * stride_k_row + offs_d[None, :]
+            offs_v = offs_n.to(tl.int64)[:, None] * stride_v_row + offs_d[None, :]
 
-    band_keys = band_end - band_first
-    for far_start in tl.range(0, whole - band_keys, BLOCK_N, num_stages=FAR_STAGES):
-        key_start = far_start
-        row_term = left_term
-        if HAS_POSITIONS:
-            key_start = tl.where(far_start < band_first, far_start, far_start + band_keys)
-            row_term = tl.where(far_start < band_first, left_term, right_term)
-        key_start = key_start.to(tl.int64)
-        key_ptrs = k_base + key_start * stride_k_row + offs_k
-        value_ptrs = v_base + key_start * stride_v_row + offs_v
-        if HEAD_DIM == BLOCK_D:
-            key = tl.load(key_ptrs)
-            value = tl.load(value_ptrs)
-        else:
-            key = tl.load(key_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-            value = tl.load(value_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        acc, row_sum, row_max = _attend(
-            acc,
-            row_sum,
-            row_max,
-            scores,
-            row_term,
-            value,
-            scale_log2,
-            seed_ptr,
-            dropout_p,
-            head,
-            start + first_row,
-            key_start,
-            HAS_POSITIONS,
-            HAS_DROPOUT,
-        )
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            row_sum = tl.zeros([BLOCK_M], tl.float32)
+            row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            left_term = row_sum
+            right_term = row_sum
+            scratch_base = scratch_ptr
+            whole = num_keys // BLOCK_N * BLOCK_N  # keys in whole blocks
+            band_first = whole
+            band_end = whole
+            if HAS_POSITIONS:
+                scratch_base += tl.program_id(0).to(tl.int64) * SCRATCH_SIZE + SCRATCH_START
+                tl.debug_barrier()  # other threads may still read the scores of the tile before
+                left_term, right_term = _position_scores(
+                    query,
+                    distance_ptr,
+                    scratch_base + offs_m * (SCRATCH_STRIDE + 1) - LEFT,
+                    stride_e_row,
+                    LEFT,
+                    RIGHT,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_M,
+                    BLOCK_P,
+                )
+                tl.debug_barrier()  # other threads will read the scores than those that wrote them
+                # A block is left of the band when its last key is, as seen from the first row;
+                # right of it when its first key is, as seen from the last row.
+                last_row = tl.minimum(first_row + BLOCK_M, length) - 1
+                band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
+                band_first = tl.minimum(band_first, whole)
+                band_end = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+                band_end = tl.minimum(band_end, whole)
 
-    # The keys after the last whole block, wherever the band is, are the last step.
-    last_start = tl.where(whole < num_keys, whole, band_end - BLOCK_N)
-    band_end = tl.where(whole < num_keys, band_end + BLOCK_N, band_end)
-    for band_start in tl.range(band_first, band_end, BLOCK_N, num_stages=BAND_STAGES):
-        key_start = tl.where(band_start == band_end - BLOCK_N, last_start, band_start)
-        key_start = tl.multiple_of(key_start, BLOCK_N)
-        key_mask = (offs_n < num_keys - key_start)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        key_offset = key_start.to(tl.int64)
-        key = tl.load(k_base + key_offset * stride_k_row + offs_k, mask=key_mask, other=0.0)
-        value = tl.load(v_base + key_offset * stride_v_row + offs_v, mask=key_mask, other=0.0)
-        if HAS_POSITIONS:
-            read_start = tl.minimum(key_start - first_row, READ_LIMIT)
-            if HAS_SEQUSED:  # the last keys may be far left of a tile behind them
-                read_start = tl.maximum(read_start, -SCRATCH_START)
-            near = _near_scores(
-                scratch_base + offs_m * SCRATCH_STRIDE,
-                offs_m,
-                key_start - first_row + offs_n,
-                read_start + offs_n,
-                num_keys - first_row,
-                left_term,
-                right_term,
-                LEFT,
-                RIGHT,
+            band_keys = band_end - band_first
+            for far_start in tl.range(0, whole - band_keys, BLOCK_N, num_stages=FAR_STAGES):
+                key_start = far_start
+                row_term = left_term
+                if HAS_POSITIONS:
+                    key_start = tl.where(far_start < band_first, far_start, far_start + band_keys)
+                    row_term = tl.where(far_start < band_first, left_term, right_term)
+                key_start = key_start.to(tl.int64)
+                key_ptrs = k_base + key_start * stride_k_row + offs_k
+                value_ptrs = v_base + key_start * stride_v_row + offs_v
+                if HEAD_DIM == BLOCK_D:
+                    key = tl.load(key_ptrs)
+                    value = tl.load(value_ptrs)
+                else:
+                    key = tl.load(key_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+                    value = tl.load(value_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+                scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+                acc, row_sum, row_max = _attend(
+                    acc,
+                    row_sum,
+                    row_max,
+                    scores,
+                    row_term,
+                    value,
+                    scale_log2,
+                    seed_ptr,
+                    dropout_p,
+                    head,
+                    start + first_row,
+                    key_start,
+                    HAS_POSITIONS,
+                    HAS_DROPOUT,
+                )
+
+            # The keys after the last whole block, wherever the band is, are the last step.
+            last_start = tl.where(whole < num_keys, whole, band_end - BLOCK_N)
+            band_end = tl.where(whole < num_keys, band_end + BLOCK_N, band_end)
+            for band_start in tl.range(band_first, band_end, BLOCK_N, num_stages=BAND_STAGES):
+                key_start = tl.where(band_start == band_end - BLOCK_N, last_start, band_start)
+                key_start = tl.multiple_of(key_start, BLOCK_N)
+                key_mask = (offs_n < num_keys - key_start)[:, None] & (offs_d < HEAD_DIM)[None, :]
+                key_offset = key_start.to(tl.int64)
+                key = tl.load(k_base + key_offset * stride_k_row + offs_k, mask=key_mask, other=0.0)
+                value = tl.load(
+                    v_base + key_offset * stride_v_row + offs_v, mask=key_mask, other=0.0
+                )
+                if HAS_POSITIONS:
+                    read_start = tl.minimum(key_start - first_row, READ_LIMIT)
+                    if HAS_SEQUSED:  # the last keys may be far left of a tile behind them
+                        read_start = tl.maximum(read_start, -SCRATCH_START)
+                    near = _near_scores(
+                        scratch_base + offs_m * SCRATCH_STRIDE,
+                        offs_m,
+                        key_start - first_row + offs_n,
+                        read_start + offs_n,
+                        num_keys - first_row,
+                        left_term,
+                        right_term,
+                        LEFT,
+                        RIGHT,
+                    )
+                    scores = tl.dot(query, tl.trans(key), near, input_precision="ieee")
+                else:
+                    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+                    scores = tl.where(
+                        (offs_n < num_keys - key_start)[None, :], scores, -float("inf")
+                    )
+                acc, row_sum, row_max = _attend(
+                    acc,
+                    row_sum,
+                    row_max,
+                    scores,
+                    left_term,
+                    value,
+                    scale_log2,
+                    seed_ptr,
+                    dropout_p,
+                    head,
+                    start + first_row,
+                    key_start,
+                    False,
+                    HAS_DROPOUT,
+                )
+
+            # Computed again, not kept in registers through the loops.
+            row_mask = offs_m < tl.minimum(length - first_row, BLOCK_M)
+            tile_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+            weight = 1.0 / row_sum
+            if HAS_DROPOUT:
+                weight *= 1.0 / (1.0 - dropout_p)
+            out_base = out_ptr + (start + first_row) * stride_out_row + head * stride_out_head
+            tl.store(
+                out_base + offs_m.to(tl.int64)[:, None] * stride_out_row + offs_d[None, :],
+                (acc * weight[:, None]).to(out_ptr.dtype.element_ty),
+                mask=tile_mask,
             )
-            scores = tl.dot(query, tl.trans(key), near, input_precision="ieee")
-        else:
-            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-            scores = tl.where((offs_n < num_keys - key_start)[None, :], scores, -float("inf"))
-        acc, row_sum, row_max = _attend(
-            acc,
-            row_sum,
-            row_max,
-            scores,
-            left_term,
-            value,
-            scale_log2,
-            seed_ptr,
-            dropout_p,
-            head,
-            start + first_row,
-            key_start,
-            False,
-            HAS_DROPOUT,
-        )
-
-    if HAS_DROPOUT:
-        acc = acc * (1.0 / (1.0 - dropout_p))
-    out_base = out_ptr + (start + first_row) * stride_out_row + head * stride_out_head
-    tl.store(
-        out_base + offs_m.to(tl.int64)[:, None] * stride_out_row + offs_d[None, :],
-        (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty),
-        mask=tile_mask,
-    )
-    tl.store(
-        lse_ptr + head * stride_lse_head + (start + first_row) + offs_m,
-        (row_max + tl.math.log2(row_sum)) * 0.6931471805599453,  # log 2
-        mask=row_mask,
-    )
+            tl.store(
+                lse_ptr + head * stride_lse_head + (start + first_row) + offs_m,
+                (row_max + tl.math.log2(row_sum)) * 0.6931471805599453,  # log 2
+                mask=row_mask,
+            )
 
 
 def _constants(
@@ -564,11 +587,12 @@ def _launch(
         left, right = 0, 0
     layout = scratch_layout(config.block_m, config.block_n, left, right)
     num_work = tile_map.shape[0] * num_heads
-    per_launch = num_work
+    programs = num_work
     scratch = log_sum_exp  # not touched without positions
-    if has_positions and num_work > 0:
-        per_launch = max(min(num_work, config.scratch_limit // (4 * layout.size)), 1)
-        scratch = empty((per_launch * layout.size,), torch.float32, query.device)
+    if has_positions:
+        count = device_multiprocessors(query.device)
+        programs = num_programs(config, layout, num_work, count)
+        scratch = empty((programs * layout.size,), torch.float32, query.device)
     vectors = distance_embedding if distance_embedding is not None else query
     constants = _constants(
         config,
@@ -582,10 +606,10 @@ def _launch(
         has_seqused=seqused_k is not None,
     )
     dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
-    for first_work in range(0, num_work, max(per_launch, 1)):
+    if num_work > 0:
         launch(
             shaw_attention_fwd_kernel,
-            (min(per_launch, num_work - first_work),),
+            (programs,),
             query,
             key,
             value,
@@ -596,7 +620,7 @@ def _launch(
             cu_seqlens,
             seqused_k,
             tile_map,
-            first_work,
+            num_work,
             num_heads,
             head_dim**-0.5 * LOG2_E,
             query.stride(0),

@@ -115,7 +115,7 @@ LAUNCHER_CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
         attention.shaw_attention,
         {**ATTENTION, "distance_embedding": None},
     ),
-    "attention, more scratch than one launch may have": (
+    "attention, more tiles than programs": (
         "shaw_attention",
         attention.shaw_attention,
         {
@@ -175,8 +175,6 @@ def test_launches_are_those_of_the_launcher(case: str, launched: list[Uncompiled
     results = list(results) if isinstance(results, tuple) else [results]
     launches = len(launched) + counter.trace.cost.launches
     assert cost_of(name, arguments, results).launches == launches
-    if case == "attention, more scratch than one launch may have":
-        assert len(launched) > 1
     # What the launcher allocates beyond its results, as far as tensors without data show it.
     cost = cost_of(name, arguments, results)
     if name in ("shaw_attention", "ctc_greedy", "normalize_and_stack"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from csrc_triton.architectures import architecture
 from csrc_triton.attention import build_tile_map, shaw_attention
-from csrc_triton.attention.config import AttentionConfig, attention_config
+from csrc_triton.attention.config import AttentionConfig, attention_config, scratch_layout
 from tests.kernels.judge import Judge
 from tests.kernels.lane import (
     DEVICE,
@@ -276,19 +277,21 @@ def test_head_sizes_in_fp32(head_dim: int, judge: Judge) -> None:
     check(judge, lengths, positions=False, **options)
 
 
-@pytest.mark.usefixtures("in_parts")
-def test_work_over_the_scratch_limit_is_split_into_launches(judge: Judge) -> None:
-    from dataclasses import replace
-
-    whole = attention_config(HEAD_DIM, torch.float32, architecture(DEVICE))
-    small = replace(whole, scratch_limit=choose(100_000, 3 * 4 * 2_000 * whole.block_m // 16))
+def test_bits_do_not_depend_on_the_number_of_programs(judge: Judge) -> None:
+    """A program for each tile, then three and one for all, which use their scratch memory again."""
+    whole = attention_config(HEAD_DIM, HALF[-1], architecture(DEVICE))
+    scratch = 4 * scratch_layout(whole.block_m, whole.block_n, LEFT, RIGHT).size
+    lengths = choose([217, 1, 300], [150, 1, 20])
     results = []
-    for config in (small, whole):
+    for programs in (sum(lengths), 3, 1):
+        config = replace(whole, blocks=sum(lengths), scratch_limit=programs * scratch)
         torch.manual_seed(1)
-        lengths = choose([217, 300], [20, 40])
-        results.append(check(judge, lengths, heads=2, config=config, name="/split"))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+        results.append(
+            check(judge, lengths, heads=2, dtype=HALF[-1], config=config, name="/programs")
+        )
+    for output, log_sum_exp in results[1:]:
+        assert torch.equal(output, results[0][0])
+        assert torch.equal(log_sum_exp, results[0][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,14 +11,18 @@ import torch
 from csrc_triton import attention
 from csrc_triton.architectures import ARCHITECTURES
 from csrc_triton.attention.config import (
+    AttentionConfig,
     attention_backward_config,
     attention_config,
+    num_programs,
     scratch_layout,
 )
 from tools.compile import sass
 from tools.compile.aot import FAR_LOOP_LIMIT
-from tools.compile.shipped import shipped_kernels
+from tools.compile.occupancy import blocks_per_multiprocessor
+from tools.compile.shipped import BATCHES, PUBLISHED, launch, variants
 from tools.compile.target import Target
+from tools.virtual_gpu.requests import Uncompiled, requests
 
 PLACES = [*ARCHITECTURES, "interpreter"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -126,19 +130,31 @@ def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
         attention.shaw_attention(tensor, tensor, tensor, torch.tensor([0, 4]).int(), 4)
 
 
+def asked(arch: str, dtype: str, name: str) -> Uncompiled:
+    """What the launcher asks for, of the published sizes and 16 utterances of 30 s."""
+    sizes = dataclasses.replace(PUBLISHED, lengths=BATCHES[0])
+    target = Target.parse(f"cuda:{arch.removeprefix('sm_')}")
+    with requests(target.gpu) as found, torch.no_grad():
+        launch("shaw_attention", variants("shaw_attention")[name], sizes, dtype, "meta")
+    (request,) = (request for request in found if request.name == "shaw_attention_fwd")
+    return request
+
+
 @cache
-def machine_code(arch: str, dtype: str, name: str) -> tuple[str, int]:
-    """Disassembly and bytes of stack of a kernel as it ships."""
-    kernels = shipped_kernels(Target.parse(f"cuda:{arch.removeprefix('sm_')}"), dtype)
-    (kernel,) = [kernel for kernel in kernels if kernel.name == f"shaw_attention_fwd/{name}"]
-    cubin = kernel.request.compiled().asm["cubin"]
-    return sass.disassemble(cubin), sass.resource_usage(cubin)[1]
+def machine_code(arch: str, dtype: str, name: str) -> tuple[str, int, int]:
+    """Disassembly, bytes of stack, and resident blocks of a multiprocessor."""
+    request = asked(arch, dtype, name)
+    kernel = request.compiled()
+    registers, stack = sass.resource_usage(kernel.asm["cubin"])
+    warps, shared = request.options["num_warps"], kernel.metadata.shared
+    blocks = blocks_per_multiprocessor(arch, warps, registers, shared)
+    return sass.disassemble(kernel.asm["cubin"]), stack, blocks
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("name", ["relative_key", "no_positions"])
 def test_compiled_kernels_use_tensor_cores_and_do_not_spill(arch: str, name: str) -> None:
-    code, stack = machine_code(arch, "bfloat16", name)
+    code, stack, _ = machine_code(arch, "bfloat16", name)
     opcodes = sass.opcode_counts(code)
     assert sass.count(opcodes, {"sm_80": "HMMA", "sm_90": "HGMMA"}[arch]) > 0
     assert stack == sass.count(opcodes, (sass.SPILL_LOADS, sass.SPILL_STORES)) == 0
@@ -146,6 +162,54 @@ def test_compiled_kernels_use_tensor_cores_and_do_not_spill(arch: str, name: str
     # Whatever the tile: two numbers of the tile map and two offsets are read by themselves, all
     # rows in wide pieces.
     assert widths[32] == 4 and widths[128] > 0 and set(widths) <= {32, 64, 128}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_both_loops_over_keys_load_ahead(arch: str, dtype: str) -> None:
+    """By asynchronous copies alone, without spills, at as many blocks as scratch memory is for."""
+    code, stack, blocks = machine_code(arch, dtype, "relative_key")
+    inner = [loop for loop in sass.loops(code) if loop.innermost and loop.tensor_core]
+    scores, far, band = inner  # of positions, which are few; then of keys
+    products = {loop.tensor_core for loop in (far, band)}
+    assert len(products) == 1 and scores.tensor_core < min(products)
+    tile = asked(arch, dtype, "relative_key").constants
+    copies = sass.count(far.opcodes, "LDGSTS")  # of keys and values
+    of_scores = copies * tile["BLOCK_M"] * 4 // (2 * tile["BLOCK_D"] * 2)
+    assert copies > 0 and sass.count(band.opcodes, "LDGSTS") == copies + of_scores
+    for loop in (far, band):
+        assert sass.count(loop.opcodes, "LDG") == 0
+    assert stack == sass.count(sass.opcode_counts(code), (sass.SPILL_LOADS, sass.SPILL_STORES)) == 0
+    assert blocks == attention_config(64, getattr(torch, dtype), arch).blocks
+
+
+@pytest.mark.parametrize(
+    ("arch", "multiprocessors"),
+    # A100, L40S, H100 in a PCIe slot, H100 and H200.
+    [("sm_80", 108), ("sm_89", 142), ("sm_90", 114), ("sm_90", 132)],
+)
+def test_scratch_memory_is_that_of_resident_blocks(
+    arch: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention.forward, "device_multiprocessors", lambda device: multiprocessors)
+    request = asked(arch, "bfloat16", "relative_key")
+    scratch = request.tensors["scratch_ptr"]
+    programs = request.grid[0]
+    assert request.grid == (programs, 1, 1)
+    assert programs == multiprocessors * attention_config(64, torch.bfloat16, arch).blocks
+    assert scratch.numel() == programs * request.constants["SCRATCH_SIZE"]
+    assert scratch.numel() * scratch.element_size() <= 16e6
+
+
+def test_programs_are_no_more_than_tiles_and_scratch_memory() -> None:
+    config = AttentionConfig(16, 16, 16, num_warps=4, num_stages=1, blocks=3)
+    layout = scratch_layout(16, 16, 4, 4)
+    assert num_programs(config, layout, 1000, 10) == 30
+    assert num_programs(config, layout, 29, 10) == 29
+    assert num_programs(config, layout, 0, 10) == 0
+    for programs, limit in ((7, 7), (1, 0)):
+        limited = dataclasses.replace(config, scratch_limit=4 * layout.size * limit)
+        assert num_programs(limited, layout, 1000, 10) == programs
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

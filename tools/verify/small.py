@@ -44,16 +44,13 @@ for _name in ("residual_layer_norm", "residual_double_layer_norm"):
     for _pass in ("", "_backward"):
         _SIZES[_name + _pass] = _SIZES["layer_norm" + _pass]
 
-# Kernels of which some blocks are enough, or do more than one step each in a smaller grid; and
-# arguments that place these blocks: attention's are the last head of a tile and the first of the
-# next, a ragged one.
-_PARTS: dict[str, tuple[tuple[int, int, int], Mapping[str, int]]] = {
-    "linear": ((4, 1, 1), {}),
-    "conv_norm_act_fwd": ((4, 1, 1), {}),
-    "norm_bwd": ((2, 1, 1), {}),
-    "norm_act_bwd": ((2, 1, 1), {}),
-    "epilogue_bwd": ((2, 2, 1), {}),
-    "shaw_attention_fwd": ((2, 1, 1), {"first_work": 15}),
+# Kernels of which some blocks are enough, or do more than one step each in a smaller grid.
+_PARTS = {
+    "linear": (4, 1, 1),
+    "conv_norm_act_fwd": (4, 1, 1),
+    "norm_bwd": (2, 1, 1),
+    "norm_act_bwd": (2, 1, 1),
+    "epilogue_bwd": (2, 2, 1),
 }
 
 
@@ -63,13 +60,9 @@ def _two_waveforms(sizes: Sizes) -> Mapping[str, Any]:
 
 
 def _part(request: Uncompiled) -> Uncompiled:
-    most, values = _PARTS.get(request.name, (request.grid, {}))
+    most = _PARTS.get(request.name, request.grid)
     x, y, z = map(min, zip(request.grid, most, strict=True))
-    arguments = [
-        dataclasses.replace(argument, value=values.get(argument.name, argument.value))
-        for argument in request.arguments
-    ]
-    return dataclasses.replace(request, grid=(x, y, z), arguments=arguments)
+    return dataclasses.replace(request, grid=(x, y, z))
 
 
 def _calls(
