@@ -66,7 +66,7 @@ _all_plans: list[Table[Any]] = []
 
 class _Recording(threading.local):
     steps: _Steps | None = None  # of the planned launcher that runs in this thread
-    tape: Tape | None = None  # of the function around it
+    tape: Any = None  # of the function around it
 
 
 _recording = _Recording()
@@ -83,6 +83,16 @@ class Table(dict[tuple[Any, ...], _Value]):
         if len(self) >= MOST_PLANS:
             self.clear()
         super().__setitem__(key, value)
+
+
+@contextlib.contextmanager
+def told(tape: Any) -> Iterator[None]:
+    """In this block, launches of this thread are kept by a `Tape`, or by what acts as one."""
+    outer, _recording.tape = _recording.tape, tape
+    try:
+        yield
+    finally:
+        _recording.tape = outer
 
 
 def forget() -> None:
@@ -196,7 +206,10 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **keywords: Any) -> Non
         args: the kernel's arguments in front of its constants.
         keywords: its constants, and options of its compilation.
     """
-    compiled = kernel[tuple(grid)](*args, **keywords)
+    if getattr(_recording.tape, "is_dry", False):
+        compiled = kernel.warmup(*args, grid=tuple(grid), **keywords)
+    else:
+        compiled = kernel[tuple(grid)](*args, **keywords)
     for recorder in (_recording.steps, _recording.tape):
         if recorder is not None:
             recorder.launched(kernel, compiled, grid, args, keywords)
@@ -225,10 +238,10 @@ class _Steps:
         args: Sequence[Any],
         keywords: Mapping[str, Any],
     ) -> None:
-        if not _can_run(compiled):
+        if not can_run(compiled):
             self.complete = False
             return
-        places = [self._place(value) for value in _all_arguments(kernel, args, keywords)]
+        places = [self._place(value) for value in all_arguments(kernel, args, keywords)]
         self.launches.append((compiled, [*grid, 1, 1][:3], places))
 
     def _place(self, value: Any) -> tuple[bool, int]:
@@ -257,7 +270,7 @@ class _Steps:
         current_device, current_stream = driver.get_current_device, driver.get_current_stream
         empties, numbers = self.empties, self.numbers
         launches = [
-            (_caller(compiled, grid), values_at(places)) for compiled, grid, places in self.launches
+            (caller(compiled, grid), values_at(places)) for compiled, grid, places in self.launches
         ]
         give = values_at(returned) if results else lambda _: ()
 
@@ -278,7 +291,7 @@ class _Steps:
         return plan
 
 
-def _can_run(compiled: Any) -> bool:
+def can_run(compiled: Any) -> bool:
     """Whether a launch gave back a kernel whose `run` is that of Triton 3.6 to 3.9."""
     if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
         return False
@@ -292,7 +305,7 @@ def _can_run(compiled: Any) -> bool:
     return len(first) == _RUN_ARGUMENTS and last is inspect.Parameter.VAR_POSITIONAL
 
 
-def _caller(compiled: Any, grid: Sequence[int]) -> Callable[[Any, tuple[Any, ...]], object]:
+def caller(compiled: Any, grid: Sequence[int]) -> Callable[[Any, tuple[Any, ...]], object]:
     """Launches a kernel on a stream with arguments in the order of its parameters.
 
     `compiled.run` asks every time for what depends on the kernel alone, and then calls a function
@@ -315,11 +328,19 @@ def _caller(compiled: Any, grid: Sequence[int]) -> Callable[[Any, tuple[Any, ...
     return lambda stream, args: run(*grid, stream, *given, *args)
 
 
-def _all_arguments(kernel: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
+def all_arguments(kernel: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
     """A kernel's arguments with its constants, in the order of its parameters."""
     return [*args, *[keywords[name] for name in kernel.arg_names[len(args) :]]]
 
 
+NEW_MEMORY = frozenset(
+    {
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+    }
+)
+"""What PyTorch allocates with, as it is dispatched."""
 _ALIGNMENT = 256  # of what is allocated together; no kernel is specialised on more than 16
 
 
@@ -337,7 +358,7 @@ class Tape:
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         self.complete = True
-        self._memory = [_extent(tensor) for tensor in inputs]
+        self._memory = [extent_of(tensor) for tensor in inputs]
         self._num_inputs = len(inputs)
         self._kept: list[Any] = list(inputs)  # so that no address stands for two tensors
         self._launches: list[tuple[Any, list[int], list[tuple[int | None, Any]]]] = []
@@ -345,20 +366,17 @@ class Tape:
         for before, after in itertools.pairwise(given):
             self.complete &= before.stop <= after.start
 
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """In this block, launches of this thread are kept."""
-        outer, _recording.tape = _recording.tape, self
-        try:
-            yield
-        finally:
-            _recording.tape = outer
-
-    def made(self, result: Any, is_new: bool) -> None:
-        """An operation gave this result: new memory, or a view."""
+    def operation(
+        self, function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> Any:
+        """An operation of PyTorch's: its results, which are new memory or a view."""
+        result = function(*arguments, **keywords)
+        is_new = function in NEW_MEMORY
+        self.complete &= is_new or function.is_view
         self._kept.append(result)
         if is_new:
-            self._memory.append(_extent(result))
+            self._memory.append(extent_of(result))
+        return result
 
     def launched(
         self,
@@ -369,8 +387,8 @@ class Tape:
         keywords: Mapping[str, Any],
     ) -> None:
         """A kernel was launched; arguments as of `launch`."""
-        self.complete &= _can_run(compiled)
-        places = [self._place(value) for value in _all_arguments(kernel, args, keywords)]
+        self.complete &= can_run(compiled)
+        places = [self._place(value) for value in all_arguments(kernel, args, keywords)]
         self._launches.append((compiled, [*grid, 1, 1][:3], places))
 
     def _place(self, value: Any) -> tuple[int | None, Any]:
@@ -396,7 +414,7 @@ class Tape:
         returned = [self._place(tensor) for tensor in results]
         for tensor, (place, offset) in zip(results, returned, strict=True):
             whole = place is not None and place >= self._num_inputs and offset == 0
-            self.complete &= whole and len(_extent(tensor)) == len(self._memory[place or 0])
+            self.complete &= whole and len(extent_of(tensor)) == len(self._memory[place or 0])
         if not self.complete or len(set(returned)) < len(returned):
             return None
         offsets, total = self._arranged({place for place, _ in returned})
@@ -420,7 +438,7 @@ class Tape:
         numbers.reverse()
         relative = list(pointers)
         launches = [
-            (_caller(compiled, grid), pick)
+            (caller(compiled, grid), pick)
             for (compiled, grid, _), pick in zip(self._launches, picks, strict=True)
         ]
         driver = drivers.active
@@ -471,7 +489,7 @@ class Tape:
         return offsets, max((stop for _, stop, _ in placed), default=0)
 
 
-def _extent(tensor: Tensor | None) -> range:
+def extent_of(tensor: Tensor | None) -> range:
     """The addresses of a tensor's bytes."""
     if tensor is None or tensor.numel() == 0:
         return range(0)

@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -224,10 +224,7 @@ def gradient(
     )
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"w2vbert::{backward_name} is a gradient and has no gradient itself: the fast kernels "
-            "do not support double backward; set use_fast_kernels=False for it"
-        )
+        refuse_double_backward(f"w2vbert::{backward_name}")
 
     torch.library.register_autograd(f"w2vbert::{backward_name}", refuse, lib=_LIBRARY)
 
@@ -303,6 +300,14 @@ def gradient(
         OPERATIONS[name].run, forward_schema.arguments, setup_context, differentiate
     )
     return backward
+
+
+def refuse_double_backward(name: str) -> NoReturn:
+    """Somebody asks for the gradient of the gradient `name`."""
+    raise RuntimeError(
+        f"{name} is a gradient and has no gradient itself: the fast kernels do not support double "
+        "backward; set use_fast_kernels=False for it"
+    )
 
 
 def _recorded(

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from csrc_triton import plans
+from csrc_triton.script import Recording
 from tools.virtual_gpu.driver import activated
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models.model import Wav2Vec2BertModel
 from w2vbert_fast.models.optimized import replay
+from w2vbert_fast.ops import repeated
 from w2vbert_fast.ops.dispatch import force_triton
 
 recorded = []
@@ -30,6 +32,16 @@ class Tape(make):
 
 
 plans.Tape = Tape
+record = repeated._record
+
+
+def recorded_with_gradient(*given):
+    script, made = record(*given)
+    recorded.append(script is not None)
+    return script, made
+
+
+repeated._record = recorded_with_gradient
 
 
 def encoder_of(layers=3, **changes):
@@ -67,55 +79,44 @@ def run(script: str) -> None:
     run_compiled(PRELUDE + script)
 
 
-def test_repeated_launches_give_the_same_bits() -> None:
-    """On the virtual GPU, where memory is what was allocated and nothing else."""
-    run("""
+EXECUTED = """
 from torch.utils._python_dispatch import _disable_current_modes
 from tools.virtual_gpu.executor import Executor
 from tools.virtual_gpu.global_memory import Checks
 
-made = []
-for name in ("empty", "empty_strided"):
-    def allocate(*args, make=getattr(torch, name), **keywords):
-        made.append(make(*args, **keywords))
-        return made[-1]
-    setattr(torch, name, allocate)
 # A buffer's other parts are not written by this launch.
-call = replay._Replays.__call__
-
-
-def remembering(replays, *args, taps, **keywords):
-    made.extend(t for t in (*args, taps, *replays._layout) if isinstance(t, torch.Tensor))
-    return call(replays, *args, taps=taps, **keywords)
-
-
-replay._Replays.__call__ = remembering
 execute = Executor(Checks(written_whole=False, garbage=False))
 numbers = []
 
 
-def tensor_at(argument):
-    if not argument.type.startswith("*") or not isinstance(argument.value, int):
-        return argument
-    numbers.append(argument.value)
-    for tensor in (*made, *weights):
-        start = tensor.data_ptr()
-        if start <= argument.value < start + max(tensor.nbytes, 1):
-            view = tensor.untyped_storage()
-            view = torch.tensor([], dtype=torch.uint8).set_(view)
-            return replace(argument, value=view[argument.value - view.data_ptr():])
-    raise AssertionError(argument)
-
-
 def execute_at(launch):
+    alive = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+
+    def tensor_at(argument):
+        if not argument.type.startswith("*") or not isinstance(argument.value, int):
+            return argument
+        numbers.append(argument.value)
+        for tensor in alive:
+            start = tensor.data_ptr()
+            if start <= argument.value < start + tensor.nbytes:
+                view = tensor.untyped_storage()
+                view = torch.tensor([], dtype=torch.uint8).set_(view)
+                return replace(argument, value=view[argument.value - view.data_ptr():])
+        raise AssertionError(argument)
+
     with _disable_current_modes():  # what executes a launch is no operation of the layer
         execute(replace(launch, arguments=[tensor_at(a) for a in launch.arguments]))
+"""
 
 
+def test_repeated_launches_give_the_same_bits() -> None:
+    """On the virtual GPU, where memory is what was allocated and nothing else."""
+    run(
+        EXECUTED
+        + """
 with activated("sm_80", execute_at) as driver, force_triton(), torch.inference_mode():
     driver.takes_addresses = True
     encoder = encoder_of()
-    weights = [*encoder.parameters()]
     first, found = forward(encoder)
     assert found == [True, True], found  # the second layer is as the first, the last is not
     assert numbers  # so it was by addresses
@@ -131,7 +132,44 @@ with activated("sm_80", execute_at) as driver, force_triton(), torch.inference_m
     numbers.clear()
     again, found = forward(encoder, x.clone())
     assert not found and numbers and torch.equal(again, first)
-""")
+"""
+    )
+
+
+def test_a_repeated_training_step_gives_the_same_bits() -> None:
+    """Two forward passes, then both backward: dropout, gradients that add up, one of no contiguous
+    memory and one of no tokens but the first."""
+    run(
+        EXECUTED
+        + """
+def step(encoder):
+    torch.manual_seed(1)
+    inputs = [torch.randn(8, 16, requires_grad=True) for _ in range(2)]
+    outputs = [encoder.run_layers(x, layout, set(), False, None)[0] for x in inputs]
+    outputs[0].sum().backward()
+    outputs[1][:1].square().sum().backward()
+    made = [*outputs, *[x.grad for x in inputs], *[p.grad for p in encoder.parameters()]]
+    for parameter in encoder.parameters():
+        parameter.grad = None
+    return made
+
+
+with activated("sm_80", execute_at) as driver, force_triton():
+    dropouts = {"attention_dropout": 0.25, "conformer_conv_dropout": 0.25, "hidden_dropout": 0.25}
+    encoder = encoder_of(2, **dropouts).train()
+    encoder.layers[1].ffn2.requires_grad_(False)
+    plain = step(encoder)
+    assert not any(recorded) and not numbers
+    recorded.clear()
+    plans.forget()
+    driver.takes_addresses = True
+    found = step(encoder)
+    assert recorded == [True] * 2 and numbers  # the second pass repeats what the first recorded
+    for one, other in zip(found, plain, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert sum(one is None for one in found) == 4
+"""
+    )
 
 
 WHAT = """
@@ -142,7 +180,11 @@ def what(encoder, x=x, layout=layout):
     '''The output's launches: kernels, grids, numbers, and which of what was given is read where.'''
     launches.clear()
     recorded.clear()
-    encoder.run_layers(x, layout, set(), False, None)
+    output = encoder.run_layers(x, layout, set(), False, None)[0]
+    if output.requires_grad:
+        output.sum().backward()
+        for parameter in encoder.parameters():
+            parameter.grad = None
     given = {t.data_ptr() for t in (x, layout.cu_seqlens, *encoder.parameters())}
 
     def value_of(argument):
@@ -294,7 +336,7 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.no_gra
     assert is_repeated(2)
     layer.eval()
     assert is_repeated(3)
-    for watcher in (FlopCounterMode(display=False), torch.profiler.profile(), torch.enable_grad()):
+    for watcher in (FlopCounterMode(display=False), torch.profiler.profile()):
         with watcher:
             assert is_repeated(0), watcher
     with torch.autocast("cpu", torch.bfloat16):
@@ -314,5 +356,127 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.no_gra
     launches.clear()
     gc.collect()
     assert [ref() is None for ref in freed] == [True] * 4
+"""
+    )
+
+
+def test_a_training_step_is_repeated_where_nothing_else_than_autograd_looks() -> None:
+    run(
+        WHAT
+        + """
+from torch.utils.checkpoint import checkpoint
+
+
+def fails(function, text):
+    try:
+        function()
+    except RuntimeError as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(text)
+
+
+seen = []
+
+
+def look(*_):
+    seen.append(1)
+
+
+with activated("sm_90", launches.append) as driver, force_triton():
+    driver.takes_addresses = True
+    encoder = encoder_of(conformer_conv_dropout=0.25, attention_dropout=0.25).train()
+    layer = encoder.layers[1]
+    weight = layer.ffn1.output_dense.weight
+    number = len(usual := ordinary(encoder))
+
+    def is_repeated(layers):
+        what(encoder)
+        what(encoder)
+        own = sum(isinstance(launch.arguments[0].value, int) for launch in launches)
+        return own == number // 3 * layers or print(own, number, layers, file=sys.stderr)
+
+    # The gradient that was recorded with the first is not launched.
+    assert what(encoder) == usual and recorded == [True] * 3  # x needs no gradient
+    assert what(encoder) == usual and not recorded and by_addresses()
+    x.requires_grad_()
+    what(encoder)
+    assert by_addresses() and not recorded  # the first is now as the second
+    changes = {
+        "a frozen parameter": lambda: weight.requires_grad_(False),
+        "a frozen layer": lambda: layer.requires_grad_(False),
+        "all frozen, but for what comes in": lambda: encoder.requires_grad_(False),
+        "dropout": lambda: setattr(layer.self_attn.dropout, "p", 0.0),
+        "evaluation": encoder.eval,
+        "an attribute": lambda: setattr(layer.final_layer_norm, "eps", 1e-3),
+        "memory": lambda: setattr(weight, "data", weight.detach().clone()),
+        "nothing that has a gradient": lambda: x.requires_grad_(False),
+    }
+    for name, change in changes.items():
+        what(encoder)
+        change()
+        found = [what(encoder) for _ in range(2)]
+        assert by_addresses() and found == [ordinary(encoder)] * 2, name
+    encoder = encoder_of().train()
+    layer = encoder.layers[1]
+    weight = layer.ffn1.output_dense.weight
+    number = len(ordinary(encoder))
+    assert is_repeated(3)
+
+    for watcher in (
+        FlopCounterMode(display=False), torch.profiler.profile(),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        assert isinstance(replay.layer_runner(x, layout), replay._Replays)
+        with watcher:
+            assert not isinstance(replay.layer_runner(x, layout), replay._Replays), watcher
+    handle = layer.ffn1.register_forward_hook(look)
+    assert is_repeated(2)
+    handle.remove()
+    checkpoint(lambda x: encoder.run_layers(x, layout, set(), False, None)[0], x,
+               use_reentrant=False).sum().backward()
+
+    accumulate = weight.view_as(weight).grad_fn.next_functions[0][0]
+    for register in (
+        weight.register_hook, weight.register_post_accumulate_grad_hook, accumulate.register_hook,
+    ):
+        plans.forget()
+        seen.clear()
+        handle = register(look)
+        what(encoder)  # which may record
+        assert len(seen) == 1, register
+        handle.remove()
+        what(encoder)
+        handle = register(look)
+        assert is_repeated(3) and len(seen) == 3, register
+        handle.remove()
+
+    inputs = x.clone().requires_grad_()
+    inputs.register_hook(look)
+    output = lambda: encoder.run_layers(inputs, layout, set(), False, None)[0].sum()
+    plans.forget()
+    for times in (1, 2):
+        output().backward()
+        assert len(seen) == 3 + times
+    fails(torch.autograd.grad(output(), inputs, create_graph=True)[0].sum().backward, "double")
+    y = output()
+    y.backward(retain_graph=True)
+    y.backward()
+    fails(y.backward, "second time")
+    y = output()
+    with torch.no_grad():
+        weight.add_(1.0)
+    fails(y.backward, "inplace")
+
+    def alive():
+        gc.collect()
+        return sum(type(thing) in (torch.Tensor, nn.Parameter) for thing in gc.get_objects())
+
+    del y
+    assert is_repeated(3)
+    before = alive()
+    plans.forget()
+    assert is_repeated(3) and alive() == before  # what was recorded keeps nothing
 """
     )

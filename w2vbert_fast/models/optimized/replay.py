@@ -1,4 +1,4 @@
-"""A layer in inference as one sequence of launches: recorded once, repeated with other addresses.
+"""A layer as one sequence of launches: recorded once, repeated with other addresses.
 
 Between the launches of a layer lie its modules, their attributes, the choice of operations and the
 plans of fourteen launchers, all of which come to the same for the next layer and the next batch of
@@ -11,8 +11,13 @@ this size. So the launches are kept by all that they depend on (`csrc_triton.pla
 * what `csrc_triton.plans` assumes anyhow.
 
 All of it is compared at each call. Layers that are alike share what was recorded, for a parameter
-is an address among others. What does more than allocate, view and launch (training, positions that
-are plain PyTorch) runs as it always did, and so does everything that is watched.
+is an address among others. What does more than allocate, view and launch (positions that are plain
+PyTorch) runs as it always did, and so does everything that is watched.
+
+Where gradients are recorded, PyTorch's operations are repeated too, a layer is one function of
+autograd, and the launches of its gradient are another sequence (`ops.repeated`). Which parameters
+require a gradient, and the probabilities of dropout, are among what is compared. Under autocast,
+and where what is kept for the backward pass is packed or computed again, all is as it always was.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, has_global_hook
 from w2vbert_fast.models.optimized.graphs import KNOWN_MODULES
 from w2vbert_fast.ops.dispatch import runs_triton
 from w2vbert_fast.ops.operation import is_watched
-from w2vbert_fast.ops.repeated import repeated
+from w2vbert_fast.ops.repeated import repeated, repeated_with_gradient
 
 _EMPTY = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
@@ -39,7 +44,8 @@ _EMPTY = (
 )
 
 # Functions in C, as they are asked for every parameter at every call.
-_ADDRESS, _KIND, _STRIDES = Tensor.data_ptr, attrgetter("dtype", "shape"), Tensor.stride
+_ADDRESS, _STRIDES = Tensor.data_ptr, Tensor.stride
+_KIND = attrgetter("dtype", "shape", "requires_grad")
 
 Layer = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """`Wav2Vec2BertEncoderLayer.from_normed`, with the layer in front."""
@@ -54,10 +60,11 @@ def layer_runner(x: Tensor, layout: PackedBatch) -> Layer:
     """
     if (
         is_watched((x,))
-        or torch.is_grad_enabled()
         or torch.is_autocast_enabled(x.device.type)
         or has_global_hooks()
         or not runs_triton(x)
+        # As around what is to be computed again.
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return Wav2Vec2BertEncoderLayer.from_normed
     return _Replays(layout)
@@ -82,25 +89,32 @@ class _Replays:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As `from_normed`."""
 
-        def run() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def run(*inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
             following = {"next_layer": next_layer, "run_attention": run_attention}
-            return layer.from_normed(hidden_states, normed, *arguments, taps=taps, **following)  # type: ignore[arg-type]
+            return layer.from_normed(*inputs, *arguments, taps=taps, **following)  # type: ignore[arg-type]
 
+        def results(*inputs: Tensor) -> list[Tensor]:
+            return [tensor for tensor in run(*inputs) if tensor is not None]
+
+        inputs = (hidden_states, normed)
         state = _state_of(layer)
         norm = None if next_layer is None else next_layer._modules["ffn1_layer_norm"]
-        others = (run_attention, *arguments[1:])  # positions and whether to return attention maps
-        if state is None or any(others) or type(norm) not in (nn.LayerNorm, type(None)):
-            return run()
+        special = (run_attention, *arguments[1:])  # positions and whether to return attention maps
+        if state is None or any(special) or type(norm) not in (nn.LayerNorm, type(None)):
+            return run(*inputs)
         border: tuple[Any, ...] = (None, None, None)
         if norm is not None:
             border = (*norm._parameters.values(), norm.eps)
-        made = repeated(
-            lambda: [tensor for tensor in run() if tensor is not None],
-            (hidden_states, normed, taps, *self._layout, *border[:2]),
-            (border[2], self._max_seqlen, state.number),
-            state.parameters,
-            state.addresses,
-        )
+        others = (taps, *self._layout, *border[:2])
+        values = (border[2], self._max_seqlen, state.number)
+        made: Sequence[Tensor]
+        if torch.is_grad_enabled():
+            made = repeated_with_gradient(results, inputs, others, values, state.parameters)
+        else:
+            tensors = (*inputs, *others)
+            made = repeated(
+                lambda: results(*inputs), tensors, values, state.parameters, state.addresses
+            )
         return made[0], made[1] if len(made) > 1 else None, None
 
 
@@ -174,7 +188,7 @@ class _State:
                 other = None if following is None else self.parameters[following]
                 if other is None or other.untyped_storage().data_ptr() != storage.data_ptr():
                     following = None
-                kind = (p.dtype, p.device, p.shape, p.stride(), p.data_ptr() & 15)
+                kind = (p.dtype, p.device, p.shape, p.stride(), p.data_ptr() & 15, p.requires_grad)
                 parameters.append((*kind, storage.nbytes() < 2**31, following))
             else:
                 parameters.append(())
