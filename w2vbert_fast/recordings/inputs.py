@@ -18,6 +18,8 @@ from w2vbert_fast.recordings.manifest import USUAL, ColumnNames
 from w2vbert_fast.recordings.remote import find, is_remote
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
 from w2vbert_fast.recordings.which_files import (
+    MANIFEST,
+    TAR,
     TWICE,
     UNKNOWN,
     PassedOver,
@@ -84,9 +86,17 @@ class Elsewhere(Files):
 
     Attributes:
         passed_over: what else is in the folder.
+
+    Raises:
+        ValueError: it is a data set, which is read here only.
     """
 
     def __init__(self, url: str) -> None:
+        if why_not_by_name(url.partition("?")[0]) in (MANIFEST, TAR):
+            raise ValueError(
+                f"{url} is a data set elsewhere; copy it to this machine, where its rows may name "
+                "URLs, or name recordings, or a folder of them with / at its end"
+            )
         self.passed_over = PassedOver()
         found = []
         for path in find(url):

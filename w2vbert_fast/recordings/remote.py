@@ -43,26 +43,36 @@ def open_remote(url: str) -> io.FileIO:
     """Copy what a URL leads to into a temporary file, and open that; closing it removes it.
 
     Raises:
-        OSError: it is not there, or cannot be had; the message says why.
+        OSError: it is not there, a folder, or cannot be had; the message says why.
         ImportError: fsspec, or what it needs for such URLs, is not installed.
     """
     fsspec = require("fsspec", "remote")
     with tempfile.TemporaryFile(buffering=0) as copy:
         try:
-            with fsspec.open(url, "rb") as source:
+            found = fsspec.open(url, "rb")
+            with found as source:
                 shutil.copyfileobj(source, copy, _BLOCK)
-        except ImportError as error:
-            raise ImportError(
-                f"{error}. Install it with: pip install 'w2vbert_fast[remote]'"
-            ) from error
-        except Exception as error:  # Each of its back ends has its own.
-            # Of HTTP everything is a FileNotFoundError, with the reason behind it.
-            cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-            if cause is None or getattr(cause, "status", None) == _NOT_FOUND:
-                raise FileNotFoundError(errno.ENOENT, "not found") from error
-            reason = str(cause).partition("\n")[0] or type(cause).__name__
-            raise OSError(f"cannot be fetched: {reason}") from error
+            # In a store of objects what a folder is called can be read, and holds nothing.
+            is_folder = copy.tell() == 0 and found.fs.isdir(found.path)
+        except Exception as error:
+            raise _explained(error, "cannot be fetched") from error
+        if is_folder:
+            raise IsADirectoryError(errno.EISDIR, "a folder; with / at its end its files are read")
         return io.FileIO(os.dup(copy.fileno()), "rb")
+
+
+def _explained(error: Exception, what: str) -> Exception:
+    """What a back end's own error comes to: an `OSError` that says what could not be done and why,
+    or an `ImportError` that says what to install."""
+    if isinstance(error, ImportError):
+        return ImportError(f"{error}. Install it with: pip install 'w2vbert_fast[remote]'")
+    # Of HTTP everything is a FileNotFoundError, with the reason behind it.
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    if cause is None or getattr(cause, "status", None) == _NOT_FOUND:
+        return FileNotFoundError(errno.ENOENT, "not found")
+    reason = str(cause).partition("\n")[0] or type(cause).__name__
+    kind = PermissionError if isinstance(error, PermissionError) else OSError
+    return kind(f"{what}: {reason}")
 
 
 def find(pattern: str) -> list[str]:
@@ -80,6 +90,9 @@ def find(pattern: str) -> list[str]:
     is_folder = pattern.endswith("/")
     if not (is_folder or any(c in pattern.partition("?")[0] for c in "*[")):
         return [pattern]
-    files, path = fsspec.url_to_fs(pattern)
-    found = files.find(path) if is_folder else files.glob(path)
+    try:
+        files, path = fsspec.url_to_fs(pattern)
+        found = files.find(path) if is_folder else files.glob(path)
+    except Exception as error:
+        raise _explained(error, f"{pattern} cannot be listed") from error
     return [files.unstrip_protocol(name) for name in sorted(found)]
