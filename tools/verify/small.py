@@ -34,7 +34,7 @@ _SIZES: dict[str, Mapping[str, Any]] = {
     "linear_glu_backward": {"lengths": (17,), "width": 512},
     "feed_forward_backward": {"lengths": (17,), "width": 64, "inner": 512},
     "conv_norm_act": {"lengths": (3, 34)},
-    "shaw_attention": {"lengths": (150,)},
+    "shaw_attention": {"lengths": (100,)},
     "shaw_attention_backward": {"lengths": (150,), "heads": 1},
     "characters": {"lengths": (3, 126)},
     "word_pieces": {"lengths": (2, 3), "vocabulary": 1040},
@@ -44,13 +44,15 @@ for _name in ("residual_layer_norm", "residual_double_layer_norm"):
     for _pass in ("", "_backward"):
         _SIZES[_name + _pass] = _SIZES["layer_norm" + _pass]
 
-# Kernels of which some blocks are enough, or do more than one step each in a smaller grid.
-_PARTS = {
-    "linear": (4, 1, 1),
-    "conv_norm_act_fwd": (4, 1, 1),
-    "norm_bwd": (2, 1, 1),
-    "norm_act_bwd": (2, 1, 1),
-    "epilogue_bwd": (2, 2, 1),
+# Kernels of which some blocks are enough, or do more than one step each in a smaller grid; and
+# arguments that leave each block of attention one tile.
+_PARTS: dict[str, tuple[tuple[int, int, int], Mapping[str, int]]] = {
+    "linear": ((4, 1, 1), {}),
+    "conv_norm_act_fwd": ((4, 1, 1), {}),
+    "norm_bwd": ((2, 1, 1), {}),
+    "norm_act_bwd": ((2, 1, 1), {}),
+    "epilogue_bwd": ((2, 2, 1), {}),
+    "shaw_attention_fwd": ((2, 1, 1), {"num_work": 2}),
 }
 
 
@@ -60,9 +62,13 @@ def _two_waveforms(sizes: Sizes) -> Mapping[str, Any]:
 
 
 def _part(request: Uncompiled) -> Uncompiled:
-    most = _PARTS.get(request.name, request.grid)
+    most, values = _PARTS.get(request.name, (request.grid, {}))
     x, y, z = map(min, zip(request.grid, most, strict=True))
-    return dataclasses.replace(request, grid=(x, y, z))
+    arguments = [
+        dataclasses.replace(argument, value=values.get(argument.name, argument.value))
+        for argument in request.arguments
+    ]
+    return dataclasses.replace(request, grid=(x, y, z), arguments=arguments)
 
 
 def _calls(
