@@ -262,6 +262,15 @@ def ledger() -> str:
     return markdown(table.header, table.rows)
 
 
+def layer() -> str:
+    """What a layer of ours consists of."""
+    from bench.ledger.counts import kinds_table
+    from bench.ledger.forward import OURS as path
+
+    table = kinds_table("", _counts()["paths"][path]["layer_operations"])
+    return markdown(["operation", *table.header[1:]], table.rows)
+
+
 def roofline() -> str:
     """Its roofline times."""
     from bench.ledger.forward import roofline_table
@@ -323,10 +332,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "host": host,
     "executed": executed,
     "ledger": ledger,
+    "layer": layer,
     "roofline": roofline,
     "predicted": predicted,
 }
-SLOW = ("ledger", "roofline", "predicted")
+SLOW = ("ledger", "layer", "roofline", "predicted")
 """Those that take more than a second; a test looks at the others."""
 
 

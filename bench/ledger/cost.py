@@ -1,20 +1,20 @@
 """What one operation costs: kernel launches, bytes through device memory, FLOPs, scratch memory.
 
-The rule for bytes is the same for every operation of every implementation: each distinct byte of
-its tensors is read once and each byte of its results written once. Caches that keep data from one
-operation to the next are not credited, and re-reads within an operation (keys and values by every
-query tile, operands of a matrix product by every output tile) are not charged. FLOPs are those of
-the mathematics, without what tiles waste at their edges.
+The rule for bytes is the same for every operation of every implementation: what it reads is read
+once, and what it writes written once. Caches that keep data from one operation to the next are not
+credited, and re-reads within an operation (keys and values by every query tile, operands of a
+matrix product by every output tile) are not charged. For PyTorch's operations that are the distinct
+bytes of their tensors; for our kernels, the sectors of 32 bytes that they touch as compiled. FLOPs
+are those of the mathematics, without what tiles waste at their edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 # FLOPs an element, as the docstrings of csrc_triton count them.
 NORM_FLOPS = 8
@@ -33,6 +33,7 @@ class Cost:
         matrix_flops: in matrix products, which have their own units.
         vector_flops: everything else, in fp32.
         double_flops: in fp64.
+        again: bytes of our kernels' sectors that a launch touches again: what caches are for.
         temporary: bytes of device memory taken and returned within the operation.
     """
 
@@ -42,6 +43,7 @@ class Cost:
     matrix_flops: int = 0
     vector_flops: int = 0
     double_flops: int = 0
+    again: int = 0
     temporary: int = 0
 
     @property
@@ -71,27 +73,14 @@ class Call:
     Attributes:
         arguments: by name, those that were left out with their defaults.
         results: its tensors.
-        arch: of the GPU, such as "sm_90": its launch configurations count.
-        count: runs a function on tensors without data and gives the cost of what it launches.
     """
 
     arguments: Mapping[str, Any]
     results: Sequence[Tensor]
-    arch: str
-    count: Callable[[Callable[[], object]], Cost]
 
     def __getitem__(self, name: str) -> Any:
         """The argument; `None` where the operation was called without."""
         return self.arguments.get(name)
-
-    @property
-    def read(self) -> int:
-        """Bytes of all operands."""
-        return total_size(tree_leaves(dict(self.arguments)))
-
-    def once(self, **flops: int) -> Cost:
-        """One launch that reads every operand and writes every result."""
-        return Cost(1, self.read, total_size(self.results), **flops)
 
 
 def size_of(tensor: Tensor) -> int:

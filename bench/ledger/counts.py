@@ -83,14 +83,16 @@ def counts(operations: Iterable[Operation]) -> dict[str, Any]:
 
 
 def by_kind(operations: Iterable[Operation]) -> list[dict[str, Any]]:
-    """Launches, bytes and FLOPs by operation and shape, those that move most first."""
+    """Launches, bytes, those that a launch touches again, and FLOPs by operation and shape, those
+    that move most first."""
     kinds: dict[tuple[str, str], Cost] = {}
     for operation in operations:
         key = (operation.name, operation.shape)
         kinds[key] = kinds.get(key, Cost()) + operation.cost
     rows = [
         {"operation": name, "shape": shape}
-        | {"launches": cost.launches, "bytes": cost.moved, "flops": cost.flops}
+        | {"launches": cost.launches, "bytes": cost.moved, "again": cost.again}
+        | {"flops": cost.flops}
         for (name, shape), cost in kinds.items()
     ]
     return sorted(rows, key=lambda row: -row["bytes"])  # type: ignore[operator]
@@ -103,11 +105,12 @@ def kinds_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
             f"{row['operation']} {row['shape']}",
             str(row["launches"]),
             f"{row['bytes'] / 1e6:.1f}",
+            f"{row['again'] / 1e6:.1f}" if row["again"] else "",
             f"{row['flops'] / 1e9:.1f}",
         ]
         for row in rows
     ]
-    return Table(["", "launches", "MB", "GFLOP"], cells, title=title)
+    return Table(["", "launches", "MB", "MB again", "GFLOP"], cells, title=title)
 
 
 def facts(schema: str, workload: Workload, *, reference: bool) -> dict[str, Any]:

@@ -14,22 +14,27 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bench.ledger.aten import aten_cost, launches
 from bench.ledger.cost import Call, Cost
-from bench.ledger.ours import COSTS
+from bench.ledger.kernels import kernels
+from bench.ledger.ours import FLOPS
 from csrc_triton import architectures
+from tools.compile.target import Target
+from tools.virtual_gpu.requests import Uncompiled, requests
 from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.operation import OPERATIONS
 
 DEVICE = "meta"
 """Tensors on it count; those on the CPU are the host's bookkeeping."""
@@ -91,6 +96,11 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:  # or a copy where it must be, such as `contiguous`, which this shows
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         tensors = _tensors_in((args, kwargs))
         for tensor in tensors:  # what the run did not allocate itself
             storage = tensor.untyped_storage()._cdata
@@ -123,13 +133,7 @@ class Counter(TorchDispatchMode):
         arguments |= dict(zip((argument.name for argument in schema), args, strict=False))
         arguments |= kwargs
         if func.namespace == "w2vbert":
-            name = func.overloadpacket.__name__
-            if name not in COSTS:
-                raise NotImplementedError(
-                    f"the ledger has no cost for torch.ops.w2vbert.{name}; add it to "
-                    "bench/ledger/ours.py"
-                )
-            return COSTS[name](Call(arguments, results, self.arch, self._count))
+            return self._operation(func.overloadpacket.__name__, arguments, results)
         if not launches(func):
             return None
         return aten_cost(
@@ -140,10 +144,38 @@ class Counter(TorchDispatchMode):
             lambda counter: int(counter(*args, **kwargs, out_val=result)),
         )
 
-    def _count(self, function: Callable[[], object]) -> Cost:
-        with Counter(self.arch) as counter:
-            function()
-        return counter.trace.cost
+    def _operation(self, name: str, arguments: dict[str, Any], results: list[Tensor]) -> Cost:
+        """Of an operation of ours: what its Triton form does, and its arithmetic."""
+        if name not in FLOPS:
+            raise NotImplementedError(
+                f"the ledger has no cost for torch.ops.w2vbert.{name}; add its FLOPs to "
+                "bench/ledger/ours.py"
+            )
+        storages: dict[int, int] = {}
+        key = (self.arch, name, str(tree_map(partial(_described, storages), arguments)))
+        costs = kernels().costs
+        if key not in costs:
+            costs[key] = self._launched(name, arguments)
+        return costs[key] + FLOPS[name](Call(arguments, results))
+
+    def _launched(self, name: str, arguments: dict[str, Any]) -> Cost:
+        """Of the kernels, ours and PyTorch's, that the Triton form of an operation launches."""
+        cost = Cost()
+
+        def note(request: Uncompiled) -> None:
+            nonlocal cost
+            cost += kernels().cost(request)
+
+        gpu = Target.of(self.arch).gpu
+        with unset_fake_temporarily(), torch.no_grad(), requests(gpu, note):
+            given = tree_map(without_memory(), arguments)
+            with Counter(self.arch) as counter:
+                result = OPERATIONS[name].run(*given.values())
+        held = {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors_in(result)
+        }
+        temporary = max(counter.trace.peak_bytes - sum(held.values()), 0)
+        return replace(cost + counter.trace.cost, temporary=temporary)
 
     def _allocate(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -157,6 +189,34 @@ class Counter(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live_bytes -= self._live.pop(key, 0)
+
+
+def _described(storages: dict[int, int], value: object) -> object:
+    """An argument as another may be too: a tensor by its place in one of the `storages`."""
+    if not isinstance(value, Tensor):
+        return value
+    storage = value.untyped_storage()
+    number = storages.setdefault(storage._cdata, len(storages))
+    place = (number, storage.nbytes(), value.storage_offset(), value.shape, value.stride())
+    return f"{place} {value.dtype} {value.device}"
+
+
+def without_memory() -> Callable[[object], object]:
+    """A function that gives arguments whose tensors nobody fakes, in storages shared as theirs."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def converted(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage._cdata not in storages:
+            made = torch.empty(storage.nbytes(), dtype=torch.uint8, device=DEVICE)
+            storages[storage._cdata] = made.untyped_storage()
+        empty = torch.empty(0, dtype=value.dtype, device=DEVICE)
+        place = (value.storage_offset(), value.shape, value.stride())
+        return empty.set_(storages[storage._cdata], *place)
+
+    return converted
 
 
 def _shape(cost: Cost, tensors: list[Tensor], results: list[Tensor]) -> str:
@@ -231,13 +291,23 @@ def without_data(arch: str, sdpa: str = "efficient", training: bool = False) -> 
     Nothing needs a gradient, except in `training`.
     """
 
-    def choose(*_: object) -> str:
-        return "triton"
-
     with (
         FakeTensorMode(),
         torch.set_grad_enabled(training),
         AsOnAGpu(sdpa),
+        on_triton(arch),
+    ):
+        yield
+
+
+@contextmanager
+def on_triton(arch: str) -> Iterator[None]:
+    """Operations of ours run the kernels for `arch`, wherever their tensors are."""
+
+    def choose(*_: object) -> str:
+        return "triton"
+
+    with (
         patch.object(dispatch, "_forced", "triton"),
         patch.object(dispatch, "_implementation", choose),
         patch.object(architectures, "architecture", lambda device: arch),

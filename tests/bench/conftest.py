@@ -1,17 +1,15 @@
-"""What launchers launch, for the tests of the ledger."""
+"""What tests of the ledger share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from triton.backends.compiler import GPUTarget
 
-from tools.virtual_gpu.requests import Uncompiled, requests
+from bench.ledger import kernels
+from bench.ledger.cost import Cost
 
 
 @pytest.fixture
-def launched() -> Iterator[list[Uncompiled]]:
-    """The launches of a test, of an H100 and none of them made."""
-    with requests(GPUTarget("cuda", 90, 32)) as found:
-        yield found
+def without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches move nothing, so that none needs a row."""
+    monkeypatch.setattr(kernels.Kernels, "cost", lambda self, request: Cost(launches=1))
+    monkeypatch.setattr(kernels, "_open", [])

@@ -5,30 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 import w2vbert_fast  # noqa: F401  (registers the operations)
 from bench.ledger import __main__ as command
-from bench.ledger.cost import Call, Cost, size_of, total_size
+from bench.ledger.cost import Cost, size_of, total_size
 from bench.ledger.counts import roofline, seconds_on
 from bench.ledger.forward import OURS, PATHS, SDPA, ledger, ratios, trace_encoder
 from bench.ledger.hardware import GPUS, H100
-from bench.ledger.ours import COSTS
+from bench.ledger.kernels import Kernels, source_of
+from bench.ledger.ours import FLOPS
 from bench.ledger.predicted import LIKELY, PREDICTED, predicted_seconds, predictions
-from bench.ledger.trace import Counter, Operation, trace
+from bench.ledger.trace import Operation, on_triton, trace
 from bench.ledger.workload import Workload
-from csrc_triton import ctc
-from csrc_triton.attention import build_tile_map, forward as attention
-from csrc_triton.conv import forward as conv
-from csrc_triton.fbank import forward as fbank
-from csrc_triton.gemm import forward as linear
+from csrc_triton.attention import forward as attention
 from csrc_triton.gemm.config import linear_config, predicted_clocks
 from csrc_triton.norm import forward as norm
-from tools.virtual_gpu.requests import Uncompiled
+from tools.virtual_gpu.requests import Uncompiled, requests
 from w2vbert_fast.models.optimized.stacked import lay_end_to_end
 from w2vbert_fast.ops.gemm import lie_end_to_end
 
@@ -44,154 +43,36 @@ def offsets(batch: int) -> Tensor:
     return tensor(batch + 1, dtype=torch.int32)
 
 
-def cost_of(name: str, arguments: dict[str, Any], results: list[Tensor]) -> Cost:
-    def count(function: Callable[[], object]) -> Cost:
-        with Counter(ARCH) as counter:
-            function()
-        return counter.trace.cost
-
-    return COSTS[name](Call(arguments, results, ARCH, count))
+def cost_of(name: str, *arguments: Any) -> Cost:
+    """Of one call of an operation, for an H100."""
+    with on_triton(ARCH):
+        operations = traced(lambda: getattr(torch.ops.w2vbert, name)(*arguments)).operations
+    assert [operation.name for operation in operations] == [f"w2vbert.{name}"]
+    cost: Cost = operations[0].cost
+    return cost
 
 
 ROWS, WIDTH = 65, 32
 X, WEIGHT, VECTOR = tensor(ROWS, WIDTH), tensor(48, WIDTH), tensor(WIDTH)
 HEADS = tensor(ROWS, 2, 16)
-ATTENTION = {
-    "query": HEADS,
-    "key": HEADS,
-    "value": HEADS,
-    "cu_seqlens": offsets(3),
-    "max_seqlen": 33,
-    "distance_embedding": tensor(8, 16),
-    "left_max_position": 5,
-    "right_max_position": 2,
-}
-BIG = tensor(200_000, 16, 64)
-LAUNCHER_CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
-    "layer_norm": (
-        "layer_norm",
-        norm.layer_norm,
-        {"x": X, "weight": VECTOR, "bias": VECTOR, "eps": 1e-5},
-    ),
-    "residual": (
-        "residual_layer_norm",
-        norm.residual_layer_norm,
-        {"residual": X, "x": X, "scale": 0.5, "weight": VECTOR, "bias": VECTOR, "eps": 1e-5},
-    ),
-    "double": (
-        "residual_double_layer_norm",
-        norm.residual_double_layer_norm,
-        {
-            **{"residual": X, "x": X, "scale": 0.5, "weight1": VECTOR, "bias1": VECTOR},
-            **{"weight2": VECTOR, "bias2": VECTOR, "eps": 1e-5},
-        },
-    ),
-    "linear": ("linear", linear.linear, {"x": X, "weight": WEIGHT, "bias": None}),
-    "linear_glu": ("linear_glu", linear.linear_glu, {"x": X, "weight": WEIGHT, "bias": None}),
-    "conv, taps copied": (
-        "conv_norm_act",
-        conv.conv_norm_act,
-        {
-            **{"x": X, "conv_weight": tensor(WIDTH, 7), "norm_weight": VECTOR},
-            **{"norm_bias": VECTOR, "eps": 1e-5, "activation": "silu", "cu_seqlens": offsets(3)},
-        },
-    ),
-    "conv, taps in place": (
-        "conv_norm_act",
-        conv.conv_norm_act,
-        {
-            **{"x": X, "conv_weight": tensor(7, WIDTH).t(), "norm_weight": VECTOR},
-            **{"norm_bias": VECTOR, "eps": 1e-5, "activation": "silu", "cu_seqlens": offsets(3)},
-        },
-    ),
-    "attention, own tile map": ("shaw_attention", attention.shaw_attention, ATTENTION),
-    "attention, tile map given": (
-        "shaw_attention",
-        attention.shaw_attention,
-        {**ATTENTION, "tile_map": tensor(3, 2, dtype=torch.int32)},
-    ),
-    "attention, no positions": (
-        "shaw_attention",
-        attention.shaw_attention,
-        {**ATTENTION, "distance_embedding": None},
-    ),
-    "attention, more tiles than programs": (
-        "shaw_attention",
-        attention.shaw_attention,
-        {
-            **ATTENTION,
-            **{"query": BIG, "key": BIG, "value": BIG, "max_seqlen": 200_000},
-            **{"cu_seqlens": offsets(1), "distance_embedding": tensor(73, 64)},
-            **{"left_max_position": 64, "right_max_position": 8},
-        },
-    ),
-    "tile map": (
-        "attention_tile_map",
-        lambda x, head_size, cu_seqlens, max_seqlen: build_tile_map(
-            cu_seqlens, 128, num_tokens=x.shape[0], max_seqlen=max_seqlen
-        ),
-        {"x": X, "head_size": 16, "cu_seqlens": offsets(3), "max_seqlen": 33},
-    ),
-    "filterbank": (
-        "log_mel_filterbank",
-        lambda **a: fbank.log_mel_filterbank(**a, num_frames=98),
-        {
-            "waveforms": tensor(16_000, dtype=torch.float32),
-            "cu_seqlens": offsets(1),
-            "num_mel_bins": 80,
-            "sampling_rate": 16_000,
-        },
-    ),
-    "normalisation": (
-        "normalize_and_stack",
-        lambda **a: fbank.normalize_and_stack(**a, num_stacked=49),
-        {"features": tensor(98, 80, dtype=torch.float32), "cu_seqlens": offsets(1), "stride": 2},
-    ),
-    "ctc": (
-        "ctc_greedy",
-        ctc.ctc_greedy,
-        {"logits": tensor(98, 32), "cu_seqlens": offsets(3), "blank": 0},
-    ),
-}
 
 
-def test_every_registered_operation_has_a_cost() -> None:
+def attention_arguments(heads: Tensor, batch: int, longest: int, vectors: Tensor) -> list[Any]:
+    return [heads, heads, heads, offsets(batch), longest, vectors, vectors.shape[0] - 9, 8]
+
+
+def test_every_registered_operation_has_its_flops() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("w2vbert::")}
-    assert set(COSTS) == registered
-    forward = {name for name in registered if not name.endswith("_backward")}
-    stacked = {"linear_stacked", "feed_forward"}  # no launchers of their own: see below
-    assert {name for name, _, _ in LAUNCHER_CALLS.values()} == forward - stacked
+    assert set(FLOPS) == registered
 
 
-@pytest.mark.parametrize("case", LAUNCHER_CALLS)
-def test_launches_are_those_of_the_launcher(case: str, launched: list[Uncompiled]) -> None:
-    name, launcher, arguments = LAUNCHER_CALLS[case]
-    if case == "filterbank":  # its tables are made once and kept
-        launcher(**arguments)
-        launched.clear()
-    with Counter(ARCH) as counter:
-        results = launcher(**arguments)
-    results = list(results) if isinstance(results, tuple) else [results]
-    launches = len(launched) + counter.trace.cost.launches
-    assert cost_of(name, arguments, results).launches == launches
-    # What the launcher allocates beyond its results, as far as tensors without data show it.
-    cost = cost_of(name, arguments, results)
-    if name in ("shaw_attention", "ctc_greedy", "normalize_and_stack"):
-        held = sum(result.untyped_storage().nbytes() for result in results)
-        # Tables of offsets come and go besides.
-        maps = 65536 if "tile_map" not in arguments and name != "ctc_greedy" else 0
-        assert held + cost.temporary <= counter.trace.peak_bytes <= held + cost.temporary + maps
-
-
-def test_stacked_layers_are_one_launch_only_where_they_lie_end_to_end() -> None:
+def test_stacked_layers_are_one_launch_only_where_they_lie_end_to_end(without_rows: None) -> None:
     whole = tensor(3 * 48, WIDTH)
     apart = [tensor(48, WIDTH) for _ in range(3)]
-    y = tensor(ROWS, 3 * 48)
-    joined = cost_of("linear_stacked", {"x": X, "weights": whole.chunk(3), "biases": []}, [y])
-    separate = cost_of("linear_stacked", {"x": X, "weights": apart, "biases": []}, [y])
+    joined = cost_of("linear_stacked", X, list(whole.chunk(3)), [])
+    separate = cost_of("linear_stacked", X, apart, [])
     assert (joined.launches, separate.launches) == (1, 3)
-    assert separate.read - joined.read == 2 * size_of(X)
     assert joined.matrix_flops == separate.matrix_flops == 2 * ROWS * WIDTH * 3 * 48
     # What the ledger does to weights without data is what a model does to real ones.
     layers = [torch.nn.Linear(8, 8) for _ in range(3)]
@@ -199,20 +80,91 @@ def test_stacked_layers_are_one_launch_only_where_they_lie_end_to_end() -> None:
     assert lie_end_to_end([layer.weight for layer in layers])
 
 
-def test_feed_forward_is_two_products() -> None:
-    first, second = tensor(48, WIDTH), tensor(WIDTH, 48)
-    arguments = {"x": X, "weight1": first, "bias1": None, "weight2": second, "bias2": VECTOR}
-    cost = cost_of("feed_forward", {**arguments, "activation": "silu"}, [tensor(ROWS, WIDTH)])
+def test_feed_forward_is_two_products(without_rows: None) -> None:
+    cost = cost_of("feed_forward", X, WEIGHT, None, "silu", tensor(WIDTH, 48), VECTOR)
     assert cost.launches == 2
     assert cost.matrix_flops == 2 * 2 * ROWS * 48 * WIDTH
+    assert cost.vector_flops == 4 * ROWS * 48
     assert cost.temporary == 2 * ROWS * 48
-    inner = 2 * ROWS * 48  # written, and read again
-    assert cost.moved == 2 * inner + 2 * (2 * ROWS * WIDTH + 2 * 48 * WIDTH + WIDTH)
+
+
+def test_taps_are_copied_where_they_do_not_lie_as_the_kernel_reads_them(without_rows: None) -> None:
+    others = (VECTOR, VECTOR, 1e-5, "silu", offsets(3))
+    copied, in_place = (
+        cost_of("conv_norm_act", X, weight, *others)
+        for weight in (tensor(WIDTH, 7), tensor(7, WIDTH).t())
+    )
+    assert (copied.launches, in_place.launches) == (2, 1)
+    assert (copied.read, copied.written, copied.temporary) == (2 * WIDTH * 7,) * 3
+    assert (in_place.read, in_place.temporary) == (0, 0)
+
+
+def test_attention_is_one_launch_whose_scratch_memory_does_not_grow(without_rows: None) -> None:
+    given = [*attention_arguments(HEADS, 3, 33, tensor(8, 16))[:6], 5, 2]
+    cost = cost_of("shaw_attention", *given)
+    assert cost.launches == 1 + 16  # and the tile map's
+    mapped = [*given, tensor(3, 2, dtype=torch.int32)]
+    assert cost_of("shaw_attention", *mapped).launches == 1
+    log_sum_exp = 4 * 2 * ROWS
+    unwanted = cost_of("shaw_attention", *mapped, False)
+    assert unwanted.temporary == cost_of("shaw_attention", *mapped).temporary + log_sum_exp
+    frames = 200_000
+    big = tensor(frames, 16, 64)
+    cost = cost_of("shaw_attention", *attention_arguments(big, 1, frames, tensor(73, 64)))
+    assert cost.launches == 1 + 16 and 0 < cost.temporary < 256 * 2**20
+    assert cost.matrix_flops == 4 * 16 * frames**2 * 64 + 2 * 16 * frames * 73 * 64
+
+
+def launch_of_a_norm(rows: int, width: int) -> Uncompiled:
+    with requests(GPUTarget("cuda", 90, 32)) as found:
+        norm.layer_norm(tensor(rows, width), tensor(width), tensor(width), 1e-5)
+    (request,) = found
+    return request
+
+
+def test_a_launch_is_counted_once_and_kept(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    request = launch_of_a_norm(100, 64)
+    with pytest.raises(ValueError, match=r"norm.forward:_norm_fwd_kernel.*nobody has counted"):
+        Kernels(file).cost(request)
+    # Rows and both vectors; every result.
+    by_hand = {"read": 2 * 100 * 64 + 2 * 2 * 64, "written": 2 * 100 * 64}
+    counted = Kernels(file, (100,)).cost(request)
+    assert (counted.launches, counted.read, counted.written) == (1, *by_hand.values())
+    # Each program reads the vectors, which are 4 + 4 sectors.
+    assert counted.again == 32 * 8 * (request.grid[0] - 1)
+    assert Kernels(file).cost(request) == counted
+    (row,) = json.loads(file.read_text())
+    assert row["kernel"] == request.kernel and row["tensors"]["x_ptr"] == [100, 64]
+    with pytest.raises(ValueError, match=r"_norm_fwd_kernel.*nobody has counted.*\[101, 64\]"):
+        Kernels(file).cost(launch_of_a_norm(101, 64))
+    file.write_text(json.dumps([{**row, "source": "of yesterday"}]))
+    with pytest.raises(ValueError, match=r"_norm_fwd_kernel.*another since somebody counted"):
+        Kernels(file).cost(request)
+    assert Kernels(file, (100,)).cost(request) == counted  # counted again
+
+
+def test_a_digest_is_of_a_kernel_and_of_what_it_calls() -> None:
+    forward = "csrc_triton.attention.forward:"
+    kernels = [
+        f"{forward}shaw_attention_fwd_kernel",
+        f"{forward}_attend",
+        "csrc_triton.norm.forward:_norm_fwd_kernel",
+    ]
+    assert len({source_of(kernel) for kernel in kernels}) == 3
+
+
+def test_rows_are_of_utterances_as_long_as_the_tables_of_offsets_say(tmp_path: Path) -> None:
+    given = attention_arguments(tensor(40, 2, 16), 2, 20, tensor(8, 16))
+    with requests(GPUTarget("cuda", 90, 32)) as found:
+        attention.shaw_attention(*given[:5])
+    with pytest.raises(ValueError, match=r"cu_seqlens_ptr is \[3\]; of utterances of \[20\]"):
+        Kernels(tmp_path / "rows.json", (20,)).cost(found[-1])
 
 
 def traced(function: Callable[[], object]) -> Any:
     with torch.no_grad():
-        return trace(function, "sm_90")
+        return trace(function, ARCH)
 
 
 def test_bytes_and_flops_of_pytorch_operations() -> None:
@@ -332,8 +284,9 @@ def test_a_layer_by_hand(counted: dict[str, Any]) -> None:
     elements = tokens * (4 * 4 * width + 4 * (width + inner) + (1 + 3 + 4 + 2 + 2 + 2 + 2) * width)
     vectors = 5 * 2 * width + 2 * (width + inner) + 4 * width + 2 * width  # norms and biases
     small = 73 * (width // heads) + 31 * width + vectors
-    # Written and read, fp32, of whole tiles of 128 rows, each of which begins inside a sector.
-    position_scores = 2 * (4 * 73 + 28) * heads * 16 * 12 * 128
+    # Written and read, fp32, by two blocks of 132 multiprocessors each, of tiles of 128 rows, which
+    # begin inside a sector.
+    position_scores = 2 * (4 * 73 + 28) * 2 * 132 * 128
     log_sum_exp = 4 * heads * tokens
     expected = 2 * (elements + weights + small) + position_scores + log_sum_exp
     # Left over: offsets and the tile map, and the taps' copy.

@@ -3,9 +3,12 @@ whole."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bench.ledger.trace import without_memory
 from tests.helpers.operations import OF_WAVEFORMS, SMALL, WITH_KERNELS
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import Counts, Executor
@@ -20,6 +23,21 @@ UNCHECKED = Checks(races=False, written_once=False, written_whole=False, garbage
 NOT_SLICED = {"log_mel_filterbank"}
 
 
+OF_VALUES = {"ctc_greedy"}  # whose values decide what is stored
+
+
+def without_values(launch: Launch) -> Launch:
+    """The launch whose floating-point tensors have no memory."""
+    converted = without_memory()
+    arguments = []
+    for argument in launch.arguments:
+        value = argument.value
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = converted(value)
+        arguments.append(replace(argument, value=value))
+    return replace(launch, arguments=arguments)
+
+
 @pytest.mark.parametrize("name", sorted(set(WITH_KERNELS) - NOT_SLICED))
 def test_counts_are_those_of_the_whole(name: str) -> None:
     dtype = torch.float32 if name in OF_WAVEFORMS else torch.bfloat16
@@ -30,7 +48,7 @@ def test_counts_are_those_of_the_whole(name: str) -> None:
     def compare(launch: Launch, whole: Counts) -> None:
         launches.append(launch.kernel)
         assert whole.first_loaded > 0 and whole.first_stored > 0
-        found = footprint(launch)
+        found = footprint(launch if name in OF_VALUES else without_values(launch))
         found.instructions = whole.instructions
         assert found == whole, launch.kernel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.ledger import __main__ as command
-from bench.ledger.cost import size_of
 from bench.ledger.forward import EAGER, OURS, SDPA
-from bench.ledger.ours import COSTS
-from bench.ledger.trace import Counter, trace_step, without_data
+from bench.ledger.trace import trace_step, without_data
 from bench.ledger.training import (
     KEPT_TARGET,
     MOVED_TARGET,
@@ -24,220 +21,96 @@ from bench.ledger.training import (
     training_ratios,
 )
 from bench.ledger.workload import Workload
-from csrc_triton import plans
-from csrc_triton.attention import backward as attention_backward
-from csrc_triton.conv import backward as conv_backward
-from csrc_triton.gemm import backward as linear_backward
-from csrc_triton.norm import backward as norm_backward
 from tests.bench.test_ledger import (
-    ARCH,
-    ATTENTION,
-    BIG,
     HEADS,
     META,
     ROWS,
     VECTOR,
     WEIGHT,
-    WIDTH,
     X,
+    attention_arguments,
     cost_of,
     offsets,
     tensor,
 )
-from tools.virtual_gpu.requests import Uncompiled
-
-ALL = (True, True, True)
-
 
 GRAD, BIAS = tensor(ROWS, 48), tensor(48)
-LINEAR = {"grad_output": GRAD, "x": X, "weight": WEIGHT, "bias": BIAS, "needs": ALL}
-FEED_FORWARD = {
-    **{"grad_output": X, "x": X, "weight1": WEIGHT, "bias1": BIAS, "activation": "silu"},
-    **{"weight2": tensor(WIDTH, 48), "bias2": VECTOR},
-}
-CONV = {
-    **{"grad_output": X, "x": X, "conv_weight": tensor(WIDTH, 7), "norm_weight": VECTOR},
-    **{"norm_bias": VECTOR, "eps": 1e-5, "activation": "silu", "cu_seqlens": offsets(3)},
-}
-LONG = {
-    **ATTENTION,
-    **{"query": BIG, "key": BIG, "value": BIG, "max_seqlen": 200_000, "cu_seqlens": offsets(1)},
-    **{"distance_embedding": tensor(73, 64), "left_max_position": 64, "right_max_position": 8},
-}
 
 
-def attention_arguments(forward: dict[str, Any]) -> dict[str, Any]:
-    query = forward["query"]
-    log_sum_exp = tensor(query.shape[1], query.shape[0], dtype=torch.float32)
-    return {**forward, "grad_output": query, "output": query, "log_sum_exp": log_sum_exp}
+def test_launches_of_gradients(without_rows: None) -> None:
+    """Kernels, products of the vendor's library, and sums of shares, as their files say."""
+    every = [True] * 3
+    linear = [GRAD, X, WEIGHT, BIAS]
+    assert cost_of("linear_backward", *linear, None, every).launches == 2 + 1  # sum of grad
+    # The product again, the elementwise kernel, its shares' sum, two products.
+    assert cost_of("linear_backward", *linear, "silu", every).launches == 1 + 1 + 1 + 2
+    assert cost_of("linear_backward", *linear, "silu", [True, False, False]).launches == 1 + 1 + 1
+    narrow = [tensor(ROWS, 24), X, WEIGHT, None]
+    assert cost_of("linear_glu_backward", *narrow, every).launches == 1 + 1 + 2
+    assert cost_of("layer_norm_backward", X, X, VECTOR, 1e-5).launches == 1 + 1
+    heads = attention_arguments(HEADS, 3, 33, tensor(8, 16))[:5]
+    log_sum_exp = tensor(2, ROWS, dtype=torch.float32)
+    given = [HEADS, *heads[:3], HEADS, log_sum_exp, *heads[3:]]
+    tiles = tensor(3, 2, dtype=torch.int32)
+    for vectors, launches in ((None, 3), (tensor(8, 16), 3 + 1)):  # the sum of vectors' shares
+        cost = cost_of("shaw_attention_backward", *given, vectors, 5, 2, tiles, 0.0, None)
+        assert cost.launches == launches
+    big, frames = tensor(200_000, 16, 64), 200_000
+    rows = tensor(16, frames, dtype=torch.float32)
+    layout = attention_arguments(big, 1, frames, tensor(73, 64))[3:]
+    tiles = tensor(-(-frames // 128), 2, dtype=torch.int32)
+    given = [big] * 5
+    cost = cost_of("shaw_attention_backward", *given, rows, *layout, tiles, 0.0, None)
+    # Position scores of some heads at a time, and of each group a sum, which is added to the first.
+    assert cost.launches % 5 == 4 and cost.launches > 5
 
 
-def convolution(**arguments: Any) -> tuple[Tensor, ...]:
-    """As the registered operation calls the launcher."""
-    grads = conv_backward.conv_norm_act_backward(**arguments)
-    return grads[0], grads[1].contiguous(), *grads[2:]
-
-
-ROW_GRADS = {"grad_y": X, "grad_z": X, "y": X, "weight": VECTOR, "eps": 1e-5}
-CALLS: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
-    "layer norm": (
-        "layer_norm_backward",
-        norm_backward.layer_norm_backward,
-        {"grad_z": X, "x": X, "weight": VECTOR, "eps": 1e-5},
-    ),
-    "residual": (
-        "residual_layer_norm_backward",
-        norm_backward.residual_layer_norm_backward,
-        {**ROW_GRADS, "scale": 0.5},
-    ),
-    "residual, scale 1": (
-        "residual_layer_norm_backward",
-        norm_backward.residual_layer_norm_backward,
-        {**ROW_GRADS, "scale": 1.0},
-    ),
-    "double": (
-        "residual_double_layer_norm_backward",
-        norm_backward.residual_double_layer_norm_backward,
-        {
-            **{"grad_z1": X, "grad_z2": X, "residual": X, "x": X, "scale": 0.5},
-            **{"weight1": VECTOR, "bias1": VECTOR, "weight2": VECTOR, "eps": 1e-5},
-        },
-    ),
-    "linear": ("linear_backward", linear_backward.linear_backward, LINEAR),
-    "linear, activation": (
-        "linear_backward",
-        linear_backward.linear_backward,
-        {**LINEAR, "activation": "silu"},
-    ),
-    "linear, weight frozen": (
-        "linear_backward",
-        linear_backward.linear_backward,
-        {**LINEAR, "activation": "silu", "needs": (True, False, False)},
-    ),
-    "gated": (
-        "linear_glu_backward",
-        linear_backward.linear_glu_backward,
-        {**LINEAR, "grad_output": tensor(ROWS, 24)},
-    ),
-    "feed-forward": (
-        "feed_forward_backward",
-        linear_backward.feed_forward_backward,
-        {**FEED_FORWARD, "needs": (True,) * 5},
-    ),
-    "feed-forward, weights frozen": (
-        "feed_forward_backward",
-        linear_backward.feed_forward_backward,
-        {**FEED_FORWARD, "needs": (True, False, False, False, False)},
-    ),
-    "convolution": ("conv_norm_act_backward", convolution, CONV),
-    "convolution, taps in place": (
-        "conv_norm_act_backward",
-        convolution,
-        {**CONV, "conv_weight": tensor(7, WIDTH).t()},
-    ),
-    "attention": (
-        "shaw_attention_backward",
-        attention_backward.shaw_attention_backward,
-        attention_arguments(ATTENTION),
-    ),
-    "attention, tile map given": (
-        "shaw_attention_backward",
-        attention_backward.shaw_attention_backward,
-        {**attention_arguments(ATTENTION), "tile_map": tensor(3, 2, dtype=torch.int32)},
-    ),
-    "attention, no positions": (
-        "shaw_attention_backward",
-        attention_backward.shaw_attention_backward,
-        {**attention_arguments(ATTENTION), "distance_embedding": None},
-    ),
-    "attention, more scratch than one launch may have": (
-        "shaw_attention_backward",
-        attention_backward.shaw_attention_backward,
-        attention_arguments(LONG),
-    ),
-}
-
-
-def named(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The registered operation calls the gradient `grad`."""
-    names = {"grad_output": "grad"}
-    if "y" not in arguments and "grad_z" in arguments:  # that of the norm alone
-        names["grad_z"] = "grad"
-    return {names.get(name, name): value for name, value in arguments.items()}
-
-
-def test_every_cost_is_compared_with_its_launcher() -> None:
-    assert {name for name, _, _ in CALLS.values()} == {
-        name for name in COSTS if name.endswith("_backward")
-    }
-
-
-@pytest.mark.parametrize("case", CALLS)
-def test_launches_are_those_of_the_launcher(case: str, launched: list[Uncompiled]) -> None:
-    name, launcher, arguments = CALLS[case]
-    with Counter(ARCH) as counter:
-        results = [result for result in launcher(**arguments) if result is not None]
-    cost = cost_of(name, named(arguments), results)
-    assert cost.launches == len(launched) + counter.trace.cost.launches
-    assert len(launched) > 0 or case == "linear"
-    if case.endswith("may have"):
-        assert len(launched) > 3
-    # What is done in PyTorch's operations is counted by running it: all products are vendors'.
-    assert cost.matrix_flops >= counter.trace.cost.matrix_flops
-    assert cost.moved >= counter.trace.cost.moved
-    assert cost.moved > counter.trace.cost.moved or len(launched) == 0
-
-
-@pytest.mark.parametrize("case", CALLS)
-def test_memory_is_that_of_the_launcher(
-    case: str, launched: list[Uncompiled], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The peak of what the launcher allocates: the results and what is temporary."""
-    name, launcher, arguments = CALLS[case]
-
-    def forgotten(*args: Any, **keywords: Any) -> None:
-        plans.launch(*args, **keywords)
-        launched.clear()  # it holds what the kernel was given
-
-    monkeypatch.setattr(attention_backward, "launch", forgotten)  # whose scratch comes in groups
-    with Counter(ARCH) as counter:
-        results = [result for result in launcher(**arguments) if result is not None]
-    held = sum({r.untyped_storage()._cdata: r.untyped_storage().nbytes() for r in results}.values())
-    cost = cost_of(name, named(arguments), results)
-    assert counter.trace.peak_bytes <= held + cost.temporary + 70_000
-
-
-def test_attention_by_hand() -> None:
+def test_attention_s_arithmetic_by_hand(without_rows: None) -> None:
     """14 C T + 6 C (L + R + 1) FLOPs a token, as the kernels' file says."""
     tokens, heads, head_dim = HEADS.shape
-    arguments = named(attention_arguments(ATTENTION))
-    results = [HEADS, HEADS, HEADS, tensor(8, 16, dtype=torch.float32)]
-    cost = cost_of("shaw_attention_backward", arguments, results)
+    vectors = tensor(8, 16)
+    log_sum_exp = tensor(heads, tokens, dtype=torch.float32)
+    layout = [offsets(3), 33, vectors, 5, 2, tensor(3, 2, dtype=torch.int32), 0.0, None]
+    given = [HEADS, HEADS, HEADS, HEADS, HEADS]
+    cost = cost_of("shaw_attention_backward", *given, log_sum_exp, *layout)
     width = heads * head_dim
     assert cost.matrix_flops == tokens * (14 * width * 33 + 6 * width * 8)
-    # q, o, g; q, k, v, g; the same four; and what is written: dk, dv, dq.
-    rows = (3 + 4 + 4 + 3) * size_of(HEADS)
-    # P written, read by both kernels, each row from anywhere in a sector on; dP written.
-    positions = heads * tokens * (3 * (4 * 8 + 28) + 4 * 8)
-    assert rows + positions < cost.moved < rows + positions + 60_000
+    again = cost_of("shaw_attention_backward", *given, log_sum_exp[:0, :0], *layout)
+    assert again.launches == cost.launches + 1
+    assert again.matrix_flops - cost.matrix_flops == tokens * (4 * width * 33 + 2 * width * 8)
 
 
-def test_feed_forward_by_hand() -> None:
+def test_feed_forward_s_arithmetic_by_hand(without_rows: None) -> None:
     rows, width, inner = 1000, 64, 256
-    arguments = {
-        **{"grad": tensor(rows, width), "x": tensor(rows, width), "activation": "silu"},
-        **{"weight1": tensor(inner, width), "bias1": tensor(inner), "bias2": tensor(width)},
-        **{"weight2": tensor(width, inner), "needs": [True] * 5},
-    }
-    cost = cost_of("feed_forward_backward", arguments, [])
+    x, weight1, weight2 = tensor(rows, width), tensor(inner, width), tensor(width, inner)
+    given = [x, x, weight1, tensor(inner), "silu", weight2, tensor(width), [True] * 5]
+    cost = cost_of("feed_forward_backward", *given)
     assert cost.matrix_flops == 5 * 2 * rows * width * inner
-    # Five products and one elementwise kernel, and the sum of grad.
-    products = 2 * 5 * (rows * (width + inner) + width * inner)
-    elementwise = 2 * 4 * rows * inner
-    # 125 programs of 8 rows leave a share of the bias's gradient each, written and read.
-    shares = 2 * 4 * 125 * inner
-    assert 0 <= cost.moved - products - elementwise - shares - 2 * rows * width < 60_000
-    assert cost.temporary == 2 * 2 * rows * inner
+    results = 2 * (rows * width + 2 * inner * width) + 4 * (inner + width)
+    # The inside and its gradient; 125 programs of 8 rows leave a share of the bias's gradient each.
+    assert 0 <= cost.temporary + results - 2 * 2 * rows * inner <= 4 * 125 * inner + results
+    assert cost.launches == 1 + 1 + 4 + 1 + 1  # again, elementwise, products, sums of both biases
+
+
+def test_bytes_of_gradients_by_hand() -> None:
+    """Every tensor of each kernel and product once; shares of sums are written and read."""
+    step = trace_training(OURS, "none", Workload(2, 80, layers=2))
+    cost = {
+        f"{o.name} {o.shape}".removeprefix("w2vbert."): o.cost for o in step.backward.operations
+    }
+    rows, width, inner = 160, 1024, 4096
+    norm = cost["layer_norm_backward 160x1024"]
+    shares = 4 * (rows // 2) * 2 * width  # of 80 programs, of weight and bias
+    assert norm.read == 2 * (2 * rows * width + width) + shares
+    assert norm.written == 2 * rows * width + shares + 4 * 2 * width
+    feed_forward = cost["feed_forward_backward 160x1024 @ 160x1024"]
+    x, h, weight = 2 * rows * width, 2 * rows * inner, 2 * width * inner
+    shares = 4 * (rows // 8) * inner
+    again = x + weight + 2 * inner
+    products = (x + weight) + (x + h) + (h + weight) + (h + x)
+    assert feed_forward.read == again + products + 2 * h + shares + x  # and the sum of grad
+    products = h + weight + x + weight
+    assert feed_forward.written == h + products + 2 * h + shares + 4 * (inner + width)
 
 
 def test_a_step_by_hand() -> None:
@@ -272,7 +145,7 @@ def test_kept_is_what_autograd_saves(path: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step = trace_training(path, "none", Workload(2, 200, layers=2))
+        step = trace_training(path, "none", Workload(2, 80, layers=2))
     assert step.kept_bytes == pytest.approx(sum(saved.values()), rel=0.02)
 
 

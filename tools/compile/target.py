@@ -40,3 +40,14 @@ class Target:
             raise ValueError(f"target is {name!r}; it must be one of {known}")
         gpu = int(number) if backend == "cuda" else number
         return cls(name, arch, GPUTarget(backend, gpu, ARCHITECTURES[arch].warp_size))
+
+    @classmethod
+    def of(cls, arch: str) -> Target:
+        """The target of an architecture's name.
+
+        Raises:
+            ValueError: there is no such architecture.
+        """
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch is {arch!r}; it must be one of {', '.join(ARCHITECTURES)}")
+        return cls.parse(arch.replace("sm_", "cuda:") if "sm_" in arch else f"hip:{arch}")

@@ -35,6 +35,7 @@ _COPY = re.compile(r"cp\.async\.c[ag]\..*")
 # What reads shared memory, and what must then be done too.
 _SHARED = re.compile(r"ld\.shared|ldmatrix")
 _SHARING = re.compile(r"st\.shared|stmatrix|cp\.async|bar")
+_WAYS = CONTROL - BARRIERS
 _BASE = 1 << 20
 _APART = 1 << 12
 """Tensors lie so far apart, at multiples of it, that no access reaches from one to the next."""
@@ -52,6 +53,12 @@ def _touches(i: Instruction) -> Instruction:
         _, source, copied, *given = i.operands
         text = f"{guard}touch.ld.{int(copied, 0)} {', '.join((source, *given))}"
     return statement(text, i.line, i.source)
+
+
+def _read(i: Instruction) -> set[str]:
+    """The registers that an instruction reads."""
+    operands = i.operands[1:] if i.written else i.operands
+    return set(re.findall(r"%\w+", " ".join((*operands, i.guard or ""))))
 
 
 class _Flow:
@@ -109,50 +116,60 @@ def sliced(ptx: str) -> Program:
     """
     program = parse(ptx)
     flow = _Flow(program)
+    touches: dict[int, Instruction] = {}
     kept: dict[int, Instruction] = {}
-    needed: set[str] = set()
     for at, i in enumerate(program.instructions):
         if i.opcode not in CONTROL:
             compiled(i, program)
         if _ACCESS.fullmatch(i.opcode) or _COPY.fullmatch(i.opcode):
-            kept[at] = _touches(i)
-            needed |= kept[at].registers
-        elif i.opcode in CONTROL - BARRIERS and i.guard is None:
+            touches[at] = kept[at] = _touches(i)
+        elif i.opcode in _WAYS and i.guard is None:
             kept[at] = i
-    before = (-1, -1)
-    while before != (len(kept), len(needed)):
-        before = len(kept), len(needed)
+    # What each stretch needs of those in front of it.
+    needs: list[frozenset[str]] = [frozenset()] * (len(flow.starts) + 1)
+    before = None
+    while before != (len(kept), needs):
+        before = len(kept), list(needs)
         stretches = 0
         for at, i in kept.items():
             if i.opcode not in CONTROL or i.guard is not None:
                 stretches |= 1 << int(flow.stretch[at])
         shares = any(_SHARED.match(i.opcode) for i in kept.values())
-        for at, i in enumerate(program.instructions):
-            if i.opcode in CONTROL - BARRIERS:
-                wanted = bool(flow.decided(at) & stretches)
-            else:
-                wanted = bool(i.written & needed or (shares and _SHARING.match(i.opcode)))
-            if wanted and kept.get(at) is not i:
-                if _COPY.fullmatch(i.opcode):
-                    raise UnsupportedError(f"PTX line {i.line}: an address depends on {i.text!r}")
-                kept[at] = i
-                needed |= i.registers
+        for n in reversed(range(len(flow.starts))):
+            needed = set().union(*(needs[m] for m in flow.after[n]))
+            for at in reversed(range(flow.starts[n], (*flow.starts, flow.end)[n + 1])):
+                i = program.instructions[at]
+                if i.opcode in _WAYS:
+                    wanted = i.guard is not None and bool(flow.decided(at) & stretches)
+                else:
+                    wanted = bool(i.written & needed or (shares and _SHARING.match(i.opcode)))
+                if wanted:
+                    if _COPY.fullmatch(i.opcode):
+                        raise UnsupportedError(f"PTX line {i.line}: {i.text!r} decides an address")
+                    kept[at] = i
+                    if i.guard is None:
+                        needed -= i.written
+                    needed |= _read(i)
+                elif at in touches:
+                    needed |= touches[at].registers
+            needs[n] = frozenset(needed)
     place: list[int] = []
     instructions: list[Instruction] = []
     labels = dict(program.labels)
     for at, i in enumerate(program.instructions):
         place.append(len(instructions))
-        if at not in kept and i.opcode in CONTROL - BARRIERS:  # which way makes no difference
+        if at not in kept and i.opcode in _WAYS:  # which way makes no difference
             labels[f"$meeting{at}"] = flow.meeting(at)
             kept[at] = statement(f"bra.uni $meeting{at}", i.line, i.source)
         if at in kept:
             instructions.append(kept[at])
     place.append(len(instructions))
+    named = set().union(*(i.registers for i in instructions))
     return dataclasses.replace(
         program,
         instructions=instructions,
         labels={label: place[at] for label, at in labels.items()},
-        registers={name: width for name, width in program.registers.items() if name in needed},
+        registers={name: width for name, width in program.registers.items() if name in named},
         slots={},
     )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +72,17 @@ class Uncompiled(Request):
 
 
 @contextlib.contextmanager
-def requests(gpu: GPUTarget) -> Iterator[list[Uncompiled]]:
-    """Launches inside the block are not made, and listed."""
+def requests(
+    gpu: GPUTarget, noted: Callable[[Uncompiled], None] | None = None
+) -> Iterator[list[Uncompiled]]:
+    """Launches inside the block are not made, and listed.
+
+    Args:
+        gpu: for which they are specialised.
+        noted: called with each launch in place of listing it, which keeps what it was given alive.
+    """
     found: list[Uncompiled] = []
+    keep = found.append if noted is None else noted
     under_way: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     run, before = JITFunction.run, knobs.runtime.jit_cache_hook
 
@@ -96,7 +104,7 @@ def requests(gpu: GPUTarget) -> Iterator[list[Uncompiled]]:
         x, y, z, *_ignored = (*map(int, grid), 1, 1)
         (places,) = compile["configs"]
         options = {n: v for n, v in kwargs.items() if n not in {*names, *_OF_THE_SESSION}}
-        found.append(
+        keep(
             Uncompiled(
                 kernel=f"{function.fn.__module__}:{function.fn.__qualname__}",
                 target=f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch),

@@ -102,7 +102,7 @@ def test_branches_stay_where_they_decide_what_is_touched(stores: bool) -> None:
     kept, every = (len(p.instructions) for p in (sliced(launch.ptx), parse(launch.ptx)))
     # Which blocks store, is found out through shared memory: the sum of four warps.
     assert any("shared" in i.opcode for i in sliced(launch.ptx).instructions) == stores
-    assert kept == every if stores else kept < every / 2
+    assert kept < every if stores else kept < every / 2
     launch = uncounted(
         lambda: _branch_kernel[(8,)](x.to("meta"), out.to("meta"), stores, 128, num_warps=4)
     )
