@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.helpers.scripts import run_compiled
 
 PRELUDE = """
-import copy, gc, sys, weakref
+import copy, gc, sys, threading, weakref
 from dataclasses import replace
 import torch
 from torch import nn
@@ -130,8 +130,20 @@ with activated("sm_80", execute_at) as driver, force_triton(), torch.inference_m
     plans.forget()
     forward(encoder)
     numbers.clear()
+    kept = first.clone()
     again, found = forward(encoder, x.clone())
     assert not found and numbers and torch.equal(again, first)
+    for weight in weights:
+        weight.mul_(1.5)  # is read where it lies
+    numbers.clear()
+    output, states, _ = encoder.run_layers(x, layout, {1, 3}, False, None)
+    assert len(recorded) == 0 and numbers
+    driver.takes_addresses = False
+    plans.forget()
+    usual, usual_states, _ = encoder.run_layers(x, layout, {1, 3}, False, None)
+    assert torch.equal(output, usual) and not torch.equal(output, first)
+    assert torch.equal(first, kept) and torch.equal(again, kept)  # nobody wrote there
+    assert all(torch.equal(states[i], usual_states[i]) for i in (1, 3))
 """
     )
 
@@ -191,7 +203,7 @@ def what(encoder, x=x, layout=layout):
         value = argument.value
         if argument.type.startswith("*") and value is not None:
             address = value if isinstance(value, int) else value.data_ptr()
-            return address if address in given else "memory"
+            return argument.type, address if address in given else "memory"
         return value
 
     return [
@@ -248,10 +260,6 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.infere
     linear, norm = first.ffn1.output_dense, first.ffn2_layer_norm
     key = first.self_attn.linear_k.weight
 
-    def half():
-        for layer in encoder.layers:
-            layer.half()
-
     changes = {
         "an attribute": lambda: setattr(norm, "eps", 1e-3),
         "an activation": lambda: setattr(first.ffn1, "activation", "relu"),
@@ -261,12 +269,15 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.infere
         "projections that no longer follow each other": lambda: setattr(key, "data", key.clone()),
         "a child": lambda: setattr(first, "conv_module", copy.deepcopy(first.conv_module)),
         "strides": lambda: setattr(linear.weight, "data", wide()),
+        "strides alone": lambda: setattr(linear.weight, "data", overlapping()),
         "kernels that are off": lambda: setattr(first.ffn2, "use_fast_kernels", False),
     }
 
     def wide():
-        weight = torch.randn(16, 32)[:, :16]
-        return weight
+        return torch.randn(16, 32)[:, :16]
+
+    def overlapping():
+        return linear.weight.detach().as_strided((16, 16), (8, 1))
 
     for name, change in changes.items():
         what(encoder)
@@ -275,6 +286,26 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.infere
         change()
         found = [what(encoder) for _ in range(2)]
         assert found == [ordinary(encoder)] * 2, name
+
+    def outcome(see):
+        '''Launches, or what is wrong.'''
+        try:
+            return see(encoder)
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+
+    for part in (norm.weight.detach().view(torch.bfloat16)[:16], norm.weight.detach()[:8]):
+        what(encoder)
+        whole, norm.weight.data = norm.weight.data, part  # another dtype or shape, all else equal
+        found = outcome(what)
+        assert recorded or isinstance(found, str)
+        assert found == outcome(ordinary)
+        driver.takes_addresses = True
+        norm.weight.data = whole
+    encoder.half()
+    half = x.half()
+    halves = what(encoder, half)
+    assert recorded and halves == what(encoder, half) == ordinary(encoder, half)
 """
     )
 
@@ -349,6 +380,29 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.no_gra
     what(encoder)
     asked.clear()
     assert is_repeated(3) and len(asked) >= 2 * 3
+
+    here = current = driver.get_current_device()
+    driver.get_current_device = lambda: current
+    plans.forget()
+    what(encoder)
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            entered.append(device)
+
+        def __enter__(self):
+            global current
+            current = here
+
+        def __exit__(self, *_):
+            global current
+            current = "another"
+
+    usual_device, torch.cuda.device, current = torch.cuda.device, Device, "another"
+    what(encoder)
+    assert entered == [here] * 4  # the norm in front of three layers
+    torch.cuda.device, current = usual_device, here
     maps = encoder.run_layers(x, layout, set(), True, None)[2]
     assert len(maps) == 3
     freed = [weakref.ref(o) for o in (encoder, layer, layer.ffn1, layer.ffn1.output_dense.weight)]
@@ -356,6 +410,28 @@ with activated("sm_90", launches.append) as driver, force_triton(), torch.no_gra
     launches.clear()
     gc.collect()
     assert [ref() is None for ref in freed] == [True] * 4
+
+own = threading.local()
+with activated("sm_90", lambda launch: own.launches.append(launch)) as driver, force_triton():
+    driver.takes_addresses = True
+    shared, found = encoder_of(), []
+    together = threading.Barrier(2)
+
+    def work():
+        own.launches = []
+        together.wait()
+        with torch.inference_mode():
+            for _ in range(2):
+                shared.run_layers(x, layout, set(), False, None)
+        found.append([(r.kernel, r.grid, r.constants) for r in own.launches])
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    first, second = found
+    assert first == second and first[: len(first) // 2] == first[len(first) // 2 :]
 """
     )
 
