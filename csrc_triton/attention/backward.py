@@ -17,9 +17,12 @@ atomic addition and two runs give the same bits:
 1. *prepare*, a program for each tile of queries: delta, and P in the units of exp2 and less the
    row's log-sum-exp, so that a probability is `exp2(q.k * scale + P)`.
 2. *keys*, a program for each tile of keys: dk and dv, over all blocks of queries.
-3. *queries*, a program for each tile of queries: dq and the tile's share of dE, over all blocks of
-   keys. An interior distance has one key a row, so its dP is ds of that one pair: it takes the
-   place of P[i, r] in memory, which nobody reads again. dP[i, 0] and dP[i, L + R] are row sums.
+3. *queries*, a program for each tile of queries: dq and dP, over all blocks of keys. An interior
+   distance has one key a row, so its dP is ds of that one pair: it takes the place of P[i, r] in
+   memory, which nobody reads again. dP[i, 0] and dP[i, L + R] are row sums.
+4. *shares*, at most `AttentionBackwardConfig.shares` programs for each 32 distances, whatever the
+   batch and the device: the sum of dP^T q over every so many-th tile. *distances* adds up the
+   shares in their order.
 
 As in the forward kernel, blocks wholly left or right of the band -L < j - i < R are plain flash
 attention (Dao 2023), with a number for each row; only blocks that touch the band read P.
@@ -29,8 +32,7 @@ tile with row stride `ROW_STRIDE` (`forward`). Utterance s begins at row
 `16 (start // 16 + s)`, so that every tile is aligned.
 
 Per token and layer, with T frames and 16-bit elements: 14 C T + 6 C (L + R + 1) FLOPs; 16 C bytes
-of q, k, v, o, g and the three gradients, 8 H (L + R + 1) bytes of P and dP written, and
-4 H (L + R + 1) D / BLOCK_M bytes of shares of dE.
+of q, k, v, o, g and the three gradients, and 8 H (L + R + 1) bytes of P and dP written.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ from csrc_triton.attention.forward import LOG2_E, check_attention
 from csrc_triton.attention.tile_map import build_tile_map, check_tile_map
 from csrc_triton.functions import kept_weights
 from csrc_triton.plans import empty, launch, planned
+
+_SHARE_DISTANCES = 32  # of a program that adds up a share
+_SUM_COLUMNS = 32  # numbers of a program that adds up the shares
 
 
 @triton.jit
@@ -84,13 +89,13 @@ def load_whole_rows(
 
 
 @triton.jit
-def locate_tile(tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK: tl.constexpr):
-    """Utterance, its start and length, the tile's first row in it, and the program's head.
+def locate_tile(work, tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK: tl.constexpr):
+    """Utterance, its start and length, the first row in it, and the head of one tile of one head.
 
     The utterance is -1 where the map has no tile left.
     """
-    tile = tl.program_id(0) // num_heads
-    head = tl.program_id(0) % num_heads
+    tile = work // num_heads
+    head = work % num_heads
     sequence = tl.load(tile_map_ptr + 2 * tile)
     first = tl.load(tile_map_ptr + 2 * tile + 1) * BLOCK
     known = tl.maximum(sequence, 0)
@@ -180,7 +185,7 @@ def shaw_attention_bwd_prepare_kernel(
     BLOCK_P: tl.constexpr,
 ):
     sequence, start, length, first_row, head = locate_tile(
-        tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
+        tl.program_id(0), tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
     )
     if sequence < 0:
         return
@@ -322,7 +327,7 @@ def shaw_attention_bwd_keys_kernel(
     FAR_STAGES: tl.constexpr,
 ):
     sequence, start, length, first_key, head = locate_tile(
-        tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_N
+        tl.program_id(0), tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_N
     )
     if sequence < 0:
         return
@@ -409,6 +414,13 @@ def shaw_attention_bwd_keys_kernel(
             HAS_DROPOUT,
         )  # fmt: skip
 
+    # Read again, so that no registers hold it through the loops.
+    sequence, start, length, first_key, head = locate_tile(
+        tl.program_id(0), tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_N
+    )
+    wide_head = (first_head + head).to(tl.int64)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    key_mask = keys < keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED)
     if HAS_SEQUSED:  # tokens that are no keys have no gradients as such
         dk = tl.where(key_mask[:, None], dk, 0.0)
         dv = tl.where(key_mask[:, None], dv, 0.0)
@@ -454,45 +466,24 @@ def _query_step(
 
 @triton.jit
 def _position_gradients(
-    dq,  # [BLOCK_M, BLOCK_D] fp32
-    query,  # [BLOCK_M, BLOCK_D]
-    distance_ptr,
-    share_ptr,  # this program's, [LEFT + RIGHT + 1, HEAD_DIM] fp32
     score_rows,  # [BLOCK_M], where each row's dP begins
     rows,  # [BLOCK_M]
-    length,
+    row_mask,
     num_keys,
-    left_sum,  # [BLOCK_M]
-    right_sum,  # [BLOCK_M]
-    channels,  # [BLOCK_D]
-    stride_e_row,
-    scale,
+    offs_p,  # [BLOCK_P]
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
-    """Adds `dP E` to dq, and stores the tile's share of dE, `dP^T q`."""
-    for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
-        offs_p = first + tl.arange(0, BLOCK_P)
-        is_distance = offs_p <= LEFT + RIGHT
-        keys = rows[:, None] + (offs_p - LEFT)[None, :]
-        # Where the one key of a distance does not exist, P is still there.
-        stored = (keys >= 0) & (keys < num_keys) & (rows < length)[:, None]
-        stored &= ((offs_p > 0) & (offs_p < LEFT + RIGHT))[None, :]
-        dp = tl.load(score_rows[:, None] + offs_p[None, :], mask=stored, other=0.0)
-        dp += tl.where((offs_p == 0)[None, :], left_sum[:, None], 0.0)
-        dp += tl.where((offs_p == LEFT + RIGHT)[None, :], right_sum[:, None], 0.0)
-        dp = tl.where((rows < length)[:, None], dp, 0.0).to(query.dtype)  # [BLOCK_M, BLOCK_P]
-        vectors = load_rows(distance_ptr, offs_p, stride_e_row, channels, is_distance, HEAD_DIM)
-        dq = tl.dot(dp, vectors, dq, input_precision="ieee")
-        share = tl.dot(tl.trans(dp), query, input_precision="ieee")
-        tl.store(
-            share_ptr + offs_p[:, None] * HEAD_DIM + channels[None, :],
-            share * scale,
-            mask=is_distance[:, None] & (channels < HEAD_DIM)[None, :],
-        )
-    return dq
+    """dP of some rows and distances, fp32 `[BLOCK_M, BLOCK_P]`."""
+    keys = rows[:, None] + (offs_p - LEFT)[None, :]
+    # Where the one key of an interior distance does not exist, P is still there.
+    is_sum = ((offs_p == 0) | (offs_p == LEFT + RIGHT))[None, :]
+    exists = is_sum | ((keys >= 0) & (keys < num_keys) & (offs_p < LEFT + RIGHT)[None, :])
+    return tl.load(
+        score_rows[:, None] + offs_p[None, :],
+        mask=exists & row_mask[:, None],
+        other=0.0,
+    )
 
 
 @triton.jit(
@@ -509,7 +500,6 @@ def shaw_attention_bwd_queries_kernel(
     shift_ptr,  # [2, num_heads, num_tokens] fp32
     delta_ptr,  # [num_heads, num_tokens] fp32
     dq_ptr,  # [num_tokens, all heads, HEAD_DIM]
-    share_ptr,  # [programs, LEFT + RIGHT + 1, HEAD_DIM] fp32
     cu_seqlens_ptr,  # [batch + 1] int32
     seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
     tile_map_ptr,  # [num_tiles, 2] int32
@@ -546,19 +536,10 @@ def shaw_attention_bwd_queries_kernel(
     FAR_STAGES: tl.constexpr,
 ):
     sequence, start, length, first_row, head = locate_tile(
-        tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
+        tl.program_id(0), tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
     )
     channels = tl.arange(0, BLOCK_D)
-    share_base = share_ptr
-    if HAS_POSITIONS:
-        share_base += tl.program_id(0).to(tl.int64) * ((LEFT + RIGHT + 1) * HEAD_DIM)
     if sequence < 0:
-        if HAS_POSITIONS:  # the shares of all programs are added up
-            for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P):
-                offs_p = first + tl.arange(0, BLOCK_P)
-                share_mask = (offs_p <= LEFT + RIGHT)[:, None] & (channels < HEAD_DIM)[None, :]
-                share_ptrs = share_base + offs_p[:, None] * HEAD_DIM + channels[None, :]
-                tl.store(share_ptrs, tl.zeros([BLOCK_P, BLOCK_D], tl.float32), mask=share_mask)
         return
     wide_head = (first_head + head).to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
@@ -654,18 +635,116 @@ def shaw_attention_bwd_queries_kernel(
             tl.store(score_ptrs, ds, mask=interior)
             tl.debug_barrier()  # other threads than those that wrote dP read there
 
+    # Read again, so that no registers hold it through the loops.
+    sequence, start, length, first_row, head = locate_tile(
+        tl.program_id(0), tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
+    )
+    rows = first_row + offs_m
+    row_mask = rows < length
+    wide_head = (first_head + head).to(tl.int64)
     if HAS_POSITIONS:
-        dq = _position_gradients(
-            dq, query, distance_ptr, share_base, scores_base + rows * (ROW_STRIDE + 1) - LEFT,
-            rows, length, num_keys, left_sum, right_sum, channels, stride_e_row, scale,
-            LEFT, RIGHT, HEAD_DIM, BLOCK_P,
-        )  # fmt: skip
+        num_keys = keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED)
+        scores_base = utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE)
+        score_rows = scores_base + rows * (ROW_STRIDE + 1) - LEFT
+        if LEFT + RIGHT == 0:
+            left_sum += right_sum
+        else:
+            tl.store(score_rows + LEFT + RIGHT, right_sum, mask=row_mask)
+        tl.store(score_rows, left_sum, mask=row_mask)
+        tl.debug_barrier()
+        for first in tl.range(0, LEFT + RIGHT + 1, BLOCK_P, num_stages=1):
+            offs_p = first + tl.arange(0, BLOCK_P)
+            dp = _position_gradients(score_rows, rows, row_mask, num_keys, offs_p, LEFT, RIGHT)
+            is_distance = offs_p <= LEFT + RIGHT
+            vectors = load_rows(distance_ptr, offs_p, stride_e_row, channels, is_distance, HEAD_DIM)
+            dq = tl.dot(dp.to(query.dtype), vectors, dq, input_precision="ieee")
     dq_ptrs = dq_ptr + wide_head * stride_dq_head + (start + rows)[:, None] * stride_dq_row
     tl.store(
         dq_ptrs + channels[None, :],
         (dq * scale).to(dq_ptr.dtype.element_ty),
         mask=row_mask[:, None] & (channels < HEAD_DIM)[None, :],
     )
+
+
+@triton.jit(
+    do_not_specialize=["first_head", "num_heads", "num_work", "head_blocks"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "seqused_k_ptr", "tile_map_ptr"],
+)
+def shaw_attention_bwd_shares_kernel(
+    q_ptr,  # [num_tokens, all heads, HEAD_DIM]
+    scratch_ptr,  # [num_heads, ...] fp32, dP
+    share_ptr,  # [programs along x, LEFT + RIGHT + 1, HEAD_DIM] fp32
+    cu_seqlens_ptr,  # [batch + 1] int32
+    seqused_k_ptr,  # [batch] int32, HAS_SEQUSED
+    tile_map_ptr,  # [num_tiles, 2] int32
+    first_head,
+    num_heads,  # of this launch
+    num_work,  # tiles times heads
+    scale,
+    stride_q_row,
+    stride_q_head,
+    head_blocks,  # of 16 rows, in the scratch memory of a head
+    HAS_SEQUSED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    channels = tl.arange(0, BLOCK_D)
+    offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    share = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    # As many every time and everywhere, so that the sum's order depends on the batch alone.
+    for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), num_stages=1):
+        sequence, start, length, first_row, head = locate_tile(
+            work, tile_map_ptr, cu_seqlens_ptr, num_heads, BLOCK_M
+        )
+        num_keys = keys_of(sequence, length, seqused_k_ptr, HAS_SEQUSED)
+        rows = first_row + tl.arange(0, BLOCK_M)
+        row_mask = (rows < length) & (sequence >= 0)
+        wide_head = (first_head + head).to(tl.int64)
+        query = load_rows(
+            head_rows(q_ptr, start, wide_head, stride_q_row, stride_q_head),
+            rows, stride_q_row, channels, row_mask, HEAD_DIM,
+        )  # fmt: skip
+        scores_base = utterance_scores(scratch_ptr, start, sequence, head, head_blocks, ROW_STRIDE)
+        score_rows = scores_base + rows * (ROW_STRIDE + 1) - LEFT
+        dp = _position_gradients(score_rows, rows, row_mask, num_keys, offs_p, LEFT, RIGHT)
+        dp = dp.to(query.dtype)  # [BLOCK_M, BLOCK_P]
+        share = tl.dot(tl.trans(dp), query, share, input_precision="ieee")
+    share_ptr += tl.program_id(0).to(tl.int64) * ((LEFT + RIGHT + 1) * HEAD_DIM)
+    tl.store(
+        share_ptr + offs_p[:, None] * HEAD_DIM + channels[None, :],
+        share * scale,
+        mask=(offs_p <= LEFT + RIGHT)[:, None] & (channels < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["first_head", "num_shares"])
+def shaw_attention_bwd_distances_kernel(
+    share_ptr,  # [num_shares, SIZE] fp32
+    grad_ptr,  # [SIZE] fp32, of the position vectors
+    first_head,
+    num_shares,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = columns < SIZE
+    total = tl.zeros([BLOCK_SHARES, BLOCK], tl.float32)
+    for first in tl.range(0, num_shares, BLOCK_SHARES):
+        shares = first + tl.arange(0, BLOCK_SHARES)
+        total += tl.load(
+            share_ptr + shares.to(tl.int64)[:, None] * SIZE + columns[None, :],
+            mask=(shares < num_shares)[:, None] & column_mask[None, :],
+            other=0.0,
+        )
+    # Of the heads of earlier launches.
+    before = tl.load(grad_ptr + columns, mask=column_mask & (first_head > 0), other=0.0)
+    tl.store(grad_ptr + columns, before + tl.sum(total, 0), mask=column_mask)
 
 
 def shaw_attention_backward(
@@ -718,9 +797,13 @@ def shaw_attention_backward(
     if out is None:
         grads = torch.empty(3, *query.shape, dtype=query.dtype, device=query.device)
         out = (grads[0], grads[1], grads[2])
-    grad_distance, first_head = None, 0
+    grad_distance = None
+    if distance_embedding is not None:
+        make = torch.empty if tile_map.shape[0] > 0 else torch.zeros
+        grad_distance = make(distance_embedding.shape, dtype=torch.float32, device=query.device)
+    first_head = 0
     while True:
-        heads, shares = _launch(
+        first_head += _launch(
             query,
             key,
             value,
@@ -737,14 +820,10 @@ def shaw_attention_backward(
             tile_map,
             seqused_k,
             *out,
+            grad_distance,
             config,
             first_head,
         )
-        first_head += heads
-        if distance_embedding is not None:
-            total = shares.sum(0)
-            grad_distance = total if grad_distance is None else grad_distance + total
-        del shares  # they may be as large as the scratch memory of the next heads
         if first_head >= query.shape[1]:
             return *out, grad_distance
 
@@ -769,14 +848,13 @@ def _launch(
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
+    grad_distance: Tensor | None,
     config: AttentionBackwardConfig | None,
     first_head: int,
-) -> tuple[int, Tensor]:
-    """The gradients of as many heads from `first_head` on as the scratch memory holds.
+) -> int:
+    """The gradients of as many heads from `first_head` on as the scratch memory holds: how many.
 
-    Returns:
-        Their number, and each tile's and head's share of the distance embedding's gradient,
-        `[tiles * heads, L + R + 1, D]`.
+    What they add to `grad_distance` is added to what the heads before them did.
     """
     grads = {f"out[{i}]": grad for i, grad in enumerate((grad_query, grad_key, grad_value))}
     arch = check_attention(
@@ -814,12 +892,11 @@ def _launch(
     # Of P's first and last column; of o . g.
     shifts = empty((1 + has_positions, heads, num_tokens), float32, device)
     delta = empty((heads, num_tokens), float32, device)
-    shares = empty((grid[0], *vectors.shape) if has_positions else (0,), float32, device)
     if grid[0] == 0:
-        return max(heads, 1), shares
+        return max(heads, 1)
     scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E)
     dropout = (dropout_seed, dropout_p) if has_dropout else (None, None)
-    prepare, keys, queries = _kernels(
+    prepare, keys, queries, shares, distances = _kernels(
         config,
         layout,
         head_dim,
@@ -898,7 +975,6 @@ def _launch(
         shifts,
         delta,
         grad_query,
-        shares,
         cu_seqlens,
         seqused_k,
         tile_map,
@@ -917,7 +993,38 @@ def _launch(
         **queries.constants,
         **queries.options,
     )
-    return heads, shares
+    if has_positions:
+        programs = min(grid[0], config.shares)
+        sums = empty((programs, *vectors.shape), float32, device)
+        launch(
+            shares.kernel,
+            (programs, triton.cdiv(vectors.shape[0], _SHARE_DISTANCES)),
+            query,
+            scores,
+            sums,
+            cu_seqlens,
+            seqused_k,
+            tile_map,
+            first_head,
+            heads,
+            grid[0],
+            scales[0],
+            *_strides(query),
+            layout.head_blocks,
+            **shares.constants,
+            **shares.options,
+        )
+        launch(
+            distances.kernel,
+            (triton.cdiv(vectors.numel(), _SUM_COLUMNS),),
+            sums,
+            grad_distance,
+            first_head,
+            programs,
+            **distances.constants,
+            **distances.options,
+        )
+    return heads
 
 
 def _strides(tensor: Tensor) -> tuple[int, int]:
@@ -943,7 +1050,7 @@ def _kernels(
     has_positions: bool,
     has_dropout: bool,
     has_seqused: bool,
-) -> tuple[_Launch, _Launch, _Launch]:
+) -> tuple[_Launch, _Launch, _Launch, _Launch, _Launch]:
     common: dict[str, bool | int | str] = {
         "HAS_POSITIONS": has_positions,
         "LEFT": left,
@@ -952,11 +1059,14 @@ def _kernels(
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
     }
+    short = {"num_warps": config.query_warps, "num_stages": 1}
     queries = {"num_warps": config.query_warps, "num_stages": config.query_stages}
+    if has_positions and config.query_registers is not None:
+        queries["maxnreg"] = config.query_registers
     keys = {"num_warps": config.key_warps, "num_stages": config.key_stages}
     tile = {"BLOCK_M": config.tile, "BLOCK_P": config.block_p}
     return (
-        _Launch(shaw_attention_bwd_prepare_kernel, {**common, **tile}, queries | {"num_stages": 1}),
+        _Launch(shaw_attention_bwd_prepare_kernel, {**common, **tile}, short),
         _Launch(
             shaw_attention_bwd_keys_kernel,
             {
@@ -980,5 +1090,20 @@ def _kernels(
                 "FAR_STAGES": config.query_stages,
             },
             queries,
+        ),
+        _Launch(
+            shaw_attention_bwd_shares_kernel,
+            {
+                **{name: value for name, value in common.items() if name != "HAS_POSITIONS"},
+                "HAS_SEQUSED": has_seqused,
+                "BLOCK_M": config.tile,
+                "BLOCK_P": _SHARE_DISTANCES,
+            },
+            short,
+        ),
+        _Launch(
+            shaw_attention_bwd_distances_kernel,
+            {"SIZE": (left + right + 1) * head_dim, "BLOCK": _SUM_COLUMNS, "BLOCK_SHARES": 64},
+            {"num_warps": 4},
         ),
     )

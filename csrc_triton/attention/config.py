@@ -53,6 +53,10 @@ class AttentionBackwardConfig:
         key_warps: warps in a block of the kernel over keys.
         query_stages: pipeline depth of the loop over far keys.
         key_stages: pipeline depth of the loop over far queries.
+        query_registers: cap on a thread's registers in the kernel over queries with positions, for
+            as many resident blocks, or `None`.
+        shares: sums of the distance embedding's gradient that are kept apart at first, at most. The
+            same on every device, so that the order of the sum is.
         scratch_limit: bytes of scratch memory of one launch; one head at least.
     """
 
@@ -64,6 +68,8 @@ class AttentionBackwardConfig:
     key_warps: int
     query_stages: int
     key_stages: int
+    query_registers: int | None = None
+    shares: int = 256
     scratch_limit: int = SCRATCH_LIMIT
 
 
@@ -93,7 +99,8 @@ _FP32_BACKWARD = AttentionBackwardConfig(
 _FP32 = {
     64: AttentionTiles(
         AttentionConfig(block_m=32, block_n=32, block_p=16, num_warps=8, num_stages=2),
-        _FP32_BACKWARD,
+        # Left alone, the compiler spills on sm_89 for the sake of a third block.
+        replace(_FP32_BACKWARD, query_registers=128),
     ),
     128: AttentionTiles(
         AttentionConfig(block_m=32, block_n=16, block_p=16, num_warps=8, num_stages=2),
@@ -207,7 +214,8 @@ TILES: dict[str, dict[str, dict[int, AttentionTiles]]] = {
                     max_registers=128,
                     blocks=2,
                 ),
-                _HOPPER_BACKWARD,
+                # The same of the gradients of queries, for which steps must be short.
+                replace(_HOPPER_BACKWARD, key_step=32, query_registers=128),
             ),
             128: _HOPPER_128,
         },
@@ -290,8 +298,13 @@ def attention_backward_config(
     """The launch configuration of the gradients; arguments and errors as of `attention_config`."""
     config = _tiles(head_dim, dtype, arch).backward
     if has_dropout:
+        # Random numbers take registers.
         key_step, query_step = max(config.key_step // 2, 16), max(config.query_step // 2, 16)
-        config = replace(config, key_step=key_step, query_step=query_step)
+        config = replace(config, query_step=query_step)
+        if config.query_registers is None or dtype == torch.float32:
+            config = replace(config, key_step=key_step)
+        else:
+            config = replace(config, query_registers=None)
     return config
 
 

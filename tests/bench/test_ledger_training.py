@@ -52,7 +52,7 @@ def test_launches_of_gradients(without_rows: None) -> None:
     log_sum_exp = tensor(2, ROWS, dtype=torch.float32)
     given = [HEADS, *heads[:3], HEADS, log_sum_exp, *heads[3:]]
     tiles = tensor(3, 2, dtype=torch.int32)
-    for vectors, launches in ((None, 3), (tensor(8, 16), 3 + 1)):  # the sum of vectors' shares
+    for vectors, launches in ((None, 3), (tensor(8, 16), 3 + 2)):  # shares and their sum
         cost = cost_of("shaw_attention_backward", *given, vectors, 5, 2, tiles, 0.0, None)
         assert cost.launches == launches
     big, frames = tensor(200_000, 16, 64), 200_000
@@ -61,8 +61,8 @@ def test_launches_of_gradients(without_rows: None) -> None:
     tiles = tensor(-(-frames // 128), 2, dtype=torch.int32)
     given = [big] * 5
     cost = cost_of("shaw_attention_backward", *given, rows, *layout, tiles, 0.0, None)
-    # Position scores of some heads at a time, and of each group a sum, which is added to the first.
-    assert cost.launches % 5 == 4 and cost.launches > 5
+    # Position scores of some heads at a time; the sum of a group adds to that of those before.
+    assert cost.launches % 5 == 0 and cost.launches > 5
 
 
 def test_attention_s_arithmetic_by_hand(without_rows: None) -> None:

@@ -222,6 +222,12 @@ def test_heads_over_the_scratch_limit_are_split_into_launches(judge: Judge) -> N
     torch.testing.assert_close(split[3], whole[3], rtol=0, atol=1e-5 * largest(whole[3]))
 
 
+def test_a_share_holds_many_tiles(judge: Judge) -> None:
+    # Of one head and of several, some of them beyond the last utterance.
+    config = replace(config_of_this_lane(), shares=2)
+    run(judge, [20, 0, 34, 70], heads=3, left=6, config=config)
+
+
 def test_two_runs_give_the_same_bits(judge: Judge) -> None:
     runs = []
     for _ in range(2):

@@ -39,7 +39,7 @@ def test_strides_and_sizes_of_one_compile() -> None:
         ones = {
             a.name: 1 for a in kernel.request.arguments if a.type == "i32" and a.name not in fixed
         }
-        assert ones, kernel.name
+        assert ones or "distances" in kernel.name, kernel.name
         values = {a.name: a.value for a in kernel.request.arguments} | kernel.request.constants
         options = kernel.request.options
         with requests(target.gpu) as found:
@@ -52,13 +52,15 @@ def test_strides_and_sizes_of_one_compile() -> None:
 @pytest.mark.parametrize("target", list(TENSOR_CORES))
 def test_compiles_without_spills_and_with_tensor_cores(target: str) -> None:
     kernels = backward(Target.parse(target))
-    assert len(kernels) == 13
+    assert len(kernels) == 15
     for kernel in kernels:
         row = check_kernel(kernel, {}, default_cache())
         assert row.problems == (), f"{kernel.name}: {row.problems}"
         assert row.code is not None
         assert row.code.spills == 0, kernel.name
-        if kernel.name.startswith("shaw_attention_bwd"):
+        if target == "cuda:90" and kernel.name == "shaw_attention_bwd_queries/relative_key":
+            assert row.blocks == 2
+        if "shaw_attention_bwd" in kernel.name and "distances" not in kernel.name:
             assert row.code.products == {"bfloat16": row.code.products["bfloat16"]}, kernel.name
             assert TENSOR_CORES[target] in row.code.tensor_core, kernel.name
 
@@ -71,6 +73,14 @@ def test_the_window_of_float32_spills_nothing_where_rows_are_not_read(target: st
     row = check_kernel(kernel, {}, default_cache())
     assert row.code is not None
     assert row.code.spills == 0 and row.problems == ()
+
+
+@pytest.mark.parametrize("name", ["relative_key", "relative_key_dropout"])
+def test_full_precision_on_sm_89_does_not_spill(name: str) -> None:
+    # Of all targets the one whose compiler gave up registers that it needed.
+    shipped = shipped_kernels(Target.parse("cuda:89"), "float32")
+    (kernel,) = [k for k in shipped if k.name == f"shaw_attention_bwd_queries/{name}"]
+    assert check_kernel(kernel, {}, default_cache()).problems == ()
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
