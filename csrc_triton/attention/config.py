@@ -242,17 +242,23 @@ TILES: dict[str, dict[str, dict[int, AttentionTiles]]] = {
                 _CDNA_BACKWARD,
             ),
             128: AttentionTiles(
-                AttentionConfig(block_m=128, block_n=32, block_p=32, num_warps=4, num_stages=1),
+                AttentionConfig(
+                    block_m=128, block_n=32, block_p=32, num_warps=4, num_stages=1, blocks=2
+                ),
                 _CDNA_BACKWARD,
             ),
         },
         "fp32": {
             64: AttentionTiles(
-                AttentionConfig(block_m=32, block_n=32, block_p=32, num_warps=4, num_stages=1),
+                AttentionConfig(
+                    block_m=32, block_n=32, block_p=32, num_warps=4, num_stages=1, blocks=2
+                ),
                 _CDNA_FP32_BACKWARD,
             ),
             128: AttentionTiles(
-                AttentionConfig(block_m=32, block_n=16, block_p=16, num_warps=4, num_stages=1),
+                AttentionConfig(
+                    block_m=32, block_n=16, block_p=16, num_warps=4, num_stages=1, blocks=2
+                ),
                 _CDNA_FP32_BACKWARD,
             ),
         },
