@@ -198,6 +198,14 @@ def test_the_command_computes_in_processes(tiny_checkpoint: Path, tmp_path: Path
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
 
+def test_nobody_waits_for_a_batch_that_no_process_has() -> None:
+    workers = Workers(Stub(), 1, 1)
+    with pytest.raises(RuntimeError, match="no batch is computed"):
+        workers.result()
+    number = workers.submit([Piece(torch.zeros(3))])
+    assert workers.result() == (number, [3])
+
+
 def test_impossible_numbers_and_devices() -> None:
     class OnMeta(Stub):
         @property

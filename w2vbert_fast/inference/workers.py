@@ -75,7 +75,7 @@ class Workers:
         """The number of a batch that is done, and what `Task.run` returned or raised.
 
         Raises:
-            RuntimeError: all processes have ended.
+            RuntimeError: all processes have ended; or no batch is computed.
         """
         while True:
             idle = [pipe for pipe in self._pids if pipe not in self._busy]
@@ -83,6 +83,8 @@ class Workers:
                 self._busy[pipe] = self._waiting.popleft()
                 with contextlib.suppress(OSError):  # it has ended: reading says so too
                     pipe.send_bytes(self._busy[pipe][1])
+            if not self._busy:
+                raise RuntimeError("a result is waited for, and no batch is computed")
             ready = connection.wait([*self._busy])
             for pipe in [pipe for pipe in self._busy if pipe in ready]:
                 number, _ = work = self._busy.pop(pipe)
