@@ -289,8 +289,9 @@ def test_a_layer_by_hand(counted: dict[str, Any]) -> None:
     position_scores = 2 * (4 * 73 + 28) * 2 * 132 * 128
     log_sum_exp = 4 * heads * tokens
     expected = 2 * (elements + weights + small) + position_scores + log_sum_exp
-    # Left over: offsets and the tile map, and the taps' copy.
-    assert 0 <= layer["bytes"] - expected < 300_000
+    # Left over: offsets, the tile map, the taps' copies (254 KB), and what blocks of keys at the
+    # band's ends read of scratch memory besides (203 KB).
+    assert 0 <= layer["bytes"] - expected < 500_000
 
 
 def test_reference_without_mask_is_cheaper() -> None:
