@@ -62,7 +62,10 @@ def test_compiles_without_spills_and_with_tensor_cores(target: str) -> None:
             assert row.blocks == 2
         if "shaw_attention_bwd" in kernel.name and "distances" not in kernel.name:
             assert row.code.products == {"bfloat16": row.code.products["bfloat16"]}, kernel.name
-            assert TENSOR_CORES[target] in row.code.tensor_core, kernel.name
+            # The product of shares has 32 rows, one a distance; `wgmma` takes 64.
+            is_small = target == "cuda:90" and "bwd_shares" in kernel.name
+            instruction = "HMMA" if is_small else TENSOR_CORES[target]
+            assert instruction in row.code.tensor_core, kernel.name
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])

@@ -53,6 +53,7 @@ _PARTS: dict[str, tuple[tuple[int, int, int], Mapping[str, int]]] = {
     "norm_act_bwd": ((2, 1, 1), {}),
     "epilogue_bwd": ((2, 2, 1), {}),
     "shaw_attention_fwd": ((2, 1, 1), {"num_work": 2}),
+    "shaw_attention_bwd_distances": ((4, 1, 1), {}),
 }
 
 
