@@ -8,8 +8,12 @@ from bench.ledger import kernels
 from bench.ledger.cost import Cost
 
 
+def launches_move_nothing(patch: pytest.MonkeyPatch) -> None:
+    """So that none needs a row."""
+    patch.setattr(kernels.Kernels, "cost", lambda self, request: Cost(launches=1))
+    patch.setattr(kernels, "_open", [])
+
+
 @pytest.fixture
 def without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches move nothing, so that none needs a row."""
-    monkeypatch.setattr(kernels.Kernels, "cost", lambda self, request: Cost(launches=1))
-    monkeypatch.setattr(kernels, "_open", [])
+    launches_move_nothing(monkeypatch)

@@ -27,6 +27,7 @@ from bench.report.charts import (
 )
 from bench.report.page import groups, ledger_picture, page, scaling_lines, speed_picture
 from bench.rows import parse
+from tests.bench.conftest import launches_move_nothing
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -86,7 +87,9 @@ def raw() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, Any]:
-    return ledger(Workload(1, 96, layers=2))
+    with pytest.MonkeyPatch.context() as patch:
+        launches_move_nothing(patch)
+        return ledger(Workload(1, 96, layers=2))
 
 
 class Page(HTMLParser):
