@@ -129,10 +129,10 @@ def summary(rows_by_target: dict[str, Rows]) -> list[dict[str, Any]]:
                 for kernel, dtype in record["ran"]:
                     entry = found[kernel, target, dtype]
                     entry["comparisons"] += 1
-                    if record["ratio"] is not None and dtype != "float32":
-                        entry["ratio"] = max(entry["ratio"] or 0.0, record["ratio"])
-                    else:
+                    if record["ratio"] is None:
                         entry["error"] = max(entry["error"], record["largest"])
+                    elif dtype != "float32":  # else it rounds nothing to 16 bits
+                        entry["ratio"] = max(entry["ratio"] or 0.0, record["ratio"])
     for entry in found.values():
         entry.update({name: _short(entry[name]) for name in ("ratio", "error")})
     return [found[key] for key in sorted(found)]
