@@ -51,7 +51,7 @@ from csrc_triton.attention.config import (
     attention_backward_config,
     scores_layout,
 )
-from csrc_triton.attention.forward import LOG2_E, check_attention
+from csrc_triton.attention.forward import LOG2_E, band_blocks, check_attention
 from csrc_triton.attention.tile_map import build_tile_map, check_tile_map
 from csrc_triton.functions import kept_weights
 from csrc_triton.plans import empty, launch, planned
@@ -352,12 +352,8 @@ def shaw_attention_bwd_keys_kernel(
     band_first = whole
     band_end = whole
     if HAS_POSITIONS:
-        # Queries of the band of key j: j - RIGHT < i < j + LEFT.
         last_key = tl.minimum(first_key + BLOCK_N, length) - 1
-        band_first = tl.maximum(first_key - RIGHT + 1, 0) // BLOCK_M * BLOCK_M
-        band_first = tl.minimum(band_first, whole)
-        band_end = (last_key + LEFT + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-        band_end = tl.minimum(band_end, whole)
+        band_first, band_end = band_blocks(first_key, last_key, RIGHT, LEFT, whole, BLOCK_M)
 
     band_queries = band_end - band_first
     for far_start in tl.range(0, whole - band_queries, BLOCK_M, num_stages=FAR_STAGES):
@@ -570,10 +566,7 @@ def shaw_attention_bwd_queries_kernel(
         side = num_heads.to(tl.int64) * stride_row_head
         right_shift = tl.load(shift_ptr + side + row_offsets, mask=row_mask, other=0.0)
         last_row = tl.minimum(first_row + BLOCK_M, length) - 1
-        band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
-        band_first = tl.minimum(band_first, whole)
-        band_end = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-        band_end = tl.minimum(band_end, whole)
+        band_first, band_end = band_blocks(first_row, last_row, LEFT, RIGHT, whole, BLOCK_N)
 
     band_keys = band_end - band_first
     for far_start in tl.range(0, whole - band_keys, BLOCK_N, num_stages=FAR_STAGES):

@@ -100,6 +100,20 @@ def _position_scores(
 
 
 @triton.jit
+def band_blocks(first, last, BEFORE: tl.constexpr, AFTER: tl.constexpr, whole, BLOCK: tl.constexpr):
+    """Where the blocks of the other side begin and end that touch the band of a tile.
+
+    The band of element x is what lies at x - BEFORE < y < x + AFTER: keys of a query, with BEFORE
+    and AFTER = L and R, or queries of a key, with R and L. A block lies before it when its last
+    element does, as seen from `first`; behind it when its first does, as seen from `last`. Both
+    results are multiples of BLOCK, and at most `whole`.
+    """
+    begin = tl.maximum(first - BEFORE + 1, 0) // BLOCK * BLOCK
+    end = (last + AFTER + BLOCK - 1) // BLOCK * BLOCK
+    return tl.minimum(begin, whole), tl.minimum(end, whole)
+
+
+@triton.jit
 def _near_scores(
     row_ptrs,  # [BLOCK_M], where column 0 of the utterance's first key block would be
     rows,  # [BLOCK_M], positions relative to the tile's first
@@ -275,13 +289,8 @@ def shaw_attention_fwd_kernel(
                     BLOCK_P,
                 )
                 tl.debug_barrier()  # other threads will read the scores than those that wrote them
-                # A block is left of the band when its last key is, as seen from the first row;
-                # right of it when its first key is, as seen from the last row.
                 last_row = tl.minimum(first_row + BLOCK_M, length) - 1
-                band_first = tl.maximum(first_row - LEFT + 1, 0) // BLOCK_N * BLOCK_N
-                band_first = tl.minimum(band_first, whole)
-                band_end = (last_row + RIGHT + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-                band_end = tl.minimum(band_end, whole)
+                band_first, band_end = band_blocks(first_row, last_row, LEFT, RIGHT, whole, BLOCK_N)
 
             band_keys = band_end - band_first
             for far_start in tl.range(0, whole - band_keys, BLOCK_N, num_stages=FAR_STAGES):
