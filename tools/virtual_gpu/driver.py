@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver as triton_drivers
 
+from .cubin import resources
 from .record import Argument, Launch, leaves, named
 
 # Shared memory that one block can have, in bytes: CUDA C++ Programming Guide, "Technical
@@ -56,9 +57,11 @@ class _Utils:
         self, name: str, binary: bytes, shared: int, device: object
     ) -> tuple[None, int, int, int, int]:
         """(module, function, registers, spills, most threads). The function is only a number: what
-        it stands for is noted by the hook that Triton calls next."""
+        it stands for is noted by the hook that Triton calls next. Spills are words of local memory
+        a thread, as Triton's own driver counts them."""
         self.loaded += 1
-        return None, self.loaded, 0, 0, MOST_THREADS
+        registers, local_bytes = resources(binary, name)
+        return None, self.loaded, registers, local_bytes // 4, MOST_THREADS
 
 
 class NamedGpu:

@@ -15,6 +15,8 @@ from triton.runtime.driver import driver as triton_drivers
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.tools.virtual_gpu.scripts import vector_addition
+from tools.compile.sass import resource_usage
+from tools.virtual_gpu.cubin import resources
 from tools.virtual_gpu.driver import Driver, activated
 from tools.virtual_gpu.executor import Executor
 from tools.virtual_gpu.global_memory import Checks
@@ -107,6 +109,40 @@ def test_a_recording_is_a_line_of_json_a_launch(tmp_path: Path) -> None:
     assert second["arguments"]["n"] == 4
     assert first["target"] == "sm_90" and first["hints"]["n"] == {"tt.divisibility": 16}
     assert first["options"]["num_warps"] == 4
+
+
+@triton.jit
+def share_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
+    """Every element is held in a register until the sum is known."""
+    offsets = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets)
+    tl.store(out_ptr + offsets, x / tl.sum(x, 0))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_kernel_s_registers_and_spills_are_those_that_cuobjdump_prints(target: str) -> None:
+    x = torch.zeros(4096)
+    seen = []
+    with activated(target, lambda _: None):
+        for most in (None, 40):
+            kernel = share_kernel.warmup(x, x, BLOCK=4096, grid=(1,), num_warps=1, maxnreg=most)
+            kernel._init_handles()
+            registers, stack = resource_usage(kernel.asm["cubin"])
+            assert (kernel.n_regs, kernel.n_spills) == (registers, stack // 4)
+            seen.append((registers, stack))
+    # 128 elements a thread: in registers, or for the most part in memory.
+    assert seen[0][0] > 128 and seen[0][1] == 0
+    assert seen[1][0] <= 40 and seen[1][1] > 4 * 64
+
+
+def test_what_is_no_cubin_of_the_kernel_is_said() -> None:
+    with pytest.raises(ValueError, match=r"binary of k is no cubin: it begins with b'// PT'"):
+        resources(b"// PTX", "k")
+    x = torch.zeros(64)
+    with activated("sm_80", lambda _: None):
+        kernel = share_kernel.warmup(x, x, BLOCK=64, grid=(1,))
+    with pytest.raises(ValueError, match="nothing of the registers of a kernel other_kernel"):
+        resources(kernel.asm["cubin"], "other_kernel")
 
 
 def test_what_there_is_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
