@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,12 @@ class Wav2Vec2BertEncoder(nn.Module):
             drop = drops and torch.rand(()).item() < self.config.layerdrop
             if not drop:
                 arguments = (hidden_states, layout, positions, output_attentions)
-                if plan.takes_apart(index) and self._may_fuse(layer):
+                if plan.takes_apart(index) and is_untouched(layer, Wav2Vec2BertEncoderLayer):
                     returned = index in wanted and torch.is_grad_enabled()
-                    following = layers[index] if index < stop and not returned else None
-                    if not (plan.takes_apart(index + 1) and self._may_fuse(following)):
+                    # LayerDrop may leave out the one that follows.
+                    alone = returned or drops or not plan.takes_apart(index + 1)
+                    following = None if alone or index == stop else layers[index]
+                    if not (following and is_untouched(following, Wav2Vec2BertEncoderLayer)):
                         following = None
                     hidden_states, normed, probabilities = run_layer(
                         layer,
@@ -148,24 +150,13 @@ class Wav2Vec2BertEncoder(nn.Module):
                 else:
                     result = plan.run(index, layer, *arguments)
                     # A hook or a caller's own layer may give the hidden states alone.
-                    alone = isinstance(result, Tensor)
-                    hidden_states, probabilities = (result, None) if alone else result
+                    is_bare = isinstance(result, Tensor)
+                    hidden_states, probabilities = (result, None) if is_bare else result
                 if output_attentions and probabilities is not None:
                     attentions.append(probabilities)
             if index in wanted:
                 kept[index], hidden_states = _kept(hidden_states, layout)
         return hidden_states, kept, attentions
-
-    def _may_fuse(self, layer: nn.Module | None) -> TypeGuard[Wav2Vec2BertEncoderLayer]:
-        """Whether a layer's borders may be moved: nobody watches what goes in and comes out.
-
-        In training, LayerDrop may leave the layer out.
-        """
-        return (
-            not (self.training and self.config.layerdrop > 0.0)
-            and layer is not None
-            and is_untouched(layer, Wav2Vec2BertEncoderLayer)
-        )
 
     def _once_for_all_layers(
         self, x: Tensor, layout: PackedBatch

@@ -10,7 +10,9 @@ gradient is not handed to a call that needs one.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,13 +53,24 @@ def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return found[1]
 
 
+@contextlib.contextmanager
+def without_kept_casts() -> Iterator[None]:
+    """In this block every cast is made anew, by PyTorch's operations too."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def _region_lasts(device_type: str) -> bool:
     """Whether PyTorch keeps casts now; if it is a new region, what was kept is gone."""
+    if not torch.is_autocast_cache_enabled():
+        return False
     region = _regions.get(device_type)
     if region is not None and region() is not None:
         return True
-    if not torch.is_autocast_cache_enabled():
-        return False
     with torch.inference_mode(False), torch.enable_grad():
         like: dict[str, Any] = {"device": device_type, "requires_grad": True}
         product = torch.mm(torch.zeros(0, 1, **like), torch.zeros(1, 1, **like))

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from w2vbert_fast.ops.autocast import without_kept_casts
 from w2vbert_fast.ops.operation import OPERATIONS, refuse_double_backward
 
+_KEYS = torch._C.DispatchKey
+_AUTOCAST = torch._C.DispatchKeySet(_KEYS.AutocastCPU) | torch._C.DispatchKeySet(_KEYS.AutocastCUDA)
 _device_of: Callable[[Tensor], AbstractContextManager[None]] = torch.cuda.device_of
 
 
@@ -63,7 +66,8 @@ def repeated_with_gradient(
 ) -> Sequence[Tensor]:
     """`run(*inputs)` where gradients are recorded, as one function of autograd where a call with
     arguments like these was recorded: the same operations in the same order, and so is its
-    gradient. Whoever changes one of the tensors in between gets autograd's error.
+    gradient. Whoever changes one of the tensors in between gets autograd's error. Autocast's casts
+    are among the operations; a weight is cast in every call.
 
     The caller has made sure that nothing watches (`is_watched`), no saved tensor is packed and
     Triton kernels run.
@@ -72,7 +76,7 @@ def repeated_with_gradient(
         run: may depend on nothing but the other arguments.
         inputs: at least one; compared as `csrc_triton.plans` compares a launcher's.
         tensors: likewise, and they may be `None`.
-        values: likewise.
+        values: likewise, with what autocast casts to.
         parameters: further tensors, which one of `values` describes with whether each requires a
             gradient.
     """
@@ -119,7 +123,9 @@ class _Repeated(torch.autograd.Function):
     def forward(
         ctx: Any, script: _Script, made: list[Tensor] | None, *given: Tensor | None
     ) -> tuple[Tensor, ...]:
-        made = script.forward(given) if made is None else made
+        if made is None:
+            with _without_autocast():
+                made = script.forward(given)
         ctx.script = script
         ctx.save_for_backward(*script.kept((*given, *made)))
         return tuple(made[: script.num_results])
@@ -155,7 +161,13 @@ def _gradient(
         else grad.clone(memory_format=torch.contiguous_format)
         for grad in grads
     ]
-    return script.gradient([*kept, *ready])
+    with _without_autocast():
+        return script.gradient([*kept, *ready])
+
+
+def _without_autocast() -> AbstractContextManager[object]:
+    """What was recorded has autocast's casts already; a gradient is computed without it."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
 def _record(
@@ -169,7 +181,7 @@ def _record(
     places = [recording.given(tensor) for tensor in (*inputs, *others)]
     if not recording.complete:
         return None, None
-    with _device_of(inputs[0]), _Operations(recording):
+    with _device_of(inputs[0]), _Operations(recording), without_kept_casts():
         # Cut off from what comes before, which has gradients and hooks of its own.
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         results = run(*leaves)
@@ -183,7 +195,8 @@ def _record(
         found: Sequence[Tensor | None] = ()
         if sources and recording.complete:
             recording.is_dry = True
-            found = torch.autograd.grad(results, sources, grads, allow_unused=True)  # type: ignore[arg-type]
+            with _without_autocast():
+                found = torch.autograd.grad(results, sources, grads, allow_unused=True)  # type: ignore[arg-type]
     backward, remaining = recording.steps[num_steps:], iter(found)
     gradients = [next(remaining, None) if needed else None for needed in needs]
     views = [None if grad is None else recording.view(grad) for grad in gradients]

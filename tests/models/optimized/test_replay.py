@@ -49,7 +49,7 @@ def encoder_of(layers=3, **changes):
     config = Wav2Vec2BertConfig(
         num_hidden_layers=layers, hidden_size=16, intermediate_size=16, num_attention_heads=1,
         output_hidden_size=16, left_max_position_embeddings=4, right_max_position_embeddings=2,
-        conv_depthwise_kernel_size=3, layerdrop=0.0, **changes,
+        conv_depthwise_kernel_size=3, **{"layerdrop": 0.0, **changes},
     )
     model = Wav2Vec2BertModel(config).eval()
     with torch.no_grad():
@@ -159,7 +159,8 @@ def step(encoder):
     inputs = [torch.randn(8, 16, requires_grad=True) for _ in range(2)]
     outputs = [encoder.run_layers(x, layout, set(), False, None)[0] for x in inputs]
     outputs[0].sum().backward()
-    outputs[1][:1].square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):  # which is of no concern to a gradient
+        outputs[1][:1].square().sum().backward()
     made = [*outputs, *[x.grad for x in inputs], *[p.grad for p in encoder.parameters()]]
     for parameter in encoder.parameters():
         parameter.grad = None
@@ -180,6 +181,40 @@ with activated("sm_80", execute_at) as driver, force_triton():
     for one, other in zip(found, plain, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
     assert sum(one is None for one in found) == 4
+"""
+    )
+
+
+def test_a_repeated_step_of_mixed_precision_gives_the_same_bits() -> None:
+    """Under autocast, its loss scaled."""
+    run(
+        EXECUTED
+        + """
+def step(encoder, scaler):
+    torch.manual_seed(1)
+    given = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = encoder.run_layers(given, layout, set(), False, None)[0]
+    scaler.scale(output.float().square().sum()).backward()
+    made = [output, given.grad, *[parameter.grad for parameter in encoder.parameters()]]
+    for parameter in encoder.parameters():
+        parameter.grad = None
+    return made
+
+
+with activated("sm_80", execute_at) as driver, force_triton():
+    encoder = encoder_of(1, conformer_conv_dropout=0.25).train()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    plain = step(encoder, scaler)
+    assert not any(recorded) and not numbers
+    assert plain[1].any() and all(torch.isfinite(grad).all() for grad in plain)
+    driver.takes_addresses = True
+    plans.forget()
+    recorded.clear()
+    for found in (step(encoder, scaler), step(encoder, scaler)):
+        for one, other in zip(found, plain, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+    assert recorded == [True] and numbers
 """
     )
 
@@ -456,6 +491,24 @@ with activated("sm_90", launches.append) as driver, force_triton():
     x.requires_grad_()
     what(encoder)
     assert by_addresses() and not recorded  # the first is now as the second
+    mixed = {dtype: torch.autocast("cpu", dtype) for dtype in (torch.bfloat16, torch.float16)}
+    found = {}
+    for dtype, autocast in mixed.items():
+        with autocast:
+            what(encoder)
+            assert recorded == [True] * 2
+            found[dtype] = what(encoder)
+            assert not recorded and by_addresses()
+    for dtype, autocast in mixed.items():
+        with autocast:
+            assert found[dtype] == ordinary(encoder)
+    assert found[torch.bfloat16] != found[torch.float16]
+    encoder.config.layerdrop = 1e-9
+    apart = ordinary(encoder)
+    assert what(encoder) == apart and recorded == [True]  # all three are alike
+    assert what(encoder) == apart and not recorded and by_addresses()
+    encoder.config.layerdrop = 0.0
+    plans.forget()
     changes = {
         "a frozen parameter": lambda: weight.requires_grad_(False),
         "a frozen layer": lambda: layer.requires_grad_(False),
@@ -491,7 +544,6 @@ with activated("sm_90", launches.append) as driver, force_triton():
     for watcher in (
         FlopCounterMode(display=False), torch.profiler.profile(),
         torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-        torch.autocast("cpu", torch.bfloat16),
     ):
         assert isinstance(replay.layer_runner(x, layout), replay._Replays)
         with watcher:

@@ -16,8 +16,9 @@ PyTorch) runs as it always did, and so does everything that is watched.
 
 Where gradients are recorded, PyTorch's operations are repeated too, a layer is one function of
 autograd, and the launches of its gradient are another sequence (`ops.repeated`). Which parameters
-require a gradient, and the probabilities of dropout, are among what is compared. Under autocast,
-and where what is kept for the backward pass is packed or computed again, all is as it always was.
+require a gradient, the probabilities of dropout, and what autocast casts to are among what is
+compared. Where what is kept for the backward pass is packed or computed again, all is as it always
+was; and so it is under autocast without gradients, where a weight may be cast once for many calls.
 """
 
 from __future__ import annotations
@@ -58,24 +59,25 @@ def layer_runner(x: Tensor, layout: PackedBatch) -> Layer:
         x: `[N, C]`, what enters the first layer.
         layout: the utterances, with the attention's work list.
     """
+    autocast = torch.is_autocast_enabled(x.device.type)
     if (
         is_watched((x,))
-        or torch.is_autocast_enabled(x.device.type)
+        or (autocast and not torch.is_grad_enabled())
         or has_global_hooks()
         or not runs_triton(x)
         # As around what is to be computed again.
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return Wav2Vec2BertEncoderLayer.from_normed
-    return _Replays(layout)
+    return _Replays(layout, str(torch.get_autocast_dtype(x.device.type)) if autocast else "")
 
 
 class _Replays:
     """The layers of one forward pass."""
 
-    def __init__(self, layout: PackedBatch) -> None:
+    def __init__(self, layout: PackedBatch, autocast: str) -> None:
         self._layout = (layout.cu_seqlens, layout.seqused_k, layout.tile_map)
-        self._max_seqlen = layout.max_seqlen
+        self._called = (layout.max_seqlen, autocast)
 
     def __call__(
         self,
@@ -106,7 +108,7 @@ class _Replays:
         if norm is not None:
             border = (*norm._parameters.values(), norm.eps)
         others = (taps, *self._layout, *border[:2])
-        values = (border[2], self._max_seqlen, state.number)
+        values = (border[2], *self._called, state.number)
         made: Sequence[Tensor]
         if torch.is_grad_enabled():
             made = repeated_with_gradient(results, inputs, others, values, state.parameters)
