@@ -96,7 +96,7 @@ def test_a_job(talk: Path, tmp_path: Path, kind: str) -> None:
     assert (good["unsaid"], good["unwritten"], good["speaker"]) == ([], [], "a")
     assert part["unwritten"][0]["text"].startswith("press")
     assert [row["error"] for row in bad] == [
-        "no column text, sentence, transcription, transcript",
+        "no column text, sentence, transcription, transcript, txt (--columns text=NAME: another)",
         "text has nothing that can be said: '...'",
         "text needs at least 34 frames, log_probs has 2",
     ]

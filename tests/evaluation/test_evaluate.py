@@ -190,7 +190,7 @@ def test_what_one_side_never_writes_does_not_count() -> None:
     assert str(Normalisation(True)) == "NFC, single spaces, lower case"
 
 
-def test_what_cannot_be_scored_is_named(data: Path) -> None:
+def test_what_cannot_be_scored_is_named(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = write_results(data.parent / "good", {"a": "x"})
     with pytest.raises(ValueError, match=r"no row .* has a column 'room', but text, speaker"):
         evaluate(data, good, by="room")
@@ -207,6 +207,11 @@ def test_what_cannot_be_scored_is_named(data: Path) -> None:
     (data.parent / "bare.jsonl").write_text('{"audio": "a.wav"}\n')
     with pytest.raises(ValueError, match="no row of the data has a transcript: no column text"):
         evaluate(data.parent / "bare.jsonl", good)
+    # A folder of recordings, and what has their transcripts, which nobody has named.
+    (data.parent / "a.wav").touch()
+    with caplog.at_level("WARNING"), pytest.raises(ValueError, match="no row of the data"):
+        evaluate(data.parent, good)
+    assert "are manifests, which are read when they are named (bare.jsonl" in caplog.text
 
 
 @pytest.mark.parametrize(

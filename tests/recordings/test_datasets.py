@@ -19,7 +19,7 @@ import soundfile
 from tests.helpers.offline import clips, encoded, run, table
 from w2vbert_fast.recordings.datasets.formats import open_dataset
 from w2vbert_fast.recordings.inputs import Folder, open_inputs
-from w2vbert_fast.recordings.manifest import ColumnNames
+from w2vbert_fast.recordings.manifest import ColumnNames, transcript
 from w2vbert_fast.recordings.rows import Row
 
 SAVED = Path(__file__).parents[1] / "data" / "saved_to_disk"
@@ -228,6 +228,10 @@ def test_common_voice(tmp_path: Path) -> None:
         found = rows(path)
         assert places(found, tmp_path) == ["clips/common_voice_1.mp3", "clips/common_voice_2.mp3"]
         assert said(found, "sentence") == ['"Where are you', "fine"]
+    # Written on by a script, with names that say where they are.
+    (tmp_path / "clips" / "x.mp3").touch()
+    write(tmp_path / "test.tsv", head + "a\tclips/x.mp3\tfine\t1\nb\tclips/y.mp3\tfine\t1\n")
+    assert places(rows(tmp_path / "test.tsv"), tmp_path) == ["clips/x.mp3", "clips/y.mp3"]
     write(tmp_path / "test.tsv", head + "a\tx.mp3\tone cell less\n")
     assert rows(tmp_path / "test.tsv")[0].problem == "line 2: 3 cells in 4 columns"
 
@@ -332,6 +336,7 @@ def test_columns_of_tar_files_that_are_named(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+    assert transcript(rows(tmp_path / "0.tar")[0].columns) == "x"
     (row,) = rows(tmp_path / "0.tar", "text=norm.txt")
     assert (row.columns["text"], row.problem) == ("said", None)
     (row,) = rows(tmp_path / "0.tar", "text=other")

@@ -162,6 +162,8 @@ def test_names_that_are_not_utf8_are_bytes_of_the_file_system(tmp_path: Path) ->
         ("rows.jsonl", "\n", "holds no rows"),
         ("rows.csv", "a.wav,x\nb.wav,y\n", "first line must name the columns, one of them audio_f"),
         ("rows.csv", "audio|text\na|b\n", r"got 'audio\|text'"),
+        ("rows.csv", "path,text\na,b\n", "file .--columns audio=NAME: another.; got 'path, text'"),
+        ("rows.json", '\n[{"audio": "a.wav"},\n{"audio": "b.wav"}]\n', "a JSON array; needed is"),
         ("rows.tsv", '"audio"\t"text"\na\tb\n', "first line must name the columns"),
         ("rows.csv", "audio,text,text\na,b,c\n", "the column 'text' is there twice"),
         (
@@ -244,9 +246,12 @@ def test_transcripts() -> None:
     assert transcript({"text": "a", "transcription": "a"}) == "a"
     assert transcript({"text": ""}) == ""
     for columns, message in (
-        ({"text": "a", "sentence": "b"}, "text and sentence are two transcripts that differ"),
+        (
+            {"text": "a", "txt": "b"},
+            "text and txt are two transcripts that differ; keep one, or .* --columns text=txt",
+        ),
         ({"sentence": 5}, "sentence must be a text, got 5"),
-        ({"text": None}, "no column text, sentence, transcription, transcript"),
+        ({"text": None}, "no column text, sentence, transcription, transcript, txt .--columns te"),
     ):
         with pytest.raises(ValueError, match=message):
             transcript(columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -102,12 +103,15 @@ class Others:
 
 def command(chosen: Fields, others: Others) -> int:
     """Fine-tune, and print the score; the exit status."""
+    from w2vbert_fast.inference.tasks.base import source_of
+
     more = _entries("--option", others.options)
     unknown = sorted(set(more) - {entry.name for entry in fields(FinetuneConfig)})
     if unknown:
         raise ValueError(f"--option: FinetuneConfig has no field {', '.join(unknown)}")
     config: dict[str, Any] = {
         **values(chosen),
+        "model": os.fspath(source_of(chosen.model)),
         "columns": ColumnNames.parse(chosen.columns).by_meaning,
         "speeds": _numbers("--speeds", chosen.speeds),
         "freeze": int(chosen.freeze) if chosen.freeze.isdecimal() else chosen.freeze,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.recordings.inputs import Inputs
 from w2vbert_fast.recordings.manifest import transcript
 from w2vbert_fast.recordings.rows import Row
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[int], None]
 """Is told how many rows are done."""
@@ -78,6 +81,8 @@ def references(inputs: Inputs, by: str | None = None) -> list[Reference]:
             problem = row.problem or str(error)
         group = "" if by is None else _group(row, by)
         found.append(Reference(row.id, row.name, row.offset, text, problem, group))
+    if inputs.passed_over.counts:
+        logger.warning("passed over: %s", inputs.passed_over)
     if all(reference.text is None for reference in found):
         raise ValueError(f"no row of the data has a transcript: {found[0].problem}")
     if by is not None and by not in columns:

@@ -27,8 +27,9 @@ from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted
 AUDIO_COLUMNS = ("audio_filepath", "audio", "file")
 """Names of the column with the recording: NeMo's, the datasets library's, the demo's."""
 
-TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript")
-"""Names of the column with the transcript: NeMo's, Common Voice's, and two that the hub has."""
+TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "txt")
+"""Names of the column with the transcript: NeMo's, Common Voice's, two that the hub has, and that
+of `key.txt` in a WebDataset."""
 
 # A quotation mark that nobody closes is not looked for any further than this.
 _LONGEST_CELL_LINES = 1_000
@@ -182,7 +183,11 @@ class JsonLines(_Text):
         return []
 
     def _records(self, digest: Any = None) -> Iterator[tuple[int, bytes]]:
-        return (item for item in self._lines(digest) if not item[1].isspace())
+        lines = (item for item in self._lines(digest) if not item[1].isspace())
+        for place, (number, line) in enumerate(lines):
+            if place == 0 and line.lstrip().startswith(b"["):
+                raise ValueError(f"{self.path} is a JSON array; needed is one JSON object a line")
+            yield number, line
 
     def _entries(self, record: bytes) -> dict[str, Any] | str:
         line = record.decode("utf-8", "surrogateescape")
@@ -417,13 +422,16 @@ def transcript(columns: Mapping[str, Any]) -> str:
     """
     names = [name for name in TEXT_COLUMNS if columns.get(name) is not None]
     if not names:
-        raise ValueError(f"no column {', '.join(TEXT_COLUMNS)}")
+        raise ValueError(f"no column {_one_of('text')}")
     filled = [name for name in names if columns[name] != ""]
     for name in filled:
         if not isinstance(columns[name], str):
             raise ValueError(f"{name} must be a text, got {columns[name]!r:.200}")
         if columns[name] != columns[filled[0]]:
-            raise ValueError(f"{filled[0]} and {name} are two transcripts that differ; keep one")
+            raise ValueError(
+                f"{filled[0]} and {name} are two transcripts that differ; keep one, or name it: "
+                f"--columns text={name}"
+            )
     return str(columns[filled[0]]) if filled else ""
 
 
@@ -435,7 +443,7 @@ def _audio_column(entries: Mapping[str, Any]) -> str:
     """
     names = [name for name in AUDIO_COLUMNS if name in entries]
     if not names:
-        raise ValueError(f"no column {', '.join(AUDIO_COLUMNS)}")
+        raise ValueError(f"no column {_one_of('audio')}")
     filled = [name for name in names if entries[name] not in (None, "")]
     # The recording itself, where one column has it and another one the name that it had.
     filled.sort(key=lambda name: not isinstance(entries[name], Mapping))
@@ -504,12 +512,17 @@ def check_columns(path: str, names: Sequence[str], rule: str, meant: ColumnNames
     """Refuse a manifest without a column that is needed, and one with two columns of one name."""
     missing = [column for column in meant.by_meaning.values() if column not in names]
     if missing or not meant.has_audio(names):
-        one_of = f"one of them {', '.join(AUDIO_COLUMNS)}"
+        one_of = f"one of them {_one_of('audio')}"
         wanted = f"{', '.join(missing)} among them" if missing else one_of
         raise ValueError(f"{path}: {rule}, {wanted}; got {', '.join(names)!r:.500}")
     repeated = _repeated([name for name in names if name])
     if repeated:
         raise ValueError(f"{path}: the column {repeated} is there twice")
+
+
+def _one_of(meaning: str) -> str:
+    """The columns of a meaning, and how to name another, for a message."""
+    return f"{', '.join(_SAME_MEANING[meaning])} (--columns {meaning}=NAME: another)"
 
 
 def _repeated(names: Sequence[str]) -> str:

@@ -113,6 +113,8 @@ def read_manifest(
         raise ManifestError(str(error)) from error
     for line in inputs.described:
         logger.info("%s", line)
+    if inputs.passed_over.counts:
+        logger.info("passed over: %s", inputs.passed_over)
     lengths = _Lengths()
     rows: list[Row] = []
     problems: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from w2vbert_fast.recordings.manifest import ColumnNames, Csv, JsonLines, Tsv
 from w2vbert_fast.recordings.rows import Part
@@ -31,7 +32,7 @@ class AudioFolder:
 
 class CommonVoice:
     """A language of Common Voice: tables such as `validated.tsv` and `test.tsv`, whose column
-    `path` names files in `clips/`."""
+    `path` names files in `clips/`; or beside the table, where the first is there."""
 
     @staticmethod
     def open(path: str, names: ColumnNames) -> list[Part]:
@@ -42,4 +43,9 @@ class CommonVoice:
             return []
         names = names.of_audio("path")
         part = Tsv(file, names, clips, f"Common Voice, {os.path.basename(file)}")
-        return [part] if names.has_audio(part.columns()) else []
+        if not names.has_audio(part.columns()):
+            return []
+        first = next(Tsv(file, names).rows(0, lambda index: index == 0), None)
+        if first is not None and isinstance(first.audio, str) and os.path.isfile(first.audio):
+            part.folder = Path(file).parent  # `clips/` is a part of the names
+        return [part]
