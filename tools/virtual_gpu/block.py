@@ -55,6 +55,9 @@ class Blocks:
         counts: instructions that not all threads executed, of warps and by opcode.
         copies: cp.async of no group yet; groups: those committed, the oldest first.
         products, product_groups: the same of wgmma.
+        mbarriers: by block of these and byte of shared memory; stores: bulk copies from shared
+            memory, by thread: its groups, the last one not yet committed, each of the chunks
+            [1, k] that a copy reads; unacquired: tensor maps that no fence lies behind.
         owed: what becomes of the accumulators of wgmma under way, by their names, and which product
             of several makes it; owing: those accumulators; lent: registers that such a product
             reads; unfenced: those read or written since the last wgmma.fence. The last three are
@@ -75,6 +78,9 @@ class Blocks:
     groups: list[list[Copy]] = field(default_factory=list)
     products: list[Any] = field(default_factory=list)
     product_groups: list[list[Any]] = field(default_factory=list)
+    mbarriers: dict[tuple[int, int], Any] = field(default_factory=dict)
+    stores: dict[int, list[list[np.ndarray]]] = field(default_factory=dict)
+    unacquired: set[int] = field(default_factory=set)
     owed: dict[tuple[str, ...], tuple[np.ndarray, int]] = field(default_factory=dict)
     owing: int = 0
     lent: int = 0
@@ -103,6 +109,8 @@ class Blocks:
             of_thread = _SPECIAL[operand](self)
             return np.asarray(of_thread).astype(bits).view(dtype)
         value = literal(operand)
+        if operand in self.program.by_address:
+            value = self.parameters[operand]
         assert value is not None
         if dtype.kind == "b":
             return np.array(value != 0)
@@ -152,6 +160,12 @@ class Blocks:
             groups=[[copy.part(thread_of) for copy in group] for group in self.groups],
             products=[product.part(which) for product in self.products],
             product_groups=[[p.part(which) for p in group] for group in self.product_groups],
+            mbarriers={
+                (thread_of[block * self.per] // self.per, at): one.part(thread_of)
+                for (block, at), one in self.mbarriers.items()
+                if block in which
+            },
+            stores={thread_of[t]: of for t, of in self.stores.items() if thread_of[t] >= 0},
             owed={
                 names: (values[:, threads], number) for names, (values, number) in self.owed.items()
             },
@@ -212,7 +226,8 @@ def readable(i: Instruction, operand: str, dtype: np.dtype, program: Program) ->
     """The slot of an operand that is as wide as `dtype`; None where it is a register of another
     width."""
     width = program.registers.get(operand)
-    if width is None and operand not in _SPECIAL and literal(operand) is None:
+    known = operand in _SPECIAL or operand in program.by_address or literal(operand) is not None
+    if width is None and not known:
         raise unsupported(i)
     if width == 1 and dtype.itemsize != 1:
         raise unsupported(i)

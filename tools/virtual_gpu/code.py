@@ -14,7 +14,7 @@ from .rules import compiled
 BARRIERS = frozenset({"bar.sync", "barrier.sync"})
 CONTROL = frozenset({"bra", "bra.uni", "ret"}) | BARRIERS
 # What a block does as a whole: where a guard lets some blocks alone do it, they part before.
-_TOGETHER = ("cp.async.commit", "cp.async.wait", "wgmma.", "fence.proxy")
+_TOGETHER = ("cp.async.commit", "cp.async.wait", "wgmma.", "fence.proxy.async")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Code:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.instructions = program.instructions
-        self.asynchronous = any(i.opcode.startswith("wgmma.") for i in self.instructions)
+        # Whether anything reads shared memory through the asynchronous proxy.
+        self.asynchronous = any(
+            i.opcode.startswith(("wgmma.", "cp.async.bulk.tensor")) for i in self.instructions
+        )
         self.guards = [
             None if i.guard is None else predicate(i, i.guard, program) for i in self.instructions
         ]
@@ -62,7 +65,11 @@ class Code:
             parts = i.opcode.replace("::cta", "").split(".")
             if space not in parts[1:]:
                 continue
-            if parts[0] in ("ld", "st"):
+            if i.opcode.startswith("cp.async.bulk"):
+                widths.append(1 if space == "global" else 16)  # its map says how wide elements are
+            elif parts[0] in ("mbarrier", "tensormap"):
+                widths.append(8 if parts[0] == "mbarrier" else 4)
+            elif parts[0] in ("ld", "st"):
                 count = next((int(p[1:]) for p in parts if p in ("v2", "v4", "v8")), 1)
                 widths.append(count * int(parts[-1][1:]) // 8)
             elif parts[0] == "cp":

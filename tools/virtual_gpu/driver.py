@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from triton.runtime.driver import driver as triton_drivers
 
 from .cubin import resources
 from .record import Argument, Launch, leaves, named
+from .tensor_maps import encoded
 
 # Shared memory that one block can have, in bytes: CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability". Its keys are the targets there are.
@@ -31,10 +32,40 @@ SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_120": 99 * 1024}
 THREADS_PER_WARP = 32
 MOST_THREADS = 1024
 
+_ROUNDED = 11
+"""The elemtype of a tensor map that rounds float32 to tf32."""
+
 # Decided by the place of the installation and not by the kernel or its launch.
 _NOT_RECORDED = frozenset({"extern_libs"})
 
 Run = Callable[[Launch], None]
+
+
+def described_by(argument: Argument, how: Mapping[str, Any] | None) -> list[Argument]:
+    """What a kernel gets for a descriptor that the host made (`expand_signature` of Triton's own
+    driver): its tensor map or, where the target has none (`how` is None), the tensor and what is
+    known of it; then sizes and strides."""
+    name, one = argument.name, argument.value
+    sizes = [*(("i32", size) for size in one.shape), *(("i64", step) for step in one.strides)]
+    if how is None:
+        first = [("*i8", one.base), *(("i64", number) for _, number in sizes)]
+        first += [("i1", one.padding == "nan"), ("i1", one.round_f32_to_tf32)]
+    else:
+        size = how["elem_size"]
+        map_bytes = encoded(
+            one.base.data_ptr(),
+            _ROUNDED if one.round_f32_to_tf32 else how["elem_type"],
+            [*one.shape[:-1], one.shape[-1] * (1 + how["fp4_padded"])],
+            [size * stride for stride in one.strides[:-1]],
+            how["block_size"],
+            how["swizzle"],
+            int(one.padding == "nan"),
+        )
+        first = [("nvTmaDesc", torch.from_numpy(map_bytes))]
+    return [
+        Argument(f"{name}.{number}", kind, value)
+        for number, (kind, value) in enumerate(first + sizes)
+    ]
 
 
 class _Utils:
@@ -149,16 +180,16 @@ class Driver(NamedGpu):
         grid: tuple[int, int, int],
         values: Sequence[Any],
     ) -> Launch:
-        arguments = [
-            argument
-            for (name, types), value in zip(source.signature.items(), values, strict=True)
-            for argument in leaves(name, types, value)
-        ]
-        for argument in arguments:
-            if argument.type.startswith(("tensordesc", "nvTmaDesc")):
-                raise NotImplementedError(
-                    f"{metadata.name}: {argument.name} is a tensor descriptor; there is no TMA here"
-                )
+        maps = iter(getattr(metadata, "tensordesc_meta", None) or ())
+        arguments, described = [], []
+        for (name, types), value in zip(source.signature.items(), values, strict=True):
+            for argument in leaves(name, types, value):
+                if argument.type.startswith("tensordesc"):
+                    arguments += described_by(argument, next(maps, None))
+                    described.append(Argument(argument.name, "*i8", argument.value.base))
+                else:
+                    arguments.append(argument)
+        for argument in arguments + described:
             if isinstance(argument.value, torch.Tensor) and argument.value.device.type != "cpu":
                 raise ValueError(
                     f"{metadata.name}: {argument.name} is on {argument.value.device}; "
@@ -170,10 +201,11 @@ class Driver(NamedGpu):
             )
         # Triton's own memory, which lies behind the kernel's parameters: blocks work in it.
         sizes = [getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
-        if any(sizes):
+        if any(sizes) or described:
             for kind, size in zip(("global", "profile"), sizes, strict=True):
                 memory = torch.empty(size * math.prod(grid), dtype=torch.uint8)
                 arguments.append(Argument(f"{kind}_scratch", "*i8", memory))
+        arguments += described
         options = dataclasses.fields(make_backend(metadata.target).parse_options({}))
         return Launch(
             kernel=f"{source.fn.fn.__module__}:{source.fn.fn.__qualname__}",

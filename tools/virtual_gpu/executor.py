@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 # Imported for the rules that they register.
-from . import arithmetic, halves, tensor_cores, transfers, warpgroups  # noqa: F401
+from . import arithmetic, bulk_copies, halves, tensor_cores, transfers, warpgroups  # noqa: F401
 from .block import Blocks, Mask, literal, unsigned
 from .code import Code, Run, warps
 from .faults import Fault, UnsupportedError, ranges
@@ -151,8 +151,9 @@ class Executor:
             else:
                 started[width] = garbage.integers(0, 2**width, shape, unsigned(width))
         bits = [bits_of(argument) for argument in launch.arguments]
-        # Behind its own parameters a kernel has those of scratch memory, which there is none of.
-        bits += [0] * (len(program.parameters) - len(bits))
+        # Behind its own parameters a kernel has those of scratch memory, which there is none of;
+        # behind these arguments are the tensors of descriptors.
+        bits = (bits + [0] * len(program.parameters))[: len(program.parameters)]
         numbers = np.arange(launch.grid[0] * launch.grid[1] * launch.grid[2])
         at_once = self._at_once(code, memory, seed)
         visits: Counter[int] = Counter()
@@ -353,6 +354,8 @@ class Course:
         b = self.blocks
         if any(copy.threads.size for group in (*b.groups, b.copies) for copy in group):
             raise Fault("the block ends before a cp.async was waited for")
+        if any(one.copies for one in b.mbarriers.values()) or any(map(any, b.stores.values())):
+            raise Fault("the block ends before a cp.async.bulk was waited for")
         if b.owed or b.products or any(b.product_groups):
             raise Fault("the block ends before a wgmma was waited for")
 

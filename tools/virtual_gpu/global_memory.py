@@ -35,12 +35,15 @@ class Checks:
         written_whole: where an element of a tensor was written, all of its elements were.
         garbage: executed a second time with other garbage and the blocks in the opposite order,
             every result has the same bits.
+        register_fences: between a wgmma and what was done to its registers lies a wgmma.fence.
+            Where one is missing ptxas puts it there, and says so.
     """
 
     races: bool = True
     written_once: bool = True
     written_whole: bool = True
     garbage: bool = True
+    register_fences: bool = True
 
 
 class _Storage:

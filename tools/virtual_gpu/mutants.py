@@ -39,8 +39,8 @@ VALUES = ("mask dropped", "operands swapped", "constant changed")
 _DROPPED = {
     r"bar\.sync": "barrier dropped",
     r"bar\.warp\.sync": "barrier of a warp dropped",
-    r"(cp\.async|wgmma)\.wait_group.*": "wait dropped",
-    r"(cp\.async|wgmma)\.commit_group.*": "commit dropped",
+    r"(cp\.async(\.bulk)?|wgmma)\.wait_group.*": "wait dropped",
+    r"(cp\.async(\.bulk)?|wgmma)\.commit_group.*": "commit dropped",
     r"(wgmma\.)?fence\..*": "fence dropped",
 }
 _CONSTANT = re.compile(r"(?<![%\w.$])(?:0[fF][0-9A-Fa-f]{8}|0[xX][0-9A-Fa-f]+|-?\d+)(?!\w)")

@@ -20,6 +20,9 @@ _SILENT = re.compile(
 )
 
 
+_WITHOUT_RESULT = ("st", "cp.", "bar", "bra", "mbarrier.i", "mbarrier.a", "tensormap.", "fence.")
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One statement.
@@ -48,7 +51,7 @@ class Instruction:
     @functools.cached_property
     def written(self) -> frozenset[str]:
         """Those that it writes."""
-        if not self.operands or self.opcode.startswith(("st", "cp.", "bar", "bra")):
+        if not self.operands or self.opcode.startswith(_WITHOUT_RESULT):
             return frozenset()
         return frozenset(re.findall(r"%\w+", self.operands[0]))
 
@@ -59,6 +62,7 @@ class Program:
 
     Attributes:
         registers: by name, their width in bits (predicates: 1).
+        by_address: parameters that a kernel takes the address of: tensor maps.
         shape: threads of a block in x, y and z.
         slots: operands and the types that rules want of them, numbered (`block.slot`).
     """
@@ -67,6 +71,7 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, int] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)
+    by_address: set[str] = field(default_factory=set)
     shape: tuple[int, int, int] = (0, 1, 1)
     slots: dict[tuple[str, np.dtype], int] = field(default_factory=dict)
 
@@ -118,6 +123,26 @@ def statement(text: str, line: int, source: str) -> Instruction:
     )
 
 
+def _unscoped(lines: list[str]) -> list[str]:
+    """The lines with names of inner scopes made the program's: of `complete` and `waitLoop:` in a
+    scope that opens on line 12, `%complete_12` and `$waitLoop_12:`."""
+    lines, opened = list(lines), []
+    for at, line in enumerate(lines):
+        if line.strip() == "{":
+            opened.append(at)
+        elif line.strip() == "}" and opened:
+            start = opened.pop()
+            for inner in lines[start:at]:
+                if found := re.match(r"\s*(?:\.reg\s+\.\w+\s+(\w+);|(\w+):)$", inner):
+                    old, mark = (found[1], "%") if found[1] else (found[2], "$")
+                    new = f"{mark}{old}_{start + 1}"
+                    for one in range(start, at):
+                        lines[one] = re.sub(rf"(?<![\w$%.]){old}\b", new, lines[one])
+        elif line.startswith("\t.section"):
+            break
+    return lines
+
+
 def parse(ptx: str) -> Program:
     """The entry of a PTX module that has one.
 
@@ -127,7 +152,7 @@ def parse(ptx: str) -> Program:
     program = Program()
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE))
     source, text, first = "", "", 0
-    for number, raw in enumerate(ptx.splitlines(), 1):
+    for number, raw in enumerate(_unscoped(ptx.splitlines()), 1):
         line, _, comment = raw.partition("//")
         line = line.strip()
         if line.startswith((".section", ".file")):
@@ -139,12 +164,16 @@ def parse(ptx: str) -> Program:
                     source += " inlined at " + comment.partition("@[")[2].replace("]", "").strip()
         elif found := re.match(r"\.param\s+\.\w+.*?(\w+_param_\d+),?$", line):
             program.parameters.append(found[1])
+        elif found := re.match(r"\.param\s+\.align\s+\d+\s+\.b8\s+(\w+)\[128\],?$", line):
+            program.parameters.append(found[1])
+            program.by_address.add(found[1])
         elif found := re.match(r"\.reqntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?$", line):
             x, y, z = (int(size or 1) for size in found.groups())
             program.shape = x, y, z
-        elif found := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;", line):
+        elif found := re.match(r"\.reg\s+\.(\w+)\s+(%\w+)(?:<(\d+)>)?;", line):
             width = 1 if found[1] == "pred" else int(re.sub(r"\D", "", found[1]))
-            program.registers |= {f"{found[2]}{i}": width for i in range(int(found[3]))}
+            numbers = range(int(found[3])) if found[3] else ("",)
+            program.registers |= {f"{found[2]}{i}": width for i in numbers}
         elif found := re.match(r"(\$\w+):$", line):
             program.labels[found[1]] = len(program.instructions)
         elif line.startswith("."):

@@ -5,9 +5,10 @@ warp, by `bar.warp.sync`. Within an interval, two threads and one byte, one of t
 race; a write of what is there already harms nobody. A `cp.async` owns its bytes from its start
 until its thread waited for it, and counts as that thread's write then.
 
-wgmma reads through the asynchronous proxy: what threads wrote must be behind a fence of proxies
-and, unless the barrier lies in front of that, a barrier; and may not be written before the product
-was waited for.
+wgmma and bulk copies read through the asynchronous proxy: what threads wrote must be behind a fence
+of proxies and, unless the barrier lies in front of that, a barrier; and may not be written before
+the product or the copy was waited for. That an mbarrier's phase is over orders what was done before
+the arrivals for those who wait for it.
 
 Who wrote and who read last is noted by granule: the narrowest access of the program, of which all
 others are multiples.
@@ -26,7 +27,9 @@ _SEVERAL_WARPS = -1
 # A granule that the asynchronous proxy cannot see yet: written, or fenced too but by its writer.
 _WRITTEN, _FENCED = 1, 2
 CHUNK = 16
-"""Bytes that swizzling leaves together, by which wgmma reads."""
+"""Bytes that swizzling leaves together, by which the asynchronous proxy reads."""
+# What reads through it, as counted in `products`.
+_READERS = {"wgmma": 1, "cp.async.bulk": 256}
 
 
 def _warp(who: np.ndarray) -> np.ndarray:
@@ -74,7 +77,7 @@ class SharedMemory:
         # By granule: the time, and in the low half who it was.
         self.writes, self.reads = np.zeros((2, total // granule), np.int64)
         self.copies = np.zeros(total // granule, np.int16)  # cp.async under way
-        self.products = np.zeros(total // granule, np.int16)  # wgmma under way that read
+        self.products = np.zeros(total // granule, np.int16)  # wgmma and bulk copies that read
         self.unfenced = np.zeros(total // granule, np.int8)
         self.flying = self.running = 0
         # Reads of this interval that no write has been compared with yet.
@@ -116,6 +119,23 @@ class SharedMemory:
                 ),
             )
         return self._views[width]
+
+    def arrival(self) -> int:
+        """When a thread arrived at an mbarrier."""
+        self._note_reads()
+        self.clock += 1
+        return self.clock - 1
+
+    def acquire(self, block: int, until: np.ndarray) -> None:
+        """What each thread of a block did up to its time in `until` is ordered for all of them."""
+        of_warp = until.reshape(-1, _LANES).min(1)
+        for notes in (self.writes, self.reads):
+            mine = notes.reshape(self.blocks, -1)[block]
+            at = np.flatnonzero(mine >= self.floor << 32)
+            who = _who(mine[at])
+            time = np.where(who < 0, until.min(), until[who % self.per])
+            time = np.where(who < -1, of_warp[_warp(who) % of_warp.size], time)
+            mine[at[mine[at] >> 32 <= time]] = 0
 
     def barrier(self) -> None:
         self.clock += 1
@@ -220,9 +240,10 @@ class SharedMemory:
         nobody."""
         if not self.races:
             return
-        if self.running and (wrong := views.products.take(rows, 0) != 0).any():
+        if self.running and (wrong := (readers := views.products.take(rows, 0)) != 0).any():
+            name = "wgmma" if readers.max() < _READERS["cp.async.bulk"] else "cp.async.bulk"
             raise Fault(
-                "race in shared memory: write of what a wgmma still reads", threads[wrong.any(1)]
+                f"race in shared memory: write of what a {name} still reads", threads[wrong.any(1)]
             )
         if self.asynchronous:
             views.unfenced[rows] = _WRITTEN
@@ -266,51 +287,58 @@ class SharedMemory:
         if self.races and np.unique(rows).size != rows.size:
             raise Fault("race in shared memory: two copies to one byte", threads)
 
-    def land(self, address: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+    def land(
+        self,
+        address: np.ndarray,
+        values: np.ndarray,
+        threads: np.ndarray,
+        seen_by_all: bool = False,
+    ) -> None:
+        """What a copy brings. `seen_by_all`: to every thread and proxy, as a bulk copy that all
+        have waited for."""
         width = values.shape[1]
         self.flying -= 1
         views = self._at_width(width)
         rows = (address + threads // self.per * self.stride) // width
         views.copies[rows] = 0
         views.bytes[rows] = np.ascontiguousarray(values).view(views.bytes.dtype)[:, 0]
-        views.unfenced[rows] = _WRITTEN
-        views.writes[rows] = (self.clock << 32 | threads)[:, None]
+        views.unfenced[rows] = 0 if seen_by_all else _WRITTEN
+        views.writes[rows] = 0 if seen_by_all else (self.clock << 32 | threads)[:, None]
 
-    def _chunks(self, chunks: np.ndarray) -> np.ndarray:
-        return (chunks + np.arange(self.blocks)[:, None] * (self.stride // CHUNK)).reshape(-1)
+    def _chunks(self, chunks: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        return (chunks + blocks[:, None] * (self.stride // CHUNK)).reshape(-1)
 
-    def begin_read(self, chunks: np.ndarray) -> np.ndarray:
-        """Bytes [blocks, k, 16] of chunks [blocks, k], read by a wgmma, which goes on until
-        `end_read`."""
+    def begin_read(self, what: str, chunks: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Bytes [n, k, 16] of chunks [n, k] of these blocks, [n], read by what `_READERS` names,
+        which goes on until `end_read`."""
         if (wrong := (chunks < 0) | ((chunks + 1) * CHUNK > self.size)).any():
-            block = int(np.flatnonzero(wrong.any(1))[0])
             raise Fault(
-                f"wgmma at byte {CHUNK * chunks[wrong][0]} of the {self.size} of shared memory",
-                self._all_of(block),
+                f"{what} at byte {CHUNK * chunks[wrong][0]} of the {self.size} of shared memory",
+                self._all_of(blocks[wrong.any(1)][0]),
             )
-        rows, views = self._chunks(chunks), self._at_width(CHUNK)
+        rows, views = self._chunks(chunks, blocks), self._at_width(CHUNK)
         if self.races:
             if self.flying and (wrong := views.copies.take(rows, 0) != 0).any():
-                block = int(np.flatnonzero(wrong.any(1))[0]) // chunks.shape[1]
-                raise Fault("wgmma of what a cp.async still copies to", self._all_of(block))
+                block = blocks[np.flatnonzero(wrong.any(1))[0] // chunks.shape[1]]
+                raise Fault(f"{what} of what a cp.async still copies to", self._all_of(block))
             if (wrong := views.unfenced.take(rows, 0) != 0).any():
-                block = int(np.flatnonzero(wrong.any(1))[0]) // chunks.shape[1]
+                block = blocks[np.flatnonzero(wrong.any(1))[0] // chunks.shape[1]]
                 writer = int(_who(views.writes.take(rows, 0)[wrong])[0]) % self.per
                 raise Fault(
-                    f"race in shared memory: wgmma of what thread {writer} wrote, with no "
+                    f"race in shared memory: {what} of what thread {writer} wrote, with no "
                     "fence.proxy.async and barrier between",
                     self._all_of(block),
                 )
-            views.products[rows] += 1
+            views.products[rows] += _READERS[what]
             self.running += 1
         return views.bytes.take(rows).view(np.uint8).reshape(*chunks.shape, CHUNK)
 
     def _all_of(self, block: int) -> np.ndarray:
         return np.arange(block * self.per, (block + 1) * self.per)
 
-    def end_read(self, chunks: np.ndarray) -> None:
+    def end_read(self, what: str, chunks: np.ndarray, blocks: np.ndarray) -> None:
         if self.races:
-            rows, views = self._chunks(chunks), self._at_width(CHUNK)
-            views.products[rows] -= 1
+            rows, views = self._chunks(chunks, blocks), self._at_width(CHUNK)
+            views.products[rows] -= _READERS[what]
             self.running -= 1
             views.reads[rows] = self.clock << 32 | _SEVERAL_WARPS & 0xFFFFFFFF

@@ -120,7 +120,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         while len(b.product_groups) > left:
             for product in b.product_groups.pop(0):
                 for chunks in product.reads:
-                    b.shared.end_read(chunks)
+                    b.shared.end_read("wgmma", chunks, np.arange(len(chunks)))
                 # A later product may have taken the accumulators on.
                 owed = b.owed.get(product.names)
                 if owed is not None and owed[1] == product.number:
@@ -192,7 +192,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             ]
         )
         chunks = at.reshape(b.numbers.size, -1)
-        data = b.shared.begin_read(chunks)
+        data = b.shared.begin_read("wgmma", chunks, np.arange(len(chunks)))
         reads.append(chunks)
         # [blocks, warpgroups or 1, rows, depth], or the last two exchanged
         values = value(data.view(unsigned(8 * size))).astype(np.float64)
@@ -206,7 +206,8 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
         adding = names in b.owed
         if not adding and b.owing & accumulators:
             raise Fault(f"{names[0]} is used before the wgmma that adds to it was waited for")
-        if late := b.unfenced & (borrowed if adding else accumulators | borrowed):
+        late = b.unfenced & (borrowed if adding else accumulators | borrowed)
+        if late and b.memory.checks.register_fences:
             name = next(name for name in (*sources, *names) if program.bits([name]) & late)
             raise Fault(f"wgmma of {name}, which was used after the last wgmma.fence")
         reads: list[np.ndarray] = []

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.driver import driver as triton_drivers
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tests.tools.virtual_gpu.scripts import vector_addition
+from tests.tools.virtual_gpu.scripts import described_product, vector_addition
 from tools.compile.sass import resource_usage
 from tools.virtual_gpu.cubin import resources
 from tools.virtual_gpu.driver import Driver, activated
@@ -157,20 +156,22 @@ def test_what_there_is_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         recorded("sm_80", lambda: vector_addition.add(meta, meta))
 
 
-@triton.jit
-def described_kernel(out_ptr, x, BLOCK: tl.constexpr):
-    tl.store(out_ptr + tl.arange(0, BLOCK), x.load([0]))
+def test_a_descriptor_is_a_map_or_the_tensor_and_what_is_known_of_it() -> None:
+    x, y = torch.zeros(64, 32), torch.zeros(32, 64)
+    of_sm_80 = ["*i8", *["i64"] * 4, "i1", "i1"]
+    for target, first, count in (("sm_80", of_sm_80, 11), ("sm_90", ["nvTmaDesc"], 5)):
+        (launch,) = recorded(target, lambda: described_product.product(x, y, from_host=True))
+        given = [a for a in launch.arguments if a.name.startswith("a.")]
+        assert [a.type for a in given] == [*first, *["i32"] * 2, *["i64"] * 2]
+        assert [a.value for a in given[-4:]] == [64, 32, 32, 1] and len(given) == count
+        assert launch.tensors["a"] is x  # behind the kernel's own parameters
+        assert target == "sm_90" or given[0].value is x
 
 
-def test_descriptors_and_clusters_are_refused_by_name() -> None:
-    out, x = torch.zeros(64), torch.zeros(64)
-    with pytest.raises(NotImplementedError, match="described_kernel: x is a tensor descriptor"):
-        recorded(
-            "sm_90",
-            lambda: described_kernel[(1,)](out, TensorDescriptor.from_tensor(x, [64]), BLOCK=64),
-        )
+def test_clusters_are_refused_by_name() -> None:
+    x = torch.zeros(64)
     with pytest.raises(NotImplementedError, match=r"scale_kernel has num_ctas=2; there are no clu"):
-        recorded("sm_90", lambda: scale_kernel[(1,)](out, x, 1, 0.5, None, BLOCK=64, num_ctas=2))
+        recorded("sm_90", lambda: scale_kernel[(1,)](x, x, 1, 0.5, None, BLOCK=64, num_ctas=2))
 
 
 def test_triton_s_own_memory_is_as_large_as_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def test_kernels_without_tensor_cores(
         "matrix_product float32",
         "fused_attention bfloat16",
         "fused_attention float16",
+        "described_product bfloat16",
+        "described_product float32 host",
     ],
 )
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])

@@ -99,6 +99,28 @@ TESTED = {
         "wgmma.wait_group.sync.aligned": "test_every_fence_and_wait_is_needed",
         "fence.proxy.async": "test_every_fence_and_wait_is_needed",
     },
+    "test_bulk_copies": {
+        "mbarrier.init.shared::cta.b64": "test_an_mbarrier_orders_what_lies_before_its_arrivals",
+        "mbarrier.arrive.shared::cta.b64": "test_an_mbarrier_orders_what_lies_before_its_arrivals",
+        "mbarrier.try_wait.parity.shared::cta.b64": "test_a_copy_is_over_when_its_bytes_have_come",
+        "elect.sync": "test_one_lane_of_a_warp_is_elected",
+        "cvta.global.u64": "test_a_box_comes_and_goes_with_zeros_outside",
+        "tensormap.replace.tile.rank.shared::cta.b1024.b32": (
+            "test_a_box_comes_and_goes_with_zeros_outside"
+        ),
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned": (
+            "test_a_box_comes_and_goes_with_zeros_outside"
+        ),
+        "fence.proxy.tensormap::generic.acquire.gpu": "test_without_a_statement_there_is_a_fault",
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes": (
+            "test_a_box_comes_and_goes_with_zeros_outside"
+        ),
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group": (
+            "test_a_box_comes_and_goes_with_zeros_outside"
+        ),
+        "cp.async.bulk.commit_group": "test_a_stored_box_is_overwritten_when_it_was_waited_for",
+        "cp.async.bulk.wait_group.read": "test_a_stored_box_is_overwritten_when_it_was_waited_for",
+    },
 }
 OF_OTHER_FILES = ("mutant", "touch", "trace")
 """Statements that watch others, which no kernel has."""
