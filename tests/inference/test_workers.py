@@ -43,13 +43,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 class Elsewhere(Stub):
     """Says which process computed, and ends that process where it is told to."""
 
-    fatal: int | None = None  # samples of a recording that ends the process
+    fatal: int | None = None  # samples of a recording that ends the process; 0: every one does
     folder: str = ""  # where a process writes that it has ended; again it lives
     big: bool = False
 
     def run(self, pieces: Sequence[Piece]) -> list[Any]:
         lengths = super().run(pieces)
-        if self.fatal in lengths:
+        if self.fatal in (0, *lengths):
             mark = Path(self.folder or os.devnull)
             if not self.folder or not (mark / "ended").exists():
                 if self.folder:
@@ -99,19 +99,55 @@ def test_the_batch_of_a_killed_process_goes_to_another(
     expected = texts(Stub(), files, 1)
     fatal = int(expected[3] or 0)
     assert texts(Elsewhere(fatal=fatal, folder=str(tmp_path)), files, 2) == expected
-    assert "has ended by signal 9; the others, 1, go on" in caplog.text
+    assert caplog.text.count("has ended by signal 9 (out of memory?); it is replaced") == 1
 
 
-def test_a_job_whose_processes_all_end_goes_on_later(files: list[str], tmp_path: Path) -> None:
+def test_a_recording_that_ends_its_process_twice_is_an_error_and_costs_no_process(
+    files: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = texts(Stub(), files, 1)
-    fatal, flow = int(expected[8] or 0), Flow(frame_budget=20, window_rows=4, processes=2)
+    fatal, flow = int(expected[3] or 0), Flow(frame_budget=30, window_rows=12, processes=2)
+    runner = Runner(Elsewhere(fatal=fatal), flow)
+    found = list(runner(files))
+    assert [result.text for result in found] == [*expected[:3], None, *expected[4:]]
+    assert (found[3].error_type, found[3].error) == (
+        "ProcessEndedError",
+        "two processes that computed it have ended, the last by signal 9 (out of memory?)",
+    )
+    # Two over the batch that it was in, two over itself; what is computed next is so by two.
+    assert caplog.text.count("it is replaced") == 4
+    workers = runner.batcher._workers
+    assert workers is not None and workers.free == 2
+    assert [result.text for result in runner(files[4:])] == expected[4:]
+
+
+def test_a_job_whose_processes_all_end_goes_on_later(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w2vbert_fast.inference.workers.LOST_IN_A_ROW", 5)
+    expected = texts(Stub(), files, 1)
+    flow = Flow(frame_budget=20, window_rows=4, processes=2)
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError, match="have ended, the last by signal 9"):
-        run(files, out, Elsewhere(fatal=fatal), flow=flow, shard_rows=4)
-    done = [row["text"] for row in table(out)]
-    assert done == expected[:8]
+    with pytest.raises(RuntimeError, match=r"signal 9 .*none can replace it: 6 in a row"):
+        run(files, out, Elsewhere(fatal=0), flow=flow, shard_rows=4)
     run(files, out, Stub(), flow=flow, shard_rows=4)
     assert [row["text"] for row in table(out)] == expected
+
+
+def test_processes_that_cannot_be_replaced_are_missed(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    expected = texts(Stub(), files, 1)
+    task = Elsewhere(fatal=int(expected[3] or 0), folder=str(tmp_path))
+    runner = Runner(task, Flow(frame_budget=20, window_rows=6, processes=2))
+    runner.batcher.prepare()
+
+    def no_fork() -> int:
+        raise BlockingIOError("no process left")
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    assert [result.text for result in runner(files)] == expected
+    assert "the others, 1, go on: no process left" in caplog.text
 
 
 def test_what_does_not_fit_into_memory_is_halved_and_other_failures_are_not_hidden(

@@ -15,7 +15,7 @@ from w2vbert_fast.inference.pipeline import is_out_of_memory
 from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.tasks.base import Piece, Task
-from w2vbert_fast.inference.workers import Workers
+from w2vbert_fast.inference.workers import ProcessEndedError, Workers
 from w2vbert_fast.ops import tuned
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,8 @@ class Batcher:
                 number, outcome = self._workers.result()
             batch = self._computing.pop(number)
         if isinstance(outcome, Exception):
-            if not (isinstance(outcome, ValueError) or is_out_of_memory(outcome)):
+            of_batch = isinstance(outcome, ValueError | ProcessEndedError)
+            if not (of_batch or is_out_of_memory(outcome)):
                 raise outcome
             return batch, outcome
         self.batches += 1

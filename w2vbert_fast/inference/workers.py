@@ -4,12 +4,14 @@ They are forked from a process that has loaded the model, so that its weights, p
 memory once. Where a thread has computed with OpenMP, its copy waits for threads that are not there.
 So they are forked from a new thread, which has none of these yet.
 
-Every process computes one batch at a time. The batch of one that ends goes to another.
+Every process computes one batch at a time. One that ends is replaced, and its batch goes to
+another; a batch over which two have ended is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import os
@@ -29,6 +31,22 @@ from w2vbert_fast.inference.tasks.base import Piece, Task
 
 logger = logging.getLogger(__name__)
 
+LOST_IN_A_ROW = 100
+"""Processes that may end without a result in between; then none is replaced any more."""
+
+
+class ProcessEndedError(RuntimeError):
+    """Two processes have ended over a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A batch as it is sent, and whether a process has ended over it."""
+
+    number: int
+    content: bytes
+    lost: bool = False
+
 
 class Workers:
     """Forked processes with a task's model.
@@ -45,18 +63,23 @@ class Workers:
 
     def __init__(self, task: Task, processes: int, threads: int) -> None:
         self._pids: dict[connection.Connection[Any, Any], int] = {}
-        self._busy: dict[connection.Connection[Any, Any], tuple[int, bytes]] = {}
-        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._busy: dict[connection.Connection[Any, Any], _Work] = {}
+        self._waiting: deque[_Work] = deque()
         self._numbers = itertools.count()
+        self._task, self._threads = task, threads
+        self._lost_in_a_row = 0
         self._owner = os.getpid()
         device = next(task.network.parameters()).device
         if device.type != "cpu" or not hasattr(os, "fork"):
             where = f"the model is on {device}" if hasattr(os, "fork") else "there is no fork here"
             raise ValueError(f"processes is {processes}; it is for models on the CPU, {where}")
         for _ in range(processes):
-            ours, theirs = connection.Pipe()
-            self._pids[ours] = _forked(task, theirs, threads)
-            theirs.close()
+            self._start()
+
+    def _start(self) -> None:
+        ours, theirs = connection.Pipe()
+        with theirs:
+            self._pids[ours] = _forked(self._task, theirs, self._threads)
 
     @property
     def free(self) -> int:
@@ -68,11 +91,12 @@ class Workers:
         number = next(self._numbers)
         # Arrays, because a tensor's pickle holds the whole recording of a piece.
         work = pickle.dumps([(piece.samples.numpy(), piece.whole) for piece in pieces])
-        self._waiting.append((number, work))
+        self._waiting.append(_Work(number, work))
         return number
 
     def result(self) -> tuple[int, Any]:
-        """The number of a batch that is done, and what `Task.run` returned or raised.
+        """The number of a batch that is done, and what `Task.run` returned or raised; or a
+        `ProcessEndedError`.
 
         Raises:
             RuntimeError: all processes have ended; or no batch is computed.
@@ -82,28 +106,49 @@ class Workers:
             for pipe in idle[: len(self._waiting)]:
                 self._busy[pipe] = self._waiting.popleft()
                 with contextlib.suppress(OSError):  # it has ended: reading says so too
-                    pipe.send_bytes(self._busy[pipe][1])
+                    pipe.send_bytes(self._busy[pipe].content)
             if not self._busy:
                 raise RuntimeError("a result is waited for, and no batch is computed")
             ready = connection.wait([*self._busy])
             for pipe in [pipe for pipe in self._busy if pipe in ready]:
-                number, _ = work = self._busy.pop(pipe)
+                work = self._busy.pop(pipe)
                 try:
-                    return number, pickle.loads(pipe.recv_bytes())
+                    answer = pickle.loads(pipe.recv_bytes())
                 except (EOFError, OSError):
-                    self._waiting.append(work)
-                    self._lost(pipe)
+                    why = self._replace(pipe)
+                    if work.lost:
+                        return work.number, ProcessEndedError(
+                            f"two processes that computed it have ended, the last {why}"
+                        )
+                    self._waiting.append(dataclasses.replace(work, lost=True))
+                else:
+                    self._lost_in_a_row = 0
+                    return work.number, answer
 
-    def _lost(self, pipe: connection.Connection[Any, Any]) -> None:
+    def _replace(self, pipe: connection.Connection[Any, Any]) -> str:
+        """Start another process for one that has ended; how that was."""
         pid = self._pids.pop(pipe)
         pipe.close()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        why = f"by signal {-status}" if status < 0 else f"with status {status}"
+        why = f"with status {status}"
+        if status < 0:
+            why = f"by signal {-status}" + " (out of memory?)" * (status == -signal.SIGKILL)
+        self._lost_in_a_row += 1
+        problem = f"{self._lost_in_a_row} in a row"
+        if self._lost_in_a_row < LOST_IN_A_ROW:
+            try:
+                self._start()
+                problem = ""
+            except OSError as error:
+                problem = str(error)
         if not self._pids:
-            raise RuntimeError(f"all processes that compute have ended, the last {why}")
-        logger.warning(
-            "a process that computes has ended %s; the others, %d, go on", why, len(self._pids)
-        )
+            raise RuntimeError(
+                f"all processes that compute have ended, the last {why}, and none can replace it: "
+                f"{problem}"
+            )
+        then = f"the others, {len(self._pids)}, go on: {problem}" if problem else "it is replaced"
+        logger.warning("a process that computes has ended %s; %s", why, then)
+        return why
 
     def close(self) -> None:
         """End the processes, whatever they do."""
