@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .block_order import Ordering
 from .faults import UnsupportedError
 from .global_memory import GlobalMemory
 from .global_order import Interval
@@ -123,6 +124,8 @@ class Blocks:
         """All threads of each block have come here."""
         self.shared.barrier()
         self.interval.barrier()
+        if self.memory.order is not None:
+            self.memory.order.barrier(self.numbers)
 
     def load(self, address: np.ndarray, width: int, threads: np.ndarray) -> np.ndarray:
         """Bytes [k, width] of global memory."""
@@ -135,6 +138,24 @@ class Blocks:
         self.memory.store(address, values, threads, self.block_of[threads])
         if self.memory.checks.races:
             self.interval.written(address, values.shape[1], threads, self._of_grid(threads))
+
+    def atomic(
+        self,
+        i: Instruction,
+        address: np.ndarray,
+        function: Callable[..., np.ndarray],
+        operands: np.ndarray,
+        threads: np.ndarray,
+        how: Ordering,
+    ) -> np.ndarray:
+        """Puts function(what is there, *operands) in global memory for one thread after another.
+        Returns what was there, [k]."""
+        if self.memory.checks.races:
+            who, width = self._of_grid(threads), operands.itemsize
+            told = self.interval.changed(address, width, threads, who)
+            if told is not None:
+                self.memory.remarks.setdefault(i.line, f"{told} (PTX line {i.line}, {i.source})")
+        return self.memory.atomic(address, function, operands, threads, self.block_of[threads], how)
 
     def _of_grid(self, threads: np.ndarray) -> np.ndarray:
         """Their numbers among all threads of the grid."""

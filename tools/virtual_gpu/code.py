@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from .rules import compiled
 BARRIERS = frozenset({"bar.sync", "barrier.sync"})
 CONTROL = frozenset({"bra", "bra.uni", "ret"}) | BARRIERS
 # What a block does as a whole: where a guard lets some blocks alone do it, they part before.
+ATOMIC = ("atom.", "red.")
 _TOGETHER = ("cp.async.commit", "cp.async.wait", "wgmma.", "fence.proxy.async")
 
 
@@ -49,14 +51,33 @@ class Code:
         self.asynchronous = any(
             i.opcode.startswith(("wgmma.", "cp.async.bulk.tensor")) for i in self.instructions
         )
+        self.atomic = any(i.opcode.startswith(ATOMIC) for i in self.instructions)
         self.guards = [
             None if i.guard is None else predicate(i, i.guard, program) for i in self.instructions
         ]
         self.steps: list[Step | None] = [
-            None if i.opcode in CONTROL else compiled(i, program) for i in self.instructions
+            None if i.opcode in CONTROL else compiled(self._as_meant(at), program)
+            for at, i in enumerate(self.instructions)
         ]
         self.granules = {space: self._granule(space) for space in ("shared", "global")}
         self._runs: dict[int, Run | None] = {}
+
+    def _as_meant(self, at: int) -> Instruction:
+        """An instruction, but for what LLVM makes of an atomic one that the target lacks: a loop
+        of `cas`, and a load in front of it, of what is only compared by that. It stands for an
+        atomic load, and reads what is there whatever others do."""
+        i = self.instructions[at]
+        if not self.atomic or i.opcode != "ld.global.b32":
+            return i
+        behind = self.instructions[at + 1 :]
+        branch = next((n for n, other in enumerate(behind) if other.opcode in CONTROL), None)
+        if branch is None or self.program.labels.get("".join(behind[branch].operands)) != at + 1:
+            return i
+        loop = [other for other in behind[:branch] if i.operands[0] in other.registers]
+        swaps = [other for other in loop if re.search(r"^atom\..*\.cas\.b32$", other.opcode)]
+        if [other.operands[1:3] for other in swaps] != [i.operands[1::-1]]:
+            return i
+        return replace(i, opcode="atom.global.relaxed.gpu.or.b32", operands=(*i.operands, "0"))
 
     def _granule(self, space: str) -> int:
         """Bytes of the narrowest access to a memory."""
@@ -72,6 +93,8 @@ class Code:
             elif parts[0] in ("ld", "st"):
                 count = next((int(p[1:]) for p in parts if p in ("v2", "v4", "v8")), 1)
                 widths.append(count * int(parts[-1][1:]) // 8)
+            elif parts[0] in ("atom", "red"):  # f16x2: each element by itself
+                widths.append(int(re.findall(r"\d+", parts[-1])[0]) // 8)
             elif parts[0] == "cp":
                 widths.append(int(i.operands[2], 0))
         return min(widths)

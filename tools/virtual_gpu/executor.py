@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections import Counter
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,11 +13,12 @@ import numpy as np
 import torch
 
 # Imported for the rules that they register.
-from . import arithmetic, bulk_copies, halves, tensor_cores, transfers, warpgroups  # noqa: F401
+from . import arithmetic, atomics, bulk_copies, halves, tensor_cores, transfers, warpgroups  # noqa: F401
 from .block import Blocks, Mask, literal, unsigned
+from .block_order import BlockOrder
 from .code import Code, Run, warps
 from .faults import Fault, UnsupportedError, ranges
-from .global_memory import Checks, GlobalMemory
+from .global_memory import Checks, GlobalMemory, Storage
 from .global_order import Interval
 from .ptx import Instruction, parse
 from .record import Argument, Launch
@@ -49,6 +52,23 @@ class Counts:
     stored_sectors: int = 0
     first_loaded: int = 0
     first_stored: int = 0
+
+
+_PATIENCE = 64
+"""Turns without a change in memory after which further blocks start beside those that wait."""
+_ENDLESS = 1024
+"""And after which, when all have started, the kernel is said not to end."""
+
+
+_DOES_NOT_END = "the kernel does not end: it waits, and nothing changes in memory"
+
+
+class OrderWarning(UserWarning):
+    """What a launch with atomics leaves to the order of blocks or threads, and is no fault."""
+
+
+def _differs(one: Storage, other: Storage) -> bool:
+    return not one.is_scratch and not np.array_equal(one.bytes, other.bytes)
 
 
 class ExecutionError(Exception):
@@ -87,7 +107,7 @@ class Executor:
 
     def __call__(self, launch: Launch) -> None:
         code = self._code(launch.ptx)
-        memory = GlobalMemory(launch.tensors, self.checks, code.granules["global"])
+        memory = self._memory(launch, code)
         before = [storage.bytes.copy() for storage in memory.storages]
         with np.errstate(all="ignore"):
             try:
@@ -96,6 +116,8 @@ class Executor:
                     memory.check_written_whole()
                 if self.checks.garbage:
                     self._run_again(launch, code, memory, before)
+                for remark in memory.remarks.values():
+                    warnings.warn(f"kernel {launch.name}: {remark}", OrderWarning, stacklevel=2)
             except Fault as fault:
                 raise ExecutionError(f"kernel {launch.name}: {fault.message}") from None
             finally:
@@ -103,22 +125,29 @@ class Executor:
         if self.counted is not None:
             self.counted(launch, counts)
 
+    def _memory(self, launch: Launch, code: Code, backwards: bool = False) -> GlobalMemory:
+        order = BlockOrder(math.prod(launch.grid), code.program.threads) if code.atomic else None
+        granule = code.granules["global"]
+        return GlobalMemory(launch.tensors, self.checks, granule, order, backwards)
+
     def _run_again(
         self, launch: Launch, code: Code, first: GlobalMemory, before: list[np.ndarray]
     ) -> None:
         """A second run from the same inputs, the last block first. What the first run did not read
         before it was written starts as garbage; registers and shared memory start as other garbage.
+        With atomics a third run, the blocks as in the first, tells what garbage changed.
         """
-        garbage = np.random.default_rng(3)
-        second = GlobalMemory(launch.tensors, self.checks, code.granules["global"])
-        for storage, one, old in zip(second.storages, first.storages, before, strict=True):
-            only_written = one.by_byte((one.writer != 0) & ~one.is_input)
-            noise = garbage.integers(0, 256, storage.size, np.uint8)
-            storage.bytes[:] = np.where(only_written, noise, old)
-        self._run(launch, code, second, seed=2)
+        second = self._repeated(launch, code, first, before, backwards=True)
+        if code.atomic and any(map(_differs, second.storages, first.storages)):
+            third = self._repeated(launch, code, first, before, backwards=False)
+            if not any(map(_differs, third.storages, first.storages)):
+                if self.checks.order:
+                    first.check_rounding(second)
+                return
+            second = third
         for storage, one in zip(second.storages, first.storages, strict=True):
-            wrong = storage.bytes != one.bytes
-            if wrong.any() and not storage.is_scratch:
+            if _differs(storage, one):
+                wrong = storage.bytes != one.bytes
                 place = second.place(storage, int(np.flatnonzero(wrong)[0]))
                 raise Fault(
                     f"{place} depends on the order of blocks, or on what registers, shared memory "
@@ -126,16 +155,33 @@ class Executor:
                     f"{int(wrong.sum())} bytes"
                 )
 
+    def _repeated(
+        self,
+        launch: Launch,
+        code: Code,
+        first: GlobalMemory,
+        before: list[np.ndarray],
+        backwards: bool,
+    ) -> GlobalMemory:
+        garbage = np.random.default_rng(3)
+        second = self._memory(launch, code, backwards)
+        for storage, one, old in zip(second.storages, first.storages, before, strict=True):
+            only_written = one.by_byte((one.writer != 0) & ~one.is_input)
+            noise = garbage.integers(0, 256, storage.size, np.uint8)
+            storage.bytes[:] = np.where(only_written, noise, old)
+        self._run(launch, code, second, seed=2)
+        return second
+
     def _code(self, ptx: str) -> Code:
         if ptx not in self._codes:
             self._codes[ptx] = Code(parse(ptx))
         return self._codes[ptx]
 
-    def _at_once(self, code: Code, memory: GlobalMemory, seed: int) -> int:
+    def _at_once(self, code: Code, memory: GlobalMemory) -> int:
         """How many blocks are executed side by side. Where one may see what another leaves, the
         second run has them one after another: it is in the order of blocks that it differs."""
         apart = self.checks.races and not any(s.is_scratch for s in memory.storages)
-        if seed != 1 and not apart:
+        if memory.backwards and (code.atomic or not apart):
             return 1
         return max(1, SIDE_BY_SIDE // code.program.threads)
 
@@ -155,11 +201,11 @@ class Executor:
         # behind these arguments are the tensors of descriptors.
         bits = (bits + [0] * len(program.parameters))[: len(program.parameters)]
         numbers = np.arange(launch.grid[0] * launch.grid[1] * launch.grid[2])
-        at_once = self._at_once(code, memory, seed)
-        visits: Counter[int] = Counter()
-        for start in range(0, numbers.size, at_once):
-            some = (numbers if seed == 1 else numbers[::-1])[start : start + at_once]
-            blocks = Blocks(
+        at_once = self._at_once(code, memory)
+
+        def begun(start: int) -> Blocks:
+            some = numbers[:: -1 if memory.backwards else 1][start : start + at_once]
+            return Blocks(
                 numbers=some,
                 grid=launch.grid,
                 program=program,
@@ -178,10 +224,22 @@ class Executor:
                 interval=Interval(program.threads),
                 counts=counts.instructions,
             )
-            waiting = [(0, blocks)]
-            while waiting:
-                at, blocks = waiting.pop()
-                waiting += Course(launch.name, code, blocks, visits).go(at)
+
+        visits: Counter[int] = Counter()
+        starts, ways = deque(range(0, numbers.size, at_once)), deque[tuple[int, Blocks]]()
+        idle = 0  # turns in which atomics changed nothing
+        while starts or ways:
+            if not ways or (starts and idle > _PATIENCE * len(ways)):
+                ways.append((0, begun(starts.popleft())))
+                idle = 0
+            # Who waits for another block lets all others go on first.
+            at, blocks = ways.popleft() if code.atomic else ways.pop()
+            course, before = Course(launch.name, code, blocks, visits), memory.changes
+            after = course.go(at)
+            ways.extend(after)
+            idle = idle + 1 if len(after) == 1 and memory.changes == before else 0
+            if idle > _ENDLESS * len(ways):
+                raise course.placed(Fault(_DOES_NOT_END))
         for start, times in visits.items():
             run = code.run(start)
             assert run is not None
@@ -203,15 +261,17 @@ class Course:
     def __init__(self, kernel: str, code: Code, blocks: Blocks, visits: Counter[int]) -> None:
         self.kernel, self.code, self.blocks, self.visits = kernel, code, blocks, visits
         self.here = 0
+        self.atomics = blocks.memory.atomics
 
     def go(self, at: int) -> list[tuple[int, Blocks]]:
-        """From an instruction to the end, or until they part: who goes on where."""
+        """From an instruction to the end, or until they part, or have done something atomic and
+        are about to do it again: who goes on where."""
         try:
             return self._go(at)
         except Fault as fault:
-            raise self._placed(fault) from None
+            raise self.placed(fault) from None
 
-    def _placed(self, fault: Fault) -> ExecutionError:
+    def placed(self, fault: Fault) -> ExecutionError:
         b, lines = self.blocks, []
         block, threads = 0, fault.threads
         if threads is not None:
@@ -252,7 +312,9 @@ class Course:
                 step(b, None)
                 at += 1
             elif i.opcode.startswith("bra"):
-                at = code.program.labels[i.operands[0]]
+                back, at = at, code.program.labels[i.operands[0]]
+                if code.atomic and at <= back and b.memory.atomics != self.atomics:
+                    return [(at, b)]
             elif i.opcode == "ret":
                 break
             else:
@@ -302,6 +364,7 @@ class Course:
         alive = np.ones(b.per, bool)
         waiting = np.zeros(b.per, bool)
         end = len(code.instructions)
+        idle, changes = 0, 0
         while True:
             running = alive & ~waiting
             if not running.any():
@@ -341,6 +404,11 @@ class Course:
                         b.unfenced |= b.program.bits(i.registers)
             elif i.opcode.startswith("bra"):
                 at[going] = code.program.labels[i.operands[0]]
+                if code.atomic:
+                    idle = idle + 1 if b.memory.changes == changes else 0
+                    changes = b.memory.changes
+                    if idle > _ENDLESS:
+                        raise Fault(_DOES_NOT_END, np.flatnonzero(going))
             elif i.opcode == "ret":
                 alive[going] = False
             else:

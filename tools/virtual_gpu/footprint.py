@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .block import LANES, Blocks, Mask, Step, address, reader, unsigned
-from .code import BARRIERS, CONTROL, Code
+from .code import ATOMIC, BARRIERS, CONTROL, Code
 from .executor import Counts, Course, bits_of
 from .faults import Fault, UnsupportedError
 from .global_memory import SECTOR, Checks, GlobalMemory
@@ -119,6 +119,8 @@ def sliced(ptx: str) -> Program:
     touches: dict[int, Instruction] = {}
     kept: dict[int, Instruction] = {}
     for at, i in enumerate(program.instructions):
+        if i.opcode.startswith(ATOMIC):
+            raise UnsupportedError(f"PTX line {i.line}: {i.text!r}: no footprint of atomics")
         if i.opcode not in CONTROL:
             compiled(i, program)
         if _ACCESS.fullmatch(i.opcode) or _COPY.fullmatch(i.opcode):

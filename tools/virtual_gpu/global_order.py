@@ -39,14 +39,18 @@ class Interval:
     per: int
     reads: list[_Accesses] = field(default_factory=list)
     writes: list[_Accesses] = field(default_factory=list)
+    atomics: list[_Accesses] = field(default_factory=list)
     step: int = 0
 
     def part(self) -> Interval:
-        return replace(self, reads=list(self.reads), writes=list(self.writes))
+        return replace(
+            self, reads=list(self.reads), writes=list(self.writes), atomics=list(self.atomics)
+        )
 
     def barrier(self) -> None:
         self.reads.clear()
         self.writes.clear()
+        self.atomics.clear()
 
     def warp_barrier(self) -> None:
         """Of every warp."""
@@ -56,6 +60,7 @@ class Interval:
         """By `threads`, which among all of the grid are `who`."""
         mine = self._accesses(address, width, who)
         self._compared("read", mine, self.writes, "wrote", threads)
+        self._compared("read", mine, self.atomics, "changed", threads)
         self.reads.append(mine)
 
     def written(
@@ -64,7 +69,22 @@ class Interval:
         mine = self._accesses(address, width, who)
         self._compared("write", mine, self.writes, "wrote", threads)
         self._compared("write", mine, self.reads, "read", threads)
+        self._compared("write", mine, self.atomics, "changed", threads)
         self.writes.append(mine)
+
+    def changed(
+        self, address: np.ndarray, width: int, threads: np.ndarray, who: np.ndarray
+    ) -> str | None:
+        """By atomics, which harm each other nothing. Returns what is to be told, and is no fault:
+        that another thread has read it, whose read may as well come later."""
+        mine = self._accesses(address, width, who)
+        self._compared("change", mine, self.writes, "wrote", threads)
+        self.atomics.append(mine)
+        try:
+            self._compared("change", mine, self.reads, "read", threads)
+        except Fault as fault:
+            return fault.message
+        return None
 
     def _accesses(self, address: np.ndarray, width: int, who: np.ndarray) -> _Accesses:
         first = address.astype(np.int64)

@@ -20,7 +20,17 @@ _SILENT = re.compile(
 )
 
 
-_WITHOUT_RESULT = ("st", "cp.", "bar", "bra", "mbarrier.i", "mbarrier.a", "tensormap.", "fence.")
+_WITHOUT_RESULT = (
+    "st",
+    "cp.",
+    "bar",
+    "bra",
+    "red.",
+    "mbarrier.i",
+    "mbarrier.a",
+    "tensormap.",
+    "fence.",
+)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .block import LANES, Blocks, Mask, Step, address, predicate, reader, unsigned
+from .code import ATOMIC
 from .faults import UnsupportedError
 from .ptx import Instruction, Program, parse, statement
 from .record import Launch
@@ -69,7 +70,7 @@ class Trace:
         """The launch with PTX that writes itself down, its lines where they were."""
         lines = launch.ptx.splitlines()
         for i in parse(launch.ptx).instructions:
-            if i.opcode.startswith("cp.async.bulk.tensor"):
+            if i.opcode.startswith(("cp.async.bulk.tensor", *ATOMIC)):
                 raise UnsupportedError(f"PTX line {i.line}: a trace has no rule for {i.text!r}")
             accesses = any(p.fullmatch(i.opcode) for p in (_ACCESS, _MATRIX, _PRODUCT))
             if accesses or i.opcode in ORDERS or i.opcode.startswith("cp.async."):

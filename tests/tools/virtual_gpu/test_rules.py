@@ -90,6 +90,10 @@ TESTED = {
             "test_a_product_in_float64_is_that_of_the_matrices"
         ),
     },
+    "test_atomics": {
+        "atom.global.gpu.acq_rel.add.f32": "test_each_lane_once_in_their_order",
+        "red.global.gpu.relaxed.add.u64": "test_what_is_atomic_for_a_block_is_not_for_two",
+    },
     "test_warpgroups": {
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16": (
             "test_a_product_of_fragments_is_the_product_of_the_matrices"
