@@ -8,11 +8,14 @@ where their number is odd, the last stack holds one of them and padding, and is 
 frame* is a token too, the last of its utterance, as the reference computes it: its input is zero,
 no other frame attends to it or convolves over it, and all else is done to it as to any frame.
 `seqused_k` says how many of an utterance's tokens are valid.
+
+A *filled* layout has further tokens behind the last utterance, its own as its half frame is, so
+that batches have few different numbers of tokens. Packing makes them, unpacking leaves them out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -174,13 +177,18 @@ class PackedBatch:
     def pack(self, padded: Tensor) -> Tensor:
         """`[batch, T, ...]` -> `[num_tokens, ...]`, the utterances' rows in order."""
         rows = padded.flatten(0, 1)
-        return rows if self.token_positions is None else rows.index_select(0, self.token_positions)
+        if self.token_positions is not None:
+            rows = rows.index_select(0, self.token_positions)
+        missing = self.num_tokens - rows.shape[0]
+        return rows if missing <= 0 else torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`[num_tokens, ...]` -> `[batch, T, ...]`; padded positions are zero."""
+        """`[num_tokens, ...]`, or the rows of a filled layout of these utterances ->
+        `[batch, T, ...]`; padded positions are zero."""
         shape = (self.batch_size, self.padded_length, *packed.shape[1:])
         if self.token_positions is None:
-            return packed.reshape(shape)
+            return _first(packed, shape[0] * shape[1]).reshape(shape)
+        packed = _first(packed, self.token_positions.shape[0])
         rows = packed.new_zeros(shape[0] * shape[1], *packed.shape[1:])
         return rows.index_copy(0, self.token_positions, packed).view(shape)
 
@@ -193,10 +201,29 @@ class PackedBatch:
     def valid_part(self, packed: Tensor) -> tuple[Tensor, PackedBatch]:
         """The rows of the valid frames, `[number of them, ...]`, and their layout."""
         if self.used_lengths is None:
-            return packed, self
+            return _first(packed, self.num_tokens), self
         device = self.cu_seqlens.device
         layout = self.from_lengths(self.used_lengths, max(self.used_lengths), device)
         return packed.index_select(0, self._rows(valid=True)), layout
+
+    def filled(self, num_tokens: int) -> PackedBatch:
+        """The same utterances in so many rows, at least their own; an empty batch stays empty.
+
+        The further rows are tokens of the last utterance that are not valid. They attend to it.
+        """
+        more = num_tokens - self.num_tokens
+        if more == 0 or self.num_tokens == 0:
+            return self
+        last = max(row for row, length in enumerate(self.lengths) if length > 0)
+        ends = torch.arange(self.batch_size + 1, device=self.cu_seqlens.device) > last
+        used = torch.tensor(self.valid_lengths, dtype=torch.int32, device="cpu")
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens + more * ends.to(torch.int32),
+            lengths=(*self.lengths[:last], self.lengths[last] + more, *self.lengths[last + 1 :]),
+            seqused_k=used.to(self.cu_seqlens.device),
+            used_lengths=self.valid_lengths,
+        )
 
     def _rows(self, *, valid: bool) -> Tensor:
         """The packed rows of the valid frames, or of the half frames: int64."""
@@ -224,6 +251,10 @@ class PackedBatch:
         `valid_lengths` as in `from_lengths`.
         """
         return self.from_lengths(lengths, padded_length, self.cu_seqlens.device, valid_lengths)
+
+
+def _first(packed: Tensor, rows: int) -> Tensor:
+    return packed if packed.shape[0] == rows else packed[:rows]
 
 
 def half_frames(features: Tensor, valid: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from w2vbert_fast.models.layers import (
     apply_linear,
     apply_norm,
 )
+from w2vbert_fast.models.optimized.sizes import in_few_sizes
 
 
 def conv_output_length(length: int, kernel_size: int, stride: int) -> int:
@@ -82,11 +83,12 @@ class Wav2Vec2BertAdapterLayer(nn.Module):
         """`[N, C']` right-padded layout -> `[N', C']` and its layout."""
         fast = self.use_fast_kernels
         out = self.shortened(layout)
+        filled = in_few_sizes(out, hidden_states, fast=fast and not self.training)
         residual = apply_norm(self.residual_layer_norm, hidden_states, fast=fast)
-        residual = self._conv_glu(residual, self.residual_conv, layout, out)
+        residual = self._conv_glu(residual, self.residual_conv, layout, filled)
         x = apply_norm(self.self_attn_layer_norm, hidden_states, fast=fast)
-        x = self._conv_glu(x, self.self_attn_conv, layout, out)
-        x, _ = self.self_attn(x, out)
+        x = self._conv_glu(x, self.self_attn_conv, layout, filled)
+        x, _ = self.self_attn(x, filled)
         x = self.self_attn_dropout(x)
         norm = self.ffn_layer_norm
         residual, x = ops.residual_layer_norm(

@@ -23,6 +23,7 @@ from w2vbert_fast.models.layers import (
     Wav2Vec2BertFeatureProjection,
     Wav2Vec2BertFeedForward,
 )
+from w2vbert_fast.models.optimized.sizes import in_few_sizes
 from w2vbert_fast.models.outputs import HiddenStates, Wav2Vec2BaseModelOutput, as_requested
 from w2vbert_fast.models.pooling import (
     Statistics,
@@ -82,10 +83,10 @@ class PackedEncoding:
     """What the bare model hands to a head.
 
     Attributes:
-        hidden_state: `[N', C']`, the model's output.
+        hidden_state: `[N', C']`, the model's output; there may be rows behind those of `layout`.
         layout: where `hidden_state`'s utterances lie (shorter than the input's behind an adapter).
         input_layout: the layout of the input and of `hidden_states`.
-        extract_features: `[N, feature_dim]`.
+        extract_features: `[N, feature_dim]`, as `hidden_state`.
         hidden_states: padded, `[batch, T, C]` each, by index.
         attentions: `[batch, heads, T, T]` each.
     """
@@ -175,15 +176,17 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
     ) -> PackedEncoding:
         """`forward` without the unpacking, for heads; same arguments."""
         config = self.config
-        layout = self._layout(input_features, attention_mask)
-        x, extract_features = self.feature_projection(layout.pack(input_features))
-        x = layout.zero_half_frames(self._spec_augment(x, layout, mask_time_indices))
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        wanted = requested_hidden_states(output_hidden_states, self.encoder.num_layers)
         if output_attentions is None:
             output_attentions = config.output_attentions
-        x, kept, attentions = self.encoder(x, layout, wanted, bool(output_attentions))
+        layout = self._layout(input_features, attention_mask)
+        fill = self.encoder.may_be_filled and not output_attentions  # maps are of all rows
+        filled = in_few_sizes(layout, input_features, fast=fill)
+        x, extract_features = self.feature_projection(filled.pack(input_features))
+        x = filled.zero_half_frames(self._spec_augment(x, filled, mask_time_indices))
+        wanted = requested_hidden_states(output_hidden_states, self.encoder.num_layers)
+        x, kept, attentions = self.encoder(x, filled, wanted, bool(output_attentions))
         if self.intermediate_ffn is not None:
             x = x + 0.5 * self.intermediate_ffn(x)
         out_layout = layout
@@ -249,9 +252,10 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
                 "make hidden states random; call model.eval() first"
             )
         layout = self._layout(input_features, attention_mask)
-        x, _ = self.feature_projection(layout.pack(input_features))
-        x = layout.zero_half_frames(x)
-        x, _, _ = self.encoder(x, layout, set(), False, num_layers)
+        filled = in_few_sizes(layout, input_features, fast=self.encoder.may_be_filled)
+        x, _ = self.feature_projection(filled.pack(input_features))
+        x = filled.zero_half_frames(x)
+        x, _, _ = self.encoder(x, filled, set(), False, num_layers)
         if stats is not None:
             x = normalize_with_statistics(x, *stats)
         return mean_over_frames(x, layout) if pool == "mean" else layout.unpack(x)

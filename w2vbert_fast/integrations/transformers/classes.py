@@ -32,6 +32,7 @@ from w2vbert_fast.integrations.transformers.search import modules_in
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.heads import BLANK_LOGIT
 from w2vbert_fast.models.layers import has_global_hooks
+from w2vbert_fast.models.optimized.sizes import in_few_sizes
 from w2vbert_fast.models.tracing import recorder
 
 logger = logging.getLogger(__package__)
@@ -219,8 +220,9 @@ def _run_layers(
     """
     layerdrop = getattr(encoder.config, encoder._w2vbert_family.layerdrop)
     drops = encoder.training and layerdrop > 0.0
-    x = encoder.dropout(layout.zero_half_frames(layout.pack(hidden_states)))
-    run = Run(encoder, x, layout)
+    filled = in_few_sizes(layout, hidden_states, fast=not encoder.training)
+    x = encoder.dropout(filled.zero_half_frames(filled.pack(hidden_states)))
+    run = Run(encoder, x, filled)
     layers: list[Any] = list(run.layers)
     recomputed = [encoder.training and _recomputes(encoder, layer) for layer in layers]
     watched = [is_watched(layer) for layer in layers]
@@ -241,7 +243,7 @@ def _run_layers(
             if recomputed[index] and not hasattr(layer, "gradient_checkpointing"):
                 call = partial(encoder._gradient_checkpointing_func, call)
             output = call(layout.unpack(x))
-            x = layout.pack(output[0] if isinstance(output, tuple) else output)
+            x = filled.pack(output[0] if isinstance(output, tuple) else output)
         elif recomputed[index]:
             owner = layer if hasattr(layer, "_gradient_checkpointing_func") else encoder
             x = owner._gradient_checkpointing_func(partial(_layer_output, run, index), x)

@@ -56,7 +56,7 @@ from torch import Tensor
 from w2vbert_fast.ops.cpu import threads
 from w2vbert_fast.ops.cpu.capability import onednn_linear
 from w2vbert_fast.ops.cpu.conv import utterances_of
-from w2vbert_fast.ops.cpu.gemm import linear, matmul_transposed
+from w2vbert_fast.ops.cpu.gemm import matmul_transposed
 
 _BLOCK_BYTES = 2 << 20
 """Scores in flight where a head is scored by itself."""
@@ -132,7 +132,7 @@ def shaw_attention(
     dropout_seed: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.shaw_attention`, of tensors at any strides; `tile_map` is not read.
+    """As `ops.shaw_attention`, of tensors at any strides; `max_seqlen` and `tile_map` are not read.
 
     Returns:
         The output `[N, H, D]`, contiguous, and the log-sum-exp of every row of scores, fp32
@@ -146,9 +146,10 @@ def shaw_attention(
     log_sum_exp = query.new_empty(shape, dtype=torch.float32)
     if output.numel() == 0:
         return output, log_sum_exp
-    few = num_heads * max_seqlen**2 <= _FEW_SCORES
-    if few and dropout_p == 0.0 and not return_log_sum_exp:
-        for start, used_end, end in utterances_of(cu_seqlens, seqused_k):
+    found = utterances_of(cu_seqlens, seqused_k)
+    scores = num_heads * max((end - start) * (used_end - start) for start, used_end, end in found)
+    if scores <= _FEW_SCORES and dropout_p == 0.0 and not return_log_sum_exp:
+        for start, used_end, end in found:
             rows, used = slice(start, end), slice(start, used_end)
             tensors = (query[rows], key[used], value[used])
             output[rows] = _attend_short(*tensors, distance_embedding, left, right)
@@ -293,7 +294,8 @@ def _positions(
     # In bf16 they would be rounded once more: up to a tenth of the output's error.
     statistics = torch.promote_types(scaled.dtype, torch.float32)
     rows = scaled.view(-1, head_size).to(statistics)
-    products = linear(rows, embedding.to(statistics), None, None)
+    # MKL: oneDNN would prepare this small product for every number of rows.
+    products = F.linear(rows, embedding.to(statistics))
     products = products.view(num_heads, num_tokens, -1)
     return Positions(products, _longest(embedding), min(left, reach), min(right, reach))
 

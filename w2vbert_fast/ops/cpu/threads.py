@@ -41,16 +41,19 @@ _LEAST_TOKENS = 400
 def count() -> int:
     """Threads among which an operation may be divided: PyTorch's number of threads.
 
-    One within a share, and where PyTorch records the calls of this thread or watches them.
+    One within a share, and where the calls of this thread `are_watched`.
     """
-    if (
+    return 1 if are_watched() else torch.get_num_threads()
+
+
+def are_watched() -> bool:
+    """Whether PyTorch records the calls of this thread, or hands them to somebody else."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.maybe_current_level() is not None
-    ):
-        return 1
-    return torch.get_num_threads()
+    )
 
 
 def divides(x: Tensor) -> bool:
