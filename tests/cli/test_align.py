@@ -119,8 +119,13 @@ def test_bad_usage(talk: Path, tmp_path: Path) -> None:
         ((talk, talk, text), "a transcript goes with one recording"),
         ((talk, text, "--timestamps", "none"), "timestamps must be word or character"),
         ((talk, text, "--channels", "split"), "channels 'split' is not for align"),
+        ((talk,), "there is no transcript: align AUDIO TRANSCRIPT"),
     ):
         result = invoke("align", *arguments)
         assert result.exit_code == 2 and message in result.stderr, result.stderr
-    result = invoke("align", talk)
-    assert result.exit_code == 1 and "no column text" in json.loads(result.stdout)["error"]
+    # What it reads it never writes to, whatever is asked for.
+    text = talk.with_suffix(".txt")
+    text.write_text(WRITTEN)
+    result = invoke("align", talk, text, "--format", "txt", "--overwrite")
+    assert result.exit_code == 2 and "talk.txt is read itself" in result.stderr
+    assert text.read_text() == WRITTEN

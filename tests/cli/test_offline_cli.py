@@ -141,7 +141,7 @@ def test_a_hotword_with_a_slash_is_no_file(tmp_path: Path) -> None:
         (["transcribe", "a.wav", "--out", "no/a.srt"], "the folder of no/a.srt is not there"),
         (["transcribe", "a.wav", "b.wav", "--format", "srt"], "2 recordings need --out DIR, "),
         (["transcribe", "a.wav", "a.mp3", "--format", "srt", "--beside"], "be written to a.srt"),
-        (["transcribe", "a.txt", "--format", "txt"], "is a recording itself"),
+        (["transcribe", "a.txt", "--format", "txt"], "is read itself"),
         (["transcribe", "a.wav", "--json", "--out", "OUT"], "a job has --log-json"),
         (["transcribe", "a.wav", "--out", "OUT", "--lm", "x"], "lm needs a beam search"),
         (["transcribe", "a.wav", "--out", "OUT", "--format", "npy"], "format 'npy' is not one"),

@@ -496,6 +496,20 @@ def test_compressed_models_pickles_and_threads(
         assert list(pool.map(decoder.decode, log_probs)) == expected
 
 
+def test_other_weights_read_the_language_model_once_more(
+    tokenizer: Wav2Vec2CTCTokenizer, arpa: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, built = BeamDecoder(tokenizer, arpa), []
+    build = BeamDecoder._build
+    monkeypatch.setattr(BeamDecoder, "_build", lambda self: built.append(0) or build(self))
+    other = decoder.reweighted(0.7, 2.0)
+    assert (other.lm_weight, other.word_bonus, len(built)) == (0.7, 2.0, 1)
+    assert (decoder.lm_weight, decoder.word_bonus) == (0.5, 1.5)
+    log_probs = random_log_probs(12, 3)
+    new = BeamDecoder(tokenizer, arpa, lm_weight=0.7, word_bonus=2.0)
+    assert other.search(log_probs) == new.search(log_probs) != decoder.search(log_probs)
+
+
 def test_the_demo_checkpoint(tmp_path: Path) -> None:
     pipeline = load_pipeline("demo")
     tokenizer = pipeline.processor.tokenizer

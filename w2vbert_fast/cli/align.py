@@ -34,10 +34,16 @@ class Inputs(jobs.Inputs):
     )
 
     def open(self, *, say: bool = True) -> Surveyed:
-        if not any(name.lower().endswith(".txt") for name in self.inputs):
-            return super().open(say=say)
-        from w2vbert_fast.recordings.inputs import open_transcribed
+        from w2vbert_fast.recordings.inputs import Files, Folder, open_transcribed
 
+        if not any(name.lower().endswith(".txt") for name in self.inputs):
+            found = super().open(say=say)
+            if all(isinstance(part, Files | Folder) for part in found.parts):
+                raise ValueError(
+                    "there is no transcript: align AUDIO TRANSCRIPT, a text file whose name ends "
+                    "with .txt, or data sets with transcripts"
+                )
+            return found
         if len(self.inputs) != 2:
             raise ValueError("a transcript goes with one recording: align AUDIO TRANSCRIPT")
         return open_transcribed(*self.inputs)

@@ -60,11 +60,13 @@ class Transcribed(Files):
 
     Args:
         path: of the recording.
-        text: the transcript.
+        transcript: path of the transcript.
+        text: what that says.
     """
 
-    def __init__(self, path: str, text: str) -> None:
+    def __init__(self, path: str, transcript: str, text: str) -> None:
         super().__init__([path])
+        self.transcript = transcript
         self.text = text
 
     def survey(self) -> tuple[int | None, dict[str, Any]]:
@@ -309,7 +311,7 @@ def open_transcribed(audio: str, transcript: str) -> Inputs:
             text = file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{transcript} is not UTF-8: {error}") from error
-    return Inputs.of_parts([Transcribed(audio, text)], [audio])
+    return Inputs.of_parts([Transcribed(audio, transcript, text)], [audio])
 
 
 def _parts(name: str, columns: ColumnNames) -> list[Part]:

@@ -9,7 +9,6 @@ those of greedy decoding. What has no effect is logged as a warning.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -250,9 +249,10 @@ class BeamDecoder:
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> BeamDecoder:
         """The same search with other weights. The language model is read once more."""
-        other = copy.copy(self)
-        other.lm_weight, other.word_bonus = lm_weight, word_bonus
-        other._search = other._build()
+        other = object.__new__(type(self))
+        other.__setstate__(
+            {**self.__getstate__(), "lm_weight": lm_weight, "word_bonus": word_bonus}
+        )
         return other
 
     def __getstate__(self) -> dict[str, Any]:

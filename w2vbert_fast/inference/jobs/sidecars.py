@@ -10,7 +10,7 @@ from w2vbert_fast.checkpoints.files import write_text
 from w2vbert_fast.inference.ctc.subtitles import Layout
 from w2vbert_fast.inference.jobs.formats import BESIDE, beside_format
 from w2vbert_fast.inference.transcripts import Transcript
-from w2vbert_fast.recordings.inputs import Files, Folder, Inputs
+from w2vbert_fast.recordings.inputs import Files, Folder, Inputs, Transcribed
 from w2vbert_fast.recordings.remote import is_elsewhere
 
 
@@ -36,8 +36,8 @@ def plan(
 
     Raises:
         ValueError: the input is something else than files; several recordings would share a file;
-            a file is one of the recordings; or there are several recordings for `out`, or for
-            none without `beside`.
+            a file is one of the recordings or transcripts; or there are several recordings for
+            `out`, or for none without `beside`.
         FileExistsError: a file is there and must not be replaced.
         OSError: the folder of `out` is not there.
     """
@@ -55,7 +55,8 @@ def plan(
             raise FileNotFoundError(f"the folder of {out} is not there")
     found: dict[str, list[Path]] = {}
     owners: dict[Path, str] = {}
-    recordings = {Path(name) for name in names}
+    sources = {Path(name) for name in names}
+    sources |= {Path(part.transcript) for part in inputs.parts if isinstance(part, Transcribed)}
     for name in dict.fromkeys(names):
         stem = os.path.splitext(name)[0]
         found[name] = [Path(f"{stem}.{kind}" if out is None else out) for kind in formats]
@@ -63,7 +64,7 @@ def plan(
             other = owners.setdefault(path, name)
             if other != name:
                 raise ValueError(f"{other} and {name} would both be written to {path}")
-            _check(path, recordings, overwrite)
+            _check(path, sources, overwrite)
     return found
 
 
@@ -88,18 +89,18 @@ def check_beside(inputs: Inputs, elsewhere: bool = False) -> None:
             )
 
 
-def _check(path: Path, recordings: set[Path], overwrite: bool) -> None:
-    if path in recordings or any(_same(path, recording) for recording in recordings):
-        raise ValueError(f"{path} is a recording itself and must not be overwritten")
+def _check(path: Path, sources: set[Path], overwrite: bool) -> None:
+    if path in sources or any(_same(path, source) for source in sources):
+        raise ValueError(f"{path} is read itself and must not be overwritten")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; --overwrite replaces it")
 
 
-def _same(path: Path, recording: Path) -> bool:
+def _same(path: Path, source: Path) -> bool:
     # Other spellings of a name are compared only where there is a file: most have none.
-    return path.exists() and recording.exists() and path.samefile(recording)
+    return path.exists() and source.exists() and path.samefile(source)
 
 
 def write(
