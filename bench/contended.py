@@ -128,17 +128,22 @@ def _answer(process: subprocess.Popen[str]) -> None:
 def missed(
     beside: list[tuple[str, float, float]], one_after_the_other: float, at_once: float
 ) -> list[str]:
-    """The limits that measurements miss, a sentence each."""
+    """The limits that measurements miss, a sentence each: what is seen and what is wanted."""
     quiet = beside[0][1]
     faults = []
     for name, ours, theirs in beside:
-        if ours > SLOWER[name] * quiet:
-            faults.append(f"beside {name}: {ours / quiet:.2f} times the quiet time")
+        most = SLOWER[name]
+        if ours > most * quiet:
+            faults.append(
+                f"beside {name}: {ours / quiet:.2f} times the quiet time, at most {most:g}"
+            )
         if theirs < FASTER * ours:
-            faults.append(f"beside {name}: {theirs / ours:.2f} x transformers")
+            faults.append(f"beside {name}: {theirs / ours:.2f} x transformers, at least {FASTER:g}")
     if at_once > TOGETHER * one_after_the_other:
         ratio = at_once / one_after_the_other
-        faults.append(f"two of ours at once: {ratio:.2f} times one after the other")
+        faults.append(
+            f"two of ours at once: {ratio:.2f} times one after the other, at most {TOGETHER:g}"
+        )
     return faults
 
 

@@ -161,12 +161,13 @@ def test_limits() -> None:
     assert contended.missed(GOOD, 2.0, 2.3) == []
     slow = [GOOD[0], ("a busy process", 2.3, 4.0), ("PyTorch on all cores", 2.7, 5.0)]
     assert contended.missed(slow, 2.0, 2.4) == [
-        "beside a busy process: 2.30 times the quiet time",
-        "beside PyTorch on all cores: 2.70 times the quiet time",
-        "two of ours at once: 1.20 times one after the other",
+        "beside a busy process: 2.30 times the quiet time, at most 2.2",
+        "beside PyTorch on all cores: 2.70 times the quiet time, at most 2.6",
+        "two of ours at once: 1.20 times one after the other, at most 1.15",
     ]
     behind = [("nothing", 1.0, 1.6), *GOOD[1:]]
-    assert contended.missed(behind, 2.0, 2.0) == ["beside nothing: 1.60 x transformers"]
+    fault = "beside nothing: 1.60 x transformers, at least 1.7"
+    assert contended.missed(behind, 2.0, 2.0) == [fault]
 
 
 @pytest.mark.parametrize(("check", "status"), [([], 0), (["--check"], 1)])
@@ -184,5 +185,5 @@ def test_a_missed_limit_fails_the_command_only_with_check(
     assert contended.main([*check, "--out", str(out)]) == status
     printed = capsys.readouterr()
     assert "beside a busy process: 2.20 s, 2.20 times the quiet time" in printed.out
-    assert printed.err == "two of ours at once: 1.50 times one after the other\n"
+    assert printed.err == "two of ours at once: 1.50 times one after the other, at most 1.15\n"
     assert json.loads(out.read_text())["two of ours"] == [2.0, 3.0]

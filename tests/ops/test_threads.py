@@ -95,10 +95,13 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_what_is_divided() -> None:
-    """Rows of float32, as many as are worth it; never the calls of 16 bits, which are short."""
+    """Rows of float32, as many as are worth it, and of bfloat16, as many elements as are."""
     assert threads.divides(torch.empty(400, 8))
     assert not threads.divides(torch.empty(399, 8))
-    assert not threads.divides(torch.empty(4_000, 8, dtype=torch.bfloat16))
+    assert threads.divides(torch.empty(1024, 1024, dtype=torch.bfloat16))
+    assert not threads.divides(torch.empty(1023, 1024, dtype=torch.bfloat16))
+    assert not threads.divides(torch.empty(399, 4096, dtype=torch.bfloat16))
+    assert not threads.divides(torch.empty(1024, 1024, dtype=torch.float16))
     torch.set_num_threads(1)
     assert not threads.divides(torch.empty(400, 8))
 
@@ -117,6 +120,21 @@ def test_more_threads_than_shares_are_worth_take_parts_of_one(
     packed = gemm.PackedWeight(weight, (1024, 1024), torch.float32)
     for of in (weight, packed):
         assert len(gemm._shares(torch.empty(1500, 1024), of)) > 60
+
+
+def test_divided_attention_in_bfloat16_makes_few_calls() -> None:
+    """Half a minute at the published width: threads wait for Python's lock at each."""
+    x = torch.zeros(1500, 16, 64, dtype=torch.bfloat16)
+
+    def blocks_of_shares() -> list[int]:
+        shares = attention.shares_of(x, torch.tensor([0, 1500]), None, False)
+        own = [x[:, share.heads] for share in shares]
+        attends = [attention.Attend(heads, heads, heads, 1500, None, 0, 0) for heads in own]
+        return [len(list(a.blocks(s))) for a, s in zip(attends, shares, strict=True)]
+
+    assert blocks_of_shares() == [3, 3, 3, 3]
+    torch.set_num_threads(1)
+    assert blocks_of_shares() == [12]
 
 
 def test_calls_that_pytorch_records_or_watches_stay_on_their_thread() -> None:
@@ -286,14 +304,21 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parallel_regions_of_a_layer(shim: Path) -> None:
     """OpenMP's and operations that are divided, of half a minute and of two; a layer and what is
-    around it. Of float32: the others are left to PyTorch's threads."""
+    around it."""
     cases = [
         ("float32", 1500, False, False),
         ("float32", 1500, True, False),
         ("float32", 6000, False, False),
         ("float32", 6000, True, False),
         ("float32", 1500, False, True),
+        # The width here is half of the published one, and so is the number of elements.
+        ("bfloat16", 2100, False, False),
+        ("bfloat16", 2100, True, False),
+        ("bfloat16", 6000, False, False),
+        ("int8", 2100, False, False),
     ]
+    cases = [case for case in cases if case[0] != "bfloat16" or gemm.onednn_linear(torch.bfloat16)]
+    cases = [case for case in cases if case[0] != "int8" or not int8.reasons()]
     if not gemm.onednn_linear(torch.float32):
         pytest.skip("oneDNN multiplies no float32 here")
     environment = {**os.environ, "LD_PRELOAD": str(shim)}

@@ -70,6 +70,9 @@ utterance are large, and fewer calls make up for what leaves the second-level ca
 _MIN_QUERIES = 256
 """Fewer queries than this in a block make the products slow, whatever the cache holds; more than
 this at once, where several heads share a block, only make the band wider."""
+_MOST_QUERIES = 512
+"""In several threads' shares: every call waits for Python's lock. Fewer where a head's scores would
+leave the cache."""
 _STRETCHES_FROM = 512
 """Keys from which row sums are added up from stretches; the rounding of fewer would not average."""
 _LINEAR_FROM = 160
@@ -180,6 +183,7 @@ class Share(NamedTuple):
     part: int  # this one of so many parts of each utterance's queries
     parts: int
     number: int  # of the share
+    most_queries: int  # of a block for several heads
 
 
 def shares_of(
@@ -206,16 +210,18 @@ def shares_of(
     # As many of each group as make up the number.
     of_group = max(1, -(-wanted // max(1, len(groups))))
     heads_at_once = 1 if one_by_one else max(1, num_heads // of_group)
+    divided = not one_by_one and threads.divides(query)
     parts = 1
-    if divides_queries and not one_by_one and threads.divides(query):
+    if divides_queries and divided:
         parts = max(1, threads.count() // (num_heads * max(1, len(groups))))
     heads = [
         slice(first, min(first + heads_at_once, num_heads))
         for first in range(0, num_heads, heads_at_once)
     ]
     kinds = itertools.product(groups, heads, range(parts))
+    most_queries = _MOST_QUERIES if divided else _MIN_QUERIES
     return [
-        Share(rows, utterances, of_heads, part, parts, index)
+        Share(rows, utterances, of_heads, part, parts, index, most_queries)
         for index, ((rows, utterances), of_heads, part) in enumerate(kinds)
     ]
 
@@ -364,12 +370,11 @@ class Attend:
     def blocks(self, share: Share) -> Iterator[tuple[Block, slice, bool]]:
         """Blocks of queries of a share, each for several heads, or for one by itself."""
         for utterance in share.utterances:
-            yield from self._blocks(utterance, share.part, share.parts)
+            yield from self._blocks(utterance, share)
 
-    def _blocks(
-        self, utterance: Utterance, part: int, parts: int
-    ) -> Iterator[tuple[Block, slice, bool]]:
+    def _blocks(self, utterance: Utterance, share: Share) -> Iterator[tuple[Block, slice, bool]]:
         offset, num_queries, length = utterance
+        part, parts = share.part, share.parts
         first, end = num_queries * part // parts, num_queries * (part + 1) // parts
         num_queries = end - first
         if num_queries == 0:
@@ -380,7 +385,8 @@ class Attend:
             queries = max(_MIN_QUERIES, _BLOCK_BYTES // row_bytes)
             num_blocks = -(-num_queries // queries)
         else:
-            num_blocks = max(1, round(num_queries / _MIN_QUERIES))
+            queries = min(share.most_queries, max(_MIN_QUERIES, _GROUP_BYTES // row_bytes))
+            num_blocks = max(1, round(num_queries / queries))
         queries = -(-num_queries // num_blocks)
         head_bytes = row_bytes * queries
         group = max(
