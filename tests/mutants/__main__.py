@@ -65,13 +65,13 @@ def run(rows: Path, targets: Sequence[str], drawn: tuple[int | None, int], only:
     """Appends a row for every mutant that has none, and drops those of kernels that are no more."""
     done = {key(row) for row in read(rows)}
     for target in targets:
-        compiled: set[str] = set()
+        compiled: dict[str, dict[int, str]] = {}
         with rows.open("a") as file:
             for row in tried(target, drawn, only, done, compiled):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
         if not only:
-            left = [r for r in read(rows) if r["target"] != target or r["ptx"] in compiled]
+            left = [r for r in read(rows) if r["target"] != target or is_of(r, compiled)]
             rows.write_text("".join(json.dumps(row) + "\n" for row in left))
 
 
@@ -79,12 +79,17 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("target", "ptx", "operator", "line", "after"))
 
 
-def digest_of(ptx: str) -> str:
-    """Of a kernel's statements: where its source lies, and on which lines, makes no other one."""
+def statements(ptx: str) -> dict[int, str]:
+    """A kernel's statements, by the line that each is on."""
     from tools.virtual_gpu.ptx import parse
 
-    text = "\n".join(i.text for i in parse(ptx).instructions)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return {i.line: i.text for i in parse(ptx).instructions}
+
+
+def is_of(row: dict[str, Any], compiled: dict[str, dict[int, str]]) -> bool:
+    """Whether the kernel is compiled as it was then, with the statement on the same line: lines of
+    PTX move where the source is divided into functions otherwise."""
+    return bool(compiled.get(row["ptx"], {}).get(row["line"]) == row["before"])
 
 
 def code(source: str) -> str:
@@ -102,9 +107,10 @@ def tried(
     drawn: tuple[int | None, int],
     only: str,
     done: set[tuple[Any, ...]],
-    seen: set[str],
+    seen: dict[str, dict[int, str]],
 ) -> Iterator[dict[str, Any]]:
-    """The mutants that are not `done`, as rows; adds the digests of all kernels to `seen`."""
+    """The mutants that are not `done`, as rows; adds all kernels to `seen`: by a digest of their
+    statements, which a source that has moved does not change, these."""
     import torch
 
     from tests.helpers.operations import SMALL
@@ -116,10 +122,11 @@ def tried(
         case = Case(operation, SMALL, target)
         long: list[Case] = []
         for ptx, name in {ran.launch.ptx: ran.launch.name for ran in case.ran}.items():
-            digest = digest_of(ptx)
+            texts = statements(ptx)
+            digest = hashlib.sha256("\n".join(texts.values()).encode()).hexdigest()[:12]
             if digest in seen:
                 continue
-            seen.add(digest)
+            seen[digest] = texts
             kinds: tuple[list[Mutant], list[Mutant]] = ([], [])
             for mutant in mutants(ptx):
                 kinds[mutant.operator not in SYNCHRONISATION].append(mutant)

@@ -89,9 +89,10 @@ def test_what_has_a_row_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.M
     assert len(rows) >= 5 and {r["kernel"] for r in rows} == {"_norm_fwd_kernel"}
     assert len({key(r) for r in rows}) == len(rows)
     older = [rows[0] | {"ptx": "of an older kernel", "target": target} for target in TARGETS]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*older, *rows]))
+    moved = rows[0] | {"line": rows[0]["line"] - 1}  # the same statements, on other lines
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*older, moved, *rows]))
     run(path, ["sm_80"], (None, 3), "norm")  # a part of the operations: nothing is known of others
-    assert read(path)[:-1] == [*older, *rows]
+    assert read(path)[:-1] == [*older, moved, *rows]
     new = read(path)[-1]
     assert key(new) not in {key(r) for r in rows}
     run(path, ["sm_80"], (None, 3), "")
