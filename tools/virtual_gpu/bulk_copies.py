@@ -47,15 +47,24 @@ class Mbarrier:
     Attributes:
         count: arrivals of each phase; pending: those that this phase still waits for.
         bytes: that are to be copied in this phase, less those that were; copies: those under way.
-        arrived: when each thread of the block arrived last; -1: not in this phase.
+        arrived: when each thread of the block arrived in this phase, [threads] (-1: it did not);
+            released: the same of the phase before.
     """
 
     count: int
     pending: int
     arrived: np.ndarray
+    released: np.ndarray
     bytes: int = 0
     parity: int = 0
     copies: list[Copy] = field(default_factory=list)
+
+    def is_over(self) -> bool:
+        """Whether nothing is missing: then the next phase begins."""
+        if over := not (self.pending or self.bytes or self.copies):
+            self.pending, self.parity = self.count, 1 - self.parity
+            self.released, self.arrived = self.arrived, np.full_like(self.arrived, -1)
+        return over
 
     def part(self, thread_of: np.ndarray) -> Mbarrier:
         return replace(self, copies=[copy.part(thread_of) for copy in self.copies])
@@ -89,7 +98,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
                 raise Fault("an mbarrier that a copy is to arrive at yet", np.array([thread]))
             if m["what"] == "init":
                 never = np.full(b.per, -1)
-                b.mbarriers[thread // b.per, at] = Mbarrier(count, count, never)
+                b.mbarriers[thread // b.per, at] = Mbarrier(count, count, never, never)
 
     return make
 
@@ -114,6 +123,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
                     np.array([thread]),
                 )
             one.arrived[thread % b.per] = b.shared.arrival()
+            one.is_over()
 
     return arrive
 
@@ -134,21 +144,18 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             raise UnsupportedError(f"PTX line {i.line}: no rule for a wait that threads part at")
         for (_, at, phase), thread in zip(whose.tolist(), first.tolist(), strict=True):
             one = _mbarrier(b, thread, at)
-            if one.parity != phase:
-                continue  # the phase before this one, which is over
-            for copy in one.copies:
-                b.shared.land(copy.address, copy.values, copy.threads, seen_by_all=True)
-                one.bytes -= copy.values.size
-            one.copies = []
-            if one.pending or one.bytes:
+            if one.parity == phase:  # not over yet
+                for copy in one.copies:
+                    b.shared.land(copy.address, copy.values, copy.threads, seen_by_all=True)
+                    one.bytes -= copy.values.size
+                one.copies = []
+            if one.parity == phase and not one.is_over():
                 raise Fault(
                     f"the kernel does not end: the mbarrier at byte {at} waits for {one.pending} "
                     f"arrivals and {one.bytes} bytes that do not come",
                     np.array([thread]),
                 )
-            b.shared.acquire(thread // b.per, one.arrived)
-            one.pending, one.parity = one.count, 1 - one.parity
-            one.arrived[:] = -1
+            b.shared.acquire(thread // b.per, one.released)
         put(b, np.ones(b.threads.size, bool), None)
 
     return wait
@@ -257,7 +264,8 @@ def _boxes(i: Instruction, tensor: str, shared: str, rank: int, program: Program
 
 
 @rule(
-    rf"cp\.async\.bulk\.tensor\.(?P<rank>[1-5])d{SHARED}\.global(?:\.tile)?"
+    # The shared memory of a cluster is that of the block where it has no other.
+    r"cp\.async\.bulk\.tensor\.(?P<rank>[1-5])d\.shared(?:::cta|::cluster)?\.global(?:\.tile)?"
     r"\.mbarrier::complete_tx::bytes"
 )
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:

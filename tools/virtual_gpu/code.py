@@ -83,7 +83,7 @@ class Code:
         """Bytes of the narrowest access to a memory."""
         widths = [16]
         for i in self.instructions:
-            parts = i.opcode.replace("::cta", "").split(".")
+            parts = re.sub("::c(ta|luster)", "", i.opcode).split(".")
             if space not in parts[1:]:
                 continue
             if i.opcode.startswith("cp.async.bulk"):

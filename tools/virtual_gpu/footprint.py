@@ -123,6 +123,8 @@ def sliced(ptx: str) -> Program:
             raise UnsupportedError(f"PTX line {i.line}: {i.text!r}: no footprint of atomics")
         if i.opcode not in CONTROL:
             compiled(i, program)
+        if i.opcode.startswith("cp.async.bulk.tensor"):
+            raise UnsupportedError(f"PTX line {i.line}: no sectors are known of {i.text!r}")
         if _ACCESS.fullmatch(i.opcode) or _COPY.fullmatch(i.opcode):
             touches[at] = kept[at] = _touches(i)
         elif i.opcode in _WAYS and i.guard is None:

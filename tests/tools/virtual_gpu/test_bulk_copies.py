@@ -8,13 +8,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests.tools.virtual_gpu.kernels import caught, changed, execute, written
 from tests.tools.virtual_gpu.scripts import described_product
 from tools.virtual_gpu.executor import ExecutionError
 from tools.virtual_gpu.faults import Fault, UnsupportedError
+from tools.virtual_gpu.footprint import footprint
 from tools.virtual_gpu.record import Launch
 from tools.virtual_gpu.tensor_maps import box, encoded
+from tools.virtual_gpu.trace import traced
 
 SPANS = {0: None, 1: 32, 2: 64, 3: 128}
 ELEMENTS = {1: 0, 2: 6, 4: 7, 8: 9}
@@ -238,7 +242,11 @@ def test_a_copy_is_over_when_its_bytes_have_come() -> None:
     again = "@%p2 mbarrier.arrive.shared::cta.b64 _, [4096];"
     with pytest.raises(ExecutionError, match="an arrival more than its 1"):
         execute(changed(launch, WAIT, f"{again}{WAIT}"))
-    # After the wait that is the next phase's.
+    # Not of this phase but of the next one, which would not end.
+    over = changed(launch, "complete, [4096], 0", "complete, [4096], 1")
+    with pytest.raises(ExecutionError, match="waits for 1 arrivals and 0 bytes"):
+        execute(changed(over, WAIT.replace(", 0;", ", 1;"), WAIT + WAIT.replace(", 0;", ", 1;")))
+    # After the wait an arrival is the next phase's.
     execute(changed(launch, WAIT, f"{WAIT}{again}"))
     assert torch.equal(launch.tensors["out"], right)
 
@@ -318,6 +326,87 @@ def test_one_lane_of_a_warp_is_elected() -> None:
     part = changed(launch, "elect.sync", "setp.lt.u32 %p2, %r0, 9;\n@%p2 elect.sync")
     with pytest.raises(ExecutionError, match=r"elect\.sync by a part of a warp"):
         execute(part)
+
+
+def test_what_knows_nothing_of_boxes_says_so() -> None:
+    launch, _ = copy()
+    with pytest.raises(
+        UnsupportedError, match=r"no sectors are known of .*cp\.async\.bulk\.tensor"
+    ):
+        footprint(launch)
+    with (
+        traced() as trace,
+        pytest.raises(UnsupportedError, match=r"has no rule for .*cp\.async\.bu"),
+    ):
+        trace.launch(launch)
+
+
+def test_blocks_that_part_have_mbarriers_and_copies_of_their_own() -> None:
+    """Four blocks go round a loop as often as their number says, a copy under way, then wait."""
+    x = torch.arange(1, 257, dtype=torch.int32).reshape(32, 8)
+    out = torch.zeros(4, 64, dtype=torch.int32)
+    of_x = torch.from_numpy(encoded(x.data_ptr(), 3, [32, 8], [32], [8, 8]))
+    of_out = torch.from_numpy(encoded(out.data_ptr(), 3, [4, 64], [256], [1, 64]))
+    body = f"""
+    mov.u32 %r1, %ctaid.x;
+    shl.b32 %r2, %r1, 3;
+    mov.b32 %r3, 0;
+    setp.eq.u32 %p0, %r0, 0;
+    @%p0 mbarrier.init.shared::cta.b64 [4096], 1;
+    @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [4096], 256;
+    bar.sync 0;
+    @%p0 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
+        [0], [%rd2, {{%r3, %r2}}], [4096];
+    mov.b32 %r5, 0;
+    $again:
+    add.s32 %r5, %r5, 1;
+    setp.lt.u32 %p1, %r5, %r1;
+    @%p1 bra $again;
+    {WAIT}
+    shl.b32 %r6, %r0, 3;
+    ld.shared.v2.b32 {{%r7, %r8}}, [%r6];
+    add.s32 %r7, %r7, %r5;
+    add.s32 %r8, %r8, %r5;
+    st.shared.v2.b32 [%r6+512], {{%r7, %r8}};
+    fence.proxy.async;
+    bar.sync 0;
+    @%p0 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd3, {{%r3, %r1}}], [512];
+    cp.async.bulk.commit_group;
+    setp.lt.u32 %p1, %r1, 1;
+    @%p1 bra $early;
+    add.s32 %r5, %r5, 1;
+    $early:
+    cp.async.bulk.wait_group 0;
+    """
+    tensors = {"x": x, "out": out, "of_x": of_x, "of_out": of_out}
+    launch = dataclasses.replace(written(body, tensors, shared=8192), grid=(4, 1, 1))
+    execute(launch)
+    for block in range(4):
+        right = x[8 * block : 8 * block + 8].flatten() + max(block, 1)
+        assert torch.equal(out[block], right)
+    early = changed(launch, "bra $early;\n", "bra $early;\ncp.async.bulk.wait_group 0;\n")
+    early = changed(early, "$early:\n    cp.async.bulk.wait_group 0;", "$early:")
+    with pytest.raises(ExecutionError, match=r"block \(0, 0, 0\): the block ends before a cp"):
+        execute(early, garbage=False)
+
+
+@triton.jit
+def next_kernel(x_ptr, out_ptr, L, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, [L, M, N], [M * N, N, 1], [1, BLOCK_M, BLOCK_N])
+    out = tl.make_tensor_descriptor(out_ptr, [L, M, N], [M * N, N, 1], [1, BLOCK_M, BLOCK_N])
+    row = tl.program_id(0) * BLOCK_M
+    out.store([tl.program_id(1), row, 0], x.load([tl.program_id(1), row, 0]) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_what_triton_reads_of_a_box_is_what_lies_there(dtype: torch.dtype) -> None:
+    """Ragged in rows and columns, in boxes of one row of up to 128 bytes beside another."""
+    x = torch.arange(3 * 20 * 48).reshape(3, 20, 48).remainder(100).to(dtype)
+    out = torch.zeros_like(x)
+    kernel = next_kernel[(2, 3)]
+    (launch,) = caught("sm_90", lambda: kernel(x, out, *x.shape, BLOCK_M=16, BLOCK_N=64))
+    execute(launch)
+    assert torch.equal(out, x + 1)
 
 
 def product(from_host: bool) -> tuple[Launch, torch.Tensor]:
