@@ -2,7 +2,7 @@
 
 s3fs asks moto's server, gcsfs and huggingface_hub servers that answer as those of Google and of the
 hub do, and aiohttp one with a certificate. `make test` has neither s3fs, gcsfs, moto nor trustme:
-``pip install 'w2vbert_fast[stores]'`` beside what it installs, without its constraints.
+``pip install -c constraints.txt 'w2vbert_fast[stores]'`` beside what it installs.
 """
 
 from __future__ import annotations
