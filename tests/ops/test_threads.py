@@ -102,6 +102,9 @@ def test_what_is_divided() -> None:
     assert not threads.divides(torch.empty(1023, 1024, dtype=torch.bfloat16))
     assert not threads.divides(torch.empty(399, 4096, dtype=torch.bfloat16))
     assert not threads.divides(torch.empty(1024, 1024, dtype=torch.float16))
+    torch.set_num_threads(5)
+    assert threads.divides(torch.empty(400, 8))
+    assert not threads.divides(torch.empty(1024, 1024, dtype=torch.bfloat16))
     torch.set_num_threads(1)
     assert not threads.divides(torch.empty(400, 8))
 

@@ -39,6 +39,8 @@ _LEAST_TOKENS = 400
 _LEAST_ELEMENTS = 1 << 20
 """The same of bfloat16, where operations take a fraction of the time: 20 seconds at the published
 width."""
+_MOST_THREADS = 4
+"""More threads than this would wait for Python's lock in bfloat16, longer than for each other."""
 
 
 def count() -> int:
@@ -67,8 +69,8 @@ def divides(x: Tensor) -> bool:
     """
     if x.dtype not in _SHARES_A_THREAD or x.shape[0] < _LEAST_TOKENS:
         return False
-    if x.dtype == torch.bfloat16 and x.numel() < _LEAST_ELEMENTS:
-        return False
+    if x.dtype == torch.bfloat16:
+        return x.numel() >= _LEAST_ELEMENTS and 1 < count() <= _MOST_THREADS
     return count() > 1
 
 
