@@ -30,7 +30,7 @@ CHECKS = {
     "alignment": "not aligned",
     "written once": "is written twice",
     "written whole": "are never written",
-    "waits": "was waited for|wgmma still reads",
+    "waits": "was waited for|(wgmma|bulk) still reads",
     "fences": "after the last wgmma.fence",
     "barriers": "not all threads reach",
     "warps that act together": "by a part of|disagree",
