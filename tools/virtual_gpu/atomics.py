@@ -1,4 +1,4 @@
-"""Rules of atomics in global memory: `atom` and `red`, each lane once, one after another."""
+"""Rules of atomics: `atom` and `red`, each lane once, one after another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .transfers import chosen, spread
 
 
 def _add_float32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """PTX ISA, "atom": subnormal numbers in global memory are flushed, whatever the modifiers."""
+    """PTX ISA, "atom": subnormal numbers are flushed, in global memory."""
     return flush(flush(a) + flush(b))
 
 
@@ -70,7 +70,7 @@ _FUNCTIONS: dict[tuple[str, str], tuple[Callable[..., np.ndarray], str]] = {
 
 
 @rule(
-    r"(atom|red)(?P<modifiers>(?:\.(?:global|relaxed|acquire|release|acq_rel|cta|gpu|sys))+)"
+    r"(atom|red)(?P<modifiers>(?:\.(?:global|shared|relaxed|acquire|release|acq_rel|cta|gpu|sys))+)"
     r"\.(?P<how>add|exch|cas|min|max|and|or|xor)(?:\.noftz)?(?:\.v(?P<count>[248]))?"
     r"\.(?P<type>[subf](?:16|32|64)|bf16)(?P<pair>x2)?"
 )
@@ -78,9 +78,12 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     modifiers = m["modifiers"].split(".")
     returns = m[1] == "atom"
     to, place, *given = i.operands if returns else ("_", *i.operands)
-    if (m["how"], m["type"]) not in _FUNCTIONS or "global" not in modifiers:
+    shared = "shared" in modifiers
+    if (m["how"], m["type"]) not in _FUNCTIONS or shared == ("global" in modifiers):
         raise unsupported(i)
     function, kind = _FUNCTIONS[m["how"], m["type"]]
+    if shared and function is _add_float32:
+        function = np.add
     dtype = np.dtype(kind)
     size, pair = dtype.itemsize, 2 if m["pair"] else 1
     registers = int(m["count"] or 1)
@@ -89,7 +92,7 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     width = unsigned(8 * size * pair)
     reads = [[reader(i, name, width, program) for name in vector(one)] for one in given]
     puts = [writer(i, name, program) for name in vector(to)] if to != "_" else []
-    where = address(i, place, 64, program)
+    where = address(i, place, 32 if shared else 64, program)
     how = Ordering(
         acquires=not {"acquire", "acq_rel"}.isdisjoint(modifiers),
         releases=not {"release", "acq_rel"}.isdisjoint(modifiers),
@@ -105,7 +108,9 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             [np.stack([chosen(read, b, mask) for read in one], 1).view(dtype).T for one in reads]
         )
         before = [
-            b.atomic(i, at + at.dtype.type(size * k), function, operands[:, k], threads, how)
+            b.shared.atomic(at + size * k, function, operands[:, k], threads, b.memory.backwards)
+            if shared
+            else b.atomic(i, at + at.dtype.type(size * k), function, operands[:, k], threads, how)
             for k in range(registers * pair)
         ]
         found = np.ascontiguousarray(np.stack(before, 1)).view(width)

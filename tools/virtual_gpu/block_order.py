@@ -13,7 +13,7 @@ run the other way round: there, nothing was released.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,6 +27,28 @@ _EPOCH = (1 << _THREAD) - 1
 _ANY_THREAD = (1 << _BLOCK - _THREAD) - 1
 MANY = -1
 """Of several blocks that are not ordered."""
+
+
+def in_turns(
+    data: np.ndarray,
+    rows: np.ndarray,
+    function: Callable[..., np.ndarray],
+    given: np.ndarray,
+    sequence: np.ndarray,
+) -> np.ndarray:
+    """Puts function(what is there, *given [operands, k]) in rows, [k], of the data, one after
+    another in a sequence of numbers below k. Returns what each found, [k]."""
+    found = np.empty(rows.size, data.dtype)
+    # Of those that go to one row, one in each turn.
+    by_row = sequence[np.argsort(rows[sequence], kind="stable")]
+    numbers = np.arange(rows.size)
+    first = np.r_[True, np.diff(rows[by_row]) != 0][: rows.size]
+    turn = numbers - np.maximum.accumulate(np.where(first, numbers, 0))
+    for now in range(int(turn.max(initial=-1)) + 1):
+        some = by_row[turn == now]
+        found[some] = data[rows[some]]
+        data[rows[some]] = function(found[some], *given[:, some])
+    return found
 
 
 class Ordering(NamedTuple):

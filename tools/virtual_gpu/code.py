@@ -51,7 +51,9 @@ class Code:
         self.asynchronous = any(
             i.opcode.startswith(("wgmma.", "cp.async.bulk.tensor")) for i in self.instructions
         )
-        self.atomic = any(i.opcode.startswith(ATOMIC) for i in self.instructions)
+        self.atomic = any(
+            i.opcode.startswith(ATOMIC) and ".shared" not in i.opcode for i in self.instructions
+        )
         self.guards = [
             None if i.guard is None else predicate(i, i.guard, program) for i in self.instructions
         ]

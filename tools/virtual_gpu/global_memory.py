@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .block_order import BlockOrder, Ordering
+from .block_order import BlockOrder, Ordering, in_turns
 from .faults import Fault
 
 _MANY = np.int32(-1)
@@ -119,6 +119,7 @@ class GlobalMemory:
     """
 
     order: BlockOrder | None = None
+    backwards = False
     atomics = changes = 0
 
     def __init__(
@@ -362,21 +363,10 @@ class GlobalMemory:
             wrong = self.order.atomics(places, rows, block, thread, sequence, how, width)
             if wrong.any():
                 self._race(storage, rows, width, wrong[:, None], thread, "changed at once")
-            # Of those that go to one address, one in each turn.
-            by_address = sequence[np.argsort(rows[sequence], kind="stable")]
-            first = np.r_[True, np.diff(rows[by_address]) != 0]
-            turn = np.arange(rows.size) - np.maximum.accumulate(
-                np.where(first, np.arange(rows.size), 0)
-            )
             data = storage.copy.view(operands.dtype)
-            olds = np.empty(rows.size, operands.dtype)
-            for now in range(int(turn.max()) + 1):
-                some = by_address[turn == now]
-                olds[some] = old = data[rows[some]]
-                new = function(old, *given[:, some]).astype(old.dtype).view(old.dtype)
-                self.changes += new.tobytes() != old.tobytes()
-                data[rows[some]] = new
-            found[part] = olds
+            before = data[rows].tobytes()
+            found[part] = in_turns(data, rows, function, given, sequence)
+            self.changes += data[rows].tobytes() != before
         return found
 
     def _unordered(

@@ -16,14 +16,17 @@ others are multiples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from .block_order import in_turns
 from .faults import Fault
 
 _LANES = 32
 _SEVERAL_WARPS = -1
+_ATOMICS = -1  # of what was written: by atomics, whoever they are
 # A granule that the asynchronous proxy cannot see yet: written, or fenced too but by its writer.
 _WRITTEN, _FENCED = 1, 2
 CHUNK = 16
@@ -196,8 +199,8 @@ class SharedMemory:
                 wrong = (notes >= self.floor << 32) & (_who(notes) != me) & ~ordered
                 if wrong.any():
                     raise Fault(
-                        "race in shared memory: read of what thread "
-                        f"{_who(notes)[wrong][0] % self.per} wrote since the last barrier",
+                        f"race in shared memory: read of what {self._name(_who(notes)[wrong][0])} "
+                        "wrote since the last barrier",
                         threads[wrong.any(1)],
                     )
             self.fresh.append((rows, width, threads, whole_warp))
@@ -234,10 +237,15 @@ class SharedMemory:
         self.fresh.clear()
 
     def _claim(
-        self, rows: np.ndarray, views: _Views, threads: np.ndarray, values: np.ndarray | None
+        self,
+        rows: np.ndarray,
+        views: _Views,
+        threads: np.ndarray,
+        values: np.ndarray | None,
+        atomic: bool = False,
     ) -> None:
         """Checks and notes a write. Of `values` (None: unknown) those that are there already harm
-        nobody."""
+        nobody, and atomics not each other."""
         if not self.races:
             return
         if self.running and (wrong := (readers := views.products.take(rows, 0)) != 0).any():
@@ -255,17 +263,36 @@ class SharedMemory:
             if not notes.size or notes.max() < self.floor << 32:
                 continue
             wrong = self._unordered(notes, threads[:, None])
+            if said == "wrote" and atomic:
+                wrong &= _who(notes) != _ATOMICS
             if said == "wrote" and values is not None and wrong.any():
                 changes = views.bytes.take(rows).view(np.uint8).reshape(values.shape) != values
                 wrong &= changes.reshape(*wrong.shape, self.granule).any(2)
             if wrong.any():
-                other = int(_who(notes)[wrong][0])
-                name = f"thread {other % self.per}" if other >= 0 else "another thread"
+                name = self._name(_who(notes)[wrong][0])
                 raise Fault(
                     f"race in shared memory: write of what {name} {said} since the last barrier",
                     threads[wrong.any(1)],
                 )
-        views.writes[rows] = (self.clock << 32 | threads)[:, None]
+        by = np.full(threads.size, _ATOMICS & 0xFFFFFFFF) if atomic else threads
+        views.writes[rows] = (self.clock << 32 | by)[:, None]
+
+    def _name(self, who: np.int32) -> str:
+        return f"thread {who % self.per}" if who >= 0 else "another thread"
+
+    def atomic(
+        self,
+        address: np.ndarray,
+        function: Callable[..., np.ndarray],
+        operands: np.ndarray,
+        threads: np.ndarray,
+        backwards: bool,
+    ) -> np.ndarray:
+        """As that of `GlobalMemory`; the last thread comes first where it goes `backwards`."""
+        rows, views = self._at("shared atomic access", address, operands.itemsize, threads)
+        self._claim(rows, views, threads, None, atomic=True)
+        sequence = np.arange(rows.size)[:: -1 if backwards else 1]
+        return in_turns(self.bytes.view(operands.dtype), rows, function, operands, sequence)
 
     def store(self, address: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
         """Stores bytes [k, width] at k addresses."""

@@ -398,10 +398,51 @@ def test_sums_by_atomics_as_compiled(target: str, dtype: torch.dtype, places: in
     assert out.tolist() == expected
 
 
+@triton.jit
+def histogram_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.arange(0, BINS), tl.histogram(x, BINS))
+
+
+def test_a_histogram_is_counted_in_shared_memory() -> None:
+    x = torch.randint(0, 16, (512,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    out = torch.zeros(16, dtype=torch.int32)
+    (launch,) = caught("sm_80", lambda: histogram_kernel[(1,)](out, x, BLOCK=512, BINS=16))
+    assert "atom.shared.add.u32" in launch.ptx
+    execute(launch)
+    assert torch.equal(out.long(), torch.bincount(x.long(), minlength=16))
+    # The barriers between zeros, sums and what reads them.
+    behind = launch.ptx.rindex("atom.shared")
+    last = launch.ptx[:behind].count("bar.sync")
+    for which, said in ((last - 1, "write of what"), (last, "read of what another thread")):
+        with pytest.raises(ExecutionError, match=f"race in shared memory: {said}"):
+            execute(changed(launch, "bar.sync \t0;", "", which))
+
+
+@pytest.mark.parametrize("space", ["shared", "global"])
+def test_subnormal_numbers_are_added_in_shared_memory_and_flushed_in_global(space: str) -> None:
+    """PTX ISA, "atom"."""
+    there = torch.zeros(1, dtype=torch.float32)
+    out, tiny = torch.zeros(64, dtype=torch.float32), 2.0**-140
+    place = "[%r31]" if space == "shared" else "[%rd1]"
+    body = f"""
+    mov.b32 %r31, 0;
+    setp.eq.b32 %p1, %r0, 0;
+    @%p1 st.shared.b32 [%r31], 0;
+    bar.sync 0;
+    mov.b32 %r2, 512;
+    mad.wide.u32 %rd20, %r0, 4, %rd0;
+    atom.{space}.add.f32 %r3, {place}, %r2;
+    st.global.b32 [%rd20], %r3;
+    """
+    tensors = {"out": out, "there": there}
+    execute(written(body, tensors, threads=64, shared=4), garbage=False)
+    assert out.tolist() == [lane * tiny * (space == "shared") for lane in range(64)]
+
+
 def test_what_there_is_not_is_named() -> None:
     x = torch.zeros(32, dtype=torch.int64)
     for statement in (
-        "atom.shared.add.u32 %r1, [%r0], 1;",
         "atom.global.gpu.relaxed.inc.u32 %r1, [%rd0], 1;",
         "red.global.cluster.relaxed.add.u64 [%rd0], 1;",
         "atom.global.gpu.relaxed.add.b32 %r1, [%rd0], 1;",
