@@ -27,9 +27,8 @@ import contextlib
 import copy
 import functools
 import inspect
-import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, TypeVar, cast
 
@@ -41,6 +40,7 @@ from triton.runtime.driver import driver as drivers
 _Value = TypeVar("_Value")
 _Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
 _Plan = Callable[[Sequence[Any]], Any]
+_Call = Callable[[Any, tuple[Any, ...]], object]
 
 MOST_PLANS = 1024
 """So many of a launcher are kept; then they are forgotten. A plan takes some kilobytes."""
@@ -70,6 +70,8 @@ class _Recording(threading.local):
 
 
 _recording = _Recording()
+# Triton says that it has loaded a kernel before it has.
+_loading = threading.RLock()
 
 
 class Table(dict[tuple[Any, ...], _Value]):
@@ -87,7 +89,7 @@ class Table(dict[tuple[Any, ...], _Value]):
 
 @contextlib.contextmanager
 def told(tape: Any) -> Iterator[None]:
-    """In this block, launches of this thread are kept by a `Tape`, or by what acts as one."""
+    """In this block, launches of this thread are kept by a `script.Recording`."""
     outer, _recording.tape = _recording.tape, tape
     try:
         yield
@@ -206,13 +208,19 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **keywords: Any) -> Non
         args: the kernel's arguments in front of its constants.
         keywords: its constants, and options of its compilation.
     """
-    if getattr(_recording.tape, "is_dry", False):
-        compiled = kernel.warmup(*args, grid=tuple(grid), **keywords)
-    else:
-        compiled = kernel[tuple(grid)](*args, **keywords)
-    for recorder in (_recording.steps, _recording.tape):
-        if recorder is not None:
-            recorder.launched(kernel, compiled, grid, args, keywords)
+    recorders = [r for r in (_recording.steps, _recording.tape) if r is not None]
+    with _loading:
+        if getattr(_recording.tape, "is_dry", False):
+            compiled = kernel.warmup(*args, grid=tuple(grid), **keywords)
+        else:
+            compiled = kernel[tuple(grid)](*args, **keywords)
+        call = caller(compiled, [*grid, 1, 1][:3]) if recorders and can_run(compiled) else None
+    for recorder in recorders:
+        if call is None:
+            recorder.complete = False
+        else:
+            constants = [keywords[name] for name in kernel.arg_names[len(args) :]]
+            recorder.launched(call, [*args, *constants])
 
 
 class _Steps:
@@ -222,7 +230,7 @@ class _Steps:
         self.tensors = list(args)  # and what was allocated
         self.empties: list[tuple[Any, ...]] = []
         self.numbers: list[Any] = []  # behind the tensors, so counted from the end
-        self.launches: list[tuple[Any, list[int], list[tuple[bool, int]]]] = []
+        self.launches: list[tuple[_Call, list[tuple[bool, int]]]] = []
         self.complete = True
         self.num_args = len(args)
 
@@ -230,19 +238,8 @@ class _Steps:
         self.tensors.append(tensor)
         self.empties.append((whole.shape, whole.stride(), whole.dtype, whole.device, front))
 
-    def launched(
-        self,
-        kernel: Any,
-        compiled: Any,
-        grid: Sequence[int],
-        args: Sequence[Any],
-        keywords: Mapping[str, Any],
-    ) -> None:
-        if not can_run(compiled):
-            self.complete = False
-            return
-        places = [self._place(value) for value in all_arguments(kernel, args, keywords)]
-        self.launches.append((compiled, [*grid, 1, 1][:3], places))
+    def launched(self, call: _Call, arguments: Sequence[Any]) -> None:
+        self.launches.append((call, [self._place(value) for value in arguments]))
 
     def _place(self, value: Any) -> tuple[bool, int]:
         """Whether it is a tensor, and where it is in `tensors` or `numbers`."""
@@ -269,9 +266,7 @@ class _Steps:
         device = driver.get_current_device()
         current_device, current_stream = driver.get_current_device, driver.get_current_stream
         empties, numbers = self.empties, self.numbers
-        launches = [
-            (caller(compiled, grid), values_at(places)) for compiled, grid, places in self.launches
-        ]
+        launches = [(call, values_at(places)) for call, places in self.launches]
         give = values_at(returned) if results else lambda _: ()
 
         def plan(args: Sequence[Any]) -> Any:
@@ -305,8 +300,8 @@ def can_run(compiled: Any) -> bool:
     return len(first) == _RUN_ARGUMENTS and last is inspect.Parameter.VAR_POSITIONAL
 
 
-def caller(compiled: Any, grid: Sequence[int]) -> Callable[[Any, tuple[Any, ...]], object]:
-    """Launches a kernel on a stream with arguments in the order of its parameters.
+def caller(compiled: Any, grid: Sequence[int]) -> _Call:
+    """Launches a kernel on a stream with arguments in the order of its parameters, constants too.
 
     `compiled.run` asks every time for what depends on the kernel alone, and then calls a function
     in C. Where that function takes grid and stream first and the arguments last, as in Triton 3.7,
@@ -326,174 +321,3 @@ def caller(compiled: Any, grid: Sequence[int]) -> Callable[[Any, tuple[Any, ...]
             launch, (x, y, z), between = run.launch, grid, passed[4:-1]
             return lambda stream, args: launch(x, y, z, stream, *between, args)
     return lambda stream, args: run(*grid, stream, *given, *args)
-
-
-def all_arguments(kernel: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> list[Any]:
-    """A kernel's arguments with its constants, in the order of its parameters."""
-    return [*args, *[keywords[name] for name in kernel.arg_names[len(args) :]]]
-
-
-NEW_MEMORY = frozenset(
-    {
-        torch.ops.aten.empty.memory_format,
-        torch.ops.aten.empty_strided.default,
-        torch.ops.aten.new_empty.default,
-    }
-)
-"""What PyTorch allocates with, as it is dispatched."""
-_ALIGNMENT = 256  # of what is allocated together; no kernel is specialised on more than 16
-
-
-class Tape:
-    """Launches of a function that besides only allocates and views tensors, by their addresses.
-
-    Where `planned` keeps what one launcher does with tensors, which must be its arguments or its
-    own, this keeps what many do one after the other: an address says which memory a tensor is part
-    of, so that views need not be followed. What a function allocates and does not return lies in
-    one buffer when the launches are repeated; memory is used again as its last reader allows.
-
-    Args:
-        inputs: what the function reads, and nothing else that may be another the next time.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
-        self.complete = True
-        self._memory = [extent_of(tensor) for tensor in inputs]
-        self._num_inputs = len(inputs)
-        self._kept: list[Any] = list(inputs)  # so that no address stands for two tensors
-        self._launches: list[tuple[Any, list[int], list[tuple[int | None, Any]]]] = []
-        given = sorted((extent for extent in self._memory if extent), key=lambda e: e.start)
-        for before, after in itertools.pairwise(given):
-            self.complete &= before.stop <= after.start
-
-    def operation(
-        self, function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> Any:
-        """An operation of PyTorch's: its results, which are new memory or a view."""
-        result = function(*arguments, **keywords)
-        is_new = function in NEW_MEMORY
-        self.complete &= is_new or function.is_view
-        self._kept.append(result)
-        if is_new:
-            self._memory.append(extent_of(result))
-        return result
-
-    def launched(
-        self,
-        kernel: Any,
-        compiled: Any,
-        grid: Sequence[int],
-        args: Sequence[Any],
-        keywords: Mapping[str, Any],
-    ) -> None:
-        """A kernel was launched; arguments as of `launch`."""
-        self.complete &= can_run(compiled)
-        places = [self._place(value) for value in all_arguments(kernel, args, keywords)]
-        self._launches.append((compiled, [*grid, 1, 1][:3], places))
-
-    def _place(self, value: Any) -> tuple[int | None, Any]:
-        """Which memory and the offset in it; of what is no address, `None` and the value."""
-        if not isinstance(value, Tensor):
-            return None, value
-        address = value.data_ptr()
-        for place, extent in enumerate(self._memory):
-            if address in extent:
-                return place, address - extent.start
-        self.complete &= address == 0
-        return None, 0
-
-    def plan(self, results: Sequence[Tensor]) -> Callable[[Sequence[int]], list[Tensor]] | None:
-        """What launches the same: from addresses of `inputs` (0 for `None`) to new results.
-
-        `None` where that cannot be: the function did more than allocate, view and launch, or
-        a result is not the whole of something that it allocated.
-
-        Args:
-            results: what the function returned.
-        """
-        returned = [self._place(tensor) for tensor in results]
-        for tensor, (place, offset) in zip(results, returned, strict=True):
-            whole = place is not None and place >= self._num_inputs and offset == 0
-            self.complete &= whole and len(extent_of(tensor)) == len(self._memory[place or 0])
-        if not self.complete or len(set(returned)) < len(returned):
-            return None
-        offsets, total = self._arranged({place for place, _ in returned})
-        # Bases of all addresses: inputs, the buffer, results.
-        base_of: dict[int | None, int] = {place: place for place in range(self._num_inputs)}
-        base_of |= {place: self._num_inputs for place in offsets}
-        base_of |= {place: self._num_inputs + 1 + i for i, (place, _) in enumerate(returned)}
-        pointers: dict[tuple[int, int], int] = {}
-        numbers: list[Any] = []
-        picks = []
-        for _, _, places in self._launches:
-            pick = []
-            for place, value in places:
-                if place is None:
-                    numbers.append(value)
-                    pick.append(-len(numbers))
-                else:
-                    pointer = (base_of[place], value + offsets.get(place, 0))
-                    pick.append(pointers.setdefault(pointer, len(pointers)))
-            picks.append(itemgetter(*pick))
-        numbers.reverse()
-        relative = list(pointers)
-        launches = [
-            (caller(compiled, grid), pick)
-            for (compiled, grid, _), pick in zip(self._launches, picks, strict=True)
-        ]
-        driver = drivers.active
-        if not getattr(driver, "takes_addresses", True):  # one of `tools`, for tests
-            return None
-        device = driver.get_current_device()
-        current_device, current_stream = driver.get_current_device, driver.get_current_stream
-        where = results[0].device
-        empties = [(t.shape, t.stride(), t.dtype) for t in results]
-
-        def plan(inputs: Sequence[int]) -> list[Tensor]:
-            if current_device() != device:
-                with torch.cuda.device(device):
-                    return plan(inputs)
-            buffer = torch.empty(total, dtype=torch.uint8, device=where)
-            made = [torch.empty_strided(*e[:2], dtype=e[2], device=where) for e in empties]
-            bases = [*inputs, buffer.data_ptr(), *[tensor.data_ptr() for tensor in made]]
-            values = [bases[base] + offset for base, offset in relative]
-            values += numbers
-            stream = current_stream(device)
-            for call, pick in launches:
-                call(stream, pick(values))
-            return made
-
-        return plan
-
-    def _arranged(self, returned: set[int | None]) -> tuple[dict[int, int], int]:
-        """Where in one buffer lies what the function allocated and did not return, and its size.
-
-        The largest first, each at the lowest place that is free from its first launch to its last.
-        """
-        used: dict[int, list[int]] = {}
-        for number, (_, _, places) in enumerate(self._launches):
-            for place, _ in places:
-                if place is not None and place >= self._num_inputs and place not in returned:
-                    used.setdefault(place, []).append(number)
-        placed: list[tuple[int, int, int]] = []
-        offsets: dict[int, int] = {}
-        for place in sorted(used, key=lambda place: -len(self._memory[place])):
-            size, first, last = len(self._memory[place]), used[place][0], used[place][-1]
-            offset = 0
-            for start, stop, other in sorted(placed):
-                beside = used[other][-1] < first or last < used[other][0]
-                if not beside and start < offset + size and offset < stop:
-                    offset = -(-stop // _ALIGNMENT) * _ALIGNMENT
-            offsets[place] = offset
-            placed.append((offset, offset + size, place))
-        return offsets, max((stop for _, stop, _ in placed), default=0)
-
-
-def extent_of(tensor: Tensor | None) -> range:
-    """The addresses of a tensor's bytes."""
-    if tensor is None or tensor.numel() == 0:
-        return range(0)
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in pairs)
-    address = tensor.data_ptr()
-    return range(address, address + elements * tensor.element_size())

@@ -1,17 +1,21 @@
-"""A function and its gradient as straight-line Python: recorded once, run again with other tensors.
+"""A function of several launchers as straight-line Python: recorded once, run with other tensors.
 
-Where `plans.Tape` has launches alone, PyTorch's operations lie between them here, as a training
-step needs them: products of the vendor's library, sums over tokens, casts, random numbers. Both are
-written down as statements over tensors (`t3`) and addresses (`p3`), with a tensor deleted behind
-the last statement that uses it:
+Where a plan of `plans` keeps what one launcher does with tensors, which must be its arguments or
+its own, this keeps what many do one after the other, and PyTorch's operations between them:
+products of the vendor's library, and of a training step sums over tokens, casts, random numbers.
+They are written down as statements over tensors (`t3`) and addresses (`p3`), with a tensor deleted
+behind the last statement that uses it:
 
-    t9 = empty_strided((8, 16), (16, 1), dtype=c0, device=c1)
-    p9 = t9.data_ptr()
+    p9 = address + 512
     c2(stream, (p0, p9, 8, True))
-    t10 = c3(as_strided(t9, (16, 8), (1, 16)), t0)
+    t10 = empty_strided((8, 16), (16, 1), dtype=c0, device=c1)
+    p10 = t10.data_ptr()
+    c3(stream, (p9, p10, 8, True))
+    t11 = c4(as_strided(t10, (16, 8), (1, 16)), t0)
 
 A tensor is a place in memory: what PyTorch newly made, or what was given. Views are not followed;
-an address says which memory they are part of.
+an address says which memory they are part of. What only launches use lies in one buffer, where
+memory is used again as its last reader allows.
 """
 
 from __future__ import annotations
@@ -26,7 +30,15 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver as drivers
 
-from csrc_triton.plans import NEW_MEMORY, all_arguments, caller, can_run, extent_of
+_NEW_MEMORY = frozenset(
+    {
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+    }
+)
+"""What PyTorch allocates with, as it is dispatched."""
+_ALIGNMENT = 256  # of what is allocated together; no kernel is specialised on more than 16
 
 
 class _View(NamedTuple):
@@ -38,6 +50,12 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """From the first element to the last."""
+        pairs = zip(self.shape, self.strides, strict=True)
+        return (1 + sum((size - 1) * stride for size, stride in pairs)) * self.dtype.itemsize
 
 
 class _Address(NamedTuple):
@@ -65,6 +83,10 @@ class _Step:
         """Places that it reads, or writes to."""
         return set(_places([*self.arguments, *self.keywords.values()]))
 
+    @property
+    def is_launch(self) -> bool:
+        return self.arguments[:1] == (_STREAM,)
+
     def touched(self) -> set[int]:
         """Places that are other ones after it."""
         made = {place for place in self.made if place is not None}
@@ -86,9 +108,12 @@ def _kind(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype
 
 _STREAM = object()
 
+Function = Callable[[Sequence[Any], Sequence[int]], list[Any]]
+"""From tensors, and addresses of the last of them, to results."""
+
 
 class Recording:
-    """What a function does, told step by step; it takes the place of a `plans.Tape`.
+    """What a function does, told step by step.
 
     Attributes:
         complete: whether all that was told can be done again.
@@ -122,10 +147,11 @@ class Recording:
 
     def _keep(self, tensor: Tensor) -> int:
         place = len(self.memory)
-        self.memory.append(_View(place, 0, *_kind(tensor)))
-        self._extents.append(extent_of(tensor))
+        start, memory = tensor.data_ptr(), _View(place, 0, *_kind(tensor))
+        self.memory.append(memory)
+        self._extents.append(range(start, start + memory.nbytes))
         self._tensors.append(tensor)
-        bisect.insort(self._starts, (tensor.data_ptr(), place))
+        bisect.insort(self._starts, (start, place))
         return place
 
     def end(self, places: Sequence[int]) -> list[Tensor]:
@@ -142,12 +168,17 @@ class Recording:
             return _Address(place, address - start)
         return None
 
-    def view(self, tensor: Tensor) -> _View:
-        """A tensor by its place in memory."""
-        kind = _kind(tensor)
+    def _address(self, tensor: Tensor) -> _Address | None:
+        """Where a tensor lies; `None` where it has no elements."""
         found = self._find(tensor) if tensor.numel() else None
         if found is None:
             self.complete &= tensor.numel() == 0  # else nobody knows where it comes from
+        return found
+
+    def view(self, tensor: Tensor) -> _View:
+        """A tensor by its place in memory."""
+        kind, found = _kind(tensor), self._address(tensor)
+        if found is None:
             return _View(None, 0, *kind)
         self.complete &= self.memory[found.place].dtype == tensor.dtype
         return _View(found.place, found.offset, *kind)
@@ -171,7 +202,7 @@ class Recording:
             is_new = tensor.numel() > 0 and self._find(tensor) is None
             made.append(self._keep(tensor) if is_new else None)
         if any(place is not None for place in made) or not is_pure:
-            if function in NEW_MEMORY and made[0] is not None:
+            if function in _NEW_MEMORY and made[0] is not None:
                 like = self.view(result)
                 given, named = [like.shape, like.strides], {"dtype": like.dtype}
                 named["device"] = like.device
@@ -186,26 +217,10 @@ class Recording:
             return [self._described(entry) for entry in value]
         return value
 
-    def launched(
-        self,
-        kernel: Any,
-        compiled: Any,
-        grid: Sequence[int],
-        args: Sequence[Any],
-        keywords: Mapping[str, Any],
-    ) -> None:
-        """A kernel was launched; arguments as of `plans.launch`."""
-        if not can_run(compiled):
-            self.complete = False
-            return
-        values = []
-        for value in all_arguments(kernel, args, keywords):
-            if isinstance(value, Tensor):
-                view = self.view(value)
-                value = 0 if view.place is None else _Address(view.place, view.offset)
-            values.append(value)
-        run = caller(compiled, [*grid, 1, 1][:3])
-        self.steps.append(_Step(run, (_STREAM, values), {}, (), False, False))
+    def launched(self, call: Callable[..., object], arguments: Sequence[Any]) -> None:
+        """A kernel was launched: by `call` of a stream and the arguments it is launched again."""
+        values = [self._address(v) or 0 if isinstance(v, Tensor) else v for v in arguments]
+        self.steps.append(_Step(call, (_STREAM, values), {}, (), False, False))
 
     def needed(
         self, steps: Sequence[_Step], results: Iterable[_View | None]
@@ -222,11 +237,18 @@ class Recording:
         return chosen[::-1], sorted(live - made)
 
     def function(
-        self, steps: Sequence[_Step], given: Sequence[int | None], results: Sequence[_View | None]
-    ) -> Callable[[Sequence[Any]], list[Any]]:
-        """Does the steps that results depend on: from tensors at the places `given` to results."""
+        self,
+        steps: Sequence[_Step],
+        given: Sequence[int | None],
+        results: Sequence[_View | None],
+        num_addresses: int = 0,
+    ) -> Function:
+        """Does the steps that results depend on, with tensors at the places `given`.
+
+        Of the last `num_addresses` it is given the addresses, too.
+        """
         chosen, _ = self.needed(steps, results)
-        return _Writer(self.memory, chosen, results).function(given, results)
+        return _Writer(self.memory, chosen, results).function(given, results, num_addresses)
 
 
 def _without_computing(function: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -269,33 +291,73 @@ class _Writer:
             "empty_strided": torch.empty_strided,
             "current_device": driver.get_current_device,
             "current_stream": driver.get_current_stream,
-            "device": torch.cuda.device,
+            "cuda": torch.cuda,
         }
-        self._addressed: set[int] = set()
         self._kept = set(_places(list(results)))
+        self._offsets, self._num_bytes = self._arranged()
+        self._addressed = set(self._offsets)
+
+    def _arranged(self) -> tuple[dict[int, int], int]:
+        """Where in one buffer lies what only launches use, and the size of that buffer.
+
+        The largest first, each at the lowest place that is free from its first launch to its last.
+        """
+        used: dict[int, list[int]] = {}
+        others = set(self._kept)
+        for number, step in enumerate(self._steps):
+            if step.is_launch:
+                for place in step.used():
+                    used.setdefault(place, []).append(number)
+            else:
+                others |= step.used()
+        new = {step.made[0] for step in self._steps if step.function is torch.empty_strided}
+        places = [place for place in used if place in new - others]
+        placed: list[tuple[int, int, int]] = []
+        offsets: dict[int, int] = {}
+        for place in sorted(places, key=lambda place: -self._memory[place].nbytes):
+            size, first, last = self._memory[place].nbytes, used[place][0], used[place][-1]
+            offset = 0
+            for start, stop, other in sorted(placed):
+                beside = used[other][-1] < first or last < used[other][0]
+                if not beside and start < offset + size and offset < stop:
+                    offset = -(-stop // _ALIGNMENT) * _ALIGNMENT
+            offsets[place] = offset
+            placed.append((offset, offset + size, place))
+        return offsets, max((stop for _, stop, _ in placed), default=0)
 
     def function(
-        self, given: Sequence[int | None], results: Sequence[_View | None]
-    ) -> Callable[[Sequence[Any]], list[Any]]:
+        self, given: Sequence[int | None], results: Sequence[_View | None], num_addresses: int
+    ) -> Function:
         number = self._written(self._space["current_device"]())
-        names = [f"_{i}" if place is None else f"t{place}" for i, place in enumerate(given)]
+        cut = len(given) - num_addresses
+        used = {place for step in self._steps for place in step.used()} | self._kept
         lines = [
-            "def run(given):",
+            "def run(given, addresses=()):",
             f"    if current_device() != {number}:",
-            f"        with device({number}):",
-            "            return run(given)",
+            f"        with cuda.device({number}):",
+            "            return run(given, addresses)",
             f"    stream = current_stream({number})",
-            f"    [{', '.join(names)}] = given",
         ]
+        lines += [f"    t{p} = given[{i}]" for i, p in enumerate(given) if p in used]
+        lines += [f"    p{p} = addresses[{i}]" for i, p in enumerate(given[cut:]) if p in used]
+        self._addressed.update(place for place in given[cut:] if place is not None)
+        if self._offsets:
+            device = self._written(self._memory[next(iter(self._offsets))].device)
+            size = f"({self._num_bytes},), (1,), dtype={self._written(torch.uint8)}"
+            lines.append(f"    memory = empty_strided({size}, device={device})")
+            lines.append("    address = memory.data_ptr()")
+            lines += [f"    p{p} = address + {offset}" for p, offset in self._offsets.items()]
         last = {place: i for i, step in enumerate(self._steps) for place in self._all(step)}
-        mine = {place for step in self._steps for place in step.made}
+        mine = {place for step in self._steps for place in step.made} - set(self._offsets)
         for i, step in enumerate(self._steps):
+            if step.made[:1] and step.made[0] in self._offsets:
+                continue
             lines += [f"    {line}" for line in self._statements(step)]
             done = [place for place in self._all(step) if last[place] == i and place in mine]
             lines += [f"    del t{place}" for place in sorted({*done} - self._kept)]
         lines.append(f"    return [{', '.join(map(self._written, results))}]")
         exec("\n".join(lines), self._space)
-        run: Callable[[Sequence[Any]], list[Any]] = self._space["run"]
+        run: Function = self._space["run"]
         return run
 
     def _all(self, step: _Step) -> set[int]:
@@ -303,7 +365,7 @@ class _Writer:
 
     def _statements(self, step: _Step) -> list[str]:
         lines = []
-        for value in step.arguments[1] if step.arguments[:1] == (_STREAM,) else ():
+        for value in step.arguments[1] if step.is_launch else ():
             if isinstance(value, _Address) and value.place not in self._addressed:
                 self._addressed.add(value.place)
                 lines.append(f"p{value.place} = t{value.place}.data_ptr()")

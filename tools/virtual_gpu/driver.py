@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ class _Utils:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self.loaded = 0
+        self._functions = itertools.count(1)
 
     def get_device_properties(self, device: object) -> dict[str, int]:
         return {
@@ -90,9 +91,8 @@ class _Utils:
         """(module, function, registers, spills, most threads). The function is only a number: what
         it stands for is noted by the hook that Triton calls next. Spills are words of local memory
         a thread, as Triton's own driver counts them."""
-        self.loaded += 1
         registers, local_bytes = resources(binary, name)
-        return None, self.loaded, registers, local_bytes // 4, MOST_THREADS
+        return None, next(self._functions), registers, local_bytes // 4, MOST_THREADS
 
 
 class NamedGpu:

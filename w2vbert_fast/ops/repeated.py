@@ -1,4 +1,4 @@
-"""A function of several operations whose Triton launches are recorded once and then repeated."""
+"""A function of several operations, recorded once and then repeated (`csrc_triton.script`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def repeated(
     parameters: Sequence[Tensor | None],
     addresses: list[int],
 ) -> list[Tensor]:
-    """`run()`, or its launches alone where a call with arguments like these was recorded.
+    """`run()`, or what it launches and computes where a call with arguments like these was
+    recorded.
 
     The caller has made sure that nothing watches (`is_watched`), no gradient is recorded and Triton
     kernels run.
@@ -44,17 +45,14 @@ def repeated(
     key = plans.key_of((*tensors, *values))
     if key is None:
         return run()
-    plan = table.get(key)
-    if plan is None:
-        if key in table:  # there was no way
-            return run()
-        tape = plans.Tape((*tensors, *parameters))
-        with _device_of(cast(Tensor, tensors[0])), plans.told(tape), _Operations(tape):
-            results = run()
-            table[key] = tape.plan(results)
-        return results
-    given = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return cast(list[Tensor], plan(given + addresses))
+    function = table.get(key)
+    given = (*tensors, *parameters)
+    if function is not None:
+        return cast(list[Tensor], function(given, addresses))
+    if key in table:  # there was no way
+        return run()
+    table[key], results = _record(run, given, len(parameters))
+    return results
 
 
 def repeated_with_gradient(
@@ -91,7 +89,8 @@ def repeated_with_gradient(
         # Hooks of these would be called for a gradient that nobody asked for.
         hooked = any(t is not None and t._backward_hooks for t in (*tensors, *parameters))
         if key not in table and not hooked:
-            script, made = table[key], _ = _record(run, inputs, (*tensors, *parameters))
+            others = (*tensors, *parameters)
+            script, made = table[key], _ = _record_with_gradient(run, inputs, others)
         if script is None:
             return run(*inputs)
     return cast(
@@ -170,15 +169,36 @@ def _without_autocast() -> AbstractContextManager[object]:
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
+def _begun(given: Sequence[Tensor | None]) -> tuple[Any, list[int | None]]:
+    """A recording of what is done with these tensors, and their places."""
+    from csrc_triton.script import Recording
+
+    recording = Recording()
+    return recording, [recording.given(tensor) for tensor in given]
+
+
 def _record(
+    run: Callable[[], list[Tensor]], given: Sequence[Tensor | None], num_addresses: int
+) -> tuple[Any, list[Tensor]]:
+    """What does the same again, from tensors and addresses of the last of them, `None` where there
+    is no way; and the results."""
+    recording, places = _begun(given)
+    if not recording.complete:
+        return None, run()
+    with _device_of(cast(Tensor, given[0])), _Operations(recording):
+        results = run()
+    outputs = [recording.view(result) for result in results]
+    if not recording.complete:
+        return None, results
+    return recording.function(recording.steps, places, outputs, num_addresses), results
+
+
+def _record_with_gradient(
     run: Callable[..., list[Tensor]], inputs: Sequence[Tensor], others: Sequence[Tensor | None]
 ) -> tuple[_Script | None, list[Tensor] | None]:
     """The script, and what its `forward` would return now. The gradient is gone through, but not
     computed."""
-    from csrc_triton.script import Recording
-
-    recording = Recording()
-    places = [recording.given(tensor) for tensor in (*inputs, *others)]
+    recording, places = _begun((*inputs, *others))
     if not recording.complete:
         return None, None
     with _device_of(inputs[0]), _Operations(recording), without_kept_casts():
@@ -231,7 +251,7 @@ def _plans_and_table() -> tuple[Any, Any]:
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells a tape what PyTorch does besides launches."""
+    """Tells a recording what PyTorch does besides launches."""
 
     def __init__(self, tape: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -2,7 +2,8 @@
 
 Between the launches of a layer lie its modules, their attributes, the choice of operations and the
 plans of fourteen launchers, all of which come to the same for the next layer and the next batch of
-this size. So the launches are kept by all that they depend on (`csrc_triton.plans.Tape`):
+this size. So the launches, and PyTorch's operations between them, are kept by all that they depend
+on (`csrc_triton.script`):
 
 * of the layer everything that its modules hold: classes, attributes, parameters by dtype, device,
   shape, strides, alignment and which of them follow each other in memory. Hooks, other classes
@@ -11,21 +12,21 @@ this size. So the launches are kept by all that they depend on (`csrc_triton.pla
 * what `csrc_triton.plans` assumes anyhow.
 
 All of it is compared at each call. Layers that are alike share what was recorded, for a parameter
-is an address among others. What does more than allocate, view and launch (positions that are plain
-PyTorch) runs as it always did, and so does everything that is watched.
+is an address among others. Positions that are plain PyTorch run as they always did, and so does
+everything that is watched.
 
-Where gradients are recorded, PyTorch's operations are repeated too, a layer is one function of
-autograd, and the launches of its gradient are another sequence (`ops.repeated`). Which parameters
-require a gradient, the probabilities of dropout, and what autocast casts to are among what is
-compared. Where what is kept for the backward pass is packed or computed again, all is as it always
-was; and so it is under autocast without gradients, where a weight may be cast once for many calls.
+Where gradients are recorded, a layer is one function of autograd, and the launches of its gradient
+are another sequence (`ops.repeated`). Which parameters require a gradient, the probabilities of
+dropout, and what autocast casts to are among what is compared. Where what is kept for the backward
+pass is packed or computed again, all is as it always was; and so it is under autocast without
+gradients, where a weight may be cast once for many calls.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, count
 from operator import attrgetter, is_
 from typing import Any
 
@@ -196,7 +197,7 @@ class _State:
                 parameters.append(())
         try:
             signature = (tuple(self._kinds), tuple(attributes), tuple(parameters))
-            return _NUMBERS.setdefault(signature, len(_NUMBERS))
+            return _NUMBERS.setdefault(signature, next(_COUNT))  # unique in threads, too
         except TypeError:  # an attribute that has no hash
             return None
 
@@ -207,6 +208,7 @@ def _values(owners: Sequence[dict[str, Any]]) -> list[Any]:
 
 _EQUAL: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 _NUMBERS: dict[tuple[Any, ...], int] = {}
+_COUNT = count()
 _STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 
 
