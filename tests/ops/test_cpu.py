@@ -394,6 +394,51 @@ def test_not_a_number_stays_in_its_utterance() -> None:
     assert relative_error(got[65:], expected[65:]) <= FP32
 
 
+@pytest.mark.usefixtures("_onednn")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_behind_an_utterance_gets_no_weight(dtype: torch.dtype) -> None:
+    lengths = (450, 301)
+    tensors = tuple(random(dtype, sum(lengths), 2, 64) for _ in range(3))
+    arguments = (cumulative(lengths), max(lengths), random(dtype, 73, 64), 64, 8)
+    expected = attend(*tensors, *arguments)
+    for tensor in tensors:
+        tensor[450:] = math.nan
+    got = attend(*tensors, *arguments)
+    assert relative_error(got[:450], expected[:450]) <= (FP32 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_multiplies_in_few_shapes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[tuple[Any, ...]] = set()
+
+    def note(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def noting(*operands: Any, **options: Any) -> Tensor:
+            seen.add(tuple(operand.shape for operand in operands))
+            result: Tensor = function(*operands, **options)
+            return result
+
+        monkeypatch.setattr(module, name, noting)
+
+    if dtype == torch.float32:
+        note(attention, "matmul_transposed")
+    else:
+        note(torch, "bmm")
+        note(torch, "baddbmm")
+    embedding = random(dtype, 73, 64)
+    lengths = range(400, 800, 5)
+    for length in lengths:
+        tensors = tuple(random(dtype, length, 2, 64) for _ in range(3))
+        attend(*tensors, cumulative((length,)), length, embedding, 64, 8)
+    # Sixteen numbers of keys, each with as many numbers of queries as it has blocks, if need be.
+    assert len(lengths) == 80
+    assert len(seen) <= 90
+    assert seen or not capability.onednn_linear(dtype)
+
+
 PEAK = """
 import resource, torch
 from w2vbert_fast.ops import cpu

@@ -24,7 +24,9 @@ scored at once, all heads and keys, each position score picked by its index; in 
 
 Products. bf16 goes through oneDNN's batched product, several heads a call. fp32 goes to MKL, which
 on AMD processors is less than half as fast as oneDNN's linear layer, so long utterances go through
-that, head by head.
+that, head by head. oneDNN keeps what it prepares for each shape, so without log-sum-exp and dropout
+its products have few numbers of queries and keys (`sizes`): scores of what is behind an utterance
+are computed too, and get no weight.
 
 Gradients, block by block of queries too, in as little memory. With the numerators w_ij of a row's
 softmax, their sum z_i, the kept weights m_ij and g' = g / (z (1 - p)), which puts both divisions on
@@ -57,6 +59,7 @@ from w2vbert_fast.ops.cpu import threads
 from w2vbert_fast.ops.cpu.capability import onednn_linear
 from w2vbert_fast.ops.cpu.conv import utterances_of
 from w2vbert_fast.ops.cpu.gemm import matmul_transposed
+from w2vbert_fast.ops.cpu.sizes import rounded_up
 
 _BLOCK_BYTES = 2 << 20
 """Scores in flight where a head is scored by itself."""
@@ -104,16 +107,20 @@ class Utterance(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries `start` to `end` of an utterance of `length` keys at row `offset` of the batch."""
+    """Queries `start` to `end` of an utterance of `length` keys at row `offset` of the batch.
+
+    Where sizes are few only the first `own` queries need be the utterance's.
+    """
 
     offset: int
     length: int
     start: int
     end: int
+    own: int
 
     def rows(self) -> slice:
-        """The queries, in the batch."""
-        return slice(self.offset + self.start, self.offset + self.end)
+        """The utterance's queries, in the batch."""
+        return slice(self.offset + self.start, self.offset + self.start + self.own)
 
     def columns(self) -> slice:
         """All of the utterance's keys, in the batch."""
@@ -160,10 +167,13 @@ def shaw_attention(
     # Without positions that matter to the softmax the embedding counts for the log-sum-exp only.
     embedding = distance_embedding if return_log_sum_exp or left + right > 0 else None
 
+    few_sizes = dropout_p == 0.0 and not return_log_sum_exp
+
     def attend_share(share: Share) -> None:
         rows, heads, utterances = share.rows, share.heads, share.utterances
         tensors = (query[rows, heads], key[rows, heads], value[rows, heads])
-        attend = Attend(*tensors, longest_of(utterances), embedding, left, right)
+        longest = longest_of(utterances)
+        attend = Attend(*tensors, longest, embedding, left, right, few_sizes=few_sizes)
         dropout = Dropout(dropout_p, dropout_seed, share.number)
         statistics = log_sum_exp[heads, rows] if return_log_sum_exp else None
         for block, of_heads, by_head in attend.blocks(share):
@@ -340,7 +350,8 @@ class Attend:
     """Attention of some heads of one group of utterances: what all blocks share.
 
     `query` is scaled, with the factor `1 / sqrt(D)`, and with log2(e) where the scores are in base
-    2; it, `key` and `value` are `[H, N, D]`, contiguous rows a head.
+    2; it, `key` and `value` are `[H, N, D]`, contiguous rows a head, behind which there are zeros
+    where sizes are few.
     """
 
     def __init__(
@@ -352,14 +363,22 @@ class Attend:
         distance_embedding: Tensor | None,
         left: int,
         right: int,
+        *,
+        few_sizes: bool = False,
     ) -> None:
         num_tokens, num_heads, head_size = query.shape
+        self.few_sizes = few_sizes
+        behind = max_seqlen // 16 if few_sizes else 0  # as far as sizes are rounded up
         self.base_two = base_two(query.dtype)
         factor = (math.log2(math.e) if self.base_two else 1.0) / math.sqrt(head_size)
-        self.query = query.new_empty(num_heads, num_tokens, head_size)
-        torch.mul(query.transpose(0, 1), factor, out=self.query)
         # oneDNN's products would copy the values again for every block.
-        self.key, self.value = (x.transpose(0, 1).contiguous() for x in (key, value))
+        shape = (num_heads, num_tokens + behind, head_size)
+        self.query, self.key, self.value = (query.new_empty(shape) for _ in range(3))
+        torch.mul(query.transpose(0, 1), factor, out=self.query[:, :num_tokens])
+        self.key[:, :num_tokens] = key.transpose(0, 1)
+        self.value[:, :num_tokens] = value.transpose(0, 1)
+        for x in (self.query, self.key, self.value):
+            x[:, num_tokens:].zero_()
         self.positions: Positions | None = None
         if distance_embedding is not None:
             self.positions = _positions(self.query, distance_embedding, left, right, max_seqlen)
@@ -388,13 +407,15 @@ class Attend:
             queries = min(share.most_queries, max(_MIN_QUERIES, _GROUP_BYTES // row_bytes))
             num_blocks = max(1, round(num_queries / queries))
         queries = -(-num_queries // num_blocks)
+        queries = self._size(queries, by_head)
         head_bytes = row_bytes * queries
         group = max(
             1, _GROUP_BYTES // head_bytes, min(_GROUP_HEADS, 2 * _GROUP_BYTES // head_bytes)
         )
         group = 1 if by_head else group
         for start in range(first, end, queries):
-            block = Block(offset, length, start, min(start + queries, end))
+            own = min(queries, end - start)
+            block = Block(offset, length, start, start + self._size(own, by_head), own)
             for heads in self._groups(group):
                 yield block, heads, by_head
 
@@ -409,8 +430,8 @@ class Attend:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Softmax's numerators `[G, b, T]`, their sums `[G, b, 1]`, and what was subtracted from
         the exponents."""
-        rows, columns = block.rows(), block.columns()
-        query, key = self.query[heads, rows], self.key[heads, columns]
+        query = self.query[heads, block.offset + block.start : block.offset + block.end]
+        key = self.key[heads, self._columns(block, by_head)]
         bias = None
         if self.positions is not None:
             bias = _bias(self.positions, heads, block, query.dtype)
@@ -419,12 +440,13 @@ class Attend:
             if bias is not None:
                 bias.add_to(scores)
         else:
-            scores = self._buffer(query.shape[0], query.shape[1], block.length)  # [G, b, T]
+            scores = self._buffer(query.shape[0], query.shape[1], key.shape[1])  # [G, b, T]
             if bias is not None:
                 # The product is added to it before it is rounded.
                 bias.fill(scores)
             beta = 0.0 if bias is None else 1.0
             torch.baddbmm(scores, query, key.transpose(1, 2), beta=beta, out=scores)
+        scores[..., block.length :] = -math.inf
         shifts = []
         if not all(self.in_range[heads]):
             maximum = scores.amax(-1, keepdim=True)
@@ -446,7 +468,10 @@ class Attend:
     ) -> None:
         """Fill the block's rows of `output` `[N, H, D]` and, where it has rows, of `log_sum_exp`
         `[H, N]`."""
-        rows, value = block.rows(), self.value[heads, block.columns()]
+        rows, value = block.rows(), self.value[heads, self._columns(block, by_head)]
+        if value.shape[1] > block.length:
+            value = value.clone()
+            value[:, block.length :] = 0.0  # a weight of zero does not silence NaN
         powers, total, shifts = self.powers(block, heads, by_head)
         kept = dropout.kept(powers)
         weights = powers if kept is None else powers.mul_(kept)
@@ -455,13 +480,23 @@ class Attend:
         else:
             weighted = torch.bmm(weights, value)  # [G, b, D]
         divisor = total if kept is None else total * dropout.keep
-        torch.div(weighted, divisor, out=output[rows, heads].transpose(0, 1))
+        own = slice(block.own)
+        torch.div(weighted[:, own], divisor[:, own], out=output[rows, heads].transpose(0, 1))
         if log_sum_exp is not None:
             exponent = total.log_()
             unit = math.log(2.0) if self.base_two else 1.0
             for shift in shifts:
                 exponent = exponent + shift.to(exponent.dtype) * unit
             log_sum_exp[heads, rows] = exponent.squeeze(-1).float()
+
+    def _size(self, number: int, by_head: bool) -> int:
+        """Queries or keys of a product for so many of an utterance."""
+        rounds = self.few_sizes and (by_head or self.query.dtype != torch.float32)
+        return rounded_up(number) if rounds else number
+
+    def _columns(self, block: Block, by_head: bool) -> slice:
+        """The keys of a block's products, in the batch."""
+        return slice(block.offset, block.offset + self._size(block.length, by_head))
 
     def _buffer(self, *shape: int) -> Tensor:
         """Memory for scores, kept between blocks."""
