@@ -60,7 +60,8 @@ def layer_runner(x: Tensor, layout: PackedBatch) -> Layer:
         x: `[N, C]`, what enters the first layer.
         layout: the utterances, with the attention's work list.
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if (
         is_watched((x,))
         or (autocast and not torch.is_grad_enabled())
@@ -70,7 +71,7 @@ def layer_runner(x: Tensor, layout: PackedBatch) -> Layer:
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return Wav2Vec2BertEncoderLayer.from_normed
-    return _Replays(layout, str(torch.get_autocast_dtype(x.device.type)) if autocast else "")
+    return _Replays(layout, str(torch.get_autocast_dtype(device)) if autocast else "")
 
 
 class _Replays:
