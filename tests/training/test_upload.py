@@ -68,6 +68,29 @@ def test_the_best_checkpoint_is_uploaded_and_again_where_it_failed(
     assert "adapter/adapter_config.json" in names
 
 
+def test_a_hub_that_is_not_reached_is_said_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ConnectError(Exception):  # no OSError, as the HTTP client's own is none
+        pass
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fails)
+    source = RandomSource(4)
+    model = make_model(tmp_path / "model", **STILL)
+    options = config(model, tmp_path / "out", steps=1, push_to_hub="me/new")
+    with pytest.raises(OSError, match=r"^me/new: the hub cannot be reached: \[Errno -2\]"):
+        finetune(options, train=source, evaluation=source, on_step=lambda _: pytest.fail())
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda *a, **o: SimpleNamespace(repo_id="me/new")
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fails)
+    with pytest.raises(OSError, match=r"^me/new: the hub cannot be reached"):
+        finetune(options, train=source, evaluation=source)
+
+
 def test_privacy_without_an_upload_has_no_effect(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hub_private needs push_to_hub"):
         config(tmp_path, tmp_path, hub_private=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -97,7 +98,7 @@ class HubMixin:
             The address of the commit, or of the pull request.
 
         Raises:
-            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+            OSError: the hub cannot be reached, or refuses: `huggingface_hub.errors.HfHubHTTPError`.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **save_arguments)  # type: ignore[attr-defined]
@@ -150,6 +151,32 @@ class FilesMixin(HubMixin):
         raise NotImplementedError
 
 
+@contextlib.contextmanager
+def _reached(repo_id: str) -> Iterator[None]:
+    """An error of the connection is an `OSError`, also where the hub's client has its own kind."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError):
+        raise
+    except Exception as error:
+        raise OSError(f"{repo_id}: the hub cannot be reached: {error}") from error
+
+
+def make_repository(
+    repo_id: str, private: bool | None = None, token: str | bool | None = None
+) -> str:
+    """A repository of the hub, made where there is none; its whole name.
+
+    Raises:
+        OSError: the hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with _reached(repo_id):
+        hub = HfApi(token=token)
+        return str(hub.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+
+
 def upload_folder(
     folder: str | os.PathLike[str],
     filenames: Sequence[str],
@@ -165,17 +192,17 @@ def upload_folder(
     """Upload some files of a folder; see `HubMixin.push_to_hub`."""
     from huggingface_hub import HfApi
 
-    hub = HfApi(token=token)
-    repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = hub.upload_folder(
-        repo_id=repository,
-        folder_path=Path(folder),
-        allow_patterns=list(filenames),
-        commit_message=commit_message or "Upload a model",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    repository = make_repository(repo_id, private, token)
+    with _reached(repository):
+        commit = HfApi(token=token).upload_folder(
+            repo_id=repository,
+            folder_path=Path(folder),
+            allow_patterns=list(filenames),
+            commit_message=commit_message or "Upload a model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
     return str(commit.pr_url if create_pr else commit.commit_url)
 
 

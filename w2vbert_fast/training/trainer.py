@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from torch import Tensor
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.checkpoints.files import make_folder, write_json
-from w2vbert_fast.checkpoints.hub import upload_folder
+from w2vbert_fast.checkpoints.hub import make_repository, upload_folder
 from w2vbert_fast.training.batches import BatchPlan
 from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.data import (
@@ -141,11 +140,11 @@ def finetune(
         Where the checkpoints are, and the best score.
 
     Raises:
-        OSError: a file or the model cannot be found.
+        OSError: a file or the model cannot be found; or the hub cannot be reached, or refuses an
+            upload, which the same call repeats.
         ManifestError: a manifest has rows that cannot be used.
         ValueError: model and data do not fit, or `config.out` holds the state of another run.
         ImportError: a package of the extra `train` is missing.
-        huggingface_hub.errors.HfHubHTTPError: the hub refuses an upload; the same call repeats it.
         FloatingPointError: 25 steps in a row had no finite loss and gradient.
     """
     for module in ("accelerate", "matplotlib", *TASKS[config.task].packages):
@@ -274,10 +273,7 @@ class _Run:
         if main:
             if config.push_to_hub is not None:
                 # What the hub refuses, it refuses before the training.
-                private = config.hub_private or None
-                huggingface_hub.HfApi().create_repo(
-                    config.push_to_hub, private=private, exist_ok=True
-                )
+                make_repository(config.push_to_hub, config.hub_private or None)
             write_json(self.out / "finetune.json", config.to_dict())
             log = RunLog(self.out, progress.step, self.total, self.score, config.tensorboard)
         rank = self.accelerator.process_index
