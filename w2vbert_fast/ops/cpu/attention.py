@@ -84,6 +84,9 @@ _FEW_SCORES = 1 << 18
 """So many scores, of all heads of the longest utterance, are computed at once."""
 _GROUP_FRAMES = 1024
 """Frames of utterances that are prepared together."""
+_WHOLE_KEYS = 32
+"""In 16 bits so many keys are multiplied at once. Of a rest (seen with 304 keys) oneDNN 3.12 on AMX
+multiplies the next row's weights by zeros too, and NaN in that row reaches this one."""
 _SAFE_EXPONENT = 64.0
 """Scores within +-64 need no maximum in either base: exp(64) = 2**92 summed over 2**20 keys is
 finite in fp32 and bf16, and what underflows beside exp(-64) is less than 2**-30 of its row."""
@@ -368,7 +371,8 @@ class Attend:
     ) -> None:
         num_tokens, num_heads, head_size = query.shape
         self.few_sizes = few_sizes
-        behind = max_seqlen // 16 if few_sizes else 0  # as far as sizes are rounded up
+        # As far as sizes are rounded up.
+        behind = max_seqlen // 16 + _WHOLE_KEYS if few_sizes else 0
         self.base_two = base_two(query.dtype)
         factor = (math.log2(math.e) if self.base_two else 1.0) / math.sqrt(head_size)
         # oneDNN's products would copy the values again for every block.
@@ -496,7 +500,10 @@ class Attend:
 
     def _columns(self, block: Block, by_head: bool) -> slice:
         """The keys of a block's products, in the batch."""
-        return slice(block.offset, block.offset + self._size(block.length, by_head))
+        size = self._size(block.length, by_head)
+        if self.few_sizes and not by_head and self.query.dtype != torch.float32:
+            size += -size % _WHOLE_KEYS
+        return slice(block.offset, block.offset + size)
 
     def _buffer(self, *shape: int) -> Tensor:
         """Memory for scores, kept between blocks."""
