@@ -296,6 +296,7 @@ def test_the_thread_that_releases_publishes_what_it_did_without_a_barrier() -> N
     execute(launch)
     assert tensors["out"].tolist() == [7] * 32
     # What it does afterwards is not.
+    tensors = {name: torch.zeros(32, dtype=torch.int64) for name in tensors}
     late = "@%p1 st.global.b64 [%rd10], 7;"
     release = "@%p1 red.global.gpu.release.add.u64 [%rd11], 1;"
     body = body.replace("AT", "").replace(late, "").replace(release, f"{release}\n{late}")
@@ -433,6 +434,7 @@ def test_subnormal_numbers_are_added_in_shared_memory_and_flushed_in_global(spac
     mov.b32 %r2, 512;
     mad.wide.u32 %rd20, %r0, 4, %rd0;
     atom.{space}.add.f32 %r3, {place}, %r2;
+    red.{space}.add.u32 {place}, 0;
     st.global.b32 [%rd20], %r3;
     """
     tensors = {"out": out, "there": there}
