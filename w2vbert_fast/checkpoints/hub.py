@@ -154,18 +154,20 @@ class FilesMixin(HubMixin):
 @contextlib.contextmanager
 def _reached(repo_id: str) -> Iterator[None]:
     """An error of the connection is an `OSError`, also where the hub's client has its own kind."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Those of the HTTP client that it is made for.
+    errors: tuple[type[Any], ...] = HfHubHTTPError.__bases__
     try:
         yield
-    except (OSError, ValueError, TypeError):
+    except OSError:
         raise
-    except Exception as error:
+    except errors as error:
         raise OSError(f"{repo_id}: the hub cannot be reached: {error}") from error
 
 
-def make_repository(
-    repo_id: str, private: bool | None = None, token: str | bool | None = None
-) -> str:
-    """A repository of the hub, made where there is none; its whole name.
+def make_repository(repo_id: str, private: bool | None = None) -> None:
+    """Makes a repository of the hub where there is none.
 
     Raises:
         OSError: the hub cannot be reached, or refuses.
@@ -173,8 +175,7 @@ def make_repository(
     from huggingface_hub import HfApi
 
     with _reached(repo_id):
-        hub = HfApi(token=token)
-        return str(hub.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
 
 
 def upload_folder(
@@ -192,9 +193,10 @@ def upload_folder(
     """Upload some files of a folder; see `HubMixin.push_to_hub`."""
     from huggingface_hub import HfApi
 
-    repository = make_repository(repo_id, private, token)
-    with _reached(repository):
-        commit = HfApi(token=token).upload_folder(
+    hub = HfApi(token=token)
+    with _reached(repo_id):
+        repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = hub.upload_folder(
             repo_id=repository,
             folder_path=Path(folder),
             allow_patterns=list(filenames),
