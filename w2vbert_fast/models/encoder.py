@@ -61,15 +61,19 @@ class Wav2Vec2BertEncoder(nn.Module):
         """Number of layers that are there."""
         return len(self.layers)
 
-    @property
-    def may_be_filled(self) -> bool:
+    def may_be_filled(self, x: Tensor) -> bool:
         """Whether rows that are nobody's may be behind those of the utterances
         (`optimized.sizes`): nobody watches a layer or a part of one, or has replaced a layer.
 
         Where there are CUDA graphs these fill their own buckets.
+
+        Args:
+            x: a tensor of the input's device; a CPU's batches alone are filled.
         """
         if (
-            not self.use_fast_kernels
+            x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or not self.use_fast_kernels
             or self.training
             or self.layer_graphs is not None
             or has_global_hooks()

@@ -181,7 +181,8 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         if output_attentions is None:
             output_attentions = config.output_attentions
         layout = self._layout(input_features, attention_mask)
-        fill = self.encoder.may_be_filled and not output_attentions  # maps are of all rows
+        # Attention maps are of all rows.
+        fill = not output_attentions and self.encoder.may_be_filled(input_features)
         filled = in_few_sizes(layout, input_features, fast=fill)
         x, extract_features = self.feature_projection(filled.pack(input_features))
         x = filled.zero_half_frames(self._spec_augment(x, filled, mask_time_indices))
@@ -252,7 +253,8 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
                 "make hidden states random; call model.eval() first"
             )
         layout = self._layout(input_features, attention_mask)
-        filled = in_few_sizes(layout, input_features, fast=self.encoder.may_be_filled)
+        fill = self.encoder.may_be_filled(input_features)
+        filled = in_few_sizes(layout, input_features, fast=fill)
         x, _ = self.feature_projection(filled.pack(input_features))
         x = filled.zero_half_frames(x)
         x, _, _ = self.encoder(x, filled, set(), False, num_layers)
