@@ -14,8 +14,8 @@ from .rules import compiled
 
 BARRIERS = frozenset({"bar.sync", "barrier.sync"})
 CONTROL = frozenset({"bra", "bra.uni", "ret"}) | BARRIERS
-# What a block does as a whole: where a guard lets some blocks alone do it, they part before.
 ATOMIC = ("atom.", "red.")
+# What a block does as a whole: where a guard lets some blocks alone do it, they part before.
 _TOGETHER = ("cp.async.commit", "cp.async.wait", "wgmma.", "fence.proxy.async")
 
 

@@ -58,8 +58,6 @@ _PATIENCE = 64
 """Turns without a change in memory after which further blocks start beside those that wait."""
 _ENDLESS = 1024
 """And after which, when all have started, the kernel is said not to end."""
-
-
 _DOES_NOT_END = "the kernel does not end: it waits, and nothing changes in memory"
 
 
