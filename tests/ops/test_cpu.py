@@ -439,6 +439,32 @@ def test_attention_multiplies_in_few_shapes(
     assert seen or not capability.onednn_linear(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_are_laid_out_once_an_utterance(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, since oneDNN copies parts of a larger tensor for every block; one length is a size of
+    products, the other is not."""
+    lengths = (450, 512)
+    key, value = (random(dtype, sum(lengths), 2, 64) for _ in range(2))
+    monkeypatch.setattr(attention.threads, "count", lambda: 1)
+    (share,) = attention.shares_of(key, cumulative(lengths), None, False)
+    attend = attention.Attend(key, key, value, 512, None, 0, 0, few_sizes=True)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    blocks = 0
+    for block, _, _ in attend.blocks(share):
+        blocks += 1
+        laid_out = seen.setdefault(block.offset, (attend.keys, attend.values))
+        for ours, now, of_batch in zip(
+            laid_out, (attend.keys, attend.values), (key, value), strict=True
+        ):
+            assert ours is now and ours.is_contiguous()
+            own, behind = ours.split([block.length, ours.shape[1] - block.length], 1)
+            assert torch.equal(own, of_batch[block.columns()].transpose(0, 1))
+            assert not behind.any()
+    assert len(seen) == 2 < blocks
+
+
 PEAK = """
 import resource, torch
 from w2vbert_fast.ops import cpu

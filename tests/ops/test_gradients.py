@@ -117,7 +117,7 @@ def test_only_wanted_gradients_are_computed(name: str) -> None:
 
 @pytest.mark.parametrize("width", [7, 160, 1024])
 def test_norms(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("w2vbert_fast.ops.cpu.norm._BLOCK_ELEMENTS_BACKWARD", 10_000)
+    monkeypatch.setattr("w2vbert_fast.ops.cpu.norm._BLOCK_ELEMENTS", 10_000)
     torch.manual_seed(0)
     vectors = [*torch.randn(4, width)]
     for tokens in (1, 63, 217):

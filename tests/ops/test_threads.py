@@ -102,6 +102,7 @@ def test_what_is_divided() -> None:
     assert not threads.divides(torch.empty(1023, 1024, dtype=torch.bfloat16))
     assert not threads.divides(torch.empty(399, 4096, dtype=torch.bfloat16))
     assert not threads.divides(torch.empty(1024, 1024, dtype=torch.float16))
+    assert not threads.divides(torch.empty(400, 8, device="meta"))  # no CPU's
     torch.set_num_threads(5)
     assert threads.divides(torch.empty(400, 8))
     assert not threads.divides(torch.empty(1024, 1024, dtype=torch.bfloat16))
@@ -318,6 +319,7 @@ def test_parallel_regions_of_a_layer(shim: Path) -> None:
         ("bfloat16", 2100, False, False),
         ("bfloat16", 2100, True, False),
         ("bfloat16", 6000, False, False),
+        ("bfloat16", 2100, False, True),
         ("int8", 2100, False, False),
     ]
     cases = [case for case in cases if case[0] != "bfloat16" or gemm.onednn_linear(torch.bfloat16)]

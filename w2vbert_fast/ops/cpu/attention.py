@@ -353,9 +353,12 @@ class Attend:
     """Attention of some heads of one group of utterances: what all blocks share.
 
     `query` is scaled, with the factor `1 / sqrt(D)`, and with log2(e) where the scores are in base
-    2; it, `key` and `value` are `[H, N, D]`, contiguous rows a head, behind which there are zeros
-    where sizes are few.
+    2; it, `key` and `value` are `[H, N, D]`. Where sizes are few there are zeros behind the
+    queries; else keys and values are contiguous.
     """
+
+    keys: Tensor  # [H, T, D] of the utterance whose blocks run
+    values: Tensor
 
     def __init__(
         self,
@@ -371,18 +374,15 @@ class Attend:
     ) -> None:
         num_tokens, num_heads, head_size = query.shape
         self.few_sizes = few_sizes
-        # As far as sizes are rounded up.
-        behind = max_seqlen // 16 + _WHOLE_KEYS if few_sizes else 0
+        behind = max_seqlen // 16 if few_sizes else 0  # as far as sizes are rounded up
         self.base_two = base_two(query.dtype)
         factor = (math.log2(math.e) if self.base_two else 1.0) / math.sqrt(head_size)
-        # oneDNN's products would copy the values again for every block.
-        shape = (num_heads, num_tokens + behind, head_size)
-        self.query, self.key, self.value = (query.new_empty(shape) for _ in range(3))
+        self.query = query.new_empty(num_heads, num_tokens + behind, head_size)
         torch.mul(query.transpose(0, 1), factor, out=self.query[:, :num_tokens])
-        self.key[:, :num_tokens] = key.transpose(0, 1)
-        self.value[:, :num_tokens] = value.transpose(0, 1)
-        for x in (self.query, self.key, self.value):
-            x[:, num_tokens:].zero_()
+        self.query[:, num_tokens:].zero_()
+        self.key, self.value = key.transpose(0, 1), value.transpose(0, 1)
+        if not few_sizes:
+            self.key, self.value = self.key.contiguous(), self.value.contiguous()
         self.positions: Positions | None = None
         if distance_embedding is not None:
             self.positions = _positions(self.query, distance_embedding, left, right, max_seqlen)
@@ -403,6 +403,9 @@ class Attend:
         if num_queries == 0:
             return
         by_head = _uses_linear(self.query.dtype, length)
+        self.keys, self.values = (
+            self._laid_out(x[:, offset : offset + length], by_head) for x in (self.key, self.value)
+        )
         row_bytes = self.query.element_size() * length
         if by_head:
             queries = max(_MIN_QUERIES, _BLOCK_BYTES // row_bytes)
@@ -435,7 +438,7 @@ class Attend:
         """Softmax's numerators `[G, b, T]`, their sums `[G, b, 1]`, and what was subtracted from
         the exponents."""
         query = self.query[heads, block.offset + block.start : block.offset + block.end]
-        key = self.key[heads, self._columns(block, by_head)]
+        key = self.keys[heads]
         bias = None
         if self.positions is not None:
             bias = _bias(self.positions, heads, block, query.dtype)
@@ -472,10 +475,7 @@ class Attend:
     ) -> None:
         """Fill the block's rows of `output` `[N, H, D]` and, where it has rows, of `log_sum_exp`
         `[H, N]`."""
-        rows, value = block.rows(), self.value[heads, self._columns(block, by_head)]
-        if value.shape[1] > block.length:
-            value = value.clone()
-            value[:, block.length :] = 0.0  # a weight of zero does not silence NaN
+        rows, value = block.rows(), self.values[heads]
         powers, total, shifts = self.powers(block, heads, by_head)
         kept = dropout.kept(powers)
         weights = powers if kept is None else powers.mul_(kept)
@@ -498,12 +498,19 @@ class Attend:
         rounds = self.few_sizes and (by_head or self.query.dtype != torch.float32)
         return rounded_up(number) if rounds else number
 
-    def _columns(self, block: Block, by_head: bool) -> slice:
-        """The keys of a block's products, in the batch."""
-        size = self._size(block.length, by_head)
-        if self.few_sizes and not by_head and self.query.dtype != torch.float32:
+    def _laid_out(self, rows: Tensor, by_head: bool) -> Tensor:
+        """An utterance's keys or values `[H, T, D]` as its products take them.
+
+        Where sizes are few, contiguous, or oneDNN would copy them for every block, and with zeros
+        behind them: a weight of zero does not silence NaN.
+        """
+        if not self.few_sizes:
+            return rows
+        length = rows.shape[1]
+        size = self._size(length, by_head)
+        if not by_head and self.query.dtype != torch.float32:
             size += -size % _WHOLE_KEYS
-        return slice(block.offset, block.offset + size)
+        return (F.pad(rows, (0, 0, 0, size - length)) if size > length else rows).contiguous()
 
     def _buffer(self, *shape: int) -> Tensor:
         """Memory for scores, kept between blocks."""

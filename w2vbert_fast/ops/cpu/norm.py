@@ -7,8 +7,8 @@ rows the five calls themselves are what takes time, and PyTorch's one call is fa
 
 The sum of a residual connection is normalised as it is stored, as the plain form does.
 
-The gradients are PyTorch's native backward, a block of rows at a time, on any device, in any
-floating dtype. Statistics are computed again from the rows. In dtypes below float32 the block is
+The gradients are PyTorch's native backward, a share of rows at a time, on any device, in any
+floating dtype. Statistics are computed again from the rows. In dtypes below float32 the share is
 float32, so that only the gradients of the rows are rounded.
 
 The functions take and return what the operations of `ops.norm` do; results are contiguous.
@@ -23,19 +23,17 @@ from torch import Tensor
 from w2vbert_fast.ops.cpu import threads
 
 _BLOCK_ELEMENTS = 1 << 18
-"""Elements that a thread normalises at a time: 1 MB, which five passes find in its cache."""
+"""Elements that a thread normalises at a time: 1 MB in float32, which five passes find in its
+cache. The gradients make several copies, no larger than what the allocator keeps."""
 _SHARE_ELEMENTS = 3 << 18
 """Elements that are worth a share; see `gemm`."""
 _FEW_ELEMENTS = 1 << 16
 """So few elements are normalised in one call: the others take 20 microseconds more."""
-_BLOCK_ELEMENTS_BACKWARD = 1 << 18
-"""Elements at a time, in float32 1 MB: of each are several copies, which must not be larger than
-what the allocator keeps."""
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As `ops.layer_norm`."""
-    shares = _shares(x)
+    shares = _shares(x, x.dtype)
     if len(shares) == 1 and not takes_passes(x, weight, bias):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -46,10 +44,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _shares(x: Tensor) -> list[slice]:
-    """Shares of rows of `[rows, hidden]`, no larger than is well for a cache."""
+def _shares(x: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Shares of rows of `[rows, hidden]`, no larger than is well for a cache in `dtype`."""
     number = threads.number(x, x.numel() / _SHARE_ELEMENTS)
-    if x.dtype == torch.float32 or threads.count() == 1:
+    if dtype.itemsize >= 4 or threads.count() == 1:
         number = max(number, x.numel() // _BLOCK_ELEMENTS)
     return threads.slices(x.shape[0], number)
 
@@ -75,12 +73,6 @@ def layer_norm_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: f
     torch.addcmul(bias, out.mul_(scale), weight, out=out)
 
 
-def row_blocks(x: Tensor, elements: int) -> list[slice]:
-    """Slices of rows of `[rows, hidden]`, of so many elements, to stay in cache over passes."""
-    step = max(1, elements // max(x.shape[-1], 1))
-    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
-
-
 def residual_layer_norm(
     residual: Tensor, x: Tensor, scale: float, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -91,7 +83,7 @@ def residual_layer_norm(
         torch.add(residual[rows], x[rows], alpha=scale, out=y[rows])
         norm_rows(z[rows], y[rows], weight, bias, eps)
 
-    threads.run(rows_of, _shares(x), divided=threads.divides(x))
+    threads.run(rows_of, _shares(x, x.dtype), divided=threads.divides(x))
     return y, z
 
 
@@ -113,7 +105,7 @@ def residual_double_layer_norm(
         norm_rows(y[rows], y[rows], weight1, bias1, eps)
         norm_rows(z[rows], y[rows], weight2, bias2, eps)
 
-    threads.run(rows_of, _shares(x), divided=threads.divides(x))
+    threads.run(rows_of, _shares(x, x.dtype), divided=threads.divides(x))
     return y, z
 
 
@@ -145,13 +137,16 @@ def residual_layer_norm_backward(
     the first two are one tensor where `scale` is 1."""
     dtype = torch.promote_types(y.dtype, torch.float32)
     grad_residual = torch.empty_like(y, memory_format=torch.contiguous_format)
-    sums = _zeros(weight, dtype)
     wide = weight.to(dtype)
-    for rows in row_blocks(y, _BLOCK_ELEMENTS_BACKWARD):
-        block, *shares = norm_gradient(grad_z[rows].to(dtype), y[rows].to(dtype), wide, eps)
-        _add_shares(sums, shares)
-        grad_residual[rows] = block if grad_y is None else block.add_(grad_y[rows])
-    return grad_residual, _scaled(grad_residual, scale), *sums
+
+    def rows_of(rows: slice) -> list[Tensor]:
+        grad, *of_norm = norm_gradient(grad_z[rows].to(dtype), y[rows].to(dtype), wide, eps)
+        grad_residual[rows] = grad if grad_y is None else grad.add_(grad_y[rows])
+        return of_norm
+
+    of_shares = threads.run(rows_of, _shares(y, dtype), divided=threads.divides(y))
+    sums = _sums(of_shares, weight, weight)
+    return grad_residual, _scaled(grad_residual, scale), sums[0], sums[1]
 
 
 def residual_double_layer_norm_backward(
@@ -168,31 +163,31 @@ def residual_double_layer_norm_backward(
     """As of `residual_layer_norm_backward`, of weight1, bias1, weight2 and bias2."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad_residual = torch.empty_like(x, memory_format=torch.contiguous_format)
-    first, second = _zeros(weight1, dtype), _zeros(weight2, dtype)
     wide1, wide2 = weight1.to(dtype), weight2.to(dtype)
-    for rows in row_blocks(x, _BLOCK_ELEMENTS_BACKWARD):
+
+    def rows_of(rows: slice) -> list[Tensor]:
         # Both rounded as the forward pass stored them.
         stored = torch.add(residual[rows], x[rows], alpha=scale)
         z = layer_norm(stored, weight1, bias1, eps).to(dtype)
-        y = stored.to(dtype)
-        grad, *shares = norm_gradient(grad_z2[rows].to(dtype), z, wide2, eps)
-        _add_shares(second, shares)
+        grad, *second = norm_gradient(grad_z2[rows].to(dtype), z, wide2, eps)
         if grad_z1 is not None:
             grad.add_(grad_z1[rows])
-        grad, *shares = norm_gradient(grad, y, wide1, eps)
-        _add_shares(first, shares)
+        grad, *first = norm_gradient(grad, stored.to(dtype), wide1, eps)
         grad_residual[rows] = grad
-    return grad_residual, _scaled(grad_residual, scale), *first, *second
+        return [*first, *second]
+
+    of_shares = threads.run(rows_of, _shares(x, dtype), divided=threads.divides(x))
+    sums = _sums(of_shares, weight1, weight1, weight2, weight2)
+    return grad_residual, _scaled(grad_residual, scale), *sums
 
 
-def _zeros(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(weight.dtype, dtype)
-    return torch.zeros_like(weight, dtype=dtype), torch.zeros_like(weight, dtype=dtype)
-
-
-def _add_shares(sums: tuple[Tensor, Tensor], shares: list[Tensor]) -> None:
-    for total, share in zip(sums, shares, strict=True):
-        total += share
+def _sums(of_shares: list[list[Tensor]], *likes: Tensor) -> list[Tensor]:
+    """Gradients of parameters like these, in float32 at least: the sums of those of the shares."""
+    zeros = [
+        torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        for like in likes
+    ]
+    return [sum(parts, zero) for zero, *parts in zip(zeros, *of_shares, strict=True)]
 
 
 def _scaled(grad: Tensor, scale: float) -> Tensor:

@@ -67,7 +67,7 @@ def divides(x: Tensor) -> bool:
     Args:
         x: `[num_tokens, ...]`.
     """
-    if x.dtype not in _SHARES_A_THREAD or x.shape[0] < _LEAST_TOKENS:
+    if x.device.type != "cpu" or x.dtype not in _SHARES_A_THREAD or x.shape[0] < _LEAST_TOKENS:
         return False
     if x.dtype == torch.bfloat16:
         return x.numel() >= _LEAST_ELEMENTS and 1 < count() <= _MOST_THREADS
