@@ -38,6 +38,18 @@ _NEW_MEMORY = frozenset(
     }
 )
 """What PyTorch allocates with, as it is dispatched."""
+_BINDINGS = {
+    torch.ops.aten.add.Tensor: torch.add,
+    torch.ops.aten.addmm.default: torch.addmm,
+    torch.ops.aten.cat.default: torch.cat,
+    torch.ops.aten.clone.default: torch.clone,
+    torch.ops.aten.contiguous.default: Tensor.contiguous,
+    torch.ops.aten.linear.default: torch.nn.functional.linear,
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.mul.Tensor: torch.mul,
+    torch.ops.aten.sum.dim_IntList: torch.sum,
+}
+"""By operation what takes the same arguments and is called in a microsecond or two less."""
 _ALIGNMENT = 256  # of what is allocated together; no kernel is specialised on more than 16
 
 
@@ -50,12 +62,16 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    behind: tuple[int, ...] = ()  # places that it reaches into, of tensors that lie end to end
 
     @property
     def nbytes(self) -> int:
         """From the first element to the last."""
         pairs = zip(self.shape, self.strides, strict=True)
         return (1 + sum((size - 1) * stride for size, stride in pairs)) * self.dtype.itemsize
+
+    def transposed(self) -> _View:
+        return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
 
 
 class _Address(NamedTuple):
@@ -97,6 +113,8 @@ def _places(value: Any) -> Iterable[int]:
     if isinstance(value, _View | _Address):
         if value.place is not None:
             yield value.place
+        if isinstance(value, _View):
+            yield from value.behind
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _places(entry)
@@ -181,7 +199,10 @@ class Recording:
         if found is None:
             return _View(None, 0, *kind)
         self.complete &= self.memory[found.place].dtype == tensor.dtype
-        return _View(found.place, found.offset, *kind)
+        view = _View(found.place, found.offset, *kind)
+        first = bisect.bisect(self._starts, (self._extents[found.place].start, found.place))
+        stop = bisect.bisect(self._starts, (tensor.data_ptr() + view.nbytes,))
+        return view._replace(behind=tuple(place for _, place in self._starts[first:stop]))
 
     def operation(
         self, function: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]
@@ -207,6 +228,10 @@ class Recording:
                 given, named = [like.shape, like.strides], {"dtype": like.dtype}
                 named["device"] = like.device
                 function = torch.empty_strided
+            casts = function is torch.ops.aten._to_copy.default and [*keywords] == ["dtype"]
+            if casts and arguments[0].dtype != keywords["dtype"]:
+                function = Tensor.to
+            function = _BINDINGS.get(function, function)
             self.steps.append(_Step(function, given, named, tuple(made), has_many, is_pure))
         return result
 
@@ -395,8 +420,11 @@ class _Writer:
             kind = (self._written(view.dtype), self._written(view.device))
             return f"empty_strided({view.shape}, {view.strides}, dtype={kind[0]}, device={kind[1]})"
         name = f"t{view.place}"
-        if view == self._memory[view.place]:
+        whole = self._memory[view.place]
+        if view == whole:
             return name
+        if len(view.shape) == 2 and view == whole.transposed():
+            return f"{name}.t()"
         offset = view.offset // view.dtype.itemsize
         start = f", {name}.storage_offset() + {offset}" if offset else ""
         return f"as_strided({name}, {view.shape}, {view.strides}{start})"

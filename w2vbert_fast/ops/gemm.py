@@ -10,11 +10,11 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2vbert_fast.ops import tuned
 from w2vbert_fast.ops.activations import get_activation
@@ -177,6 +177,35 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape that lie end to end, as one with their rows in turn."""
     first = tensors[0]
     return first.as_strided((len(tensors) * first.shape[0], *first.shape[1:]), first.stride())
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Parameters of one shape as one, with their rows in turn; their gradients are parts of one.
+
+    `None` where they do not lie end to end, one is not trained, or a compiler or a function
+    transform looks.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or any(type(tensor) is not nn.Parameter or not tensor.requires_grad for tensor in tensors)
+        or not lie_end_to_end(tensors)
+    ):
+        return None
+    together: Tensor = _Joined.apply(*tensors)  # type: ignore[no-untyped-call]
+    return together
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return _joined(tensors).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        # Who has written to one of them gets autograd's error.
+        return grads[0].chunk(len(ctx.saved_tensors))
 
 
 @functools.cache

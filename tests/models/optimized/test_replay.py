@@ -503,6 +503,7 @@ with activated("sm_90", launches.append) as driver, force_triton():
     plans.forget()
     changes = {
         "a frozen parameter": lambda: weight.requires_grad_(False),
+        "a frozen projection": lambda: layer.self_attn.linear_k.requires_grad_(False),
         "a frozen layer": lambda: layer.requires_grad_(False),
         "all frozen, but for what comes in": lambda: encoder.requires_grad_(False),
         "dropout": lambda: setattr(layer.self_attn.dropout, "p", 0.0),
@@ -573,10 +574,11 @@ with activated("sm_90", launches.append) as driver, force_triton():
     y.backward(retain_graph=True)
     y.backward()
     fails(y.backward, "second time")
-    y = output()
-    with torch.no_grad():
-        weight.add_(1.0)
-    fails(y.backward, "inplace")
+    for changed in (weight, layer.self_attn.linear_v.weight):  # which lies behind the query's
+        y = output()
+        with torch.no_grad():
+            changed.add_(1.0)
+        fails(y.backward, "inplace")
 
     def alive():
         gc.collect()

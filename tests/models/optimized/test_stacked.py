@@ -23,6 +23,7 @@ from tests.helpers.reference import TINY, padded_batch, pair, relative_error
 from w2vbert_fast.models.optimized import stacked
 from w2vbert_fast.models.optimized.stacked import lay_end_to_end
 from w2vbert_fast.ops import dispatch
+from w2vbert_fast.ops.cpu import gemm as cpu
 from w2vbert_fast.ops.gemm import lie_end_to_end
 
 LENGTHS = (33, 1, 18)
@@ -213,6 +214,43 @@ def test_training_goes_on_after_inference() -> None:
             optimizer.step()
             losses[infer].append(float(loss.detach()))
     assert losses[0] == losses[1]
+
+
+def test_projections_are_trained_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csrc_triton.gemm, "linear_backward", cpu.linear_backward)
+    _, ours = pair("Wav2Vec2BertModel")
+    ours.use_fast_kernels = True
+    attention = ours.base_model.encoder.layers[0].self_attn
+    layers = [attention.linear_q, attention.linear_k, attention.linear_v]
+    parameters = projections(ours) + projections(ours, "bias")
+    x = torch.randn(5, TINY["hidden_size"], requires_grad=True)
+    ways = torch.randn(3, 5, TINY["hidden_size"])
+
+    def loss(outputs: list[Tensor]) -> Tensor:
+        return sum((way * y.square()).sum() for way, y in zip(ways, outputs, strict=True))
+
+    def rows() -> list[int]:
+        products.clear()
+        attention._project(x, *layers)
+        return list(products)
+
+    width = TINY["hidden_size"]
+    assert rows() == [3 * width]
+    wanted = [x, *parameters]
+    expected = torch.autograd.grad(loss([F.linear(x, p.weight, p.bias) for p in layers]), wanted)
+    found = torch.autograd.grad(loss(attention._project(x, *layers)), wanted)
+    torch.testing.assert_close(found, expected)
+    for parameter in parameters:
+        outputs = attention._project(x, *layers)
+        with torch.no_grad():
+            parameter.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss(outputs).backward()
+    layers[1].bias.requires_grad_(False)
+    assert rows() == [width] * 3, "one is not trained"
+    layers[1].bias.requires_grad_(True)
+    layers[2].weight.data = layers[2].weight.detach().clone()
+    assert rows() == [width] * 3, "one lies elsewhere"
 
 
 @pytest.mark.parametrize("shards", ["5GB", "20KB"])

@@ -19,7 +19,7 @@ from w2vbert_fast import ops
 from w2vbert_fast.models.layers import Wav2Vec2BertSelfAttention, is_untouched
 from w2vbert_fast.models.optimized.opaque import swap
 from w2vbert_fast.ops.dispatch import on_triton_device, records_gradient
-from w2vbert_fast.ops.gemm import lie_end_to_end
+from w2vbert_fast.ops.gemm import joined, lie_end_to_end
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,7 +29,7 @@ class StackedSelfAttention(Wav2Vec2BertSelfAttention):
     """Self-attention whose projections of one input are one product on the Triton kernels.
 
     `use_fast_kernels` puts it in place of the class that it derives from. It does as that class
-    wherever the projections are no plain linear layers, differ, or are trained.
+    wherever the projections are no plain linear layers, differ, or are trained in part.
     """
 
     def lay_weights(self) -> None:
@@ -48,10 +48,17 @@ class StackedSelfAttention(Wav2Vec2BertSelfAttention):
     def _project(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         fast = self.use_fast_kernels
         parameters = parameters_of(layers) if fast and on_triton_device(x) else None
-        if parameters is None or records_gradient(x, *parameters[0], *parameters[1]):
+        if parameters is None:
             return Wav2Vec2BertSelfAttention._project(self, x, *layers)
         weights, biases = parameters
-        return list(ops.linear_stacked(x, weights, biases, fast=fast).chunk(len(layers), dim=1))
+        if records_gradient(x, *weights, *biases):
+            weight, bias = joined(weights), joined(biases) if biases else None
+            if weight is None or (biases and bias is None):
+                return Wav2Vec2BertSelfAttention._project(self, x, *layers)
+            outputs = ops.linear(x, weight, bias, fast=fast)
+        else:
+            outputs = ops.linear_stacked(x, weights, biases, fast=fast)
+        return list(outputs.chunk(len(layers), dim=1))
 
 
 def stack(block: Wav2Vec2BertSelfAttention) -> None:
