@@ -39,6 +39,10 @@ _TUNE = (
     "import sys; from w2vbert_fast.cli.tune import Model, Tuning, command; "
     "sys.exit(command(Model(), Tuning(minutes=float(sys.argv[1]), export=sys.argv[2])))"
 )
+_PROBE = (
+    "import sys, torch; torch.cuda.is_available() or sys.exit(1); "
+    "from w2vbert_fast.ops.dispatch import explain; print(explain('cuda'))"
+)
 _CHECK = (
     "import sys; from w2vbert_fast.doctor import examine; found = examine(); "
     "[print(check) for check in found.checks]; sys.exit(not found.passed)"
@@ -195,8 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if arguments.rehearse:
         return run(rehearsal(folder), folder, arguments.seconds)
-    probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    if subprocess.run([sys.executable, "-c", probe], check=False).returncode != 0:
+    if subprocess.run([sys.executable, "-c", _PROBE], cwd=ROOT, check=False).returncode != 0:
         print("NOTHING RAN: PyTorch sees no CUDA or ROCm device", file=sys.stderr)
         return 2
     return run(parts(folder), folder, arguments.seconds)

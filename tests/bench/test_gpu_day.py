@@ -18,6 +18,7 @@ from bench import __main__ as bench, gpu_day
 from bench.gpu_day import Part
 from tests.helpers.waiting import PATIENCE
 from tests.kernels import __main__ as kernels
+from w2vbert_fast.ops import dispatch
 
 HANG = "import time; print('begun', flush=True); time.sleep(600)"
 # Another process, as the tests start some, that does not end when it is asked to.
@@ -160,3 +161,13 @@ def test_without_a_gpu_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "NOTHING RAN" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_it_says_which_kernels_a_gpu_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so, of a Triton that compiles them with a fault, that it does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "explain", lambda device: f"kernels on {device}")
+    exec(gpu_day._PROBE, {})
+    assert capsys.readouterr().out == "kernels on cuda\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,17 +268,34 @@ def test_the_implementation_follows_the_tensor(caplog: pytest.LogCaptureFixture)
     ],
 )
 def test_a_triton_that_leaves_out_a_fence_on_hopper_is_told(
-    capability: tuple[int, int], version: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    version: str,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """By `explain`, and once by the log: of linear layers and of attention."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(dispatch, "_triton_problem", lambda _: None)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    said = "triton 3.7.1 .* linear layers and attention"
     text = dispatch.explain("cuda")
     assert text.startswith(f"Triton kernels: triton {version} is installed")
-    assert ("take triton 3.7.1" in text) == warned
+    assert bool(re.search(said, text)) == warned
+    dispatch._implementation.cache_clear()
+    try:
+        with caplog.at_level("WARNING", logger=dispatch.__name__):
+            for dtype in (torch.bfloat16, torch.float16):
+                device = torch.device("cuda", 0)
+                assert dispatch._implementation(device, dtype, None) == "triton"
+    finally:
+        dispatch._implementation.cache_clear()
+    assert len(caplog.records) == warned
+    assert all(re.search(said, record.getMessage()) for record in caplog.records)
 
 
 def test_without_triton_a_gpu_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

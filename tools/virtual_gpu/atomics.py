@@ -1,4 +1,4 @@
-"""Rules of atomics: `atom` and `red`, each lane once, one after another."""
+"""Rules of atomics: `atom` and `red`, each lane once, one after another; and of memory's fences."""
 
 from __future__ import annotations
 
@@ -118,3 +118,14 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
             put(b, spread(b, column, mask), mask)
 
     return change
+
+
+@rule(r"fence\.(?:acq_rel|sc)\.(?P<scope>cta|gpu|sys)")
+def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
+    def fence(b: Blocks, mask: Mask) -> None:
+        # Threads of one block are ordered by its barriers alone.
+        if b.memory.order is not None and m["scope"] != "cta":
+            threads = b.active(mask)
+            b.memory.order.fence(b.block_of[threads], threads)
+
+    return fence

@@ -22,6 +22,8 @@ from .ptx import Instruction, Program
 from .shared_memory import SharedMemory
 
 LANES = 32
+PARAMETER = 128
+"""Bytes from one parameter to the next in their space."""
 
 # Which threads an instruction is executed by; None: all.
 Mask = np.ndarray | None
@@ -110,8 +112,8 @@ class Blocks:
             of_thread = _SPECIAL[operand](self)
             return np.asarray(of_thread).astype(bits).view(dtype)
         value = literal(operand)
-        if operand in self.program.by_address:
-            value = self.parameters[operand]
+        if operand in self.program.by_address:  # in a space of its own, 32 or 64 bits wide
+            value = PARAMETER * self.program.parameters.index(operand)
         assert value is not None
         if dtype.kind == "b":
             return np.array(value != 0)

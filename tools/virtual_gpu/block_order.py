@@ -5,6 +5,9 @@ what the block knew of others. Who acquires from the same place, behind that rel
 atomics on it, knows that from the next barrier on. (PTX ISA, "Memory Consistency Model", with less:
 what is not ordered here may be ordered there, never the other way round.)
 
+A fence makes acquires of its thread's earlier atomics and releases of its later ones, which publish
+what lies before the fence.
+
 An access is noted as a stamp: block, thread, and epoch of the block, which barriers and releases
 move on. The order is that of one run. That a release came first by luck is seen where the blocks
 run the other way round: there, nothing was released.
@@ -106,6 +109,9 @@ class BlockOrder:
         self._barrier = np.zeros(blocks, np.int64)  # the epoch that the last one began
         self._acquired: dict[int, list[_Release]] = defaultdict(list)  # since the last barrier
         self._seen: dict[int, _Seen] = {}
+        # By block and thread: what its last fence lets it publish, and what it found since.
+        self._fenced: dict[tuple[int, int], _Release] = {}
+        self._found: dict[tuple[int, int], list[_Release]] = defaultdict(list)
         self._known: dict[int, _Known] = defaultdict(_Known)
         self.places = [_Place(0)]  # of number 0: none
 
@@ -132,6 +138,19 @@ class BlockOrder:
             by = one.block, one.thread
             known.threads[by] = max(known.threads[by], one.epoch)
             todo.append(one.seen)
+
+    def fence(self, blocks: np.ndarray, threads: np.ndarray) -> None:
+        """By these threads, [k], of blocks, [k]."""
+        for block, thread in zip(blocks.tolist(), (threads % self.per).tolist(), strict=True):
+            if found := self._found.pop((block, thread), None):
+                self._acquired[block] += found
+            self._fenced[block, thread] = self._release(block, thread, None)
+        self._epoch[np.unique(blocks)] += 1
+
+    def _release(self, block: int, thread: int, before: _Release | None) -> _Release:
+        """What a thread can publish now."""
+        below, epoch = int(self._barrier[block]), int(self._epoch[block])
+        return _Release(block, below, thread, epoch, self._seen.get(block), before)
 
     def stamps(self, blocks: np.ndarray, threads: np.ndarray | None) -> np.ndarray:
         """Of accesses now, by these threads of theirs; None: by any."""
@@ -220,17 +239,13 @@ class BlockOrder:
             place.count += 1
             if how.in_block:
                 continue
-            if how.acquires and place.release is not None:
-                self._acquired[block].append(place.release)
+            by = block, thread
+            if place.release is not None:
+                (self._acquired[block] if how.acquires else self._found[by]).append(place.release)
             if how.releases:
-                place.release = _Release(
-                    block,
-                    int(self._barrier[block]),
-                    thread,
-                    int(self._epoch[block]),
-                    self._seen.get(block),
-                    place.release,
-                )
+                place.release = self._release(block, thread, place.release)
+            elif by in self._fenced:
+                place.release = self._fenced[by]._replace(before=place.release)
         if how.releases:
             self._epoch[np.unique(blocks)] += 1
         return wrong

@@ -15,6 +15,7 @@ import numpy as np
 
 from .block import (
     LANES,
+    PARAMETER,
     Blocks,
     Copy,
     Mask,
@@ -31,7 +32,7 @@ from .faults import Fault, UnsupportedError
 from .ptx import Instruction, Program
 from .rules import rule
 from .tensor_maps import BYTES, CHUNK, MAP, Box, box
-from .transfers import chosen
+from .transfers import chosen, spread
 
 _MBARRIER = 8
 SHARED = r"\.shared(?:::cta)?"
@@ -177,11 +178,26 @@ def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     return elect
 
 
-@rule(r"cvta\.(?:global|param)\.u64")
+@rule(r"cvta\.(?P<space>global|param)\.u64")
 def _(i: Instruction, m: re.Match[str], program: Program) -> Step:
     put = writer(i, i.operands[0], program)
     read = reader(i, i.operands[1], unsigned(64), program)
-    return lambda b, mask: put(b, read(b), mask)
+
+    def generic(b: Blocks, mask: Mask) -> None:
+        at = read(b)
+        if m["space"] == "param":
+            known = {
+                PARAMETER * number: b.parameters[name]
+                for number, name in enumerate(program.parameters)
+                if name in program.by_address
+            }
+            found = [known.get(place) for place in chosen(read, b, mask).tolist()]
+            if None in found:
+                raise Fault("cvta.param of what is no parameter's address", b.active(mask))
+            at = spread(b, np.array(found, np.uint64), mask)
+        put(b, at, mask)
+
+    return generic
 
 
 @rule(

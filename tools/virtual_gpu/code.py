@@ -67,9 +67,9 @@ class Code:
     def _as_meant(self, at: int) -> Instruction:
         """An instruction, but for what LLVM makes of an atomic one that the target lacks: a loop
         of `cas`, and a load in front of it, of what is only compared by that. It stands for an
-        atomic load, and reads what is there whatever others do."""
+        atomic load (newer ones say so), and reads what is there whatever others do."""
         i = self.instructions[at]
-        if not self.atomic or i.opcode != "ld.global.b32":
+        if not self.atomic or i.opcode not in ("ld.global.b32", "ld.relaxed.gpu.global.b32"):
             return i
         behind = self.instructions[at + 1 :]
         branch = next((n for n, other in enumerate(behind) if other.opcode in CONTROL), None)

@@ -48,14 +48,16 @@ def described_by(argument: Argument, how: Mapping[str, Any] | None) -> list[Argu
     known of it; then sizes and strides."""
     name, one = argument.name, argument.value
     sizes = [*(("i32", size) for size in one.shape), *(("i64", step) for step in one.strides)]
+    # Triton 3.6 has no such flag, and hands none over.
+    rounds = [one.round_f32_to_tf32] if hasattr(one, "round_f32_to_tf32") else []
     if how is None:
         first = [("*i8", one.base), *(("i64", number) for _, number in sizes)]
-        first += [("i1", one.padding == "nan"), ("i1", one.round_f32_to_tf32)]
+        first += [("i1", one.padding == "nan"), *(("i1", flag) for flag in rounds)]
     else:
         size = how["elem_size"]
         map_bytes = encoded(
             one.base.data_ptr(),
-            _ROUNDED if one.round_f32_to_tf32 else how["elem_type"],
+            _ROUNDED if any(rounds) else how["elem_type"],
             [*one.shape[:-1], one.shape[-1] * (1 + how["fp4_padded"])],
             [size * stride for stride in one.strides[:-1]],
             how["block_size"],

@@ -33,8 +33,9 @@ _GRANULE = 2
 _GLOBAL = 1 << 48  # set in addresses of global memory
 _EVERYBODY = np.array([-1])
 
-_ACCESS = re.compile(r"(ld|st)\.(shared|global)\.(?:.*\.)?(?:v(\d)\.)?[busf](\d+)")
+_ACCESS = re.compile(r"(ld|st)\.(shared|global)(?:::cta)?\.(?:.*\.)?(?:v(\d)\.)?[busf](\d+)")
 _MATRIX = re.compile(r"(ld|st)matrix\..*\.x(\d)\..*")
+_TOUCHING = ("ld.", "st.", "ldmatrix.", "stmatrix.", "wgmma.mma")
 _PRODUCT = re.compile(r"wgmma\.mma_async\..*n(\d+)k(\d+)\..*")
 # Statements of which a trace says whether they are needed, and what they are to `Trace.needs`.
 ORDERS = {
@@ -70,9 +71,10 @@ class Trace:
         """The launch with PTX that writes itself down, its lines where they were."""
         lines = launch.ptx.splitlines()
         for i in parse(launch.ptx).instructions:
-            if i.opcode.startswith(("cp.async.bulk.tensor", *ATOMIC)):
-                raise UnsupportedError(f"PTX line {i.line}: a trace has no rule for {i.text!r}")
             accesses = any(p.fullmatch(i.opcode) for p in (_ACCESS, _MATRIX, _PRODUCT))
+            touches = i.opcode.startswith(_TOUCHING) and not i.opcode.startswith("ld.param.")
+            if i.opcode.startswith(("cp.async.bulk.tensor", *ATOMIC)) or touches > accesses:
+                raise UnsupportedError(f"PTX line {i.line}: a trace has no rule for {i.text!r}")
             if accesses or i.opcode in ORDERS or i.opcode.startswith("cp.async."):
                 self._statements[i.line] = i
                 lines[i.line - 1] = f"trace.n{self._number}.l{i.line}; {i.text};"

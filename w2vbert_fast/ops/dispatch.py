@@ -34,8 +34,8 @@ _OLDEST_TRITON = "3.5"
 
 _FIRST_WITH_FENCE = (3, 7, 1)
 _FENCE = (
-    "; on this GPU take triton 3.7.1 (PyTorch 2.13) or later: earlier ones leave out a fence "
-    "between copies and wgmma in linear layers, and whether that shows is a matter of timing"
+    "on this GPU take triton 3.7.1 (PyTorch 2.13) or later: earlier ones leave out a fence between "
+    "copies and products in linear layers and attention; whether that shows is a matter of timing"
 )
 """Seen with 3.6.0; https://github.com/triton-lang/triton/pull/10537."""
 
@@ -74,7 +74,8 @@ def has_triton() -> bool:
 def implementation(tensor: Tensor) -> Implementation:
     """Which implementation operations on a tensor of this device and dtype run.
 
-    Where none is faster the plain one runs, which the log says once for each type of device.
+    Where none is faster the plain one runs, which the log says once for each type of device. It
+    warns once of a Triton that compiles the kernels with a fault for the device.
     """
     return _implementation(tensor.device, tensor.dtype, _forced)
 
@@ -99,6 +100,9 @@ def _implementation(
             _logged.add(device.type)
             logger.info("operations on %s run in plain PyTorch: %s", device.type, problem)
         return "plain"
+    if device.type == "cuda" and _FENCE not in _logged and _lacks_fence(device.index or 0):
+        _logged.add(_FENCE)
+        logger.warning("Triton kernels on %s: %s", device, _FENCE)
     return _if_possible(chosen, device.type, dtype)
 
 
@@ -120,7 +124,7 @@ def explain(device: torch.device | str) -> str:
         import triton
 
         text = f"Triton kernels: triton {triton.__version__} is installed; float64 is plain"
-        return text + (_FENCE if _lacks_fence(device.index or 0, triton.__version__) else "")
+        return f"{text}; {_FENCE}" if _lacks_fence(device.index or 0) else text
     if device.type == "cpu":
         problem = _cpu_problem()
         if problem is not None:
@@ -146,12 +150,15 @@ def _triton_problem(device_index: int) -> str | None:
     return None
 
 
-def _lacks_fence(device_index: int, version: str) -> bool:
-    """Whether linear layers on this device read what copies may not have written yet."""
+def _lacks_fence(device_index: int) -> bool:
+    """Whether products on this device read what copies may not have written yet."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return False
+    import triton
+
     is_hopper = torch.cuda.get_device_capability(device_index)[0] == 9
-    return is_hopper and tuple(map(int, re.findall(r"\d+", version)[:3])) < _FIRST_WITH_FENCE
+    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
+    return is_hopper and version < _FIRST_WITH_FENCE
 
 
 def _cpu_problem() -> str | None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 import torch
+import triton
 
 from tools.virtual_gpu.driver import activated
 from tools.virtual_gpu.executor import Executor
 from tools.virtual_gpu.global_memory import Checks
 from tools.virtual_gpu.record import Argument, Launch
+
+VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
+LACKS_FENCE = VERSION < (3, 7, 1)
+"""Triton's fault: no fence between the copies of a pipelined product for sm_90 and that product."""
 
 
 def caught(target: str, call: Callable[[], object]) -> list[Launch]:
@@ -27,6 +33,14 @@ def changed(launch: Launch, old: str, new: str, which: int = 0) -> Launch:
     assert len(parts) > which + 1, f"{old!r} is {len(parts) - 1} times there"
     ptx = old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :])
     return dataclasses.replace(launch, ptx=ptx)
+
+
+def with_fences(launch: Launch) -> Launch:
+    """Of a Triton that leaves them out, the launch with fences behind the waits for copies."""
+    if not LACKS_FENCE:
+        return launch
+    wait, fence = r"(cp\.async\.wait_group\s+\d+;)", "fence.proxy.async.shared::cta;"
+    return dataclasses.replace(launch, ptx=re.sub(wait, rf"\1\n{fence}", launch.ptx))
 
 
 def written(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+import re
 import warnings
 from pathlib import Path
 
@@ -163,7 +164,6 @@ def test_a_lock_lets_one_block_go_on_after_another(target: str) -> None:
         (".acq_rel.gpu.cas", ".release.gpu.cas"),
         (".gpu.acq_rel.exch", ".gpu.relaxed.exch"),
         (".gpu.acq_rel.exch", ".gpu.acquire.exch"),
-        ("bar.sync \t0;", ""),  # the one in front of the lock's release
     ],
 )
 def test_a_lock_without_its_order_is_a_race(old: str, new: str) -> None:
@@ -171,6 +171,20 @@ def test_a_lock_without_its_order_is_a_race(old: str, new: str) -> None:
     which = launch.ptx.count(old) - 1
     with pytest.raises(ExecutionError, match=r"race of blocks: sum_ptr\[\d+\] is read after"):
         execute(changed(launch, old, new, which))
+
+
+def unordered(launch: Launch, atomic: str) -> Launch:
+    """Without the barriers between the first store and an atomic, Triton's own as well."""
+    start, end = launch.ptx.index("st.global"), launch.ptx.index(atomic)
+    between = launch.ptx[start:end]
+    assert "bar.sync" in between
+    ptx = launch.ptx[:start] + between.replace("bar.sync", "//") + launch.ptx[end:]
+    return dataclasses.replace(launch, ptx=ptx)
+
+
+def test_a_lock_that_is_freed_with_no_barrier_before_is_a_race() -> None:
+    with pytest.raises(ExecutionError, match=r"race of blocks: sum_ptr\[\d+\] is read after"):
+        execute(unordered(locked(), ".exch."))
 
 
 def test_two_locks_for_one_sum_are_a_race() -> None:
@@ -207,12 +221,11 @@ def test_blocks_that_wait_for_others_have_these_begin() -> None:
 
 
 @triton.jit
-def last_adds_up_kernel(out_ptr, part_ptr, count_ptr, ORDERED: tl.constexpr, BLOCK: tl.constexpr):
+def last_adds_up_kernel(out_ptr, part_ptr, count_ptr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     block, blocks = tl.program_id(0), tl.num_programs(0)
     tl.store(part_ptr + block * BLOCK + columns, (columns + block).to(tl.float32))
-    if ORDERED:
-        tl.debug_barrier()
+    tl.debug_barrier()
     if tl.atomic_add(count_ptr, 1) == blocks - 1:
         total = tl.zeros([BLOCK], tl.float32)
         for other in range(blocks):
@@ -225,11 +238,12 @@ def test_the_last_block_sees_what_the_others_released_behind_a_barrier() -> None
     """An atomic access by one thread publishes nothing that others did since the last barrier."""
     out, parts = torch.zeros(128), torch.zeros(10, 128)
     count = torch.zeros(1, dtype=torch.int32)
-    with activated("sm_90", Executor()):
-        last_adds_up_kernel[(10,)](out, parts, count, ORDERED=True, BLOCK=128)
-        assert torch.equal(out, 10 * torch.arange(128.0) + 45) and not count.any()
-        with pytest.raises(ExecutionError, match=r"part_ptr\[\d, \d+\] is read after block number"):
-            last_adds_up_kernel[(10,)](out, parts, count, ORDERED=False, BLOCK=128)
+    kernel = last_adds_up_kernel[(10,)]
+    (launch,) = caught("sm_90", lambda: kernel(out, parts, count, BLOCK=128))
+    execute(launch)
+    assert torch.equal(out, 10 * torch.arange(128.0) + 45) and not count.any()
+    with pytest.raises(ExecutionError, match=r"part_ptr\[\d, \d+\] is read after block number"):
+        execute(unordered(launch, ".add.u32"))
 
 
 # Written PTX, of 32 threads: what two blocks do to `x`.
@@ -302,6 +316,67 @@ def test_the_thread_that_releases_publishes_what_it_did_without_a_barrier() -> N
     body = body.replace("AT", "").replace(late, "").replace(release, f"{release}\n{late}")
     with pytest.raises(ExecutionError, match=r"race of blocks: x\[0\]"):
         execute(of_blocks(written(body, tensors), 2))
+
+
+# Block 1 waits for what block 0 adds to a flag, and reads what that wrote before. Fences and the
+# addition are the first threads'.
+FENCED = f"""{BLOCK}{FIRST}
+xor.b32 %r3, %r0, 1;
+mad.wide.u32 %rd20, %r3, 8, %rd0;
+@%p1 st.global.b64 [%rd10], 7;
+bar.sync 0;
+@%p2 fence.acq_rel.gpu;
+@%p3 red.global.gpu.relaxed.add.u64 [%rd1], 1;
+@%p1 bra $end;
+$again:
+atom.global.gpu.relaxed.add.u64 %rd21, [%rd1], 0;
+setp.eq.b64 %p4, %rd21, 0;
+@%p4 bra $again;
+@%p2 fence.acq_rel.gpu;
+bar.sync 0;
+ld.global.b64 %rd22, [%rd20];
+st.global.b64 [%rd12], %rd22;
+$end:
+"""
+
+
+def fenced() -> Launch:
+    tensors = {name: torch.zeros(32, dtype=torch.int64) for name in ("x", "flag", "out")}
+    return of_blocks(written(FENCED, tensors), 2)
+
+
+def test_fences_make_releases_and_acquires_of_relaxed_atomics() -> None:
+    """PTX ISA, "Release and Acquire Patterns": a fence and a write, a read and a fence."""
+    for which in ([], [0], [0, 1]):
+        launch = fenced()
+        for place in reversed(which):
+            launch = changed(launch, "fence.acq_rel", "fence.sc", place)
+        execute(launch)
+        assert launch.tensors["out"].tolist() == [7] * 32
+
+
+FENCE = "@%p2 fence.acq_rel.gpu;"
+
+
+@pytest.mark.parametrize(
+    "old, new, which",
+    [
+        (FENCE, "", 0),
+        (FENCE, "", 1),
+        (FENCE, FENCE.replace("gpu", "cta"), 0),
+        (FENCE, FENCE.replace("gpu", "cta"), 1),
+        ("bar.sync 0;", "", 0),
+        ("bar.sync 0;", "", 1),
+        (f"bar.sync 0;\n{FENCE}", f"{FENCE}\nbar.sync 0;", 0),
+        (f"{FENCE}\nbar.sync 0;", f"bar.sync 0;\n{FENCE}", 0),
+    ],
+)
+def test_without_a_fence_or_its_barrier_relaxed_atomics_order_nothing(
+    old: str, new: str, which: int
+) -> None:
+    """A barrier in front of the fence of who publishes, and one behind that of who reads."""
+    with pytest.raises(ExecutionError, match=r"race of blocks: x\[\d+\]"):
+        execute(changed(fenced(), old, new, which))
 
 
 @pytest.mark.parametrize(
@@ -409,11 +484,11 @@ def test_a_histogram_is_counted_in_shared_memory() -> None:
     x = torch.randint(0, 16, (512,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     out = torch.zeros(16, dtype=torch.int32)
     (launch,) = caught("sm_80", lambda: histogram_kernel[(1,)](out, x, BLOCK=512, BINS=16))
-    assert "atom.shared.add.u32" in launch.ptx
+    assert re.search(r"\batom\.(relaxed\.sys\.)?shared\.add\.u32\b", launch.ptx)
     execute(launch)
     assert torch.equal(out.long(), torch.bincount(x.long(), minlength=16))
     # The barriers between zeros, sums and what reads them.
-    behind = launch.ptx.rindex("atom.shared")
+    behind = launch.ptx.rindex("shared.add.u32")
     last = launch.ptx[:behind].count("bar.sync")
     for which, said in ((last - 1, "write of what"), (last, "read of what another thread")):
         with pytest.raises(ExecutionError, match=f"race in shared memory: {said}"):

@@ -269,6 +269,30 @@ def test_a_stored_box_is_overwritten_when_it_was_waited_for() -> None:
     execute(changed(more, commit, f"{commit}\n{commit}"))
 
 
+@pytest.mark.parametrize("register, widened", [("%rd20", ""), ("%r1", "cvt.u64.u32 %rd20, %r1;")])
+def test_the_address_of_a_parameter_is_one_of_its_space(register: str, widened: str) -> None:
+    """Of 32 or 64 bits, and nothing that lies in the tensor until it is made generic."""
+    body = f"""
+    mov.b{64 if widened == "" else 32} {register}, k_param_0;
+    {widened}
+    cvta.param.u64 %rd21, %rd20;
+    ld.global.b64 %rd22, [%rd21+8];
+    st.global.b64 [%rd11], %rd22;
+    """
+    tensors = {"map": torch.arange(16), "out": torch.zeros(32, dtype=torch.int64)}
+    launch = written(body, tensors)
+    launch = changed(launch, ".param .u64 k_param_0", ".param .align 64 .b8 k_param_0[128]")
+    launch = changed(
+        launch, "ld.param.b64 %rd0, [k_param_0];\nmad.wide.u32 %rd10, %r0, 8, %rd0;", ""
+    )
+    execute(launch)
+    assert tensors["out"].tolist() == [1] * 32
+    with pytest.raises(ExecutionError, match="global load outside of every tensor"):
+        execute(changed(launch, "[%rd21+8]", "[%rd20+8]"))
+    with pytest.raises(ExecutionError, match=r"cvta\.param of what is no parameter's address"):
+        execute(changed(launch, "cvta.param.u64", "add.s64 %rd20, %rd20, 8;\ncvta.param.u64"))
+
+
 def test_a_map_reaches_no_further_than_the_tensor() -> None:
     launch, _ = copy(global_dim=(20, 7))
     with pytest.raises(ExecutionError, match=r"global load outside of every tensor: .* of x"):

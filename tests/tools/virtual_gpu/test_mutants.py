@@ -8,6 +8,7 @@ import torch
 from tests.tools.virtual_gpu.kernels import caught, execute, written
 from tests.tools.virtual_gpu.scripts import matrix_product
 from tools.virtual_gpu.executor import ExecutionError, Executor
+from tools.virtual_gpu.faults import UnsupportedError
 from tools.virtual_gpu.global_memory import Checks
 from tools.virtual_gpu.mutants import SYNCHRONISATION, Mutant, Watched, mutants, watched
 from tools.virtual_gpu.record import Launch
@@ -200,11 +201,21 @@ ld.shared.b32 %r2, [%r2];
 """
 
 
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
 @pytest.mark.parametrize(("by", "needed"), [(4, True), (128, True), (0, False)])
-def test_a_barrier_is_needed_where_two_threads_share_a_byte(by: int, needed: bool) -> None:
-    launch = of(EXCHANGE.format(by=by) + STORE, threads=64, shared=256)
+def test_a_barrier_is_needed_where_two_threads_share_a_byte(
+    by: int, needed: bool, space: str
+) -> None:
+    exchange = EXCHANGE.format(by=by).replace("st.shared", f"st.{space}")
+    launch = of(exchange + STORE, threads=64, shared=256)
     line = only(launch, "barrier dropped", "bar").line
     assert of_trace(launch).needs("bar", line) is needed
+
+
+def test_an_access_that_a_trace_cannot_write_down_is_named() -> None:
+    for statement in ("ld.local.b32 %r1, [%r2]", "st.shared::cluster.b32 [%r2], %r1"):
+        with traced() as trace, pytest.raises(UnsupportedError, match=r"no rule for '(ld|st)"):
+            trace.launch(of(f"{statement};"))
 
 
 def test_a_barrier_orders_what_lies_beside_it_and_not_beyond_the_next() -> None:

@@ -93,6 +93,7 @@ TESTED = {
     "test_atomics": {
         "atom.global.gpu.acq_rel.add.f32": "test_each_lane_once_in_their_order",
         "red.global.gpu.relaxed.add.u64": "test_what_is_atomic_for_a_block_is_not_for_two",
+        "fence.acq_rel.gpu": "test_fences_make_releases_and_acquires_of_relaxed_atomics",
     },
     "test_warpgroups": {
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16": (
@@ -109,6 +110,7 @@ TESTED = {
         "mbarrier.try_wait.parity.shared::cta.b64": "test_a_copy_is_over_when_its_bytes_have_come",
         "elect.sync": "test_one_lane_of_a_warp_is_elected",
         "cvta.global.u64": "test_a_box_comes_and_goes_with_zeros_outside",
+        "cvta.param.u64": "test_the_address_of_a_parameter_is_one_of_its_space",
         "tensormap.replace.tile.rank.shared::cta.b1024.b32": (
             "test_a_box_comes_and_goes_with_zeros_outside"
         ),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from tests.tools.virtual_gpu.kernels import caught, changed, execute, written
+from tests.tools.virtual_gpu.kernels import caught, changed, execute, with_fences, written
 from tests.tools.virtual_gpu.scripts import fused_attention, matrix_product
 from tests.tools.virtual_gpu.test_tensor_cores import A16, A32, DTYPES, fragment
 from tools.virtual_gpu.executor import ExecutionError
@@ -154,11 +155,18 @@ def product(dtype: torch.dtype = torch.bfloat16) -> tuple[Launch, torch.Tensor]:
     return launch, a.double() @ b.double()
 
 
+def described_address(launch: Launch) -> tuple[str, str]:
+    """Where an address in shared memory becomes that of a descriptor, in 16 bytes; its register."""
+    found = re.search(r"^[ \t]*bfe\.u32\s+(%r\d+), %r\d+, 4, 1[45];.*$", launch.ptx, re.MULTILINE)
+    assert found is not None
+    return found[0], found[1]
+
+
 def attention() -> Launch:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 70, 64).to(torch.bfloat16).unbind()
     (launch,) = caught("sm_90", lambda: fused_attention.attention(q, k, v))
-    return launch
+    return with_fences(launch)
 
 
 NEEDED = {
@@ -264,8 +272,7 @@ def test_what_a_product_reads_may_not_be_written_until_it_is_waited_for() -> Non
 
 def test_an_operand_outside_of_shared_memory_is_a_fault() -> None:
     launch, _ = product()
-    line = next(line for line in launch.ptx.splitlines() if "bfe.u32" in line and "4, 14" in line)
-    register = line.split()[1].rstrip(",")
+    line, register = described_address(launch)
     with pytest.raises(ExecutionError, match=r"wgmma at byte \d+ of the \d+ of shared memory"):
         execute(changed(launch, line, f"mov.u32 {register}, 16383;"))
 
@@ -275,7 +282,6 @@ def test_threads_that_disagree_and_parts_of_a_block_are_faults() -> None:
     fence = "wgmma.fence.sync.aligned;"
     with pytest.raises(ExecutionError, match=r"wgmma\.fence by a part of the block"):
         execute(changed(launch, fence, f"setp.lt.u32 %p0, %tid.x, 64;\n@%p0 {fence}"))
-    line = next(line for line in launch.ptx.splitlines() if "bfe.u32" in line and "4, 14" in line)
-    register = line.split()[1].rstrip(",")
+    line, register = described_address(launch)
     with pytest.raises(ExecutionError, match="wgmma whose threads disagree on an operand"):
         execute(changed(launch, line, f"{line}\nadd.u32 {register}, {register}, %tid.x;"))
