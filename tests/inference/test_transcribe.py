@@ -70,6 +70,9 @@ def test_a_recording_has_the_words_that_a_job_gives_it(
 def test_chunks_and_packed_weights(tiny_checkpoint: Path, recording: Path) -> None:
     runner = Transcriber(tiny_checkpoint, max_seconds=3, overlap_seconds=1)
     (expected,) = runner(recording)
+    with torch.device("meta"):  # the default device is that of neither chunks nor features
+        (row,) = runner(recording)
+    assert (row.text, row.error) == (expected.text, None)
     assert any(isinstance(module, PackedLinear) for module in runner.task.network.modules())
     options: dict[str, Any] = {"max_seconds": 3, "overlap_seconds": 1}
     (row,) = transcribe(recording, tiny_checkpoint, **options)

@@ -121,6 +121,35 @@ def test_a_recording_that_ends_its_process_twice_is_an_error_and_costs_no_proces
     assert [result.text for result in runner(files[4:])] == expected[4:]
 
 
+def killed(workers: Workers, count: int) -> None:
+    for pid in list(workers._pids.values())[:count]:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_processes_that_end_over_no_batch_cost_no_recording() -> None:
+    workers = Workers(Stub(), 2, 1)
+    killed(workers, 2)
+    number = workers.submit([Piece(torch.zeros(5))])
+    assert workers.result() == (number, [5])
+
+
+def test_no_more_batches_are_taken_than_there_are_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = Workers(Stub(), 3, 1)
+    killed(workers, 2)
+
+    def no_fork() -> int:
+        raise BlockingIOError("no process left")
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    for count in (5, 6, 7):
+        workers.submit([Piece(torch.zeros(count))])
+    assert workers.result()[1] == [5]
+    assert workers.free == 0  # and not less than none: two batches wait
+
+
 def test_a_job_whose_processes_all_end_goes_on_later(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from w2vbert_fast import ops
 from w2vbert_fast.ops import cpu
-from w2vbert_fast.ops.cpu import attention, capability, conv, gemm, norm
+from w2vbert_fast.ops.cpu import attention, capability, conv, gemm, int8, norm
 
 FOR_SMALL_INPUTS = (
     (attention, "_FEW_SCORES"),
@@ -83,6 +83,28 @@ def test_which_library_multiplies(
     monkeypatch.setattr(gemm, "onednn_linear", lambda dtype: True)
     x, matrix = torch.empty(rows, weight[1], dtype=dtype), torch.empty(weight, dtype=dtype)
     assert gemm._takes_onednn(x, matrix, None, activation) == taken
+
+
+@pytest.mark.usefixtures("_as_shipped")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_default_device_decides_nothing(dtype: torch.dtype) -> None:
+    """Not what this CPU has, which is asked once, nor what is kept of positions."""
+    heads, embedding = random(dtype, 3, 400, 2, 16), random(dtype, 9, 16)
+
+    def found() -> list[Any]:
+        results: list[Any] = [capability._runs(dtype), int8.reasons.__wrapped__()]
+        for length in (30, 400):
+            ends = torch.tensor([0, length], dtype=torch.int32, device="cpu")
+            arguments = (*heads[:, :length], ends, length, embedding, 5, 3, None, False)
+            results.append(attention.shaw_attention(*arguments)[0].tolist())
+        return results
+
+    expected = found()
+    for kept in (attention._columns, attention._beyond_band):
+        kept.cache_clear()
+    with torch.device("meta"):
+        assert found() == expected
+    assert found() == expected
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "without"])

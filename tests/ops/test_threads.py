@@ -63,6 +63,30 @@ def test_what_a_share_raises_is_raised_and_the_rest_left_out() -> None:
     assert threads.run(lambda index: index, range(3)) == [0, 1, 2]
 
 
+def test_an_interrupt_when_all_is_done_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        """A lock whose waiter is interrupted once it has it."""
+
+        def __init__(self, lock: Any) -> None:
+            self.lock, self.release, self.has_it = lock, lock.release, False
+
+        def acquire(self) -> None:
+            if self.has_it:
+                pytest.fail("it waits for what has been")
+            self.has_it = self.lock.acquire()
+            raise KeyboardInterrupt
+
+    begin = threads._Divided.__init__
+
+    def interrupted(work: Any, *arguments: Any) -> None:
+        begin(work, *arguments)
+        work.finished = Interrupted(work.finished)
+
+    monkeypatch.setattr(threads._Divided, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(lambda index: index, range(3))
+
+
 def test_callers_on_several_threads() -> None:
     expected = [list(range(n, n + 7)) for n in range(4)]
     results: list[list[int] | None] = [None] * 4

@@ -244,6 +244,7 @@ def test_transcripts() -> None:
     assert transcript({"sentence": "a", "audio": "b"}) == "a"
     assert transcript({"text": "", "sentence": "a", "transcript": None}) == "a"
     assert transcript({"text": "a", "transcription": "a"}) == "a"
+    assert transcript({"text": "a b", "txt": "a  b\n"}) == "a b"  # a file ends with a line feed
     assert transcript({"text": ""}) == ""
     for columns, message in (
         (

@@ -262,7 +262,8 @@ def probe(task: Task) -> int:
     device = next(task.network.parameters()).device
     largest = _LARGEST_BUDGET.get(device.type, _LARGEST_BUDGET["cuda"])
     count = round(_PROBE_SECONDS * task.extractor.sampling_rate)
-    noise = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.1
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, generator=generator, device="cpu") * 0.1
     frames = count // task.samples_per_frame
     start = time.perf_counter()
 

@@ -84,7 +84,8 @@ class Workers:
     @property
     def free(self) -> int:
         """Processes that have nothing to do."""
-        return len(self._pids) - len(self._busy) - len(self._waiting)
+        # Of those that could not be replaced the batches wait.
+        return max(0, len(self._pids) - len(self._busy) - len(self._waiting))
 
     def submit(self, pieces: Sequence[Piece]) -> int:
         """Let a batch be computed; its number."""
@@ -102,8 +103,9 @@ class Workers:
             RuntimeError: all processes have ended; or no batch is computed.
         """
         while True:
-            idle = [pipe for pipe in self._pids if pipe not in self._busy]
-            for pipe in idle[: len(self._waiting)]:
+            for pipe in [pipe for pipe in self._idle() if pipe.poll()]:
+                self._replace(pipe)  # it has ended, and over no batch
+            for pipe in self._idle()[: len(self._waiting)]:
                 self._busy[pipe] = self._waiting.popleft()
                 with contextlib.suppress(OSError):  # it has ended: reading says so too
                     pipe.send_bytes(self._busy[pipe].content)
@@ -124,6 +126,9 @@ class Workers:
                 else:
                     self._lost_in_a_row = 0
                     return work.number, answer
+
+    def _idle(self) -> list[connection.Connection[Any, Any]]:
+        return [pipe for pipe in self._pids if pipe not in self._busy]
 
     def _replace(self, pipe: connection.Connection[Any, Any]) -> str:
         """Start another process for one that has ended; how that was."""

@@ -20,7 +20,7 @@ from w2vbert_fast.models.layers import (
     apply_linear,
     apply_norm,
 )
-from w2vbert_fast.models.optimized.sizes import in_few_sizes
+from w2vbert_fast.models.optimized.sizes import are_watched, in_few_sizes
 
 
 def conv_output_length(length: int, kernel_size: int, stride: int) -> int:
@@ -79,11 +79,15 @@ class Wav2Vec2BertAdapterLayer(nn.Module):
         y = F.glu(conv(padded), dim=1).transpose(1, 2)  # [batch, T', C]
         return out.pack(y[:, : out.padded_length])
 
+    def is_watched(self) -> bool:
+        """Whether somebody sees what goes into this layer or a part of it."""
+        return are_watched([self])
+
     def forward(self, hidden_states: Tensor, layout: PackedBatch) -> tuple[Tensor, PackedBatch]:
         """`[N, C']` right-padded layout -> `[N', C']` and its layout."""
         fast = self.use_fast_kernels
         out = self.shortened(layout)
-        filled = in_few_sizes(out, hidden_states, fast=fast and not self.training)
+        filled = in_few_sizes(out, hidden_states, self.is_watched, fast=fast and not self.training)
         residual = apply_norm(self.residual_layer_norm, hidden_states, fast=fast)
         residual = self._conv_glu(residual, self.residual_conv, layout, filled)
         x = apply_norm(self.self_attn_layer_norm, hidden_states, fast=fast)

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from w2vbert_fast import ops
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
-from w2vbert_fast.models.layers import (
-    Wav2Vec2BertEncoderLayer,
-    has_global_hooks,
-    is_touched,
-    is_untouched,
-)
+from w2vbert_fast.models.layers import Wav2Vec2BertEncoderLayer, is_untouched
 from w2vbert_fast.models.optimized.graphs import LayerGraphs
 from w2vbert_fast.models.optimized.replay import layer_runner
 from w2vbert_fast.models.positions import (
@@ -61,31 +56,18 @@ class Wav2Vec2BertEncoder(nn.Module):
         """Number of layers that are there."""
         return len(self.layers)
 
-    def may_be_filled(self, x: Tensor) -> bool:
+    def may_be_filled(self) -> bool:
         """Whether rows that are nobody's may be behind those of the utterances
-        (`optimized.sizes`): nobody watches a layer or a part of one, or has replaced a layer.
+        (`optimized.sizes`): nobody has replaced a layer.
 
         Where there are CUDA graphs these fill their own buckets.
-
-        Args:
-            x: a tensor of the input's device; a CPU's batches alone are filled.
         """
-        if (
-            x.device.type != "cpu"
-            or torch.is_grad_enabled()
-            or not self.use_fast_kernels
-            or self.training
-            or self.layer_graphs is not None
-            or has_global_hooks()
-        ):
-            return False
-        parts: list[nn.Module | None] = [self]
-        for part in parts:  # the list grows meanwhile; `modules()` takes three times as long
-            if part is not None:
-                if is_touched(part):
-                    return False
-                parts += part._modules.values()
-        return all(type(layer) is Wav2Vec2BertEncoderLayer for layer in self.layers)
+        return (
+            self.use_fast_kernels
+            and not self.training
+            and self.layer_graphs is None
+            and all(type(layer) is Wav2Vec2BertEncoderLayer for layer in self.layers)
+        )
 
     def forward(
         self,

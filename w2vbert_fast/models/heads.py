@@ -18,6 +18,7 @@ from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.models.layers import Initial
 from w2vbert_fast.models.model import HiddenStatesRequest, PackedEncoding, Wav2Vec2BertModel
+from w2vbert_fast.models.optimized.sizes import are_watched
 from w2vbert_fast.models.outputs import HiddenStates, ModelOutput, as_requested
 from w2vbert_fast.models.pooling import Statistics, left_aligned, mean_over_frames, without_padding
 from w2vbert_fast.models.pretrained import Wav2Vec2BertPreTrainedModel
@@ -76,7 +77,10 @@ class Wav2Vec2BertHead(Wav2Vec2BertPreTrainedModel, Generic[Output]):
             self.layer_weights = nn.Parameter(torch.full((num_states,), 1.0 / num_states))
 
     def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
-        """The tensors of `OUTPUT`, from what the encoder gives: `[N, C]`, packed."""
+        """The tensors of `OUTPUT`, from what the encoder gives: `[N, C]`, packed.
+
+        Classes of this file may be given rows behind those of `layout`, which are nobody's.
+        """
         raise NotImplementedError
 
     def loss(self, logits: Tensor, labels: Tensor, layout: PackedBatch) -> Tensor:
@@ -138,7 +142,7 @@ class Wav2Vec2BertHead(Wav2Vec2BertPreTrainedModel, Generic[Output]):
         x, encoding = self._encode(
             input_features, attention_mask, output_attentions, output_hidden_states
         )
-        tensors = self.compute(x, encoding.layout)
+        tensors = self.compute(self._own_rows(x, encoding.layout), encoding.layout)
         loss = None
         if labels is not None:
             logits = tensors["logits"]
@@ -181,6 +185,15 @@ class Wav2Vec2BertHead(Wav2Vec2BertPreTrainedModel, Generic[Output]):
             )
         mixed = torch.einsum("l,lbtc->btc", weights, torch.stack(states))
         return encoding.input_layout.pack(mixed), encoding
+
+    def _own_rows(self, x: Tensor, layout: PackedBatch) -> Tensor:
+        """Without the rows that fill a batch up, where a caller's own head or a hook would meet
+        them."""
+        if torch.compiler.is_compiling() or x.shape[0] == layout.num_tokens:
+            return x
+        parts = (part for part in self._modules.values() if part is not self.wav2vec2_bert)
+        knows = type(self).compute.__module__ == __name__
+        return x if knows and not are_watched(parts) else x[: layout.num_tokens]
 
     def freeze_base_model(self) -> None:
         """Exclude the encoder's parameters from training."""

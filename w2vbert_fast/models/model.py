@@ -23,7 +23,7 @@ from w2vbert_fast.models.layers import (
     Wav2Vec2BertFeatureProjection,
     Wav2Vec2BertFeedForward,
 )
-from w2vbert_fast.models.optimized.sizes import in_few_sizes
+from w2vbert_fast.models.optimized.sizes import are_watched, in_few_sizes
 from w2vbert_fast.models.outputs import HiddenStates, Wav2Vec2BaseModelOutput, as_requested
 from w2vbert_fast.models.pooling import (
     Statistics,
@@ -182,8 +182,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
             output_attentions = config.output_attentions
         layout = self._layout(input_features, attention_mask)
         # Attention maps are of all rows.
-        fill = not output_attentions and self.encoder.may_be_filled(input_features)
-        filled = in_few_sizes(layout, input_features, fast=fill)
+        filled = layout if output_attentions else self._filled(layout, input_features)
         x, extract_features = self.feature_projection(filled.pack(input_features))
         x = filled.zero_half_frames(self._spec_augment(x, filled, mask_time_indices))
         wanted = requested_hidden_states(output_hidden_states, self.encoder.num_layers)
@@ -194,6 +193,13 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
         if self.adapter is not None:
             x, out_layout = self.adapter(x, layout)
         return PackedEncoding(x, out_layout, layout, extract_features, kept, attentions)
+
+    def _filled(self, layout: PackedBatch, input_features: Tensor) -> PackedBatch:
+        fast = self.encoder.may_be_filled()
+        return in_few_sizes(layout, input_features, self._is_watched, fast=fast)
+
+    def _is_watched(self) -> bool:
+        return are_watched(self._modules.values())
 
     def _layout(self, input_features: Tensor, attention_mask: Tensor | None) -> PackedBatch:
         self._check_call(input_features, attention_mask)
@@ -253,8 +259,7 @@ class Wav2Vec2BertModel(Wav2Vec2BertPreTrainedModel):
                 "make hidden states random; call model.eval() first"
             )
         layout = self._layout(input_features, attention_mask)
-        fill = self.encoder.may_be_filled(input_features)
-        filled = in_few_sizes(layout, input_features, fast=fill)
+        filled = self._filled(layout, input_features)
         x, _ = self.feature_projection(filled.pack(input_features))
         x = filled.zero_half_frames(x)
         x, _, _ = self.encoder(x, filled, set(), False, num_layers)

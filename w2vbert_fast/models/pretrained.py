@@ -463,7 +463,9 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
         Code that was written for transformers' models calls this; `valid_lengths` is ours.
         """
         config = self.config
-        given = torch.as_tensor(input_lengths)
+        given = input_lengths
+        if not isinstance(given, Tensor):  # which the default device would be asked for
+            given = torch.as_tensor(given)
         lengths = given.flatten().tolist()
         shortens = config.add_adapter if add_adapter is None else add_adapter
         for _ in range(config.num_adapter_layers if shortens else 0):

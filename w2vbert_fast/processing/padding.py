@@ -169,7 +169,7 @@ def to_features(row: Any, index: int) -> Tensor:
     Raises:
         ValueError: They have another shape.
     """
-    tensor = row if isinstance(row, Tensor) else torch.as_tensor(np.asarray(row))
+    tensor = row if isinstance(row, Tensor) else torch.as_tensor(np.asarray(row), device="cpu")
     if tensor.dim() != 2:
         raise ValueError(
             f"input_features of utterance {index} must have shape [num_frames, num_features], got "
@@ -184,7 +184,7 @@ def to_mask(mask: Any, row: Tensor, index: int) -> Tensor:
     Raises:
         ValueError: It is not as long as the features.
     """
-    tensor = mask if isinstance(mask, Tensor) else torch.as_tensor(np.asarray(mask))
+    tensor = mask if isinstance(mask, Tensor) else torch.as_tensor(np.asarray(mask), device="cpu")
     if tensor.shape != row.shape[:1]:
         raise ValueError(
             f"attention_mask of utterance {index} must have shape [{row.shape[0]}] like its "

@@ -427,7 +427,7 @@ def transcript(columns: Mapping[str, Any]) -> str:
     for name in filled:
         if not isinstance(columns[name], str):
             raise ValueError(f"{name} must be a text, got {columns[name]!r:.200}")
-        if columns[name] != columns[filled[0]]:
+        if columns[name].split() != columns[filled[0]].split():
             raise ValueError(
                 f"{filled[0]} and {name} are two transcripts that differ; keep one, or name it: "
                 f"--columns text={name}"

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.reference import CLASSES, TINY, padded_batch, pair, relative_error
+from w2vbert_fast import Wav2Vec2BertConfig, Wav2Vec2BertForCTC
+from w2vbert_fast.integrations.transformers import accelerate
 from w2vbert_fast.layout import PackedBatch
 from w2vbert_fast.models.encoder import Wav2Vec2BertEncoder
 from w2vbert_fast.models.optimized import sizes
@@ -97,7 +99,8 @@ def test_products_see_few_numbers_of_rows(kind: str, monkeypatch: pytest.MonkeyP
     note(gemm, "_takes_onednn")
     note(gemm, "_check_packed")
     note(int8, "_product")
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0])))
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda m, x: (seen.add(len(x)), forward(m, x))[1])
     draw = random.Random(0)
     batches = {tuple(draw.randint(1, 60) for _ in range(6)) for _ in range(60)}
     with torch.inference_mode():
@@ -161,17 +164,19 @@ def test_no_answer_depends_on_what_fills(
         "maps",
         "hook",
         "hook inside",
+        "hook in front",
         "own layer",
         "plain",
         "watched",
     ],
 )
-def test_where_batches_are_filled(why: str) -> None:
+def test_where_batches_are_filled(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fast_model("Wav2Vec2BertModel")
     features, mask = padded_batch((40, 11, 18), FEATURES)
     seen: list[int] = []
-    projection = model.feature_projection.projection
-    projection.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    projection = type(model.feature_projection)
+    forward = projection.forward
+    monkeypatch.setattr(projection, "forward", lambda m, x: (seen.append(len(x)), forward(m, x))[1])
     layer = model.encoder.layers[0]
     if why == "training":
         model.train()
@@ -179,6 +184,8 @@ def test_where_batches_are_filled(why: str) -> None:
         layer.register_forward_hook(lambda *_: None)
     if why == "hook inside":
         layer.ffn1.output_dense.register_forward_hook(lambda *_: None)
+    if why == "hook in front":
+        model.feature_projection.projection.register_forward_hook(lambda *_: None)
     if why == "own layer":
         model.encoder.layers[0] = type("Own", (type(layer),), {})(model.config).eval()
     if why == "plain":
@@ -187,3 +194,42 @@ def test_where_batches_are_filled(why: str) -> None:
     with torch.set_grad_enabled(why == "gradient"), watching:
         model(features, mask, output_attentions=why == "maps")
     assert seen == [72 if why == "nothing" else 69]
+
+
+class Means(Wav2Vec2BertForCTC):
+    """A head of a caller's own, which takes `[N, C]` apart by the utterances' lengths."""
+
+    def compute(self, x: Tensor, layout: PackedBatch) -> dict[str, Tensor]:
+        return {"logits": self.lm_head(torch.stack([u.mean(0) for u in x.split(layout.lengths)]))}
+
+
+@torch.no_grad()
+def test_a_head_of_a_callers_own_gets_the_utterances_alone() -> None:
+    torch.manual_seed(0)
+    model = Means(Wav2Vec2BertConfig(**TINY)).eval()
+    features, mask = padded_batch((40, 11, 18), FEATURES)
+    expected = model(features, mask).logits
+    model.use_fast_kernels = True
+    assert relative_error(model(features, mask).logits, expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_hooks_do_not_see_what_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sums up what goes into a linear layer, to quantise it say, sees utterances alone."""
+    ours = fast_model("Wav2Vec2BertForCTC", add_adapter=True)
+    reference, _ = pair("Wav2Vec2BertForCTC", add_adapter=True)
+    accelerate(reference)
+    seen: list[int] = []
+    features, mask = padded_batch((40, 11, 18), FEATURES)
+    for model, names in (
+        (ours, ("lm_head", "adapter.layers.0.ffn.output_dense")),
+        (reference, ("encoder.layers.0.ffn1.output_dense", "adapter.layers.0.self_attn.linear_q")),
+    ):
+        for name, count in zip(names, (35, 35) if model is ours else (69, 35), strict=True):
+            base = model if name == "lm_head" else model.wav2vec2_bert
+            part = base.get_submodule(name)
+            hook = part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+            model(features, attention_mask=mask)
+            hook.remove()
+            assert seen == [count], name
+            seen.clear()

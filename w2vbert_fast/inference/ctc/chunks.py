@@ -153,7 +153,7 @@ def merge(
             )
     best = [piece.argmax(-1).cpu() for piece in pieces]
     if blank is None:
-        counts = torch.bincount(torch.cat(best)) if sum(map(len, best)) else torch.zeros(1)
+        counts = torch.cat(best).bincount(minlength=1)
         blank = int(counts.argmax())
     firsts = [round(chunk.start / frame) for chunk in chunks]
     parts = []
@@ -222,7 +222,7 @@ def _seam(
     if shared <= 2 * edge:
         return middle
     a, b = left[right_first - left_first :], right[:shared]
-    inside = torch.zeros(shared, dtype=torch.bool)
+    inside = torch.zeros_like(a, dtype=torch.bool)
     inside[edge : shared - edge] = True
     silent = (a == blank) & (b == blank) & inside
     # By how many of its two neighbours, the characters before and behind, a frame is certain.
@@ -243,7 +243,8 @@ def _seam(
 
 def _last_spoken(tokens: Tensor, blank: int) -> Tensor:
     """For each frame the last token other than the blank before it, -1 where there is none."""
-    frames = torch.where(tokens != blank, torch.arange(len(tokens)), -1)
+    frames = torch.arange(len(tokens), device=tokens.device)
+    frames = torch.where(tokens != blank, frames, -1)
     last = torch.cat([frames.new_full((1,), -1), frames.cummax(0).values[:-1]])
     return torch.where(last >= 0, tokens[last], -1)
 
@@ -251,13 +252,14 @@ def _last_spoken(tokens: Tensor, blank: int) -> Tensor:
 def _next_spoken(tokens: Tensor, blank: int) -> Tensor:
     """For each frame the next token other than the blank, from itself on; -1 for none."""
     spoken = torch.where(tokens != blank, tokens, -1).flip(0)
-    frames = torch.where(spoken >= 0, torch.arange(len(tokens)), -1).cummax(0).values
+    frames = torch.arange(len(tokens), device=tokens.device)
+    frames = torch.where(spoken >= 0, frames, -1).cummax(0).values
     return torch.where(frames >= 0, spoken[frames], -1).flip(0)
 
 
 def _middle_of_longest_run(flags: Tensor, near: int) -> int | None:
     """The middle of the longest run of True; of the one closest to `near` among equals."""
-    zero = torch.zeros(1, dtype=torch.int32)
+    zero = flags.new_zeros(1, dtype=torch.int32)
     edges = torch.diff(flags.int(), prepend=zero, append=zero)
     starts, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
     if not len(starts):

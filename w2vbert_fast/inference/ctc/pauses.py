@@ -127,7 +127,7 @@ def _levels(samples: Tensor, frame: int, width: int) -> Tensor:
     blocks = torch.split(samples[: count * frame], frame * _BLOCK_FRAMES)
     loud = torch.cat([block.double().abs().view(-1, frame).sum(1) for block in blocks])
     sums = torch.nn.functional.pad(loud.cumsum(0), (1, 0))
-    frames = torch.arange(count)
+    frames = torch.arange(count, device=sums.device)
 
     def around(reach: int) -> Tensor:
         return sums[(frames + reach).clamp(max=count)] - sums[(frames - reach).clamp(min=0)]

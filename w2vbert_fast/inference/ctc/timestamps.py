@@ -276,7 +276,8 @@ def measure_delay(
         speech, silence = _speech(waveform.detach().float().cpu()), int(_SILENCE_SECONDS * rate)
         padded = torch.nn.functional.pad(speech, (silence, silence))
         generator = torch.Generator().manual_seed(0)
-        padded = padded + _NOISE_LEVEL * torch.randn(len(padded), generator=generator)
+        noise = torch.randn(len(padded), generator=generator, device="cpu")
+        padded = padded + _NOISE_LEVEL * noise
         logits, _ = pipeline.logits([padded])
         words = word_timestamps(
             logits[0].float().log_softmax(-1), processor.tokenizer, frame_seconds(model.config)

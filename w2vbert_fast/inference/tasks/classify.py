@@ -224,5 +224,6 @@ class Classify(EncoderTask):
 
 def _mean(chunks: Sequence[Chunk], outputs: Sequence[Tensor]) -> Tensor:
     """The mean of the chunks' outputs, weighted with what each is responsible for."""
-    weights = torch.tensor([float(chunk.keep_end - chunk.keep_start) for chunk in chunks])
+    kept = [float(chunk.keep_end - chunk.keep_start) for chunk in chunks]
+    weights = torch.tensor(kept, device="cpu")
     return (torch.stack(list(outputs)) * (weights / weights.sum())[:, None]).sum(0)

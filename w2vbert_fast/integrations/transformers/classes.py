@@ -19,6 +19,7 @@ from w2vbert_fast.integrations.transformers.conformer import (
     Run,
     adapter_layout,
     adapter_obstacle,
+    are_watched,
     capturing,
     features_of,
     is_watched,
@@ -220,7 +221,12 @@ def _run_layers(
     """
     layerdrop = getattr(encoder.config, encoder._w2vbert_family.layerdrop)
     drops = encoder.training and layerdrop > 0.0
-    filled = in_few_sizes(layout, hidden_states, fast=not encoder.training)
+
+    def watched_inside() -> bool:  # what is inside of layers: whole ones see padded tensors
+        parts = (part for layer in encoder.layers for part in layer._modules.values())
+        return are_watched(encoder.dropout, *parts)
+
+    filled = in_few_sizes(layout, hidden_states, watched_inside, fast=not encoder.training)
     x = encoder.dropout(filled.zero_half_frames(filled.pack(hidden_states)))
     run = Run(encoder, x, filled)
     layers: list[Any] = list(run.layers)

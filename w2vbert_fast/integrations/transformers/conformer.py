@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,6 +159,7 @@ class _AdapterLayer(_View):
             module,
             kernel_size=module.kernel_size,
             stride=module.stride,
+            is_watched=partial(are_watched, module),
             self_attn=_SelfAttention(module._modules["self_attn"]),
             ffn=_FeedForward(module._modules["ffn"]),
         )
@@ -370,6 +372,11 @@ def adapter_obstacle(module: Any, classes: dict[str, type[nn.Module]]) -> str | 
 def is_watched(layer: nn.Module) -> bool:
     """Whether calling a module does more than its `forward`, at the moment."""
     return not is_untouched(layer, type(layer)) and not _only_capture(layer, ())
+
+
+def are_watched(*modules: nn.Module) -> bool:
+    """Whether somebody sees what goes into these modules or their parts."""
+    return not all(_left_alone(part, type(part)) for whole in modules for part in whole.modules())
 
 
 def has_plain_parameters(module: nn.Module) -> bool:

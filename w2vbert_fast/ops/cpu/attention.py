@@ -272,7 +272,8 @@ def _columns(num_queries: int, num_keys: int, left: int, right: int) -> Tensor:
     reach = max(num_queries, num_keys) - 1
     left, right = min(left, reach), min(right, reach)
     with torch.inference_mode(False):
-        distance = torch.arange(num_keys)[None, :] - torch.arange(num_queries)[:, None]
+        key, query = (torch.arange(number, device="cpu") for number in (num_keys, num_queries))
+        distance = key[None, :] - query[:, None]
         return distance.clamp(-left, right) + left
 
 
@@ -630,7 +631,7 @@ def _beyond_band(
 ) -> Tensor:
     """One where a column of the band's buffer lies beyond row's own band on one side: `[b, W]`."""
     with torch.inference_mode(False):
-        ones = torch.ones(num_queries, width, dtype=dtype)
+        ones = torch.ones(num_queries, width, dtype=dtype, device="cpu")
         return ones.triu_(span + 1) if right_side else ones.tril_(-1)
 
 

@@ -47,7 +47,7 @@ def has_avx512() -> bool:
 
 def _runs(dtype: torch.dtype) -> bool:
     """One product small enough to be exact."""
-    x, weight = torch.ones(2, 4, dtype=dtype), torch.ones(3, 4, dtype=dtype)
+    x, weight = (torch.ones(rows, 4, dtype=dtype, device="cpu") for rows in (2, 3))
     try:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     except (RuntimeError, NotImplementedError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +68,10 @@ def reasons() -> tuple[str, ...]:
     if not (hasattr(operations, "qlinear_pointwise") and hasattr(operations, "qlinear_prepack")):
         return ("this build of PyTorch has no 8-bit linear layer for this architecture",)
     try:
-        weight = _pack(torch.eye(4), torch.ones(4))
-        tokens = QuantizedTokens(
-            torch.full((2, 4), _ZERO_POINT + 3, dtype=torch.uint8), torch.ones(2, 1)
-        )
+        like: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        weight = _pack(torch.eye(4, **like), torch.ones(4, **like))
+        values = torch.full((2, 4), _ZERO_POINT + 3, dtype=torch.uint8, device="cpu")
+        tokens = QuantizedTokens(values, torch.ones(2, 1, **like))
         works = bool((_product(tokens, weight) == 3.0).all())
     except (RuntimeError, NotImplementedError):
         works = False
@@ -113,7 +113,7 @@ def _pack(values: Tensor, scale: Tensor) -> QuantizedWeight:
     """Whole numbers `[out_features, in_features]` and their scale, packed."""
     out_features, in_features = values.shape
     packed = torch.ops.onednn.qlinear_prepack(values.to(torch.int8), None)
-    zero_point = torch.zeros(out_features, dtype=torch.int32)
+    zero_point = torch.zeros(out_features, dtype=torch.int32, device=values.device)
     return QuantizedWeight(packed, scale, zero_point, out_features, in_features)
 
 

@@ -122,7 +122,8 @@ def run(
         work.finished.acquire()
     except BaseException:  # an interrupt
         work.drop()
-        work.finished.acquire()  # nothing may be written to what the caller lets go
+        if work.unfinished:  # nothing may be written to what the caller lets go
+            work.finished.acquire()
         raise
     if work.error is not None:
         raise work.error
