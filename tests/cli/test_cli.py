@@ -267,11 +267,20 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_an_error_of_several_lines_becomes_one(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("missing:\n  a.weight\n  b\x1b[31m", "missing:\n  a.weight\n  b\\x1b[31m"),
+        ("404:\n\nno such\tname\n at all\n", "404: no such name at all"),
+        ("", "ValueError"),
+    ],
+)
+def test_of_an_error_only_the_entries_of_a_list_are_lines(
+    capfd: pytest.CaptureFixture[str], message: str, expected: str
+) -> None:
     with pytest.raises(SystemExit):
-        messages.fail(ValueError("missing parameters:\n  a.weight\n  b\x1b[31m"))
-    expected = "w2vbert-fast: missing parameters: a.weight b\\x1b[31m\n"
-    assert capfd.readouterr() == ("", expected)
+        messages.fail(ValueError(message))
+    assert capfd.readouterr() == ("", f"w2vbert-fast: {expected}\n")
 
 
 def test_the_exit_status_of_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:

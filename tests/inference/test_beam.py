@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pickle
 import shutil
 import zlib
@@ -231,6 +232,17 @@ def test_a_binary_model_without_words_says_so(
     assert [given.decode(row) for row in log_probs] == expected
     (message,) = caplog.messages
     assert message.startswith("unigrams: 1 of 4 have no effect, such as 'é'")
+
+
+def test_other_weights_draw_no_progress(
+    tokenizer: Wav2Vec2CTCTokenizer, arpa: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    decoder = BeamDecoder(tokenizer, arpa)
+    assert "***" in capfd.readouterr().err
+    other = decoder.reweighted(1.0, 0.25)
+    os.write(2, b"written")
+    assert capfd.readouterr() == ("", "written")
+    assert (other.lm_weight, other.word_bonus) == (1.0, 0.25)
 
 
 def test_files_that_are_no_binary_model_hold_no_words(binary: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_columns_that_are_named(tmp_path: Path) -> None:
         rows(path, "audio=clip")
     lines = '{"path": "a.wav"}\n{"clip": "b.wav"}\n'
     found = rows(write(tmp_path / "rows.jsonl", lines), "audio=path")
-    assert [row.problem for row in found] == [None, "line 2: no column path"]
+    assert [(row.place, row.problem) for row in found][1] == ("line 2", "no column path")
     before = open_inputs([str(path)]).fingerprint
     assert open_inputs([str(path)], ColumnNames.parse("text=sentence")).fingerprint != before
 
@@ -173,7 +173,8 @@ def test_columns_of_parquet_that_are_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(content, tmp_path / "rows.parquet")
     first, second = rows(tmp_path / "rows.parquet", "audio=clip,text=said")
     assert (first.audio, first.columns["text"]) == (str(tmp_path / "a.wav"), None)
-    assert second.problem == "row 2: audio must be the name of a file, got None"
+    assert second.name == f"{tmp_path / 'rows.parquet'}, row 2"
+    assert second.problem == "audio must be the name of a file, got None"
 
 
 # Folders with a manifest of a known name.
@@ -233,7 +234,7 @@ def test_common_voice(tmp_path: Path) -> None:
     write(tmp_path / "test.tsv", head + "a\tclips/x.mp3\tfine\t1\nb\tclips/y.mp3\tfine\t1\n")
     assert places(rows(tmp_path / "test.tsv"), tmp_path) == ["clips/x.mp3", "clips/y.mp3"]
     write(tmp_path / "test.tsv", head + "a\tx.mp3\tone cell less\n")
-    assert rows(tmp_path / "test.tsv")[0].problem == "line 2: 3 cells in 4 columns"
+    assert rows(tmp_path / "test.tsv")[0].problem == "3 cells in 4 columns"
 
 
 # Kaldi.
@@ -272,14 +273,16 @@ def test_segments_of_kaldi(tmp_path: Path) -> None:
     found = table(tmp_path / "out")
     assert [row.get("seconds") for row in found[:2]] == [0.5, 0.5]
     assert (found[0]["offset"], found[0]["input_text"], found[0]["id"]) == (0.25, "zwei", "u2")
+    places = [row["audio_filepath"].removeprefix(f"{tmp_path}, ") for row in found[3:]]
+    assert places == [f"segments, line {n}" for n in range(4, 9)]
     assert [row["error"] for row in found[2:]] == [
         "ends after 1.00 seconds; the part from 7.00 to 8.00 is not there",
-        "segments, line 4: a segment must end behind its start, got 0.5 to 0.5 s",
-        "segments, line 5: a segment must be an id, a recording, its start and its end in seconds, "
+        "a segment must end behind its start, got 0.5 to 0.5 s",
+        "a segment must be an id, a recording, its start and its end in seconds, "
         "got 'r 0.5' behind the id",
-        "segments, line 6: wav.scp has no recording other",
-        "segments, line 7: u2 is there twice, first in line 1",
-        "segments, line 8: a segment must be an id, a recording, its start and its end in seconds, "
+        "wav.scp has no recording other",
+        "u2 is there twice, first in line 1",
+        "a segment must be an id, a recording, its start and its end in seconds, "
         "got 'r 0 x' behind the id",
     ]
 
@@ -290,7 +293,7 @@ def test_a_command_of_kaldi_is_never_run(tmp_path: Path) -> None:
     run([str(tmp_path)], tmp_path / "out")
     found = [row["error"] for row in table(tmp_path / "out")]
     assert not touched.exists()
-    assert found[0].startswith(f"wav.scp, line 1: wav.scp has a command, 'touch {touched} |'")
+    assert found[0].startswith(f"wav.scp has a command, 'touch {touched} |'")
     assert found[0].endswith("are never run; write its output to a file and name that")
     assert "got a place in an archive, a.ark:17" in found[1]
     assert "must name a file behind the id, and there is none" in found[2]
@@ -299,10 +302,10 @@ def test_a_command_of_kaldi_is_never_run(tmp_path: Path) -> None:
 
 def test_ids_that_are_there_twice_in_kaldi(tmp_path: Path) -> None:
     kaldi(tmp_path, wav_scp="u1 a.wav\nu2 b.wav\nu1 c.wav\n", text="u2 x\nu1 y\nu2 z\nu2 z\n")
-    assert [row.problem for row in rows(tmp_path)] == [
-        None,
-        "wav.scp, line 2: text has an utterance u2 twice, in lines 1 and 3",
-        "wav.scp, line 3: u1 is there twice, first in line 1",
+    assert [(row.place, row.problem) for row in rows(tmp_path)] == [
+        ("wav.scp, line 1", None),
+        ("wav.scp, line 2", "text has an utterance u2 twice, in lines 1 and 3"),
+        ("wav.scp, line 3", "u1 is there twice, first in line 1"),
     ]
     kaldi(tmp_path, segments="u1 u1 0 1\n")
     (row,) = rows(tmp_path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 from w2vbert_fast.recordings.datasets.formats import open_dataset
 from w2vbert_fast.recordings.manifest import transcript
 from w2vbert_fast.recordings.rows import Row, everything
+from w2vbert_fast.recordings.which_files import MANIFEST, why_not_by_name
 
 
 def read(path: Path, content: str | bytes) -> list[Row]:
@@ -26,6 +30,14 @@ def read(path: Path, content: str | bytes) -> list[Row]:
     assert [row.index for row in rows] == list(range(len(rows)))
     assert [row.name for row in reader.rows(5, {6}.__contains__)] == [r.name for r in rows[1:2]]
     return rows
+
+
+def problem_of(row: Row) -> str | None:
+    """What is wrong with a row, behind its place, which its name has and its problem has not."""
+    if row.problem is None:
+        return None
+    assert row.name.endswith(f", {row.place}") and row.place not in row.problem
+    return f"{row.place}: {row.problem}"
 
 
 def names(rows: list[Row]) -> list[str | None]:
@@ -51,7 +63,7 @@ def test_quotation_marks_are_text_in_tsv(tmp_path: Path) -> None:
 def test_a_quotation_mark_that_nobody_closes_swallows_no_row_of_a_csv(tmp_path: Path) -> None:
     lines = ["file,text", 'a.wav,"Where are you', "b.wav,fine", 'c.wav,said so"', 'd.wav,"end']
     rows = read(tmp_path / "rows.csv", "\n".join(lines))
-    assert [row.problem for row in rows] == [
+    assert [problem_of(row) for row in rows] == [
         "line 2: a quotation mark is not closed before line 3, which could be a row",
         None,
         None,
@@ -64,7 +76,7 @@ def test_a_quotation_mark_that_nobody_closes_swallows_no_row_of_a_csv(tmp_path: 
 def test_a_cell_over_two_lines_that_makes_no_row_is_two_bad_rows(tmp_path: Path) -> None:
     lines = ["file,text,speaker", 'a.wav,"two', 'lines",x', 'b.wav,"two', 'lines"', "c.wav,y,z"]
     rows = read(tmp_path / "rows.csv", "\n".join(lines))
-    assert [row.problem for row in rows] == [
+    assert [problem_of(row) for row in rows] == [
         None,
         "line 4: 2 cells in 3 columns",
         "line 5: 1 cells in 3 columns",
@@ -128,7 +140,7 @@ def test_a_bad_line_is_one_bad_row(tmp_path: Path, suffix: str, line: str, probl
     lines = [f"audio{comma}text", f"a.wav{comma}x", line, "", f"c.wav{comma}z"]
     rows = read(tmp_path / f"rows.{suffix}", "\n".join(lines))
     assert [row.problem is None for row in rows] == [True, False, True]
-    assert rows[1].problem is not None and rows[1].problem.startswith(problem)
+    assert (problem_of(rows[1]) or "").startswith(problem)
     assert names(rows) == ["a.wav", None, "c.wav"]
 
 
@@ -146,6 +158,31 @@ def test_marks_and_line_ends_of_other_systems(tmp_path: Path, suffix: str) -> No
     assert texts(read(tmp_path / f"rows.{suffix}", content.encode() + b"\r\n  \r\n")) == said
     with pytest.raises(ValueError, match="is UTF-16; a manifest must be UTF-8"):
         read(tmp_path / f"rows.{suffix}", content.encode("utf-16"))
+
+
+@pytest.mark.parametrize("module", [gzip, bz2, lzma])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_compressed_manifests(tmp_path: Path, module: Any, suffix: str) -> None:
+    ending = {gzip: "gz", bz2: "bz2", lzma: "XZ"}[module]
+    lines = {
+        "jsonl": ['{"audio": "a.wav", "text": "x"}', '{"audio": "b.wav", "text": "y"}'],
+        "csv": ["audio;text", "a.wav;x", "b.wav;y"],
+    }[suffix]
+    content = "\n".join(lines).encode()
+    path = tmp_path / f"rows.{suffix}.{ending}"
+    # Joined of two streams, as `cat` does it.
+    rows = read(path, module.compress(content[:20]) + module.compress(content[20:]))
+    assert (names(rows), texts(rows)) == (["a.wav", "b.wav"], ["x", "y"])
+    assert why_not_by_name(str(path)) == MANIFEST
+    (tmp_path / f"rows.{suffix}").write_bytes(content)
+    (plain,) = open_dataset(tmp_path / f"rows.{suffix}")
+    (reader,) = open_dataset(path)
+    assert reader.survey()[1]["sha256"] == plain.survey()[1]["sha256"]
+    whole = path.read_bytes()
+    for damaged in (whole[:-8], whole[:30] + b"\0" * 10 + whole[40:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is damaged: "):
+            reader.survey()
 
 
 def test_names_that_are_not_utf8_are_bytes_of_the_file_system(tmp_path: Path) -> None:
@@ -187,7 +224,7 @@ def test_a_manifest_that_is_none_is_refused(
 def test_columns_without_a_name(tmp_path: Path) -> None:
     rows = read(tmp_path / "rows.csv", ",audio,text,,\n7,a.wav,x,,\n8,b.wav,y,,z\n")
     assert [dict(row.columns) for row in rows[:1]] == [{"": "7", "text": "x"}]
-    assert rows[1].problem == "line 3: 'z' and another cell have no column name"
+    assert problem_of(rows[1]) == "line 3: 'z' and another cell have no column name"
 
 
 # Columns.
@@ -204,12 +241,12 @@ def test_two_recordings_in_a_row_are_an_error(
     tmp_path: Path, entries: dict[str, Any], problem: str
 ) -> None:
     (row,) = read(tmp_path / "rows.jsonl", json.dumps(entries))
-    assert row.problem is not None and row.problem.startswith(f"line 1: {problem}")
+    assert (problem_of(row) or "").startswith(f"line 1: {problem}")
     if all(isinstance(value, str) for value in entries.values()):
         comma = "\t"
         content = comma.join(entries) + "\n" + comma.join(entries.values())
         (row,) = read(tmp_path / "rows.tsv", content)
-        assert row.problem is not None and row.problem.startswith(f"line 2: {problem}")
+        assert (problem_of(row) or "").startswith(f"line 2: {problem}")
 
 
 def test_a_recording_that_is_named_twice_or_in_another_column_is_one(tmp_path: Path) -> None:
@@ -283,7 +320,7 @@ def test_offsets_and_durations(tmp_path: Path) -> None:
 def test_seconds_that_are_none(tmp_path: Path, name: str, value: str) -> None:
     value = {"nan": "NaN", "inf": "Infinity"}.get(value, value)
     (row,) = read(tmp_path / "rows.jsonl", f'{{"audio": "a", "{name}": {value}}}')
-    assert row.problem is not None and row.problem.startswith(f"line 1: {name} must be seconds")
+    assert (problem_of(row) or "").startswith(f"line 1: {name} must be seconds")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +330,7 @@ def test_seconds_that_are_none(tmp_path: Path, name: str, value: str) -> None:
         ("{\udce9}", "line 2: not UTF-8: "),
         ('"a.wav"', "line 2: not a JSON object but a str"),
         ("null", "line 2: not a JSON object but a NoneType"),
-        ('{"audio": "a"} {"audio": "b"}', "line 2: not JSON: Extra data"),
+        ('{"audio": "a"} {"audio": "b"}', "line 2: not JSON: Extra data at character 16"),
         ('{"audio": "a\0"}', "line 2: not JSON: "),
     ],
 )
@@ -302,4 +339,4 @@ def test_a_line_of_json_that_is_no_row(tmp_path: Path, line: str, problem: str) 
     content = "\n".join(lines).encode("utf-8", "surrogateescape")
     rows = read(tmp_path / "rows.jsonl", content)
     assert [row.problem is None for row in rows] == [True, False, True]
-    assert rows[1].problem is not None and rows[1].problem.startswith(problem)
+    assert (problem_of(rows[1]) or "").startswith(problem)

@@ -518,7 +518,7 @@ def test_the_command_reports_what_keeps_it_from_starting(
     bad = manifest_of(tmp_path, {"audio": "a.wav"})
     common = ["--model", model, "--train", bad, "--eval", bad, "--out", tmp_path / "out"]
     for more, message in (
-        ((), f"{bad} has rows that cannot be used: line 1: no column text"),
+        ((), f"{bad} has rows that cannot be used:\n  line 1: no column text"),
         (("--task", "asr"), "task must be one of ctc, classification, frames, xvector, got 'asr'"),
         (("--set", "x"), "--set must be NAME=VALUE, got 'x'"),
         (("--option", "colour=1"), "--option: FinetuneConfig has no field colour"),

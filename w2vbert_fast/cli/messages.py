@@ -13,6 +13,8 @@ PROGRAM = "w2vbert-fast"
 # Exit statuses, besides 0.
 ITEMS_FAILED = 1
 NOT_STARTED = 2
+# What an entry of a list in an error begins with.
+_ENTRY = "  "
 
 
 def one_line(text: str) -> str:
@@ -39,8 +41,18 @@ def report(message: str) -> None:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Report an error that leaves nothing to do, in one line, and end the program."""
-    report(one_line(" ".join(str(error).split())) or type(error).__name__)
+    """Report an error that leaves nothing to do, and end the program.
+
+    It is one line, but for those that begin with two spaces, the entries of a list.
+    """
+    lines: list[str] = []
+    for line in str(error).splitlines():
+        text = one_line(" ".join(line.split()))
+        if lines and not line.startswith(_ENTRY):
+            lines[-1] = f"{lines[-1]} {text}".rstrip()
+        else:
+            lines.append(_ENTRY + text if lines else text)
+    report("\n".join(lines).strip() or type(error).__name__)
     sys.exit(NOT_STARTED)
 
 

@@ -83,7 +83,7 @@ class Cpus:
 
 
 def add(app: typer.Typer, command: Callable[..., int], *, short: str, help_text: str) -> None:
-    """Add a command to an app. What it raises for reasons of the user's is one line, and ends it.
+    """Add a command to an app. What it raises for reasons of the user's is said, and ends it.
 
     Args:
         app: the app.

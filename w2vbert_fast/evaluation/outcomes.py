@@ -84,7 +84,8 @@ def references(inputs: Inputs, by: str | None = None) -> list[Reference]:
     if inputs.passed_over.counts:
         logger.warning("passed over: %s", inputs.passed_over)
     if all(reference.text is None for reference in found):
-        raise ValueError(f"no row of the data has a transcript: {found[0].problem}")
+        first = f"{found[0].id}: {found[0].problem}"
+        raise ValueError(f"no row of the data has a transcript: {first}")
     if by is not None and by not in columns:
         raise ValueError(f"no row of the data has a column {by!r}, but {', '.join(columns)}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import stat
@@ -15,6 +16,9 @@ import numpy.typing as npt
 from w2vbert_fast.recordings.remote import STANDARD_INPUT, is_remote, open_remote
 
 Samples = npt.NDArray[np.float32]
+
+HEAD = 2048
+"""So many of its first bytes tell whether a file is text."""
 
 
 class File(Protocol):
@@ -180,3 +184,15 @@ def read_at(file: File, start: int, size: int) -> bytes:
     content = file.read(size) or b""
     file.seek(position)
     return content
+
+
+def is_text(head: bytes) -> bool:
+    """Whether a file that begins so is text, as playlists are. It saves trying all decoders."""
+    if head.startswith(b"NIST_1A"):
+        return False  # the header of a SPHERE file may be any length
+    try:
+        # The last character may be cut off.
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character >= " " or character in "\t\n\r\f\v\x1b" for character in text)

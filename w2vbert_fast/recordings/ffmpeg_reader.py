@@ -15,12 +15,14 @@ import numpy as np
 
 from w2vbert_fast._extras import require
 from w2vbert_fast.recordings.audio_files import (
+    HEAD,
     Block,
     Damaged,
     File,
     Samples,
     Source,
     Unreadable,
+    is_text,
     read_at,
 )
 from w2vbert_fast.recordings.timeline import Frame, on_timeline
@@ -109,7 +111,8 @@ def open_ffmpeg(file: File, track: int | str | None = None) -> Source:
         container = av.open(guarded, metadata_errors="ignore")
     except (av.FFmpegError, MemoryError) as error:
         guarded.check(error)
-        raise Unreadable("cannot be read as audio: unknown format, or damaged") from error
+        what = _IS_TEXT if is_text(read_at(file, 0, HEAD)) else "unknown format, or damaged"
+        raise Unreadable(f"cannot be read as audio: {what}") from error
     try:
         stream = container.streams.best("audio") if track is None else _track(container, track)
     except Unreadable:
@@ -142,6 +145,7 @@ def _track(container: Any, track: int | str) -> Any:
     raise Unreadable(f"has no audio track {track}; it has {listed}")
 
 
+_IS_TEXT = "it is text; names of manifests end with .jsonl, .json, .ndjson, .csv or .tsv"
 _UNKNOWN_CODING = (
     "has audio of a coding that neither libsndfile nor this build of FFmpeg decodes, or is damaged"
 )

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from w2vbert_fast.recordings.compressed import is_damage, name_inside, open_uncompressed
 from w2vbert_fast.recordings.remote import join
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted
 
@@ -97,7 +98,7 @@ USUAL = ColumnNames()
 
 
 class _Text(ABC):
-    """A manifest of lines in UTF-8, with or without a byte order mark.
+    """A manifest of lines in UTF-8, with or without a byte order mark, compressed or not.
 
     Bytes that are no UTF-8 come through as surrogates (PEP 383), as in the names of files.
 
@@ -126,7 +127,7 @@ class _Text(ABC):
 
     @classmethod
     def open(cls, path: str, names: ColumnNames) -> list[Part]:
-        return [cls(path, names)] if path.lower().endswith(cls.endings) else []
+        return [cls(path, names)] if name_inside(path.lower()).endswith(cls.endings) else []
 
     @abstractmethod
     def columns(self) -> list[str]:
@@ -152,14 +153,19 @@ class _Text(ABC):
 
     def _lines(self, digest: Any = None) -> Iterator[tuple[int, bytes]]:
         """Lines and their numbers, from 1; what is read goes into the digest."""
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if digest is not None:
-                    digest.update(line)
-                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise ValueError(f"{self.path} is UTF-16; a manifest must be UTF-8")
-                # Of every line, since files that begin with a mark may have been joined.
-                yield number, line.removeprefix(codecs.BOM_UTF8)
+        try:
+            with open_uncompressed(self.path) as file:
+                for number, line in enumerate(file, start=1):
+                    if digest is not None:
+                        digest.update(line)
+                    if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise ValueError(f"{self.path} is UTF-16; a manifest must be UTF-8")
+                    # Of every line, since files that begin with a mark may have been joined.
+                    yield number, line.removeprefix(codecs.BOM_UTF8)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            raise ValueError(f"{self.path} is damaged: {error}") from error
 
     @abstractmethod
     def _records(self, digest: Any = None) -> Iterator[tuple[int, Any]]:
@@ -195,7 +201,10 @@ class JsonLines(_Text):
             entries = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             kind = "JSON" if _is_utf8(line) else "UTF-8"
-            return f"not {kind}: {error}"
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at character {error.pos + 1}"
+            return f"not {kind}: {reason}"
         if not isinstance(entries, dict):
             return f"not a JSON object but a {type(entries).__name__}"
         return entries
@@ -404,10 +413,7 @@ def manifest_row(
         offset = _seconds(others, "offset", above_zero=False)
         duration = _seconds(others, "duration", above_zero=True)
     except ValueError as error:
-        problem = f"{place}: {error}"
-        return Row(
-            index, None, name, identity or name, columns=others, problem=problem, place=place
-        )
+        return bad_row(index, manifest, place, str(error), identity, others)
     others.pop("offset", None)
     # Without an offset, "duration" often is the recording's length, which need not be exact.
     part = None if offset is None else duration
@@ -495,17 +501,10 @@ def bad_row(
     identity: str = "",
     columns: Mapping[str, Any] | None = None,
 ) -> Row:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and why; its name says where it stands."""
     name = f"{manifest}, {place}"
-    return Row(
-        index,
-        None,
-        name,
-        identity or name,
-        columns=columns or {},
-        problem=f"{place}: {problem}",
-        place=place,
-    )
+    identity = identity or name
+    return Row(index, None, name, identity, columns=columns or {}, problem=problem, place=place)
 
 
 def check_columns(path: str, names: Sequence[str], rule: str, meant: ColumnNames) -> None:

@@ -6,13 +6,14 @@ believed, and of other files the content decides. What is passed over is counted
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from w2vbert_fast.recordings.audio import holds_audio
+from w2vbert_fast.recordings.audio_files import HEAD, is_text
+from w2vbert_fast.recordings.compressed import name_inside
 
 AUDIO_SUFFIXES = frozenset(
     (
@@ -45,7 +46,6 @@ NO_FILE = "are no files"
 UNKNOWN = "have no ending of a recording's name, and are not fetched for a look into them"
 TWICE = "are links to what is read under another name"
 
-_HEAD = 2048
 _EXAMPLES = 3
 
 
@@ -119,7 +119,7 @@ def why_not_by_name(name: str) -> str | None:
         return ""
     if name.lower().endswith(TAR_SUFFIXES):
         return TAR
-    if suffix in _MANIFEST_SUFFIXES:
+    if ending(name_inside(name)) in _MANIFEST_SUFFIXES:
         return MANIFEST
     return NO_AUDIO if suffix in _OTHER_SUFFIXES else None
 
@@ -134,28 +134,16 @@ def why_not(path_or_content: str | bytes) -> str:
     """
     try:
         if isinstance(path_or_content, bytes):
-            head = path_or_content[:_HEAD]
+            head = path_or_content[:HEAD]
         else:
             if not os.path.isfile(path_or_content):
                 return NO_FILE
             with open(path_or_content, "rb") as file:
-                head = file.read(_HEAD)
+                head = file.read(HEAD)
         if not head:
             return EMPTY
-        if _is_text(head):
+        if is_text(head):
             return NO_AUDIO
         return "" if holds_audio(path_or_content) else NO_AUDIO
     except OSError:
         return ""
-
-
-def _is_text(head: bytes) -> bool:
-    """Whether a file begins as text does. It saves trying all decoders, and playlists are text."""
-    if head.startswith(b"NIST_1A"):
-        return False  # the header of a SPHERE file may be any length
-    try:
-        # The last character may be cut off.
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return all(character >= " " or character in "\t\n\r\f\v\x1b" for character in text)

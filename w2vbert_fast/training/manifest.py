@@ -122,7 +122,7 @@ def read_manifest(
         try:
             rows.append(_row(row, Path(path).name, task, lower_case, lengths, unpack))
         except ValueError as error:
-            problems.append(row.problem or f"{row.place or row.name}: {error}")
+            problems.append(f"{row.place or row.name}: {error}")
     if problems:
         shown = problems[:_LISTED_ERRORS]
         if len(problems) > len(shown):

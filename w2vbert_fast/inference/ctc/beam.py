@@ -9,11 +9,12 @@ those of greedy decoding. What has no effect is logged as a warning.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -248,11 +249,16 @@ class BeamDecoder:
             raise ValueError(f"{named} cannot be used: {error}") from error
 
     def reweighted(self, lm_weight: float, word_bonus: float) -> BeamDecoder:
-        """The same search with other weights. The language model is read once more."""
+        """The same search with other weights.
+
+        The language model is read once more, without KenLM's progress bar: what the process writes
+        to standard error meanwhile is lost.
+        """
         other = object.__new__(type(self))
-        other.__setstate__(
-            {**self.__getstate__(), "lm_weight": lm_weight, "word_bonus": word_bonus}
-        )
+        with _silent():
+            other.__setstate__(
+                {**self.__getstate__(), "lm_weight": lm_weight, "word_bonus": word_bonus}
+            )
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -350,6 +356,23 @@ class BeamDecoder:
             )
             for word in words
         ]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what libraries in C++ write from standard error."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _silence_delimiters_at_the_ends(

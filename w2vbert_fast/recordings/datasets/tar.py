@@ -10,17 +10,14 @@ to the disk.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import Any
 
+from w2vbert_fast.recordings.compressed import is_damage, open_uncompressed
 from w2vbert_fast.recordings.manifest import USUAL, ColumnNames
 from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted
 from w2vbert_fast.recordings.which_files import (
@@ -89,8 +86,8 @@ class Tar:
         while True:
             try:
                 member = next(members, None)
-            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
+            except Exception as error:
+                if not (isinstance(error, tarfile.TarError) or is_damage(error)):
                     raise
                 member, damage = None, error
             if member is None or not sample.takes(member):
@@ -120,7 +117,7 @@ class Tar:
         # As a stream: a member that nobody reads takes no memory. Past the mark of the end, since
         # tar files may have been joined.
         with (
-            _uncompressed(self.path) as content,
+            open_uncompressed(self.path) as content,
             # Block by block, since a compressed stream that was cut off hands out nothing of the
             # read that meets its end.
             tarfile.open(
@@ -196,16 +193,6 @@ class Tar:
                 columns=found,
                 problem=problem,
             )
-
-
-def _uncompressed(path: str) -> IO[bytes]:
-    """A file, unpacked by what it begins with, however many compressed streams it is joined of."""
-    with open(path, "rb") as file:
-        head = file.read(6)
-    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
-        if head.startswith(magic):
-            return cast(IO[bytes], opener(path, "rb"))
-    return open(path, "rb")
 
 
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
