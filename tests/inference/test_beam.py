@@ -232,6 +232,8 @@ def test_a_binary_model_without_words_says_so(
     assert [given.decode(row) for row in log_probs] == expected
     (message,) = caplog.messages
     assert message.startswith("unigrams: 1 of 4 have no effect, such as 'é'")
+    with pytest.raises(ValueError, match="unigrams: none of them is spelt with the tokenizer's"):
+        BeamDecoder(tokenizer, wordless, unigrams=["é", "42"])
 
 
 def test_other_weights_draw_no_progress(

@@ -204,6 +204,8 @@ class BeamDecoder:
                 path,
             )
             return None
+        if not (own or found):
+            raise ValueError("unigrams: none of them is spelt with the tokenizer's characters")
         known = [word for word in own or found if self._characters.issuperset(word)]
         if not known:
             raise ValueError(
