@@ -60,10 +60,12 @@ class Wav2Vec2BertEncoder(nn.Module):
         """Whether rows that are nobody's may be behind those of the utterances
         (`optimized.sizes`): nobody has replaced a layer.
 
-        Where there are CUDA graphs these fill their own buckets.
+        Where there are CUDA graphs these fill their own buckets. Attention with Transformer-XL
+        positions pads all utterances to the longest, which further rows may make longer.
         """
         return (
             self.use_fast_kernels
+            and self.config.position_embeddings_type != "relative"
             and not self.training
             and self.layer_graphs is None
             and all(type(layer) is Wav2Vec2BertEncoderLayer for layer in self.layers)

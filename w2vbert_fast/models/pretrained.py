@@ -599,8 +599,9 @@ class Wav2Vec2BertPreTrainedModel(HubMixin, nn.Module):
 
         oneDNN otherwise lays every weight out anew at each call. For inference: afterwards the
         encoder's linear layers and pointwise convolutions have no weight that could be trained,
-        changed, saved or moved. Layers that hooks, LoRA or int8 changed stay as they are. The fast
-        kernels are switched on.
+        changed, saved or moved, and take activations of their dtype alone: `torch.autocast` to
+        another one is a ValueError. Layers that hooks, LoRA or int8 changed stay as they are. The
+        fast kernels are switched on.
 
         Returns:
             The model itself.

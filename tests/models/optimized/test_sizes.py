@@ -166,12 +166,14 @@ def test_no_answer_depends_on_what_fills(
         "hook inside",
         "hook in front",
         "own layer",
+        "padded attention",
         "plain",
         "watched",
     ],
 )
 def test_where_batches_are_filled(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = fast_model("Wav2Vec2BertModel")
+    positions = "relative" if why == "padded attention" else "relative_key"
+    model = fast_model("Wav2Vec2BertModel", position_embeddings_type=positions)
     features, mask = padded_batch((40, 11, 18), FEATURES)
     seen: list[int] = []
     projection = type(model.feature_projection)

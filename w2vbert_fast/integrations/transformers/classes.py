@@ -226,7 +226,8 @@ def _run_layers(
         parts = (part for layer in encoder.layers for part in layer._modules.values())
         return are_watched(encoder.dropout, *parts)
 
-    filled = in_few_sizes(layout, hidden_states, watched_inside, fast=not encoder.training)
+    fast = not encoder.training and encoder.config.position_embeddings_type != "relative"
+    filled = in_few_sizes(layout, hidden_states, watched_inside, fast=fast)
     x = encoder.dropout(filled.zero_half_frames(filled.pack(hidden_states)))
     run = Run(encoder, x, filled)
     layers: list[Any] = list(run.layers)
