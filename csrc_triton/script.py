@@ -7,11 +7,11 @@ They are written down as statements over tensors (`t3`) and addresses (`p3`), wi
 behind the last statement that uses it:
 
     p9 = address + 512
-    c2(stream, (p0, p9, 8, True))
+    c2(4, 1, 1, stream, c3, (p0, p9, 8, True))
     t10 = empty_strided((8, 16), (16, 1), dtype=c0, device=c1)
     p10 = t10.data_ptr()
-    c3(stream, (p9, p10, 8, True))
-    t11 = c4(as_strided(t10, (16, 8), (1, 16)), t0)
+    c2(1, 1, 1, stream, c4, (p9, p10, 8, True))
+    t11 = c5(as_strided(t10, (16, 8), (1, 16)), t0)
 
 A tensor is a place in memory: what PyTorch newly made, or what was given. Views are not followed;
 an address says which memory they are part of. What only launches use lies in one buffer, where
@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver as drivers
+
+from csrc_triton.plans import Call
 
 _NEW_MEMORY = frozenset(
     {
@@ -70,9 +72,6 @@ class _View(NamedTuple):
         pairs = zip(self.shape, self.strides, strict=True)
         return (1 + sum((size - 1) * stride for size, stride in pairs)) * self.dtype.itemsize
 
-    def transposed(self) -> _View:
-        return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
-
 
 class _Address(NamedTuple):
     place: int
@@ -101,7 +100,7 @@ class _Step:
 
     @property
     def is_launch(self) -> bool:
-        return self.arguments[:1] == (_STREAM,)
+        return any(value is _STREAM for value in self.arguments)
 
     def touched(self) -> set[int]:
         """Places that are other ones after it."""
@@ -242,10 +241,11 @@ class Recording:
             return [self._described(entry) for entry in value]
         return value
 
-    def launched(self, call: Callable[..., object], arguments: Sequence[Any]) -> None:
-        """A kernel was launched: by `call` of a stream and the arguments it is launched again."""
+    def launched(self, call: Call, arguments: Sequence[Any]) -> None:
+        """A kernel was launched: by `call` it is launched again."""
         values = [self._address(v) or 0 if isinstance(v, Tensor) else v for v in arguments]
-        self.steps.append(_Step(call, (_STREAM, values), {}, (), False, False))
+        given = (*call.front, _STREAM, *call.between, values)
+        self.steps.append(_Step(call.function, given, {}, (), False, False))
 
     def needed(
         self, steps: Sequence[_Step], results: Iterable[_View | None]
@@ -390,7 +390,7 @@ class _Writer:
 
     def _statements(self, step: _Step) -> list[str]:
         lines = []
-        for value in step.arguments[1] if step.is_launch else ():
+        for value in step.arguments[-1] if step.is_launch else ():
             if isinstance(value, _Address) and value.place not in self._addressed:
                 self._addressed.add(value.place)
                 lines.append(f"p{value.place} = t{value.place}.data_ptr()")
@@ -420,11 +420,8 @@ class _Writer:
             kind = (self._written(view.dtype), self._written(view.device))
             return f"empty_strided({view.shape}, {view.strides}, dtype={kind[0]}, device={kind[1]})"
         name = f"t{view.place}"
-        whole = self._memory[view.place]
-        if view == whole:
+        if view == self._memory[view.place]:
             return name
-        if len(view.shape) == 2 and view == whole.transposed():
-            return f"{name}.t()"
         offset = view.offset // view.dtype.itemsize
         start = f", {name}.storage_offset() + {offset}" if offset else ""
         return f"as_strided({name}, {view.shape}, {view.strides}{start})"

@@ -203,10 +203,11 @@ def shared_by_layers(
     tile_map = ops.attention_tile_map(
         x, layers[0].self_attn.head_size, layout.cu_seqlens, layout.max_seqlen, fast=True
     )
-    weights = [layer.conv_module.depthwise_weight() for layer in layers]
-    trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    alike = all(weight.shape == weights[0].shape for weight in weights)
-    taps = ops.tap_major(weights) if alike and not trained else None
+    taps = None
+    if not records_gradient(*[layer.conv_module.depthwise_conv.weight for layer in layers]):
+        weights = [layer.conv_module.depthwise_weight() for layer in layers]
+        if all(weight.shape == weights[0].shape for weight in weights):
+            taps = ops.tap_major(weights)
     return replace(layout, tile_map=tile_map), taps
 
 

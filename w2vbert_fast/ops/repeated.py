@@ -93,10 +93,7 @@ def repeated_with_gradient(
             script, made = table[key], _ = _record_with_gradient(run, inputs, others)
         if script is None:
             return run(*inputs)
-    return cast(
-        Sequence[Tensor],
-        _Repeated.apply(script, made, *given, *parameters),  # type: ignore[no-untyped-call]
-    )
+    return cast(Sequence[Tensor], _apply(script, made, *script.taken((*given, *parameters))))
 
 
 @dataclass(frozen=True)
@@ -104,13 +101,15 @@ class _Script:
     """What was recorded of a function and of its gradient.
 
     Attributes:
-        forward: from all that is given to its results, and what else the gradient keeps.
+        taken: what is of use, of all that is given.
+        forward: from what is taken to its results, and what else the gradient keeps.
         num_results: of the function.
-        kept: what the gradient keeps, of all given and all that `forward` returns.
-        gradient: from what is kept and the gradients of the results to those of all that is given,
+        kept: what the gradient keeps, of all that is taken and all that `forward` returns.
+        gradient: from what is kept and the gradients of the results to those of all that is taken,
             `None` where there is none.
     """
 
+    taken: Callable[[Sequence[Any]], Sequence[Any]]
     forward: Callable[[Sequence[Any]], list[Tensor]]
     num_results: int
     kept: Callable[[Sequence[Any]], Sequence[Any]]
@@ -135,6 +134,10 @@ class _Repeated(torch.autograd.Function):
             found = _Gradient.apply(ctx.script, *ctx.saved_tensors, *grads)  # type: ignore[no-untyped-call]
             return None, None, *found
         return None, None, *_gradient(ctx.script, ctx.saved_tensors, grads)
+
+
+# Without what PyTorch looks for in every argument: a function transform, which would be watching.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Repeated).apply
 
 
 class _Gradient(torch.autograd.Function):
@@ -228,13 +231,18 @@ def _record_with_gradient(
     _, free = recording.needed(backward, views)
     kept = [place for place in free if place not in grad_places]
     returned = [*own, *[place for place in kept if place in made and place not in own]]
+    made_of = [recording.memory[place] for place in returned]
+    used = {*recording.needed(forward, made_of)[1], *kept}
+    taken = [i for i, place in enumerate(places) if place in used or views[i] is not None]
+    places = [places[i] for i in taken]
     all_places = [*places, *returned]
 
     script = _Script(
-        recording.function(forward, places, [recording.memory[place] for place in returned]),
+        _picker(taken),
+        recording.function(forward, places, made_of),
         len(outputs),
         _picker([all_places.index(place) for place in kept]),
-        recording.function(backward, [*kept, *grad_places], views),
+        recording.function(backward, [*kept, *grad_places], [views[i] for i in taken]),
     )
     return script, recording.end(returned)
 
