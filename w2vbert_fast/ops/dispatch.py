@@ -37,7 +37,7 @@ _FENCE = (
     "on this GPU take triton 3.7.1 (PyTorch 2.13) or later: earlier ones leave out a fence between "
     "copies and products in linear layers and attention; whether that shows is a matter of timing"
 )
-"""Seen with 3.6.0; https://github.com/triton-lang/triton/pull/10537."""
+"""Seen with 3.6.0 for sm_90 and sm_100; https://github.com/triton-lang/triton/pull/10537."""
 
 
 def _triton_obstacle() -> str | None:
@@ -156,9 +156,10 @@ def _lacks_fence(device_index: int) -> bool:
         return False
     import triton
 
-    is_hopper = torch.cuda.get_device_capability(device_index)[0] == 9
+    # Hopper's wgmma and Blackwell's tcgen05 read through a proxy of their own; mma.sync does not.
+    by_proxy = torch.cuda.get_device_capability(device_index)[0] in (9, 10)
     version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
-    return is_hopper and version < _FIRST_WITH_FENCE
+    return by_proxy and version < _FIRST_WITH_FENCE
 
 
 def _cpu_problem() -> str | None:
