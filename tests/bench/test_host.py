@@ -48,7 +48,7 @@ def test_a_launch_is_a_multiple_of_the_bare_one_of_its_round(clock: dict[str, fl
     rows = [
         Row("bare launch", bare),
         Row("three of two", lambda: call(12.0, 3, pace)),
-        Row("a layer", lambda: call(30.0, 6, pace), lambda: call(10.0, 2, pace), mode),
+        Row("a layer", lambda: call(20.0, 4, pace), mode),
         Row("nothing launched", lambda: call(1.0, 0, 1.0)),
         Row("half a library's", lambda: call(6.0, 1, pace), library=1),
     ]
