@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*/*.md")))
 RESULTS = ROOT / "bench" / "results" / "cpu_2_cores"
 MACHINES = {
+    "Intel Xeon, AMX": "cpu_amx.json",
     "AMD EPYC, AVX512-BF16": "cpu_2_cores/all.json",
     "of the same description": "cpu_slower_gemm.json",
-    "Intel Xeon, AMX": "cpu_amx.json",
 }
-"""Runs of `make bench` on two cores by machine: that of all tables, and others."""
+"""Runs of `make bench` on two cores by machine: that of all tables, the newest, and others."""
 EXECUTED = ROOT / "docs" / "inside" / "executed.json"
 """`python -m tests.kernels --summary` writes it."""
 OURS = "w2vbert_fast"
@@ -152,11 +152,11 @@ def speed() -> str:
 def machines() -> str:
     """What several machines have measured, with their GEMM's rate."""
     table = []
-    for work, dtype in dict.fromkeys((row["workload"], row["dtype"]) for row in _rows("all.json")):
+    for work, dtype in dict.fromkeys((row["workload"], row["dtype"]) for row in _newest()):
         compared = _compared(work, dtype)
         for machine, rate, ours, best in compared if len(compared) > 1 else ():
             share = ours.get("share_of_gemm")  # of the rate in the same rounds
-            if share is None and rate is not None:
+            if share is None and rate is not None and ours["flops"]:
                 share = ours["flops"] / _median(ours) / rate
             table.append(
                 [
@@ -176,20 +176,24 @@ def machines() -> str:
 
 
 def speed_of_all() -> str:
-    """Every row of that run: each peer's fastest configuration, and both forms of ours."""
-    return _all("all.json")
+    """Every row of the newest run: each peer's fastest configuration, and both forms of ours."""
+    return _all(_newest())
 
 
 def training() -> str:
     """Training steps; of one utterance in fp32 there are two runs."""
-    return _all("train_30s.json", "train_30s_fp32.json", "train_mixed.json")
+    return _all(*map(_rows, ("train_30s.json", "train_30s_fp32.json", "train_mixed.json")))
 
 
-def _all(*files: str) -> str:
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for file in files:
-        for row in _rows(file):
-            groups.setdefault((file, row["workload"], row["dtype"]), []).append(row)
+def _newest() -> list[dict[str, Any]]:
+    return _rows(next(iter(MACHINES.values())), RESULTS.parent)
+
+
+def _all(*runs: list[dict[str, Any]]) -> str:
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for number, rows in enumerate(runs):
+        for row in rows:
+            groups.setdefault((number, row["workload"], row["dtype"]), []).append(row)
     table = []
     for (_, work, dtype), rows in groups.items():
         ours = _ours(rows)
