@@ -119,26 +119,48 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_what_is_divided() -> None:
-    """Rows of float32, as many as are worth it, and of bfloat16, as many elements as are."""
-    assert threads.divides(torch.empty(400, 8))
-    assert not threads.divides(torch.empty(399, 8))
+    """Rows of float32, as many as are worth it at their width, and of bfloat16, as many elements as
+    are."""
+    assert threads.divides(torch.empty(400, 1024))
+    assert not threads.divides(torch.empty(399, 1024))
+    assert threads.divides(torch.empty(1024, 512))
+    assert not threads.divides(torch.empty(1023, 512))
+    assert not threads.divides(torch.empty(7200, 3, 64))  # the demo's queries
     assert threads.divides(torch.empty(1024, 1024, dtype=torch.bfloat16))
     assert not threads.divides(torch.empty(1023, 1024, dtype=torch.bfloat16))
     assert not threads.divides(torch.empty(399, 4096, dtype=torch.bfloat16))
     assert not threads.divides(torch.empty(1024, 1024, dtype=torch.float16))
-    assert not threads.divides(torch.empty(400, 8, device="meta"))  # no CPU's
+    assert not threads.divides(torch.empty(400, 1024, device="meta"))  # no CPU's
+    assert not threads.divides(torch.empty(0, 1024))
     torch.set_num_threads(5)
-    assert threads.divides(torch.empty(400, 8))
+    assert threads.divides(torch.empty(400, 1024))
     assert not threads.divides(torch.empty(1024, 1024, dtype=torch.bfloat16))
     torch.set_num_threads(1)
-    assert not threads.divides(torch.empty(400, 8))
+    assert not threads.divides(torch.empty(400, 1024))
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_both_products_of_a_feed_forward_block_are_divided_or_none(packs: bool) -> None:
+    """Where one is and one is not, PyTorch's threads still spin when these begin."""
+
+    def divided(num_tokens: int, width: int, inner: int) -> set[bool]:
+        found = set()
+        for ends in ((width, inner), (inner, width)):
+            weight: Any = torch.empty(ends[1], ends[0])
+            if packs:
+                weight = gemm.PackedWeight(weight, (ends[1], ends[0]), torch.float32)
+            found.add(len(gemm._shares(torch.empty(num_tokens, ends[0]), weight)) > 1)
+        return found
+
+    assert divided(2850, 192, 640) == {False}  # 57 s of the demo's
+    assert divided(1500, 1024, 4096) == {True}
 
 
 def test_more_threads_than_shares_are_worth_take_parts_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(threads, "count", lambda: 64)
-    x = torch.empty(1500, 8)
+    x = torch.empty(1500, 1024)
     assert threads.number(x, 3.0) == 24
     assert threads.number(x, 8.0) == threads.number(x, 3.0, part=24) == 64
     assert threads.number(x, 200.0) == 192

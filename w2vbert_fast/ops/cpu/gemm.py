@@ -176,14 +176,21 @@ def _shares(x: Tensor, weight: Tensor | PackedWeight, parts: int = 1) -> list[sl
     if isinstance(weight, PackedWeight):
         return _row_shares(x, weight)
     worth = x.shape[0] * weight.numel() / _SHARE
-    return threads.slices(weight.shape[0] // parts, threads.number(x, worth, part=_PART))
+    number = threads.number(_narrow(x, weight), worth, part=_PART)
+    return threads.slices(weight.shape[0] // parts, number)
 
 
 def _row_shares(x: Tensor, weight: PackedWeight) -> list[slice]:
     worth = x.shape[0] * weight.shape[0] * weight.shape[1] / _SHARE
     most = x.shape[0] // _LEAST_ROWS[weight.dtype]
-    number = threads.number(x, worth, most, _PART)
+    number = threads.number(_narrow(x, weight), worth, most, _PART)
     return threads.slices(x.shape[0], number)
+
+
+def _narrow(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """Rows as wide as the narrower end of a product: an inner width decides about nothing, or parts
+    of a feed-forward block would be divided and parts not."""
+    return x[:, : weight.shape[0]]
 
 
 def _part(bias: Tensor | None, columns: slice) -> Tensor | None:

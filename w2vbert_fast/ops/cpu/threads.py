@@ -36,6 +36,11 @@ _SHARES_A_THREAD = {torch.float32: 4, torch.bfloat16: 2}
 get done the others take over. In bfloat16 twice as many make a feed-forward block 5 % slower."""
 _LEAST_TOKENS = 400
 """Fewer rows take longer divided than on PyTorch's own threads: waking one costs too much."""
+_LEAST_WORK = 1 << 28
+"""Multiplications of a square product as wide as the rows, half of what is worth a share: with less
+some operations of a layer would be divided and some not, and PyTorch's threads, which spin after
+each call of theirs, and these would be in each other's way. 256 rows at the published width; 7,300
+at the demo's, which is half as fast again undivided."""
 _LEAST_ELEMENTS = 1 << 20
 """The same of bfloat16, where operations take a fraction of the time: 20 seconds at the published
 width."""
@@ -68,6 +73,8 @@ def divides(x: Tensor) -> bool:
         x: `[num_tokens, ...]`.
     """
     if x.device.type != "cpu" or x.dtype not in _SHARES_A_THREAD or x.shape[0] < _LEAST_TOKENS:
+        return False
+    if x.numel() ** 2 < x.shape[0] * _LEAST_WORK:
         return False
     if x.dtype == torch.bfloat16:
         return x.numel() >= _LEAST_ELEMENTS and 1 < count() <= _MOST_THREADS
