@@ -67,6 +67,7 @@ def test_operations_are_cut_as_on_so_many_cores(
 ) -> None:
     model, x = layer
     monkeypatch.setattr(gemm, "_SHARE", 1 << 22)  # each product is worth several
+    monkeypatch.setattr(threads, "_LEAST_WORK", 1 << 21)
     for number in (1, 3):
         found = {
             region.operation: len(region.shares)
