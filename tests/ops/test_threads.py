@@ -172,6 +172,25 @@ def test_more_threads_than_shares_are_worth_take_parts_of_one(
         assert len(gemm._shares(torch.empty(1500, 1024), of)) > 60
 
 
+def test_a_feed_forward_block_in_bfloat16_is_divided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as stored: rows, where every thread has enough to lay out both weights for."""
+    x = weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    seen: list[Any] = []
+    run = threads.run
+
+    def noting(function: Callable[[Any], Any], shares: Any, *, divided: bool = True) -> list[Any]:
+        seen.append(shares)
+        return run(function, shares, divided=divided)
+
+    monkeypatch.setattr(threads, "run", noting)
+    cpu.feed_forward(x, weight, None, "swish", weight, None)
+    assert seen == [[slice(0, 512), slice(512, 1024)]]
+    torch.set_num_threads(3)
+    cpu.feed_forward(x, weight, None, "swish", weight, None)
+    # Columns of either product.
+    assert len(seen[1:]) == (2 if gemm.onednn_linear(torch.bfloat16) else 0)
+
+
 def test_divided_attention_in_bfloat16_makes_few_calls() -> None:
     """Half a minute at the published width: threads wait for Python's lock at each."""
     x = torch.zeros(1500, 16, 64, dtype=torch.bfloat16)

@@ -246,6 +246,11 @@ def feed_forward(
         weight1, weight2 = _packed(x, (weight1, bias1), (weight2, bias2))
     if isinstance(weight1, PackedWeight) and isinstance(weight2, PackedWeight):
         blocks = max(blocks, _row_shares(x, weight1), key=len)
+    elif x.dtype == torch.bfloat16 and threads.divides(x):
+        # Every thread lays out both weights, in less time than columns take to be put together.
+        most = x.shape[0] // _LEAST_ROWS[x.dtype]
+        if most >= threads.count():
+            blocks = threads.slices(x.shape[0], threads.count())
     if len(blocks) == 1:
         return linear(linear(x, weight1, bias1, activation), weight2, bias2, None)
     out = x.new_empty(x.shape[0], weight2.shape[0])
