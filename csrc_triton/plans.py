@@ -30,7 +30,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from triton.runtime.driver import driver as drivers
 _Value = TypeVar("_Value")
 _Launcher = TypeVar("_Launcher", bound=Callable[..., Any])
 _Plan = Callable[[Sequence[Any]], Any]
+_Call = Callable[[Any, tuple[Any, ...]], object]
 
 MOST_PLANS = 1024
 """So many of a launcher are kept; then they are forgotten. A plan takes some kilobytes."""
@@ -222,17 +223,6 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **keywords: Any) -> Non
             recorder.launched(call, [*args, *constants])
 
 
-class Call(NamedTuple):
-    """Launches a kernel: `function(*front, stream, *between, arguments)`.
-
-    `arguments` are in the order of its parameters, constants too.
-    """
-
-    function: Callable[..., object]
-    front: Sequence[Any]
-    between: Sequence[Any]
-
-
 class _Steps:
     """What a launcher has done."""
 
@@ -240,7 +230,7 @@ class _Steps:
         self.tensors = list(args)  # and what was allocated
         self.empties: list[tuple[Any, ...]] = []
         self.numbers: list[Any] = []  # behind the tensors, so counted from the end
-        self.launches: list[tuple[Call, list[tuple[bool, int]]]] = []
+        self.launches: list[tuple[_Call, list[tuple[bool, int]]]] = []
         self.complete = True
         self.num_args = len(args)
 
@@ -248,7 +238,7 @@ class _Steps:
         self.tensors.append(tensor)
         self.empties.append((whole.shape, whole.stride(), whole.dtype, whole.device, front))
 
-    def launched(self, call: Call, arguments: Sequence[Any]) -> None:
+    def launched(self, call: _Call, arguments: Sequence[Any]) -> None:
         self.launches.append((call, [self._place(value) for value in arguments]))
 
     def _place(self, value: Any) -> tuple[bool, int]:
@@ -276,7 +266,7 @@ class _Steps:
         device = driver.get_current_device()
         current_device, current_stream = driver.get_current_device, driver.get_current_stream
         empties, numbers = self.empties, self.numbers
-        launches = [(*call, values_at(places)) for call, places in self.launches]
+        launches = [(call, values_at(places)) for call, places in self.launches]
         give = values_at(returned) if results else lambda _: ()
 
         def plan(args: Sequence[Any]) -> Any:
@@ -289,8 +279,8 @@ class _Steps:
                 values.append(whole[front:] if front else whole)
             values += numbers
             stream = current_stream(device)
-            for function, front, between, pick in launches:
-                function(*front, stream, *between, pick(values))
+            for call, pick in launches:
+                call(stream, pick(values))
             return give(values)
 
         return plan
@@ -310,12 +300,12 @@ def can_run(compiled: Any) -> bool:
     return len(first) == _RUN_ARGUMENTS and last is inspect.Parameter.VAR_POSITIONAL
 
 
-def caller(compiled: Any, grid: Sequence[int]) -> Call:
-    """What launches a kernel.
+def caller(compiled: Any, grid: Sequence[int]) -> _Call:
+    """Launches a kernel on a stream with arguments in the order of its parameters, constants too.
 
     `compiled.run` asks every time for what depends on the kernel alone, and then calls a function
     in C. Where that function takes grid and stream first and the arguments last, as in Triton 3.7,
-    it is called with what `run` would pass between them; kernels that need scratch memory, which
+    this calls it with what `run` would pass between them; kernels that need scratch memory, which
     is new for every launch, and any other Triton, go by `run`.
     """
     run, given = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
@@ -328,5 +318,6 @@ def caller(compiled: Any, grid: Sequence[int]) -> Call:
         watched(*first, *given, argument)
         (passed,) = calls
         if passed[:4] == first and passed[-1] == (argument,):
-            return Call(run.launch, grid, passed[4:-1])
-    return Call(lambda x, y, z, stream, args: run(x, y, z, stream, *given, *args), grid, ())
+            launch, (x, y, z), between = run.launch, grid, passed[4:-1]
+            return lambda stream, args: launch(x, y, z, stream, *between, args)
+    return lambda stream, args: run(*grid, stream, *given, *args)

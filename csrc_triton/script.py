@@ -7,11 +7,11 @@ They are written down as statements over tensors (`t3`) and addresses (`p3`), wi
 behind the last statement that uses it:
 
     p9 = address + 512
-    c2(4, 1, 1, stream, c3, (p0, p9, 8, True))
+    c2(stream, (p0, p9, 8, True))
     t10 = empty_strided((8, 16), (16, 1), dtype=c0, device=c1)
     p10 = t10.data_ptr()
-    c2(1, 1, 1, stream, c4, (p9, p10, 8, True))
-    t11 = c5(as_strided(t10, (16, 8), (1, 16)), t0)
+    c3(stream, (p9, p10, 8, True))
+    t11 = c4(as_strided(t10, (16, 8), (1, 16)), t0)
 
 A tensor is a place in memory: what PyTorch newly made, or what was given. Views are not followed;
 an address says which memory they are part of. What only launches use lies in one buffer, where
@@ -29,8 +29,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver as drivers
-
-from csrc_triton.plans import Call
 
 _NEW_MEMORY = frozenset(
     {
@@ -100,7 +98,7 @@ class _Step:
 
     @property
     def is_launch(self) -> bool:
-        return any(value is _STREAM for value in self.arguments)
+        return self.arguments[:1] == (_STREAM,)
 
     def touched(self) -> set[int]:
         """Places that are other ones after it."""
@@ -241,11 +239,10 @@ class Recording:
             return [self._described(entry) for entry in value]
         return value
 
-    def launched(self, call: Call, arguments: Sequence[Any]) -> None:
-        """A kernel was launched: by `call` it is launched again."""
+    def launched(self, call: Callable[..., object], arguments: Sequence[Any]) -> None:
+        """A kernel was launched: by `call` of a stream and the arguments it is launched again."""
         values = [self._address(v) or 0 if isinstance(v, Tensor) else v for v in arguments]
-        given = (*call.front, _STREAM, *call.between, values)
-        self.steps.append(_Step(call.function, given, {}, (), False, False))
+        self.steps.append(_Step(call, (_STREAM, values), {}, (), False, False))
 
     def needed(
         self, steps: Sequence[_Step], results: Iterable[_View | None]
@@ -363,9 +360,11 @@ class _Writer:
             "            return run(given, addresses)",
             f"    stream = current_stream({number})",
         ]
-        lines += [f"    t{p} = given[{i}]" for i, p in enumerate(given) if p in used]
-        lines += [f"    p{p} = addresses[{i}]" for i, p in enumerate(given[cut:]) if p in used]
         self._addressed.update(place for place in given[cut:] if place is not None)
+        others = [step.used() for step in self._steps if not step.is_launch]
+        as_tensors = used - self._addressed | self._kept.union(*others)
+        lines += [f"    t{p} = given[{i}]" for i, p in enumerate(given) if p in as_tensors]
+        lines += [f"    p{p} = addresses[{i}]" for i, p in enumerate(given[cut:]) if p in used]
         if self._offsets:
             device = self._written(self._memory[next(iter(self._offsets))].device)
             size = f"({self._num_bytes},), (1,), dtype={self._written(torch.uint8)}"
@@ -390,7 +389,7 @@ class _Writer:
 
     def _statements(self, step: _Step) -> list[str]:
         lines = []
-        for value in step.arguments[-1] if step.is_launch else ():
+        for value in step.arguments[1] if step.is_launch else ():
             if isinstance(value, _Address) and value.place not in self._addressed:
                 self._addressed.add(value.place)
                 lines.append(f"p{value.place} = t{value.place}.data_ptr()")

@@ -204,7 +204,9 @@ def shared_by_layers(
         x, layers[0].self_attn.head_size, layout.cu_seqlens, layout.max_seqlen, fast=True
     )
     taps = None
-    if not records_gradient(*[layer.conv_module.depthwise_conv.weight for layer in layers]):
+    if not torch.is_grad_enabled() or not any(
+        layer.conv_module.depthwise_conv.weight.requires_grad for layer in layers
+    ):
         weights = [layer.conv_module.depthwise_weight() for layer in layers]
         if all(weight.shape == weights[0].shape for weight in weights):
             taps = ops.tap_major(weights)
