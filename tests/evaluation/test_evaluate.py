@@ -205,7 +205,7 @@ def test_what_cannot_be_scored_is_named(data: Path, caplog: pytest.LogCaptureFix
     with pytest.raises(ValueError, match="holds none of the rows"):
         evaluate(data, write_results(elsewhere / "job", {"a": "x"}))
     (data.parent / "bare.jsonl").write_text('{"audio": "a.wav"}\n')
-    with pytest.raises(ValueError, match=r"has a transcript: .*a\.wav: no column text"):
+    with pytest.raises(ValueError, match=r"has a transcript: .*a\.wav: line 1: no column"):
         evaluate(data.parent / "bare.jsonl", good)
     # A folder of recordings, and what has their transcripts, which nobody has named.
     (data.parent / "a.wav").touch()

@@ -169,6 +169,7 @@ def fill(path: Path) -> None:
     with tarfile.open(path / "shards" / "0.tar", "w") as shard:
         shard.add(samples[0], "0.flac")
     (path / "4gram.arpa.gz").write_bytes(gzip.compress(ARPA.encode()))
+    (path / "words.txt").write_text("welcome\n")
     converted = path / "conformer_shaw.pt"
     convert_to_original(path / "facebook/w2v-bert-2.0", converted)
     tensors = torch.load(converted, weights_only=True)

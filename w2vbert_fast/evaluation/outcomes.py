@@ -78,7 +78,7 @@ def references(inputs: Inputs, by: str | None = None) -> list[Reference]:
         try:
             text = transcript(row.columns)
         except ValueError as error:
-            problem = row.problem or str(error)
+            problem = row.problem or (f"{row.place}: {error}" if row.place else str(error))
         group = "" if by is None else _group(row, by)
         found.append(Reference(row.id, row.name, row.offset, text, problem, group))
     if inputs.passed_over.counts:
