@@ -172,9 +172,12 @@ def test_more_threads_than_shares_are_worth_take_parts_of_one(
         assert len(gemm._shares(torch.empty(1500, 1024), of)) > 60
 
 
-def test_a_feed_forward_block_in_bfloat16_is_divided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 400), (torch.bfloat16, 1024)])
+def test_a_short_feed_forward_block_is_divided_once(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights as stored: rows, where every thread has enough to lay out both weights for."""
-    x = weight = torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    x, weight = torch.zeros(rows, 1024, dtype=dtype), torch.zeros(1024, 1024, dtype=dtype)
     seen: list[Any] = []
     run = threads.run
 
@@ -184,11 +187,11 @@ def test_a_feed_forward_block_in_bfloat16_is_divided_once(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(threads, "run", noting)
     cpu.feed_forward(x, weight, None, "swish", weight, None)
-    assert seen == [[slice(0, 512), slice(512, 1024)]]
+    assert seen == [[slice(0, rows // 2), slice(rows // 2, rows)]]
     torch.set_num_threads(3)
     cpu.feed_forward(x, weight, None, "swish", weight, None)
     # Columns of either product.
-    assert len(seen[1:]) == (2 if gemm.onednn_linear(torch.bfloat16) else 0)
+    assert len(seen[1:]) == (2 if gemm.onednn_linear(dtype) else 0)
 
 
 def test_divided_attention_in_bfloat16_makes_few_calls() -> None:

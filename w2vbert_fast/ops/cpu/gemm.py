@@ -238,15 +238,15 @@ def feed_forward(
     """As `ops.feed_forward`, a share of tokens at a time.
 
     The intermediate values of a long batch take hundreds of megabytes, which the allocator fetches
-    from the system anew at every call; those of a share stay in cache and in the heap. A short
-    batch is not worth that weights are laid out by one thread each.
+    from the system anew at every call; those of a share stay in cache and in the heap. Weights
+    of a long batch are packed first, and those of a short one laid out by each thread.
     """
     blocks = row_blocks(x.shape[0], weight1.shape[0] * x.element_size())
     if len(blocks) > 1:
         weight1, weight2 = _packed(x, (weight1, bias1), (weight2, bias2))
     if isinstance(weight1, PackedWeight) and isinstance(weight2, PackedWeight):
         blocks = max(blocks, _row_shares(x, weight1), key=len)
-    elif x.dtype == torch.bfloat16 and threads.divides(x):
+    elif len(blocks) == 1 and threads.divides(x):
         # Every thread lays out both weights, in less time than columns take to be put together.
         most = x.shape[0] // _LEAST_ROWS[x.dtype]
         if most >= threads.count():
