@@ -113,10 +113,10 @@ def test_heard_and_read_by_keyboard(page_of_a_job: Path, show: Open) -> None:
     page.keyboard.press("ArrowDown")
     assert page.locator("tr[aria-selected=true]").get_attribute("aria-rowindex") == "3"
     said = column(page, 4)[1]
-    assert page.locator("#words button").all_inner_texts() == said.split()
-    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")  # which waits for the row to be there
     until(page, "document.querySelector('audio').currentTime > 0.3")
     until(page, "document.querySelector('#words .now') !== null")
+    assert page.locator("#words button").all_inner_texts() == said.split()
     page.keyboard.press("Enter")
     assert page.evaluate("document.querySelector('audio').paused")
     # A word is where it is said.

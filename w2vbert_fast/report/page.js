@@ -299,14 +299,16 @@
   let words = []; // each: button, start, end
   let end = Infinity;
   let lit = null;
+  let opened = null; // the current row's `open`
 
   async function choose(i, play = false) {
     const place = order.indexOf(i);
     if (i !== current) {
       current = i;
-      await open(i);
-      if (current !== i) return; // another one was chosen meanwhile
+      opened = open(i);
     }
+    await opened;
+    if (current !== i) return; // another one was chosen meanwhile
     const height = rowHeight(), top = place * height, head = $("thead").offsetHeight;
     if (top < view.scrollTop) view.scrollTop = top;
     else if (top + height + head > view.scrollTop + view.clientHeight) {
