@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -222,6 +224,49 @@ def test_short_recordings_change_threads_in_groups(monkeypatch: pytest.MonkeyPat
     # Groups of 8, smaller ones at the beginning and at the end.
     assert max(handed_over) == 8
     assert len(handed_over) <= 16
+
+
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('a fault of the caller')"])
+def test_a_script_ends_with_results_left(tiny_checkpoint: Path, ending: str) -> None:
+    # Rows of torch: a thread that comes back from it while the interpreter ends aborts it.
+    script = f"""if True:
+        import torch
+        from w2vbert_fast.inference import Flow, Transcriber
+
+        def rows():
+            while True:
+                for _ in range(1000):
+                    torch.ones(100).sum()
+                yield torch.ones(8000).numpy()
+
+        flow = Flow(workers=2, window_rows=4)
+        results = Transcriber({str(tiny_checkpoint)!r}, flow=flow)(rows())
+        assert next(results).error is None
+        {ending}
+    """
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    last = ended.stderr.splitlines()[-1:]
+    assert (ended.returncode, last) == (
+        (1, ["RuntimeError: a fault of the caller"]) if ending else (0, [])
+    )
+
+
+def test_a_thread_of_its_own_may_close_it() -> None:
+    ahead: list[ReadAhead] = []
+    ready, closed = threading.Event(), threading.Event()
+
+    def rows() -> Iterator[Row]:
+        assert ready.wait(PATIENCE)
+        ahead[0].close()  # as the collector of garbage may
+        closed.set()
+        yield Row(0, np.zeros(800, np.float32), "", "", sampling_rate=16_000)
+
+    ahead.append(ReadAhead(rows(), Decoder(), workers=1, max_rows=4, max_seconds=60))
+    ready.set()
+    assert closed.wait(PATIENCE)
+    ahead[0].close()
+    assert not any(thread.is_alive() for thread in (ahead[0]._feeder, *ahead[0]._decoders))
 
 
 def test_a_missing_package_ends_the_job_in_its_turn(

@@ -338,9 +338,9 @@ def test_the_command_stops_on_sigterm_and_goes_on(tiny_checkpoint: Path, tmp_pat
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()
-    assert process.returncode == 2
-    assert errors.decode().splitlines()[-1] == (
-        "w2vbert-fast: interrupted; the same command goes on"
+    assert (process.returncode, errors.decode().splitlines()[-1]) == (
+        2,
+        "w2vbert-fast: interrupted; the same command goes on",
     )
     done = len(table(tmp_path / "out"))
     assert 0 < done < 20_000

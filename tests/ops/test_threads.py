@@ -87,6 +87,43 @@ def test_an_interrupt_when_all_is_done_waits_for_nothing(monkeypatch: pytest.Mon
         threads.run(lambda index: index, range(3))
 
 
+def test_no_interrupt_leaves_threads_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    ended = []
+
+    class Interrupted:
+        """A lock whose waiter is interrupted three times, the last time when shares end."""
+
+        def __init__(self, lock: Any) -> None:
+            self.lock, self.release, self.interrupts = lock, lock.release, 0
+
+        def acquire(self) -> None:
+            if self.interrupts < 3:
+                assert begun.wait(PATIENCE)
+                self.interrupts += 1
+                if self.interrupts == 3:
+                    may_end.set()
+                raise KeyboardInterrupt
+            self.lock.acquire()
+
+    begin = threads._Divided.__init__
+
+    def interrupted(work: Any, *arguments: Any) -> None:
+        begin(work, *arguments)
+        work.finished = Interrupted(work.finished)
+
+    def share(index: int) -> None:
+        begun.set()
+        assert may_end.wait(PATIENCE)
+        ended.append(index)
+
+    monkeypatch.setattr(threads._Divided, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(share, range(2))
+    assert 1 <= len(ended) <= 2
+    assert may_end.is_set()
+
+
 def test_callers_on_several_threads() -> None:
     expected = [list(range(n, n + 7)) for n in range(4)]
     results: list[list[int] | None] = [None] * 4

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import stat
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,6 +28,8 @@ from w2vbert_fast.recordings.rows import Row
 _ANNOUNCED_BYTES = 16 << 20
 _FEW_CPUS = 8
 _GROUP_ROWS = 8
+_FEEDER_PATIENCE = 5.0
+"""Seconds that closing waits for the iterator of rows, which may be the caller's and block."""
 
 LONGEST_SECONDS = 4 * 3600.0
 """Longest recording that is read unless another limit is set: 0.9 GB of samples."""
@@ -185,7 +187,8 @@ class ReadAhead:
         self._group = max(1, min(_GROUP_ROWS, max_rows // (4 * workers)))
         self._waiting = False
         # One lock, and a condition for each thing that is waited for: nobody else wakes up.
-        lock = threading.Lock()
+        # It may be taken twice, where a thread of these collects garbage that closes them.
+        lock = threading.RLock()
         self._room = threading.Condition(lock)  # the feeder: for fewer rows ahead
         self._work = threading.Condition(lock)  # who decodes: for rows
         self._turn = threading.Condition(lock)  # who decodes: until it may
@@ -199,10 +202,15 @@ class ReadAhead:
         self._closed = False
         self._failure: BaseException | None = None
         self._feeder = threading.Thread(target=self._feed, name="rows", daemon=True)
-        self._pool = ThreadPoolExecutor(workers, "decode")
-        for _ in range(workers):
-            self._pool.submit(self._decode_groups)
-        self._feeder.start()
+        self._decoders = [
+            threading.Thread(target=self._decode_groups, name=f"decode-{number}", daemon=True)
+            for number in range(workers)
+        ]
+        for thread in (*self._decoders, self._feeder):
+            thread.start()
+        # A thread that meets a tensor while the interpreter ends aborts the process, and one that
+        # waits for rows would keep it from ending: where nobody closes them, its end does.
+        atexit.register(self.close)
 
     def wait(self, waiting: bool) -> None:
         """Say whether somebody waits for rows now; without `overlap`, else nothing is decoded."""
@@ -231,12 +239,20 @@ class ReadAhead:
             yield slot.loaded
 
     def close(self) -> None:
-        """End the threads; what they are decoding is finished and thrown away."""
+        """End the threads; what they are decoding is finished and thrown away.
+
+        Where the iterator of rows blocks, its thread is left to it.
+        """
         with self._turn:
             self._closed = True
             for condition in (self._room, self._work, self._turn):
                 condition.notify_all()
-        self._pool.shutdown(wait=True)
+        if threading.current_thread() in (*self._decoders, self._feeder):
+            return  # nobody waits for itself
+        for thread in self._decoders:
+            thread.join()
+        self._feeder.join(_FEEDER_PATIENCE)
+        atexit.unregister(self.close)
 
     def _ready(self) -> bool:
         if not self._pending:

@@ -12,6 +12,7 @@ What is computed depends on the shares, never on which thread runs which.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -129,8 +130,11 @@ def run(
         work.finished.acquire()
     except BaseException:  # an interrupt
         work.drop()
-        if work.unfinished:  # nothing may be written to what the caller lets go
-            work.finished.acquire()
+        # Nothing may be written to what the caller lets go, and no thread may compute while the
+        # interpreter ends; whoever interrupts again waits, too.
+        while work.unfinished:
+            with contextlib.suppress(KeyboardInterrupt):
+                work.finished.acquire()
         raise
     if work.error is not None:
         raise work.error
