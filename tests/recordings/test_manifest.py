@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,18 @@ def test_marks_and_line_ends_of_other_systems(tmp_path: Path, suffix: str) -> No
         read(tmp_path / f"rows.{suffix}", content.encode("utf-16"))
 
 
-@pytest.mark.parametrize("module", [gzip, bz2, lzma])
+def zstandard(content: bytes) -> bytes:
+    return bytes(pyarrow.Codec("zstd").compress(content))
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [("gz", gzip.compress), ("bz2", bz2.compress), ("XZ", lzma.compress), ("zst", zstandard)],
+)
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_compressed_manifests(tmp_path: Path, module: Any, suffix: str) -> None:
-    ending = {gzip: "gz", bz2: "bz2", lzma: "XZ"}[module]
+def test_compressed_manifests(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes], suffix: str
+) -> None:
     lines = {
         "jsonl": ['{"audio": "a.wav", "text": "x"}', '{"audio": "b.wav", "text": "y"}'],
         "csv": ["audio;text", "a.wav;x", "b.wav;y"],
@@ -171,15 +180,18 @@ def test_compressed_manifests(tmp_path: Path, module: Any, suffix: str) -> None:
     content = "\n".join(lines).encode()
     path = tmp_path / f"rows.{suffix}.{ending}"
     # Joined of two streams, as `cat` does it.
-    rows = read(path, module.compress(content[:20]) + module.compress(content[20:]))
+    first, second = compress(content[:20]), compress(content[20:])
+    rows = read(path, first + second)
     assert (names(rows), texts(rows)) == (["a.wav", "b.wav"], ["x", "y"])
     assert why_not_by_name(str(path)) == MANIFEST
     (tmp_path / f"rows.{suffix}").write_bytes(content)
     (plain,) = open_dataset(tmp_path / f"rows.{suffix}")
     (reader,) = open_dataset(path)
     assert reader.survey()[1]["sha256"] == plain.survey()[1]["sha256"]
-    whole = path.read_bytes()
-    for damaged in (whole[:-8], whole[:30] + b"\0" * 10 + whole[40:]):
+    cut, end = (first + second)[:-8], len(first) - 6
+    overwritten = first[:end] + b"\0" * 12 + second[6:]
+    # Where a later stream does not begin as one, it is no end either.
+    for damaged in (cut, overwritten, first + b"\1" + second[1:], first + second[:1]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{path} is damaged: "):
             reader.survey()

@@ -366,6 +366,8 @@ def test_joined_tar_files_are_read_to_the_end_of_the_last(tmp_path: Path, module
     if module:
         path.write_bytes(compress(contents[0])[:-20])
         assert "damaged tar file" in str(rows(path)[-1].problem)
+        path.write_bytes(compress(contents[0]) + b"\1" + compress(contents[1])[1:])
+        assert "damaged tar file" in str(rows(path)[-1].problem)
 
 
 def test_a_large_sample_is_handed_out_in_parts(

@@ -32,11 +32,11 @@ _OTHER_SUFFIXES = frozenset(
     (
         *("7z", "arrow", "bmp", "bz2", "ckpt", "gif", "gz", "h5", "hdf5", "jpeg", "jpg", "npy"),
         *("npz", "onnx", "pdf", "pickle", "pkl", "png", "pt", "pth", "pyc", "rar", "safetensors"),
-        *("sqlite", "tif", "tiff", "webp", "xz", "zip"),
+        *("sqlite", "tif", "tiff", "webp", "xz", "zip", "zst"),
     )
 )
 _MANIFEST_SUFFIXES = frozenset(("jsonl", "ndjson", "csv", "tsv", "parquet"))
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 NO_AUDIO = "hold no audio"
 EMPTY = "are empty"
