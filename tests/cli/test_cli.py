@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -304,6 +305,26 @@ def test_wrong_usage(arguments: tuple[str, ...], expected: str) -> None:
     assert result.returncode == 2
     assert expected in (result.stdout + result.stderr).decode()
     assert b"Traceback" not in result.stderr
+
+
+def test_an_interrupt_while_pytorch_is_imported_ends_the_process() -> None:
+    # PyTorch imports NumPy where it takes an interrupt for there being none.
+    code = """if True:
+        import os, signal, sys
+
+        class Interrupting:
+            def find_spec(self, name, path, target=None):
+                if name == "numpy.matrixlib":
+                    sys.meta_path.remove(self)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupting())
+        from w2vbert_fast.cli import main
+        sys.argv = ["w2vbert-fast", "doctor"]
+        main()
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_devices_that_are_not_there(tiny_checkpoint: Path) -> None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import enum
 import inspect
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -73,13 +75,31 @@ class Cpus:
         """Let PyTorch compute on no more threads than there are CPUs for it."""
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads is {self.threads}; it must be at least 1")
+        torch = _import_torch()
         found = cpus.of_process()
         if self.threads is None and found.usable == found.machine:
             return
-        import torch
-
         usable = min(found.usable, torch.get_num_threads())
         torch.set_num_threads(usable if self.threads is None else self.threads)
+
+
+def _import_torch() -> Any:
+    """PyTorch, which is imported if it is not yet.
+
+    While it imports NumPy, it takes an interrupt for there being no NumPy, and goes on without. So
+    Ctrl-C ends the process at once here, where nothing has begun.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread()
+    ends = ours and handler is signal.default_int_handler
+    if ends:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        import torch
+    finally:
+        if ends:
+            signal.signal(signal.SIGINT, handler)
+    return torch
 
 
 def add(app: typer.Typer, command: Callable[..., int], *, short: str, help_text: str) -> None:
