@@ -122,6 +122,7 @@ def test_a_hotword_with_a_slash_is_no_file(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["transcribe", "a.wav", "--format", "parquet"], "--format parquet needs --out DIR"),
+        (["transcribe", "a.wav", "--format", "csv"], "format 'csv' is not one of transcribe's"),
         (["transcribe", "a.wav", "--lm", "x"], "lm needs a beam search"),
         (["transcribe", "a.wav", "--hotwords", "x"], "hotwords needs a beam search"),
         (["transcribe", "a.wav", "--beam", "9", "--hotword-weight", "2"], "needs hotwords"),

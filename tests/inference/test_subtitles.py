@@ -291,6 +291,18 @@ def test_words_of_a_cue() -> None:
     ]
 
 
+def test_a_name_stands_apart_and_on_the_only_line() -> None:
+    """A part of a word behind a name has a space in front, and one line is one with a name, too."""
+    words = [replace(word("cooperation", 0, 2), channel="agent")]
+    narrow = Layout(line_length=12, max_lines=1)
+    assert [cue.lines for cue in cues(words, narrow)] == [
+        ["agent: coope"],
+        ["agent: ratio"],
+        ["agent: n"],
+    ]
+    assert txt([replace(spoken("今天很好", 2), channel="agent")]) == "agent: 今天\nagent: 很好\n"
+
+
 def test_a_cue_stays_until_it_can_be_read() -> None:
     long, later = word("a" * 40, 1, 2), word("b" * 40, 9, 9.5)
     assert [cue.end for cue in cues([long, later])] == [2, 10]

@@ -257,7 +257,8 @@ def perform(
             _refuse(["--beside"], "needs a --format with a file for each recording")
     else:
         formats = _formats_beside(formats, target.out)
-        _refuse([f"--format {f}" for f in formats if f not in BESIDE], "needs --out DIR")
+        in_folders = [f for f in formats if f in FORMATS and f not in BESIDE]
+        _refuse([f"--format {f}" for f in in_folders], "needs --out DIR")
         if target.beside and (target.out is not None or not formats):
             _refuse(["--beside"], f"needs --format {listed([*BESIDE], 'or')}, and no file in --out")
         _refuse(given(job, jobs.Books, jobs.Engine), "needs --out DIR")
@@ -317,7 +318,7 @@ def _print(
     status = 0
     flow = Flow(**job.flow(probe=False), window_rows=1)
     runner: Runner[Transcription] = Runner(TASKS[name](**task), flow)
-    Formats.of_task(runner.task, [name for name in formats if FORMATS[name].in_jobs])
+    Formats.of_task(runner.task, [f for f in formats if f not in FORMATS or FORMATS[f].in_jobs])
     inputs = source.open()
     files = None
     if formats:

@@ -266,15 +266,19 @@ def _by_channel(words: Iterable[Word]) -> dict[int | str | None, list[Word]]:
 def _groups(words: Iterable[Word], layout: Layout, channel: int | str | None) -> list[list[_Piece]]:
     """What each cue of a channel holds, its name first."""
     groups: list[list[_Piece]] = []
+    name = None if channel is None else f"{label(channel)}:"
+    # What stands beside the name, where there is no other line for it.
+    room = layout.line_length - (columns(name) + 1 if name and layout.max_lines == 1 else 0)
+    of_piece = replace(layout, line_length=room) if room > 1 else layout
     for word in _checked(words):
-        for piece in _pieces(word, layout):
-            if groups and _goes_on(groups[-1], piece, layout, named=channel is not None):
+        for piece in _pieces(word, of_piece):
+            if groups and _goes_on(groups[-1], piece, layout, named=name is not None):
                 groups[-1].append(piece)
-            elif channel is None:
+            elif name is None:
                 groups.append([piece])
             else:
-                name = _Piece(f"{label(channel)}:", piece.start, piece.start, False)
-                groups.append([name, piece])
+                spoken = replace(piece, glued=False)
+                groups.append([_Piece(name, piece.start, piece.start, False), spoken])
     return groups
 
 
