@@ -14,6 +14,7 @@ from tests.helpers.training import make_model
 from w2vbert_fast.cli import app as cli, jobs
 from w2vbert_fast.cli.transcribe import Search
 from w2vbert_fast.inference import Embedder, load_pipeline, transcribe
+from w2vbert_fast.inference.jobs.job import Summary
 from w2vbert_fast.inference.runner import Flow
 from w2vbert_fast.inference.tasks import TASKS
 
@@ -44,6 +45,20 @@ def test_transcribe_into_a_folder(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert "options.max_seconds: 300.0 before, 30.0 now" in again.stderr
     # Behind what the two names were taken for.
     assert again.stderr.count("\n") == 3
+
+
+def test_what_is_said_of_one_row_and_of_many() -> None:
+    content = {"audio_hours": 0.1, "this_run": {"rows": 0}, "passed_over": {}}
+    one, none = {"rows": 1, "examples": ["a.wav"]}, {"rows": 0, "examples": []}
+    found = Summary(1, {"OSError": 1}, {**content, "changed": one, "vanished": none})
+    assert jobs._ending(found, "out").startswith(
+        "1 row, 0.10 h of audio; 1 row changed and done again (a.wav); 1 error (1 OSError), see"
+    )
+    found = Summary(2000, {}, {**content, "changed": none, "vanished": one})
+    assert (
+        jobs._ending(found, "out")
+        == "2,000 rows, 0.10 h of audio; 1 row no longer in the input (a.wav)"
+    )
 
 
 def test_rows_with_errors_are_exit_status_1(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_two_are_compared_on_the_rows_that_both_have(data: Path) -> None:
     }
     assert [system["wer"] for system in summary["systems"]] == pytest.approx([2 / 9, 2 / 9])
     text = str(evaluation)
-    assert "3 of 4 rows" in text and "better in 1 rows, worse in 1, equal in 1" in text
+    assert "3 of 4 rows" in text and "better in 1 row, worse in 1, equal in 1" in text
     assert "\n    said  the cat sat\n    heard the cot sat\n    heard the cat sat\n" in text
     assert "damaged" in text and "'cat' is heard as 'cot'" in text and "'a' is lost" in text
     # Against itself nothing differs, in any draw.
@@ -247,7 +247,7 @@ def test_the_command_prints_saves_and_tells_by_its_status(
     printed, told = capfd.readouterr()
     summary = json.loads(printed)
     assert summary["systems"][0]["wer"] == 0.2
-    assert "2 rows are left out" in told
+    assert "2 rows left out" in told
     assert json.loads((out / "evaluation.json").read_text()) == summary
     rows = [json.loads(line) for line in (out / "utterances.jsonl").read_text().splitlines()]
     assert [row["wer_errors"] for row in rows] == [[1], [0]]

@@ -401,7 +401,7 @@ def test_the_line_of_progress_and_the_summary(tmp_path: Path) -> None:
     work = job([*paths, "missing.wav"], tmp_path / "out", stream=stream)
     summary = work.run()
     line = work.progress.line()
-    expected = r"11/11  0\.00 h of audio  RTF \d+\.\d{4}  ETA 0:00:00  1 errors"
+    expected = r"11/11  0\.00 h of audio  RTF \d+\.\d{4}  ETA 0:00:00  1 error"
     assert re.fullmatch(expected, line), line
     content = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert content == summary.content

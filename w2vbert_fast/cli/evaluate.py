@@ -82,6 +82,7 @@ def command(
     """Score, and print the scores; the exit status."""
     from w2vbert_fast.evaluation import evaluate, write_report
     from w2vbert_fast.inference.runner import Flow
+    from w2vbert_fast.recordings.rows import how_many
 
     with log_shown("w2vbert_fast.inference", below_progress=True):
         found = evaluate(
@@ -101,7 +102,7 @@ def command(
             write_line(one_line(line))
     if not found.left_out:
         return 0
-    report(f"{len(found.left_out)} rows are left out")
+    report(f"{how_many(len(found.left_out))} left out")
     return ITEMS_FAILED
 
 

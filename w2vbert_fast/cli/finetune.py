@@ -39,6 +39,9 @@ class Fields:
     eval: str = option(REQUIRED, "Data set to score.", metavar="DATA")
     out: str = option(REQUIRED, "Folder for checkpoints, logs and state.", metavar="DIR")
     columns: str | None = option(None, COLUMNS, metavar=COLUMNS_METAVAR)
+    eval_columns: str | None = option(
+        None, "Those of --eval. Default: as --columns.", metavar=COLUMNS_METAVAR
+    )
     task: str = option(_DEFAULT.task, f"{', '.join(TASKS)}.", metavar="TASK")
     lora: int = option(_DEFAULT.lora, "Rank of LoRA adapters; 0 trains all weights.")
     steps: int = option(_DEFAULT.steps, "Optimiser steps.")
@@ -113,6 +116,9 @@ def command(chosen: Fields, others: Others) -> int:
         **values(chosen),
         "model": os.fspath(source_of(chosen.model)),
         "columns": ColumnNames.parse(chosen.columns).by_meaning,
+        "eval_columns": None
+        if chosen.eval_columns is None
+        else ColumnNames.parse(chosen.eval_columns).by_meaning,
         "speeds": _numbers("--speeds", chosen.speeds),
         "freeze": int(chosen.freeze) if chosen.freeze.isdecimal() else chosen.freeze,
         "model_overrides": _entries("--set", chosen.model_overrides),

@@ -291,28 +291,29 @@ def run_job(
 
 
 def _ending(summary: Summary, out: str) -> str:
+    from w2vbert_fast.recordings.rows import how_many
     from w2vbert_fast.recordings.which_files import PassedOver
 
     run = summary.content["this_run"]
-    text = f"{summary.rows} rows, {summary.content['audio_hours']:.2f} h of audio"
+    text = f"{how_many(summary.rows)}, {summary.content['audio_hours']:.2f} h of audio"
     if run["rows"]:
         text += (
             f"; {run['rows']} in {run['seconds']:.1f} s now, "
             f"{run['audio_hours_per_hour']:.0f} h of audio an hour"
         )
     for what, told in (
-        ("have changed since they were done", summary.content["changed"]),
-        ("are not in the input any more", summary.content["vanished"]),
+        ("changed and done again", summary.content["changed"]),
+        ("no longer in the input", summary.content["vanished"]),
     ):
         if told["rows"]:
-            text += f"; {told['rows']} {what} ({', '.join(told['examples'])})"
+            text += f"; {how_many(told['rows'])} {what} ({', '.join(told['examples'])})"
     passed_over = PassedOver.from_json(summary.content["passed_over"])
     if passed_over.counts:
         text += f"; passed over: {passed_over}"
     count = sum(summary.errors.values())
     if count:
         kinds = ", ".join(f"{number} {name}" for name, number in summary.errors.items())
-        text += f"; {count} errors ({kinds}), see {os.path.join(out, 'errors-*.jsonl')}"
+        text += f"; {how_many(count, 'error')} ({kinds}), see {os.path.join(out, 'errors-*.jsonl')}"
     return text
 
 

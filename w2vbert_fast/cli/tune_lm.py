@@ -11,6 +11,7 @@ from w2vbert_fast.cli.evaluate import Computing, Data
 from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, one_line, report, write_line
 from w2vbert_fast.cli.options import REQUIRED, option, values
 from w2vbert_fast.cli.transcribe import Search
+from w2vbert_fast.recordings.rows import how_many
 
 if TYPE_CHECKING:
     from w2vbert_fast.evaluation.tuning import Trial, Tuned
@@ -75,7 +76,7 @@ def _show(trial: Trial) -> None:
 def _print(found: Tuned) -> None:
     low, high = found.interval
     for line in (
-        f"{found.metric.upper()} of {found.rows} rows, texts in {found.normalisation}",
+        f"{found.metric.upper()} of {how_many(found.rows)}, texts in {found.normalisation}",
         f"{100 * found.greedy:.2f} % without a beam search",
         f"{100 * found.start.rate:.2f} % with weight {found.start.weights.lm_weight:g} and word "
         f"bonus {found.start.weights.word_bonus:g}",

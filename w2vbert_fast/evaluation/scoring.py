@@ -26,6 +26,7 @@ from w2vbert_fast.evaluation.outcomes import (
 from w2vbert_fast.inference.runner import Flow, Transcriber
 from w2vbert_fast.inference.tasks.transcribe import Transcribe
 from w2vbert_fast.recordings.inputs import Inputs, open_inputs
+from w2vbert_fast.recordings.rows import how_many
 from w2vbert_fast.training.scores import Alignment, align, separates_words
 
 SUMMARY_FILE = "evaluation.json"
@@ -334,8 +335,8 @@ def _text(summary: dict[str, Any]) -> str:
     systems = summary["systems"]
     count = summary["rows"] + len(summary["left_out"])
     lines = [
-        f"{summary['rows']} of {count} rows, {summary['seconds'] / 60:.1f} min, "
-        f"{summary['words']} words, {summary['characters']} characters",
+        f"{summary['rows']} of {how_many(count)}, {summary['seconds'] / 60:.1f} min, "
+        f"{how_many(summary['words'], 'word')}, {how_many(summary['characters'], 'character')}",
         f"texts are compared in: {summary['normalisation']}",
         "",
     ]
@@ -361,7 +362,7 @@ def _text(summary: dict[str, Any]) -> str:
         share = 100 * compared[metric]["better"]
         lines.append(
             f"{systems[1]['name']} has the lower {metric.upper()} in {share:.1f} % of "
-            f"{summary['resamples']} draws; it is better in {rows['better']} rows, worse in "
+            f"{summary['resamples']} draws; it is better in {how_many(rows['better'])}, worse in "
             f"{rows['worse']}, equal in {rows['equal']}"
         )
     for name, groups in summary["groups"].items():

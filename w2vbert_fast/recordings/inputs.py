@@ -16,7 +16,7 @@ from typing import Any
 from w2vbert_fast.recordings.datasets.formats import open_dataset
 from w2vbert_fast.recordings.manifest import USUAL, ColumnNames
 from w2vbert_fast.recordings.remote import find, is_remote
-from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything
+from w2vbert_fast.recordings.rows import Part, Row, Rows, Wanted, everything, how_many
 from w2vbert_fast.recordings.which_files import (
     MANIFEST,
     TAR,
@@ -224,8 +224,7 @@ class Inputs:
         lines = []
         for (name, kind), counts in found.items():
             known = [count for count in counts if count is not None]
-            rows = f"{sum(known):,} row{'s' * (sum(known) != 1)}"
-            rows = rows if len(known) == len(counts) else "rows are not counted"
+            rows = how_many(sum(known)) if len(known) == len(counts) else "rows are not counted"
             several = f" ({len(counts)} files)" if len(counts) > 1 else ""
             lines.append(f"{name}: {kind}{several}, {rows}")
         return lines

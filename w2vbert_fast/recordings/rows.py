@@ -37,6 +37,11 @@ class Row:
     place: str = ""
 
 
+def how_many(count: int, what: str = "row") -> str:
+    """A number of rows, or of something else, for a message: "1 row", "2,000 rows"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 Wanted = Callable[[int], bool]
 Rows = Generator[Row, None, int]
 """Rows, and at the end the index after the last one, wanted or not."""

@@ -49,6 +49,7 @@ class FinetuneConfig:
             with the same configuration, that run goes on.
         columns: columns of the data sets by what they mean, such as `{"text": "sentence"}`, where
             their names do not say so.
+        eval_columns: those of `eval`; None: as `columns`.
         task: "ctc" (speech recognition), "classification" (one class an utterance), "frames" (one
             class a 20 ms frame) or "xvector" (speakers).
         steps: optimiser steps; `epochs` replaces it.
@@ -112,6 +113,7 @@ class FinetuneConfig:
     eval: str | os.PathLike[str]
     out: str | os.PathLike[str]
     columns: Mapping[str, str] = field(default_factory=dict)
+    eval_columns: Mapping[str, str] | None = None
     task: str = "ctc"
     steps: int = 5000
     epochs: int | None = None
@@ -161,7 +163,9 @@ class FinetuneConfig:
             if isinstance(value, str) or not isinstance(value, list | tuple):
                 raise TypeError(f"{name} must be a tuple, got {value!r}")
             object.__setattr__(self, name, tuple(value))
-        for name in ("columns", "model_overrides"):
+        for name in ("columns", "eval_columns", "model_overrides"):
+            if name == "eval_columns" and self.eval_columns is None:
+                continue
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name} must be a mapping, got {getattr(self, name)!r}")
             object.__setattr__(self, name, dict(getattr(self, name)))

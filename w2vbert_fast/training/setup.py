@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,10 @@ def prepare(
     """
     task = TASKS[config.task]
     # Both are checked before a model is loaded.
-    train_manifest = _manifest(config, config.train) if train is None else None
-    eval_manifest = _manifest(config, config.eval) if evaluation is None else None
+    columns = config.columns
+    train_manifest = _manifest(config, config.train, columns) if train is None else None
+    columns = columns if config.eval_columns is None else config.eval_columns
+    eval_manifest = _manifest(config, config.eval, columns) if evaluation is None else None
     rows: list[Row] = []
     skipped: list[Skipped] = []
     transcripts: list[str] | None = None
@@ -85,12 +88,14 @@ def prepare(
     return Prepared(parts, train, evaluation, skipped)
 
 
-def _manifest(config: FinetuneConfig, path: str | os.PathLike[str]) -> Manifest:
+def _manifest(
+    config: FinetuneConfig, path: str | os.PathLike[str], columns: Mapping[str, str]
+) -> Manifest:
     return read_manifest(
         path,
         TASKS[config.task],
         lower_case=config.lower_case,
-        columns=ColumnNames(config.columns),
+        columns=ColumnNames(columns),
         unpack=os.path.join(config.out, "recordings"),
     )
 

@@ -48,7 +48,7 @@ from w2vbert_fast.inference.jobs.sidecars import check_beside
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
 from w2vbert_fast.recordings.inputs import Inputs
-from w2vbert_fast.recordings.rows import Row
+from w2vbert_fast.recordings.rows import Row, how_many
 from w2vbert_fast.recordings.which_files import PassedOver
 
 LOCK_FILE = ".lock"
@@ -295,8 +295,8 @@ class Job:
         if limit is None or self.options.retry_errors or self.progress.errors <= limit:
             return
         raise TooManyErrors(
-            f"{self.progress.errors} rows failed, more than the {limit} of max_errors; the last "
-            f"ones are in {self.folder}/errors-*.jsonl"
+            f"{how_many(self.progress.errors)} failed, more than the {limit} of max_errors; the "
+            f"last ones are in {self.folder}/errors-*.jsonl"
         )
 
     def _full(self, shard: Shard) -> bool:

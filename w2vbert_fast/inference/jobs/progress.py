@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from w2vbert_fast import __version__
 from w2vbert_fast._extras import versions as versions_of
+from w2vbert_fast.recordings.rows import how_many
 
 PACKAGES = ("torch", "triton", "numpy", "soundfile", "soxr", "av", "pyarrow")
 
@@ -131,7 +132,7 @@ class Progress:
         parts = [f"{self.done}/{total}", f"{state['audio_hours']:.2f} h of audio"]
         parts.append("RTF -" if factor is None else f"RTF {factor:.4f}")
         parts.append("ETA " + duration(state["eta_seconds"]))
-        parts.append(f"{self.errors} errors")
+        parts.append(how_many(self.errors, "error"))
         return "  ".join(parts)
 
     def close(self) -> None:
