@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from w2vbert_fast import Wav2Vec2CTCTokenizer
+from w2vbert_fast.cli.tune_lm import Search
 from w2vbert_fast.evaluation import tune_lm
-from w2vbert_fast.evaluation.tuning import Trial, Weights, _Search
+from w2vbert_fast.evaluation.tuning import USUAL_BEAM, Trial, Weights, _Search
 from w2vbert_fast.inference.ctc.beam import BeamDecoder
 from w2vbert_fast.training.scores import error_rates
 
@@ -117,5 +118,8 @@ def test_what_cannot_be_tuned_is_named(folder: Path) -> None:
         tune_lm(data, "demo")
     with pytest.raises(ValueError, match="channels must not be 'split'"):
         tune_lm(data, "demo", lm=folder / "bigram.arpa", channels="split")
+    with pytest.raises(ValueError, match="beam must be at least 1"):
+        tune_lm(data, "demo", lm=folder / "bigram.arpa", beam=0)
+    assert Search().beam == USUAL_BEAM
     with pytest.raises(ValueError, match="resamples must be at least 1"):
         tune_lm(data, "demo", resamples=0)

@@ -6,11 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from w2vbert_fast.cli import jobs
+from w2vbert_fast.cli import jobs, transcribe
 from w2vbert_fast.cli.evaluate import Computing, Data
 from w2vbert_fast.cli.messages import ITEMS_FAILED, log_shown, one_line, report, write_line
 from w2vbert_fast.cli.options import REQUIRED, option, values
-from w2vbert_fast.cli.transcribe import Search
 from w2vbert_fast.recordings.rows import how_many
 
 if TYPE_CHECKING:
@@ -30,6 +29,11 @@ HELP = (
 class Tuning:
     model: str = option(REQUIRED, "The model.", metavar="PATH|HUB_ID")
     normalise: str = option("auto", "What does not count, as for evaluate.", metavar="NAMES")
+
+
+@dataclass(kw_only=True)
+class Search(transcribe.Search):
+    beam: int = option(100, "Hypotheses of the beam search.")
 
 
 @dataclass(kw_only=True)

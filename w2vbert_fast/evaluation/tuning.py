@@ -138,7 +138,10 @@ def tune_lm(
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
     chosen(normalise, ())
-    task = _Emit(model, **{**options, "beam": options.get("beam") or USUAL_BEAM})
+    beam = options.setdefault("beam", USUAL_BEAM)
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, since it is a search that is tuned, got {beam}")
+    task = _Emit(model, **options)
     if task.channels == SPLIT:
         raise ValueError(f"channels must not be {SPLIT!r}: a transcript is of the whole recording")
     if task.language_model is None:
