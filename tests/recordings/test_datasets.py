@@ -159,6 +159,11 @@ def test_shards_of_parquet(tmp_path: Path) -> None:
         assert kind(name) == "Parquet (2 files), 4 rows"
         assert [row.name for row in rows(name)] == ["00.flac", "01.flac", "10.flac", "11.flac"]
     shards = sorted((tmp_path / "data").iterdir())
+    (tmp_path / "one" / "data").mkdir(parents=True)
+    shutil.copy(shards[0], tmp_path / "one" / "data")
+    with pytest.raises(ValueError, match=r"has 1 of the 2 shards of train; .*/one/data/train-\*"):
+        rows(tmp_path / "one")
+    assert kind(tmp_path / "one" / "data" / "train-*.parquet") == "Parquet, 2 rows"
     shards[1].rename(tmp_path / "data" / "test-00000-of-00001.parquet")
     message = r"has the splits test, train; name one, as in '.*/test-\*"
     with pytest.raises(ValueError, match=message):

@@ -100,6 +100,37 @@ def test_every_line_that_could_be_a_row_is_one_wherever_marks_stand(tmp_path: Pa
         assert [row.place for row in rows] == [f"line {n}" for n in range(2, count + 2)], lines
 
 
+@pytest.mark.parametrize("columns", [("audio", "text"), ("text", "audio"), ("audio", "text", "x")])
+def test_no_quotation_mark_swallows_a_row_that_names_a_file(
+    tmp_path: Path, columns: tuple[str, ...]
+) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        lines = [
+            ",".join(
+                f"{i}.wav" if name == "audio" else "".join(rng.choices('ab" ', k=rng.randint(0, 4)))
+                for name in columns
+            )
+            for i in range(rng.randint(1, 6))
+        ]
+        rows = read(tmp_path / "rows.csv", "\n".join((",".join(columns), *lines)) + "\n")
+        assert [row.place for row in rows] == [f"line {n + 2}" for n in range(len(lines))], lines
+
+
+@pytest.mark.parametrize("columns", [("audio", "text"), ("text", "audio")])
+def test_cells_of_lines_that_have_as_many_delimiters_as_a_row(
+    tmp_path: Path, columns: tuple[str, ...]
+) -> None:
+    said = ["first, second\nthird, fourth\nfifth", 'one\n"two", three', "one\n\ntwo,", "x"]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows({"audio": f"{i}.wav", "text": text} for i, text in enumerate(said))
+    rows = read(tmp_path / "rows.csv", file.getvalue())
+    assert [row.problem for row in rows] == [None] * len(said)
+    assert (texts(rows), names(rows)) == (said, [f"{i}.wav" for i in range(len(said))])
+
+
 def test_what_the_csv_module_writes_comes_back(tmp_path: Path) -> None:
     rng = random.Random(1)
     said = [
@@ -114,7 +145,6 @@ def test_what_the_csv_module_writes_comes_back(tmp_path: Path) -> None:
     said += ["".join(rng.choices('xyz,"', k=8)) for _ in range(50)]
     file = io.StringIO()
     writer = csv.writer(file)
-    # A cell over several lines is safe where none of them has as many commas as a row.
     writer.writerow(("audio", "text", "speaker", "a"))
     writer.writerows((f"{i}.wav", text, "s", 1) for i, text in enumerate(said))
     rows = read(tmp_path / "rows.csv", file.getvalue())
@@ -301,6 +331,7 @@ def test_transcripts() -> None:
             "text and txt are two transcripts that differ; keep one, or .* --columns text=txt",
         ),
         ({"sentence": 5}, "sentence must be a text, got 5"),
+        ({"txt": "caf\udce9"}, r"the transcript is not UTF-8: 'caf\\udce9'"),
         ({"text": None}, "no column text, sentence, transcription, transcript, txt .--columns te"),
     ):
         with pytest.raises(ValueError, match=message):

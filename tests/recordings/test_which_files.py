@@ -341,6 +341,12 @@ def test_names_of_tar_members_may_begin_with_their_folder(tmp_path: Path) -> Non
     assert [(row.id, row.columns) for row in found] == [("./a", {"txt": "one"}), ("../b", {})]
 
 
+def test_texts_in_tar_files_with_a_mark_or_none_of_utf8(tmp_path: Path) -> None:
+    members = {"a.wav": WAV, "a.txt": b"\xef\xbb\xbfone\r\n", "b.wav": WAV, "b.txt": b"caf\xe9"}
+    found = rows(tar_of(tmp_path / "s.tar", members))
+    assert [row.columns for row in found] == [{"txt": "one\r\n"}, {"txt": "caf\udce9"}]
+
+
 def test_a_name_that_is_there_twice_has_the_texts_beside_it(tmp_path: Path) -> None:
     members = [("a.wav", WAV), ("a.txt", b"one"), ("a.wav", WAV), ("a.txt", b"two")]
     found = rows(tar_of(tmp_path / "s.tar", members))

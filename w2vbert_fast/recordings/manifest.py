@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ of `key.txt` in a WebDataset."""
 
 # A quotation mark that nobody closes is not looked for any further than this.
 _LONGEST_CELL_LINES = 1_000
+_FILE_NAME = re.compile(r"\.\d?[A-Za-z]\w{1,4}[\s\"]*$")
 _SAME_MEANING = {"audio": AUDIO_COLUMNS, "text": TEXT_COLUMNS}
 
 
@@ -316,9 +318,10 @@ class Csv(_Delimited):
     it.
 
     A quoted cell may go on over the next lines where it is closed there, the row then has as many
-    cells as there are columns, and none of those lines could be a row by itself. Else the quotation
-    mark was not meant to open a cell: its line is a row with a problem, and the next line is a row
-    of its own.
+    cells as there are columns, and no row can be within: the cell names no file, or where the row's
+    own recording is not named as files are, no line has as many delimiters as a row. Else the
+    quotation mark was not meant to open a cell: its line is a row with a problem, and the next line
+    is a row of its own.
     """
 
     kind = "CSV"
@@ -329,30 +332,51 @@ class Csv(_Delimited):
         if '"' not in line:
             return line.split(self.delimiter)
         taken: list[tuple[int, str]] = []
-        stop = ""
+        row: int | None = None  # the line of one within
 
         def record() -> Iterator[str]:
-            nonlocal stop
+            nonlocal row
             yield f"{line}\n"
             for number, text in following:
                 taken.append((number, text))
-                if text.count(self.delimiter) >= len(self.header) - 1:
-                    stop = f" before line {number}, which could be a row"
+                if '"' not in text and self._is_long(text) and self._names_file(text):
+                    row = number
                     return
                 yield f"{text}\n"
                 if len(taken) == _LONGEST_CELL_LINES:
                     return
 
+        problem = ""
         try:
             cells = next(csv.reader(record(), delimiter=self.delimiter, strict=True))
-            if not taken or len(cells) == len(self.header):
+            if taken and len(cells) != len(self.header):
+                problem = f"{len(cells)} cells in {len(self.header)} columns"
+            elif taken:
+                row = self._row_within(cells, taken)
+            if not problem and row is None:
                 return cells
-            problem = f"{len(cells)} cells in {len(self.header)} columns"
         except csv.Error as error:
-            unclosed = "end of data" in str(error)
-            problem = f"a quotation mark is not closed{stop}" if unclosed else f"not CSV: {error}"
+            if "end of data" not in str(error):
+                problem = f"not CSV: {error}"
         following.give_back(taken)
-        return problem
+        before = "" if row is None else f" before line {row}, which could be a row"
+        return problem or f"a quotation mark is not closed{before}"
+
+    def _row_within(self, cells: list[str], taken: list[tuple[int, str]]) -> int | None:
+        """The first line that could be a row by itself of those that were taken into cells."""
+        is_audio = [self.names.has_audio((name,)) for name in self.header]
+        if self._names_file(cells[is_audio.index(True)]):
+            within = any("\n" in cell and self._names_file(cell) for cell in cells)
+            return taken[0][0] if within else None
+        return next((number for number, text in taken if self._is_long(text)), None)
+
+    def _is_long(self, line: str) -> bool:
+        return line.count(self.delimiter) >= len(self.header) - 1
+
+    def _names_file(self, text: str) -> bool:
+        """Whether something between delimiters or line ends is like the name of a file."""
+        pieces = (piece for line in text.split("\n") for piece in line.split(self.delimiter))
+        return any(_FILE_NAME.search(piece) for piece in pieces)
 
 
 class _Returnable(Iterator[tuple[int, str]]):
@@ -424,7 +448,7 @@ def transcript(columns: Mapping[str, Any]) -> str:
     """The transcript among the columns of a row; an empty one is one, too.
 
     Raises:
-        ValueError: there is none, it is no text, or there are two that differ.
+        ValueError: there is none, it is no text or not UTF-8, or there are two that differ.
     """
     names = [name for name in TEXT_COLUMNS if columns.get(name) is not None]
     if not names:
@@ -433,6 +457,8 @@ def transcript(columns: Mapping[str, Any]) -> str:
     for name in filled:
         if not isinstance(columns[name], str):
             raise ValueError(f"{name} must be a text, got {columns[name]!r:.200}")
+        if not _is_utf8(columns[name]):
+            raise ValueError(f"the transcript is not UTF-8: {columns[name]!r:.200}")
         if columns[name].split() != columns[filled[0]].split():
             raise ValueError(
                 f"{filled[0]} and {name} are two transcripts that differ; keep one, or name it: "

@@ -153,8 +153,7 @@ class Ctc(Task):
     packages = ("jiwer",)
 
     def target(self, columns: Mapping[str, Any], begin: float, end: float, lower_case: bool) -> str:
-        text = normalise_transcript(transcript(columns), lower_case)
-        return utf8(text, "the transcript")
+        return normalise_transcript(transcript(columns), lower_case)
 
     def labels(self, target: str, ids: Any, middles: Tensor) -> Tensor:
         import torch

@@ -30,7 +30,7 @@ _BLOCK = 1 << 16
 _STATE = "state.json"
 _ROWS = 512
 _ROWS_WITH_RECORDINGS = 16
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<count>\d{5})(-[0-9a-f]+)?\.parquet")
 
 
 class _Table(abc.ABC):
@@ -111,7 +111,7 @@ class Parquet(_Table):
         """A file, or a folder of shards as the hub has them, `data/train-00000-of-00002.parquet`.
 
         Raises:
-            ValueError: the folder has several splits.
+            ValueError: the folder has several splits, or not all shards of one.
         """
         if not os.path.isdir(path):
             return [cls(path, names)] if path.lower().endswith(".parquet") else []
@@ -120,6 +120,7 @@ class Parquet(_Table):
             for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
                 if match := _SHARD.fullmatch(name):
                     found.setdefault(match["split"], []).append(os.path.join(folder, name))
+                    count = int(match["count"])
             if found:
                 break
         if len(found) > 1:
@@ -127,6 +128,12 @@ class Parquet(_Table):
                 f"{path} has the splits {', '.join(found)}; name one, as in "
                 f"'{os.path.join(folder, next(iter(found)))}-*.parquet'"
             )
+        for split, shards in found.items():
+            if len(shards) < count:
+                raise ValueError(
+                    f"{path} has {len(shards)} of the {count} shards of {split}; to read these, "
+                    f"name them: '{os.path.join(folder, split)}-*.parquet'"
+                )
         return [cls(shard, names) for shards in found.values() for shard in shards]
 
     def survey(self) -> tuple[int | None, dict[str, Any]]:

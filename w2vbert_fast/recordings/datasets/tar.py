@@ -307,7 +307,7 @@ class _StrictHeader(tarfile.TarInfo):
 
 def _columns(name: str, content: bytes) -> dict[str, Any]:
     """Columns of a sample's other file: the entries of a JSON object, or text by its ending."""
-    text = content.decode("utf-8", "replace")
+    text = content.decode("utf-8-sig", "surrogateescape")
     if name.endswith("json"):
         try:
             entries = json.loads(text)
