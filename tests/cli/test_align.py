@@ -110,6 +110,22 @@ def test_a_job(talk: Path, tmp_path: Path, kind: str) -> None:
     assert more == good and last["unwritten"] == part["unwritten"]
 
 
+def test_a_transcript_that_was_corrected_is_aligned_again(talk: Path, tmp_path: Path) -> None:
+    manifest, out = tmp_path / "rows.jsonl", tmp_path / "out"
+
+    def aligned(*texts: str) -> tuple[str, list[tuple[int, str | None]]]:
+        write_manifest(manifest, [{"audio": "talk.flac", "text": text} for text in texts])
+        result = invoke("align", manifest, "--out", out)
+        return result.stderr, [(row["index"], row.get("text")) for row in table(out)]
+
+    aligned("press three", SAID, "")
+    # The index stays; what came of a row without a text is replaced, too.
+    said, rows = aligned("press three to", SAID, WRITTEN)
+    assert rows == [(0, "press three to"), (1, SAID), (2, WRITTEN)]
+    assert "2 rows changed and done again" in said
+    assert "done again" not in aligned("press three to", SAID, WRITTEN)[0]
+
+
 def test_bad_usage(talk: Path, tmp_path: Path) -> None:
     text = tmp_path / "talk.txt"
     text.write_bytes(b"\xff\xfe")

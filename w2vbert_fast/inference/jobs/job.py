@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -154,10 +154,13 @@ class Job:
         self.formats = Formats.of_task(runner.task, formats, how)
         self.options = options or JobOptions()
         self.columns = Columns({})
-        self.known = Known(self.folder, self.options.by_content, {})
+        self.known = self._known({})
         self.progress = Progress(inputs.total, 0, 0, as_json=self.options.log_json, stream=stream)
         self._stream = stream
         self._passed_over = PassedOver()
+
+    def _known(self, whole: Mapping[str, int]) -> Known:
+        return Known(self.folder, self.options.by_content, whole, self.runner.task.depends_on)
 
     def run(self) -> Summary:
         """Do what is not done yet.
@@ -175,7 +178,7 @@ class Job:
             self._open()
             journal = Journal(self.folder)
             before = self._last_summary()
-            self.known = Known(self.folder, self.options.by_content, before.get("whole", {}))
+            self.known = self._known(before.get("whole", {}))
             self.known.load(journal.entries)
             self.progress = Progress(
                 self.inputs.total,

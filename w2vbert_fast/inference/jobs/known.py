@@ -62,6 +62,7 @@ class Known:
         by_content: recordings are known by what they hold, and not by path, size and time.
         whole: rows of the files that hold recordings and were read to their ends, by what tells
             such a file from others.
+        depends_on: what more than its recording a row's result is made of, as the task has it.
 
     Attributes:
         whole: the same, with those that were read since.
@@ -69,9 +70,16 @@ class Known:
         vanished: rows that were done and are not in the input any more, after the last of it.
     """
 
-    def __init__(self, folder: Path, by_content: bool, whole: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        by_content: bool,
+        whole: Mapping[str, int],
+        depends_on: Callable[[Row], str],
+    ) -> None:
         self.folder = folder
         self.by_content = by_content
+        self._depends_on = depends_on
         self.whole = dict(whole)
         self.changed = Told()
         self.vanished = Told()
@@ -218,6 +226,8 @@ class Known:
                 return int(end.value)
             if seal is None:
                 key, state = self._of_file(row)
+                if more := self._depends_on(row):
+                    state = f"{state}:{_digest(more)}"
             else:
                 key, state = _digest(row.name), f"{seal}:{row.index - begin}"
             index = row.index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from w2vbert_fast.inference.reading import Loaded
 from w2vbert_fast.inference.tasks.base import identity
 from w2vbert_fast.inference.tasks.transcribe import Transcribe, Transcription
 from w2vbert_fast.recordings.manifest import transcript
+from w2vbert_fast.recordings.rows import Row
 
 
 @dataclass
@@ -34,6 +36,11 @@ class Align(Transcribe):
             raise ValueError("timestamps must be word or character, got 'none'")
         if self.beam > 0:
             raise ValueError(f"beam must be 0, since the text is known, got {self.beam}")
+
+    def depends_on(self, row: Row) -> str:
+        with contextlib.suppress(ValueError):
+            return transcript(row.columns)
+        return ""
 
     def finish(
         self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]

@@ -29,6 +29,7 @@ from w2vbert_fast.models.configuration import Wav2Vec2BertConfig
 from w2vbert_fast.ops.cpu.capability import onednn_linear
 from w2vbert_fast.processing.features import SeamlessM4TFeatureExtractor
 from w2vbert_fast.recordings.audio import MIX, SPLIT, Selection
+from w2vbert_fast.recordings.rows import Row
 
 _OVERLAP_SECONDS = 4.0
 _SAMPLED_BLOCK = 1 << 16
@@ -128,6 +129,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def finish(self, loaded: Loaded, chunks: Sequence[Chunk], outputs: Sequence[Any]) -> Result:
         """Put together what came of a recording's chunks."""
+
+    def depends_on(self, row: Row) -> str:
+        """What a row's result is made of besides its recording; a job does the row again where that
+        has changed."""
+        return ""
 
     def join(self, results: Sequence[Result]) -> Result:
         """Put together what came of a recording's channels, computed each by itself."""
