@@ -56,8 +56,7 @@ def test_what_is_said_of_one_row_and_of_many() -> None:
     )
     found = Summary(2000, {}, {**content, "changed": none, "vanished": one})
     assert (
-        jobs._ending(found, "out")
-        == "2,000 rows, 0.10 h of audio; 1 row no longer in the input (a.wav)"
+        jobs._ending(found, "out") == "2,000 rows, 0.10 h of audio; 1 row no longer there (a.wav)"
     )
 
 

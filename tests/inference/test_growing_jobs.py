@@ -139,10 +139,34 @@ def test_what_vanished_stays_in_the_tables_and_is_said(tmp_path: Path) -> None:
     assert counts(summary) == (7, 1, 0, 1)
     assert summary.content["vanished"]["examples"] == [str(folder / "0.wav")]
     assert texts(out) == {f"{i}.wav": str(1000 + i) for i in range(7)}
+    folder.rename(tmp_path / "away")
+    with pytest.raises(JobError, match=f"{folder} is not there; {out} holds what was made of it"):
+        run([str(folder)], out)
+    (tmp_path / "away").rename(folder)
     # It comes back.
     sound(folder / "0.wav", 1000)
     os.utime(folder / "0.wav", ns=(1, 1))
     assert counts(run([str(folder)], out)) == (7, 1, 1, 0)
+
+
+def test_rows_of_a_manifest_whose_recordings_vanished_stay_as_they_are(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for i in range(3):
+        sound(folder / f"{i}.wav", 1000 + i)
+    rows = [{"audio": f"in/{i}.wav"} for i in (0, 1, 2, 2, 3)]
+    manifest = write_manifest(tmp_path / "rows.jsonl", rows)
+    assert counts(run([manifest], out)) == (5, 5, 0, 0)
+    said = [str(1000 + i) for i in (0, 1, 2, 2)]
+    # As where a disk is not there for once.
+    folder.rename(tmp_path / "away")
+    summary = run([manifest], out)
+    assert counts(summary) == (5, 0, 0, 4)
+    assert [row["text"] for row in read_results(out) if "text" in row] == said
+    (tmp_path / "away").rename(folder)
+    (folder / "2.wav").unlink()
+    sound(folder / "3.wav", 1003)
+    assert counts(run([manifest], out)) == (5, 1, 1, 2)
+    assert [row["text"] for row in read_results(out)] == [*said, "1003"]
 
 
 def test_a_recording_that_was_missing_is_done_when_it_is_there(tmp_path: Path) -> None:

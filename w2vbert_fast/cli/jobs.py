@@ -303,7 +303,7 @@ def _ending(summary: Summary, out: str) -> str:
         )
     for what, told in (
         ("changed and done again", summary.content["changed"]),
-        ("no longer in the input", summary.content["vanished"]),
+        ("no longer there", summary.content["vanished"]),
     ):
         if told["rows"]:
             text += f"; {how_many(told['rows'])} {what} ({', '.join(told['examples'])})"

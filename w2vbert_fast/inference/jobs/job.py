@@ -47,7 +47,7 @@ from w2vbert_fast.inference.jobs.shard import Shard, made_by
 from w2vbert_fast.inference.jobs.sidecars import check_beside
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.inference.runner import Runner
-from w2vbert_fast.recordings.inputs import Inputs
+from w2vbert_fast.recordings.inputs import Files, Inputs
 from w2vbert_fast.recordings.rows import Row, how_many
 from w2vbert_fast.recordings.which_files import PassedOver
 
@@ -342,6 +342,9 @@ class Job:
             before = known.get("fingerprint") or {}
             extended = _extended(before, fingerprint)
             found = differences(extended, fingerprint)
+            gone = _gone(before, self.inputs)
+            if gone:
+                raise JobError(f"{gone} is not there; {self.folder} holds what was made of it")
             if found:
                 raise JobError(
                     f"{self.folder} holds another job: {'; '.join(found)}. --overwrite starts again"
@@ -467,6 +470,15 @@ class Job:
         if device.type == "cuda":
             return torch.cuda.get_device_name(device)
         return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def _gone(before: dict[str, Any], inputs: Inputs) -> str | None:
+    """A folder that a job reads, that is named once more, and that is not there."""
+    known = before.get("input")
+    names = known.get("names", ()) if isinstance(known, dict) else ()
+    files = (part for part in inputs.parts if isinstance(part, Files))
+    paths = {os.path.abspath(path) for part in files for path in part.paths}
+    return next((name for name in names if name in paths and not os.path.exists(name)), None)
 
 
 def _extended(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from w2vbert_fast.recordings.rows import Part, Row
 
 _BLOCK = 1 << 20
 _EXAMPLES = 3
+_MISSING = "-"  # the state of a recording that is not there
 
 Again = Callable[[str | None, int], bool]
 """Of the error of a row, None where it went well, and its shard."""
@@ -67,7 +68,8 @@ class Known:
     Attributes:
         whole: the same, with those that were read since.
         changed: recordings that are not what they were when they were done.
-        vanished: rows that were done and are not in the input any more, after the last of it.
+        vanished: rows that were done and are not in the input any more, or whose recordings are
+            not there, after the last of it.
     """
 
     def __init__(
@@ -176,7 +178,8 @@ class Known:
         """The rows of an input that are to be done, with their indices.
 
         A row that is not known gets its place in the input as its index, or the next one that is
-        free; one whose recording has changed keeps its own.
+        free; one whose recording has changed keeps its own. One that went well and whose recording
+        is not there any more has vanished, and is not done again.
 
         Args:
             inputs: the input.
@@ -235,6 +238,8 @@ class Known:
                 found = self._find(key, state)
                 if found is not None and not again(*found[1:]):
                     continue
+                if found is None and state == _MISSING and self._went_well(key):
+                    continue
                 index = self._index(row.index, key) if found is None else found[0]
             self._in_work[index] = (key, state, utf8(row.name))
             yield replace(row, index=index)
@@ -250,6 +255,11 @@ class Known:
             if found is not None:
                 self._rows.execute("UPDATE rows SET seen = 1 WHERE idx = ?", (found[0],))
         return found
+
+    def _went_well(self, key: str) -> bool:
+        """Whether a row of that name that was not met yet did."""
+        query = "SELECT 1 FROM rows WHERE key = ? AND seen = 0 AND error IS NULL"
+        return self._one(query, key) is not None
 
     def _index(self, place: int, key: str) -> int:
         """The index of a row that is not known in its state."""
@@ -304,7 +314,7 @@ class Known:
                 return _digest(_content(audio), *part), ""
             status = os.stat(audio)
         except (OSError, ValueError):
-            return name, "-"
+            return name, _MISSING
         return name, f"{status.st_size}:{status.st_mtime_ns}"
 
     def line(self, result: Result, files: Mapping[str, str]) -> list[Any]:
