@@ -111,7 +111,7 @@ def test_heard_and_read_by_keyboard(page_of_a_job: Path, show: Open) -> None:
     page.focus("#view")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    assert page.locator("tr[aria-selected=true]").get_attribute("aria-rowindex") == "3"
+    until(page, "document.querySelector('tr[aria-selected=true]')?.ariaRowIndex === '3'")
     said = column(page, 4)[1]
     page.keyboard.press("Enter")  # which waits for the row to be there
     until(page, "document.querySelector('audio').currentTime > 0.3")
@@ -149,6 +149,50 @@ def test_a_narrow_window_and_the_dark(page_of_a_job: Path, show: Open) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_columns_of_text_are_legible_in_a_narrow_window(tmp_path: Path, show: Open) -> None:
+    numbers = [Column(name, "number") for name in ("Length", "Errors", "First", "Second")]
+    columns = (Column("Name"), *numbers, *map(Column, ("Said", "Heard")))
+    path = tmp_path / "page.html"
+    write_page(path, Page("x", columns), [Row(("a", 1, 2, 3, 4, "what is said", "what"))])
+    page = show(path, viewport={"width": 375, "height": 640})
+    for name in ("Name", "Said", "Heard"):
+        box = page.get_by_role("columnheader", name=name).bounding_box()
+        assert box["width"] >= 100, name
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+@pytest.mark.parametrize("width, height", [(1200, 700), (375, 740)])
+def test_the_chosen_row_is_in_sight(tmp_path: Path, show: Open, width: int, height: int) -> None:
+    """The panel below, which shows a row, hides it neither on the way down nor on the way up."""
+    path = tmp_path / "page.html"
+    columns = (Column("Name"), Column("Long", small=True))
+    write_page(path, Page("x", columns), (Row((f"clip {i}", "so it is " * 90)) for i in range(40)))
+    page = show(path, viewport={"width": width, "height": height})
+    page.locator("tr.row").nth(9).click()
+    until(page, in_sight(9))
+    page.focus("#view")
+    down = [("ArrowDown", number) for number in range(10, 19)]
+    for key, number in [*down, *(("ArrowUp", number) for number in range(17, -1, -1))]:
+        page.keyboard.press(key)
+        until(page, in_sight(number))
+
+
+def test_words_that_are_read_from_the_right(tmp_path: Path, show: Open) -> None:
+    path = tmp_path / "page.html"
+    text = "مرحبا بكم هنا."
+    words = [(word, i, i + 0.5, 0.9) for i, word in enumerate(text.split())]
+    columns = (Column("Name"), Column("Text"), Column("Before", small=True))
+    write_page(path, Page("x", columns), [Row(("a", text, text), words=words)])
+    page = show(path)
+    page.locator("tr.row").first.click()
+    page.wait_for_selector("#words button")
+    left = [word.bounding_box()["x"] for word in page.locator("#words button").all()]
+    assert left == sorted(left, reverse=True)  # the first word is at the right
+    for place in ("tr.row td:nth-child(2)", "#cells dd >> nth=0", "#cells dd >> nth=1"):
+        found = page.locator(place).evaluate("element => getComputedStyle(element).direction")
+        assert found == "rtl"
+
+
 def until(page: Any, condition: str) -> None:
     """Until it holds; the page's policy lets nothing be evaluated in it but from outside."""
     for _ in range(1500):
@@ -156,6 +200,17 @@ def until(page: Any, condition: str) -> None:
             return
         page.wait_for_timeout(20)
     raise AssertionError(condition)
+
+
+def in_sight(number: int) -> str:
+    """That this clip is the chosen one, and nothing lies on its row."""
+    return f"""(() => {{
+        const row = document.querySelector("tr[aria-selected=true]");
+        if (row?.innerText.trim() !== "clip {number}") return false;
+        const {{ left, top, bottom }} = row.getBoundingClientRect();
+        const at = (y) => document.elementFromPoint(left + 9, y);
+        return row.contains(at(top + 2)) && row.contains(at(bottom - 2));
+    }})()"""
 
 
 def brightness(colour: str) -> float:

@@ -109,7 +109,10 @@ def test_it_learns_three_clips_by_heart(tmp_path: Path) -> None:
     (page,) = scripts(out / "report.html", "page")
     assert [x for x, _ in page["charts"][0]["lines"]["training"]] == list(range(10, 61, 10))
     assert page["charts"][1]["lines"]["wer"][-1] == [60, 0.0]
-    assert [row[0][2:6] for row in rows_of(out / "report.html")] == [[0, 0.0, t, t] for t in TEXTS]
+    shown = rows_of(out / "report.html")
+    assert [row[0][2:6] for row in shown] == [[0, 0.0, t, t] for t in TEXTS]
+    assert [row[2] for row in shown] == [f"../clips/{i}.wav" for i in range(3)]  # to be heard
+    assert [row[0][0] for row in shown] == [str(tmp_path / "clips" / f"{i}.wav") for i in range(3)]
     assert json.loads((out / "finetune.json").read_text())["steps"] == 60
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -135,9 +138,9 @@ def test_every_task_trains_and_saves_what_the_reference_loads(task: str, tmp_pat
     for folder in (result.best, result.last):
         assert_equal_logits(folder, TASKS[task])
     rows = rows_of(tmp_path / "out" / "report.html")
-    assert len(rows) == 6 and {len(row[0]) for row in rows} == {7}
+    assert len(rows) == 6 and {len(row[0]) for row in rows} == {8}
     if task != "ctc":
-        assert all(share == 1 - wrong / of for _, _, wrong, share, of, _, _ in (r[0] for r in rows))
+        assert all(share == 1 - wrong / of for _, _, wrong, share, of, *_ in (r[0] for r in rows))
         assert result.score == "accuracy"
         assert result.best_score > 0.5
 

@@ -81,7 +81,7 @@ def write_report(evaluation: Evaluation, folder: str | os.PathLike[str]) -> Path
     ]
     for edits, one in zip(summary["edits"], of, strict=True):
         entries = [(_edit(e["said"], e["heard"]), e["count"], "") for e in edits[:_LISTED]]
-        page.findings.append(Findings(f"Most frequent errors{one}", entries))
+        page.findings.append(Findings(f"Most frequent errors{one}", entries, search=True))
     path = make_folder(folder) / REPORT_FILE
     write_page(path, page, _rows(evaluation))
     return path

@@ -163,8 +163,10 @@
       const label = finding.search ? make("button", name, { type: "button" }) : make("span", name);
       if (finding.search) label.addEventListener("click", () => lookFor(name));
       const count = `${number.toLocaleString("en")} ${finding.unit}`;
-      line.append(make("span", count, { className: "number" }), label);
-      if (example) line.append(make("small", example));
+      const what = make("div");
+      what.append(label);
+      if (example) what.append(" ", make("small", example));
+      line.append(make("span", count, { className: "number" }), what);
       list.append(line);
     }
     box.append(make("h2", finding.title), list);
@@ -202,6 +204,10 @@
     column.head = cell;
     $("#view thead tr").append(cell);
   }
+
+  // Columns of text stay legible in a narrow window, where the table scrolls sideways.
+  const needed = heads.reduce((sum, { kind }) => sum + (kind === "text" ? 10 : 6.5), 0);
+  $("table").style.minWidth = `${needed}rem`;
 
   const plainText = (text) => text.normalize("NFC").toLowerCase();
 
@@ -266,7 +272,8 @@
       line.setAttribute("aria-selected", String(i === current));
       for (const { kind, number } of heads) {
         const text = shown(cells[number], kind);
-        line.append(make("td", number === 0 ? short(text) : text, { className: kind === "text" ? "" : "number" }));
+        if (number === 0) line.append(make("td", short(text)));
+        else line.append(make("td", text, kind === "text" ? { dir: "auto" } : { className: "number" }));
       }
       drawn.push(line);
     }
@@ -315,6 +322,12 @@
       view.scrollTop = top + height + head - view.clientHeight;
     }
     draw();
+    // The panel of the chosen row lies above the foot of the window, and not above that row.
+    const line = body.querySelector("tr[aria-selected=true]")?.getBoundingClientRect();
+    if (line) {
+      const hidden = line.bottom - $("#chosen").getBoundingClientRect().top;
+      scrollBy(0, hidden > 0 ? hidden : Math.min(0, line.top - head));
+    }
     if (play && audio.getAttribute("src")) toggle();
   }
 
@@ -353,7 +366,9 @@
     list.replaceChildren();
     for (const { title, kind, number } of columns.slice(1)) {
       const value = cells[number];
-      if (value !== null && value !== undefined && value !== "") list.append(make("dt", title), make("dd", shown(value, kind)));
+      if (value !== null && value !== undefined && value !== "") {
+        list.append(make("dt", title), make("dd", shown(value, kind), { dir: kind === "text" ? "auto" : "" }));
+      }
     }
     $("#chosen").hidden = false;
   }

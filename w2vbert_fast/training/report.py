@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from w2vbert_fast.report import Chart, Column, Fact, Findings, Page, Row, write_page
+from w2vbert_fast.training.data import ManifestSource, UtteranceSource
 from w2vbert_fast.training.evaluation import Evaluation, Prediction
+from w2vbert_fast.training.manifest import Row as Recording
 from w2vbert_fast.training.scores import align
 
 REPORT_FILE = "report.html"
 
 
 def write_report(
-    folder: Path, log: Sequence[Mapping[str, Any]], score: str, outcome: Evaluation
+    folder: Path,
+    log: Sequence[Mapping[str, Any]],
+    score: str,
+    outcome: Evaluation,
+    source: UtteranceSource,
 ) -> Path:
     """Write `report.html` of a run, as it is after an evaluation.
 
@@ -24,6 +29,7 @@ def write_report(
         log: rows of `metrics.jsonl`.
         score: name of the score that chooses checkpoints.
         outcome: of the last evaluation.
+        source: of its utterances; those of a manifest can be heard.
 
     Returns:
         The file.
@@ -46,7 +52,7 @@ def write_report(
     )
     page = Page(
         f"fine-tuning: {folder.resolve().name}",
-        (*columns, Column("Not scored", small=True)),
+        (*columns, Column("Not scored", small=True), Column("Row", small=True)),
         sort=2,
         descending=True,
     )
@@ -85,7 +91,9 @@ def write_report(
         )
     ]
     path = folder / REPORT_FILE
-    write_page(path, page, _rows(outcome, score, has_texts))
+    manifest = source.rows if isinstance(source, ManifestSource) else ()
+    recordings = {row.name: row for row in manifest}
+    write_page(path, page, _rows(outcome, score, has_texts, recordings))
     return path
 
 
@@ -97,18 +105,22 @@ def _points(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, fl
     return [(row["step"], row[name]) for row in log if row.get(name) is not None]
 
 
-def _rows(outcome: Evaluation, score: str, has_texts: bool) -> Iterator[Row]:
+def _rows(
+    outcome: Evaluation, score: str, has_texts: bool, recordings: Mapping[str, Recording]
+) -> Iterator[Row]:
     predictions = outcome.predictions
     cells = _texts(predictions, score) if has_texts else _decisions(predictions)
     for prediction, values in zip(predictions, cells, strict=True):
         loss = prediction.loss / prediction.weight if prediction.weight else None
-        there = os.path.isfile(prediction.name)
-        yield Row(
-            (prediction.name, _finite(loss), *values, None),
-            audio=prediction.name if there else None,
-        )
+        found = (_finite(loss), *values, None)
+        recording = recordings.get(prediction.name)
+        if recording is None:
+            yield Row((prediction.name, *found, None))
+        else:
+            audio, part = recording.audio, (recording.offset, recording.duration)
+            yield Row((audio, *found, prediction.name), False, audio, *part)
     for item in outcome.skipped:
-        yield Row((item.name, *[None] * 5, item.reason), failed=True)
+        yield Row((item.name, *[None] * 5, item.reason, None), failed=True)
 
 
 def _finite(number: float | None) -> float | None:

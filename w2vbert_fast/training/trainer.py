@@ -522,7 +522,7 @@ class _Run:
         log.write(row)
         write_json_lines(self.out / PREDICTIONS_FILE, [p.row() for p in outcome.predictions])
         log.draw()
-        write_report(self.out, log.metrics.rows, self.score, outcome)
+        write_report(self.out, log.metrics.rows, self.score, outcome, self.eval_source)
 
     def _save(self) -> None:
         with self._averaged():
