@@ -210,6 +210,20 @@ def test_by_content_a_recording_may_be_called_anything(tmp_path: Path) -> None:
         run([str(folder)], out)
 
 
+def test_by_content_what_is_missing_for_once_costs_nothing(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    sound(folder / "0.wav", 1000)
+    manifest = write_manifest(tmp_path / "rows.jsonl", [{"audio": f"in/{i}.wav"} for i in range(2)])
+    assert counts(run([manifest], out, by_content=True)) == (2, 2, 0, 0)
+    sound(folder / "1.wav", 1001)
+    assert counts(run([manifest], out, by_content=True)) == (2, 1, 1, 0)
+    folder.rename(tmp_path / "away")
+    assert counts(run([manifest], out, by_content=True)) == (2, 0, 0, 2)
+    (tmp_path / "away").rename(folder)
+    assert counts(run([manifest], out, by_content=True)) == (2, 0, 0, 0)
+    assert [(row["index"], row["text"]) for row in read_results(out)] == [(0, "1000"), (1, "1001")]
+
+
 def tar_of(path: Path, *names: str) -> None:
     with tarfile.open(path, "w") as tar:
         for name in names:

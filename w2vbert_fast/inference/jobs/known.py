@@ -109,6 +109,8 @@ class Known:
             self._rows.execute("CREATE INDEX by_key ON rows (key, state)")
             self._rows.execute("CREATE INDEX by_state ON rows (state)")
             self._rows.execute("CREATE INDEX by_shard ON rows (shard)")
+            if self.by_content:
+                self._rows.execute("CREATE INDEX by_name ON rows (name)")
 
     def _insert(self, lines: Iterable[Sequence[Any]], shard: int, seen: bool) -> None:
         with self._lock:
@@ -238,9 +240,13 @@ class Known:
                 found = self._find(key, state)
                 if found is not None and not again(*found[1:]):
                     continue
-                if found is None and state == _MISSING and self._went_well(key):
+                if found is None and state == _MISSING and self._went_well(key, row.name):
                     continue
-                index = self._index(row.index, key) if found is None else found[0]
+                if self.by_content and isinstance(row.audio, str):
+                    key_before = _path_key(row)  # where it was missing
+                else:
+                    key_before = key
+                index = self._index(row.index, key_before) if found is None else found[0]
             self._in_work[index] = (key, state, utf8(row.name))
             yield replace(row, index=index)
 
@@ -256,10 +262,11 @@ class Known:
                 self._rows.execute("UPDATE rows SET seen = 1 WHERE idx = ?", (found[0],))
         return found
 
-    def _went_well(self, key: str) -> bool:
+    def _went_well(self, key: str, name: str) -> bool:
         """Whether a row of that name that was not met yet did."""
-        query = "SELECT 1 FROM rows WHERE key = ? AND seen = 0 AND error IS NULL"
-        return self._one(query, key) is not None
+        column, value = ("name", utf8(name)) if self.by_content else ("key", key)
+        query = f"SELECT 1 FROM rows WHERE {column} = ? AND seen = 0 AND error IS NULL"
+        return self._one(query, value) is not None
 
     def _index(self, place: int, key: str) -> int:
         """The index of a row that is not known in its state."""
@@ -308,7 +315,7 @@ class Known:
             return _digest(row.name), _digest(row.problem)
         if is_elsewhere(audio):
             return _digest(audio, *part), ""
-        name = _digest(os.path.abspath(audio), *part)
+        name = _path_key(row)
         try:
             if self.by_content:
                 return _digest(_content(audio), *part), ""
@@ -385,6 +392,11 @@ class KnownTable(Format):
 def _digest(*what: Any) -> str:
     text = repr(what).encode("utf-8", "surrogateescape")
     return hashlib.blake2b(text, digest_size=12).hexdigest()
+
+
+def _path_key(row: Row) -> str:
+    """What a row is called by the path of its recording."""
+    return _digest(os.path.abspath(row.audio), row.offset, row.duration)
 
 
 def _content(path: str) -> str:
