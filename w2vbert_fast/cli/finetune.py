@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from w2vbert_fast.cli.messages import log_shown
 from w2vbert_fast.cli.options import COLUMNS, COLUMNS_METAVAR, REQUIRED, option, values
 from w2vbert_fast.recordings.manifest import ColumnNames
+from w2vbert_fast.recordings.rows import how_many
 from w2vbert_fast.training.config import FinetuneConfig
 from w2vbert_fast.training.tasks import TASKS
 
@@ -168,7 +169,7 @@ def _print(result: FinetuneResult, as_json: bool) -> None:
     if result.uploaded is not None:
         print(f"uploaded: {result.uploaded}")
     if result.skipped:
-        print(f"utterances left out: {result.skipped} times, see skipped.jsonl")
+        print(f"utterances left out: {how_many(result.skipped, 'time')}, see skipped.jsonl")
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
