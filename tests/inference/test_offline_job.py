@@ -30,7 +30,7 @@ from tests.helpers.offline import Stub, clips, job, run, table, write_manifest
 from tests.helpers.signals import speech_like
 from w2vbert_fast.inference import Embedder, Flow, load_pipeline, transcribe
 from w2vbert_fast.inference.jobs.formats import JsonTable
-from w2vbert_fast.inference.jobs.job import Interrupted, TooManyErrors
+from w2vbert_fast.inference.jobs.job import Interrupted, Job, TooManyErrors
 from w2vbert_fast.inference.jobs.journal import Entry, JobError, Journal, Ranges, ranges_of
 from w2vbert_fast.inference.jobs.results import read_results
 from w2vbert_fast.inference.tasks import Embed, Transcribe
@@ -263,6 +263,22 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Stub, "run", whole)
     assert run(paths, tmp_path / "out", shard_rows=100).rows == 20
     assert len(table(tmp_path / "out")) == 20
+
+
+@pytest.mark.parametrize("step", ["_prepare", "_finish"])
+def test_ctrl_c_before_and_behind_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def interrupted(self: Job, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    paths = clips(tmp_path / "clips", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, step, interrupted)
+        with pytest.raises(Interrupted, match="the same command goes on"):
+            run(paths, tmp_path / "out")
+    assert run(paths, tmp_path / "out").rows == 3
+    assert len(table(tmp_path / "out")) == 3
 
 
 def test_ctrl_c_while_results_are_taken_in_doubles_no_row(

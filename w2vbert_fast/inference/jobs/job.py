@@ -52,7 +52,6 @@ from w2vbert_fast.recordings.rows import Row, how_many
 from w2vbert_fast.recordings.which_files import PassedOver
 
 LOCK_FILE = ".lock"
-_INTERRUPTED = "interrupted; the same command goes on"
 
 _NO_SHARD = 999_999_999
 _COLUMN_ROWS = 256  # rows that decide about the columns of Parquet tables
@@ -175,36 +174,42 @@ class Job:
         """
         make_folder(self.folder)
         with self._locked():
-            self._open()
-            journal = Journal(self.folder)
-            before = self._last_summary()
-            self.known = self._known(before.get("whole", {}))
-            self.known.load(journal.entries)
-            self.progress = Progress(
-                self.inputs.total,
-                len(self.known),
-                sum(self.known.errors().values()),
-                as_json=self.options.log_json,
-                stream=self._stream,
-            )
-            self.progress.event("input", {"parts": self.inputs.described})
-            self._passed_over = PassedOver.from_json(before.get("passed_over", {}))
-            (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
-            rows = self.known.missing(self.inputs, self._again(journal))
-            rewritten = self._rewrite(journal)
-            startup = 0.0
-            # A job that has nothing to do loads no model.
-            for first in islice(rows, 1):
-                self._prepare()
-                startup = self.progress.elapsed
-                self.progress.start += startup
-                self._check_errors()
-                self._work(journal, chain([first], rows))
-            self.progress.close()
-            summary = self._finish(startup, rewritten)
-            if self.options.page and self._page_is_old():
-                write_report(self.folder)
-            return summary
+            try:
+                return self._run()
+            except KeyboardInterrupt:
+                raise Interrupted("interrupted; the same command goes on") from None
+
+    def _run(self) -> Summary:
+        self._open()
+        journal = Journal(self.folder)
+        before = self._last_summary()
+        self.known = self._known(before.get("whole", {}))
+        self.known.load(journal.entries)
+        self.progress = Progress(
+            self.inputs.total,
+            len(self.known),
+            sum(self.known.errors().values()),
+            as_json=self.options.log_json,
+            stream=self._stream,
+        )
+        self.progress.event("input", {"parts": self.inputs.described})
+        self._passed_over = PassedOver.from_json(before.get("passed_over", {}))
+        (self.folder / SUMMARY_FILE).unlink(missing_ok=True)
+        rows = self.known.missing(self.inputs, self._again(journal))
+        rewritten = self._rewrite(journal)
+        startup = 0.0
+        # A job that has nothing to do loads no model.
+        for first in islice(rows, 1):
+            self._prepare()
+            startup = self.progress.elapsed
+            self.progress.start += startup
+            self._check_errors()
+            self._work(journal, chain([first], rows))
+        self.progress.close()
+        summary = self._finish(startup, rewritten)
+        if self.options.page and self._page_is_old():
+            write_report(self.folder)
+        return summary
 
     def _again(self, journal: Journal) -> Again:
         """Which rows are done once more: those without the timestamps that are asked for, and
@@ -241,10 +246,8 @@ class Job:
             try:
                 shard.add(results)
                 self._commit(shard, journal)
-            except BaseException as error:
+            except BaseException:
                 shard.discard()
-                if isinstance(error, KeyboardInterrupt):
-                    raise Interrupted(_INTERRUPTED) from None
                 raise
             count += len(results)
         return count
@@ -272,14 +275,12 @@ class Job:
             if shard.rows > 0:
                 whole = False
                 self._commit(shard, journal)
-        except (KeyboardInterrupt, TooManyErrors) as error:
+        except (KeyboardInterrupt, TooManyErrors):
             if whole and shard.rows > 0:
                 self._commit(shard, journal)
             else:
                 shard.discard()
-            if isinstance(error, TooManyErrors):
-                raise
-            raise Interrupted(_INTERRUPTED) from None
+            raise
         except BaseException:
             shard.discard()
             raise
