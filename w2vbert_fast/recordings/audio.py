@@ -347,8 +347,12 @@ def _selected(
         if found[1] == 0:
             raise
         stated = part.duration
-        if stated is None and error.stated is not None:
-            stated = max(0.0, error.stated - part.offset)
+        if stated is None:
+            whole = error.stated
+            if error.times is not None:
+                # In milliseconds, since the last of the samples may be there in part.
+                whole = round((part.offset + found[1]) * error.times, 3)
+            stated = None if whole is None else max(0.0, whole - part.offset)
         return *found, Salvaged(str(error), stated)
 
 

@@ -41,11 +41,15 @@ class Damaged(Unreadable):
     Args:
         reason: what is wrong.
         stated: the length that the file states, in seconds; None: none that is known.
+        times: so many times as long as what is there it states to be; None: not known.
     """
 
-    def __init__(self, reason: str, stated: float | None = None) -> None:
+    def __init__(
+        self, reason: str, stated: float | None = None, times: float | None = None
+    ) -> None:
         super().__init__(reason)
         self.stated = stated
+        self.times = times
 
 
 class Block(NamedTuple):

@@ -118,7 +118,8 @@ def _actual_size(file: File, header: _Header, present: int) -> int:
     if stated >= _SMALLEST_UNKNOWN_SIZE[width]:
         return present
     if stated > present + _LARGEST_HEADER:
-        raise Damaged(f"truncated: {present} of {stated} bytes of samples are there")
+        reason = f"truncated: {present} of {stated} bytes of samples are there"
+        raise Damaged(reason, times=stated / present if present > 0 else None)
     if stated >= present:
         return stated
     if header.following is None:
