@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -141,3 +142,15 @@ def test_standard_input(tmp_path: Path) -> None:
     assert "welcome to the directory" in (tmp_path / "a.srt").read_text()
     failed = subprocess.run(command[:5], input=b"", capture_output=True, check=False)
     assert failed.returncode == 1 and b"empty" in failed.stderr
+
+
+def test_a_job_tells_what_comes_through_standard_input_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seconds, ran in ((0.5, 1), (0.5, 0), (0.75, 1)):
+        content = io.TextIOWrapper(io.BytesIO(encoded("FLAC", seconds)))
+        monkeypatch.setattr(sys, "stdin", content)
+        summary = run(["-"], tmp_path / "out", Stub())
+        (row,) = table(tmp_path / "out")
+        assert (row["audio_filepath"], row["seconds"]) == ("-", seconds)
+        assert summary.content["this_run"]["rows"] == ran

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from w2vbert_fast.inference.jobs.formats import ERRORS, KNOWN, Format, utf8
 from w2vbert_fast.inference.jobs.journal import Entry
 from w2vbert_fast.inference.rows import Result
 from w2vbert_fast.recordings.inputs import Inputs
-from w2vbert_fast.recordings.remote import is_elsewhere
+from w2vbert_fast.recordings.remote import STANDARD_INPUT, is_remote
 from w2vbert_fast.recordings.rows import Part, Row
 
 _BLOCK = 1 << 20
@@ -229,6 +230,9 @@ class Known:
                 row = next(rows)
             except StopIteration as end:
                 return int(end.value)
+            if isinstance(row.audio, str) and row.audio == STANDARD_INPUT:
+                # What comes the next time is told apart by its content alone.
+                row = replace(row, audio=sys.stdin.buffer.read())
             if seal is None:
                 key, state = self._of_file(row)
                 if more := self._depends_on(row):
@@ -313,7 +317,7 @@ class Known:
             )
         if not isinstance(audio, str):
             return _digest(row.name), _digest(row.problem)
-        if is_elsewhere(audio):
+        if is_remote(audio):
             return _digest(audio, *part), ""
         name = _path_key(row)
         try:
