@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -105,6 +106,8 @@ def test_whatever_a_recording_is_handed_over_as(tiny_checkpoint: Path, tmp_path:
         check([item] if not isinstance(item, io.BytesIO) else [io.BytesIO(content)], "item 0")
     with open(path, "rb") as file:
         check(file, path)
+    with gzip.open(io.BytesIO(gzip.compress(content))) as file:
+        check(file, "item 0")  # its name is empty
     for item in (samples, audio.samples, (samples, 16_000), (audio.samples, 16_000.0), audio):
         check(item, "item 0")
     check(iter([path, content, samples, np.stack([samples])]), path, "item 1", "item 2", "item 3")

@@ -149,7 +149,7 @@ def _row_of_file(index: int, file: Any, name: str) -> Row:
     if isinstance(file, io.TextIOBase):
         raise TypeError(f"item {index} is a file that is open for text; open it in mode 'rb'")
     stated = getattr(file, "name", None)
-    if isinstance(stated, str | bytes):
+    if isinstance(stated, str | bytes) and stated:
         name = os.fsdecode(stated)
     try:
         content = file.read()
