@@ -149,6 +149,24 @@ def test_what_is_behind_damage_is_taken_too() -> None:
     assert 11.0 < audio.seconds <= 12.0
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("damage", ["overwritten", "lost", "between"])
+def test_damage_within_an_ogg_file(subtype: str, damage: str) -> None:
+    """Decoders pass over it."""
+    whole = content_of("OGG", np.concatenate([LEFT] * 4), subtype=subtype)
+    page = whole.index(b"OggS", len(whole) // 2)
+    content = {
+        "overwritten": whole[: page + 600] + bytes(400) + whole[page + 1_000 :],
+        "lost": whole[: page + 600] + whole[page + 1_000 :],
+        "between": whole[:page] + bytes(400) + whole[page:],
+    }[damage]
+    with pytest.raises(AudioError, match=r"damaged: [\d,]+ bytes in or between the pages"):
+        load_audio(content)
+    audio = load_audio(content, salvage=True)
+    assert audio.salvaged is not None and "damaged" in audio.salvaged.reason
+    assert 9.0 < audio.seconds <= 12.1
+
+
 def test_a_part_of_a_damaged_file() -> None:
     whole = content_of("FLAC", LEFT)
     audio = load_audio(whole[: len(whole) // 2], offset=1.0, duration=1.5, salvage=True)

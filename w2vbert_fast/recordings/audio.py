@@ -437,6 +437,8 @@ def _streams(file: File, *, exact: bool) -> Iterable[File]:
     pages = read_pages(file)
     if not pages.ended:
         raise Damaged("truncated: the Ogg stream has no last page")
+    if pages.damaged:
+        raise Damaged(f"damaged: {pages.damaged:,} bytes in or between the pages of the Ogg stream")
     if len(pages.starts) == 1:
         return [file]
     ends = [*pages.starts[1:], size_of(file)]
