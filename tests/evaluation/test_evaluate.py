@@ -61,7 +61,10 @@ def test_the_page_has_every_row_with_its_errors(data: Path) -> None:
     first = write_results(
         data.parent / "one", {"a": "the cot sat", "b": None, "c": "oh", "d": SAID["d"][0]}
     )
-    second = write_results(data.parent / "two", {name: text for name, (text, _, _) in SAID.items()})
+    words = [{"word": "the", "start": 0.5, "end": 0.75, "confidence": 0.25}]
+    second = write_results(
+        data.parent / "two", {name: text for name, (text, _, _) in SAID.items()}, words=words
+    )
     (data.parent / "a.wav").touch()
     path = write_report(evaluate(data, first, second, by="speaker"), data.parent / "out")
     (page,) = scripts(path, "page")
@@ -81,6 +84,10 @@ def test_the_page_has_every_row_with_its_errors(data: Path) -> None:
     assert rows["b"][1] == 1 and rows["b"][0][-1] == "damaged"
     assert all(len(row[0]) == len(titles) for row in rows.values())
     assert page["findings"][2]["entries"][0] == ["“cat” is heard as “cot”", 1, ""]
+    # Two errors in seven words; and the words light up whose times are known.
+    facts = {fact["name"]: fact["value"] for fact in page["facts"]}
+    assert facts["Difference in WER, 95 % interval"].startswith("-28.57 (")
+    assert scripts(path, "words") == [[["the", 500, 250, 25]] * 3 + [[]]]
 
 
 def test_errors_are_those_counted_by_hand(data: Path) -> None:

@@ -52,11 +52,14 @@ class Outcome:
         text: what it recognised; None after an error.
         seconds: length of the recording; None where nobody knows.
         error: what went wrong; None: nothing.
+        words: what was recognised, word by word, where times are known: text, start and end in
+            seconds of the recording, confidence from 0 to 1.
     """
 
     text: str | None = None
     seconds: float | None = None
     error: str | None = None
+    words: tuple[tuple[str, float, float, float], ...] = ()
 
 
 def references(inputs: Inputs, by: str | None = None) -> list[Reference]:
@@ -141,7 +144,11 @@ def of_results(folder: str | os.PathLike[str], wanted: Sequence[Reference]) -> l
     texts = False
     for row in read_results(folder):
         texts |= "text" in row
-        outcome = Outcome(row.get("text"), row.get("seconds"), row.get("error"))
+        words = tuple(
+            (word["word"], word["start"], word["end"], word["confidence"])
+            for word in row.get("words") or ()
+        )
+        outcome = Outcome(row.get("text"), row.get("seconds"), row.get("error"), words)
         for key in _keys(str(row["id"]), str(row["audio_filepath"]), row.get("offset") or 0.0):
             found[key] = None if key in found else outcome
     if not texts:

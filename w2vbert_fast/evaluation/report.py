@@ -58,8 +58,11 @@ def write_report(evaluation: Evaluation, folder: str | os.PathLike[str]) -> Path
             page.facts.append(Fact(f"{score.upper()}{one}, 95 % interval", value))
     compared = summary.get("comparison")
     if compared is not None:
-        share = 100 * compared[metric]["better"]
-        value = f"in {share:.1f} % of {summary['resamples']:,} draws"
+        found = compared[metric]
+        low, high = found["interval"]
+        value = f"{100 * found['difference']:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+        page.facts.append(Fact(f"Difference in {metric.upper()}, 95 % interval", value))
+        value = f"in {100 * found['better']:.1f} % of {summary['resamples']:,} draws"
         page.facts.append(Fact(f"{names[1]} has the lower {metric.upper()}", value))
     page.charts = [
         *(
@@ -102,8 +105,8 @@ def _rows(evaluation: Evaluation) -> Iterator[Row]:
             row.group,
             None,
         )
-        there = os.path.isfile(row.audio)
-        yield Row(cells, False, row.audio if there else None, row.offset, row.seconds or None)
+        audio = row.audio if os.path.isfile(row.audio) else None
+        yield Row(cells, False, audio, row.offset, row.seconds or None, row.words)
     for name, reason in evaluation.left_out:
         empty = [None] * (2 + count)
         yield Row((name, *empty, None, *[None] * count, None, None, reason), failed=True)

@@ -53,6 +53,7 @@ class Scored:
         alignments: the errors of each system, by "wer" and "cer".
         audio: name of the recording.
         offset: where the row begins in it, in seconds.
+        words: those of the first system that has their times, see `Outcome.words`.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Scored:
     alignments: dict[str, tuple[Alignment, ...]]
     audio: str
     offset: float
+    words: tuple[tuple[str, float, float, float], ...] = ()
 
     def errors(self, score: str) -> list[int]:
         """How many errors each system has made."""
@@ -319,6 +321,7 @@ def evaluate(
             {score: found_here[place] for score, found_here in alignments.items()},
             wanted[i].audio,
             wanted[i].offset,
+            next((outcomes[i].words for outcomes in found if outcomes[i].words), ()),
         )
         for place, i in enumerate(kept)
     )
