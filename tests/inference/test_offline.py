@@ -269,6 +269,37 @@ def test_a_thread_of_its_own_may_close_it() -> None:
     assert not any(thread.is_alive() for thread in (ahead[0]._feeder, *ahead[0]._decoders))
 
 
+def test_an_interrupt_behind_a_lock_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of Python's own conditions, whose block an interrupt may never let begin."""
+    enter = threading.Condition.__enter__
+    conditions: list[Any] = []
+
+    def interrupted(condition: Any) -> bool:
+        entered = enter(condition)
+        if condition in conditions and threading.current_thread() is consumer:
+            conditions.clear()
+            raise KeyboardInterrupt
+        return entered
+
+    def consume() -> None:
+        rows = (Row(i, np.zeros(800, np.float32), "", "", sampling_rate=16_000) for i in range(9))
+        ahead = ReadAhead(rows, Decoder(), workers=2, max_rows=4, max_seconds=60)
+        conditions.extend(x for x in vars(ahead).values() if isinstance(x, threading.Condition))
+        try:
+            ahead.wait(True)
+            assert len(list(ahead)) == 9
+        except KeyboardInterrupt:
+            pass
+        finally:
+            ahead.close()
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    monkeypatch.setattr(threading.Condition, "__enter__", interrupted)
+    consumer.start()
+    consumer.join(PATIENCE)
+    assert not consumer.is_alive()
+
+
 def test_a_missing_package_ends_the_job_in_its_turn(
     files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

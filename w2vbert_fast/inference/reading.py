@@ -187,8 +187,9 @@ class ReadAhead:
         self._group = max(1, min(_GROUP_ROWS, max_rows // (4 * workers)))
         self._waiting = False
         # One lock, and a condition for each thing that is waited for: nobody else wakes up.
-        # It may be taken twice, where a thread of these collects garbage that closes them.
-        lock = threading.RLock()
+        # It may be taken twice, where a thread of these collects garbage that closes them. It is
+        # taken by itself: a condition's `__enter__`, interrupted when it has it, keeps it for good.
+        lock = self._lock = threading.RLock()
         self._room = threading.Condition(lock)  # the feeder: for fewer rows ahead
         self._work = threading.Condition(lock)  # who decodes: for rows
         self._turn = threading.Condition(lock)  # who decodes: until it may
@@ -214,13 +215,13 @@ class ReadAhead:
 
     def wait(self, waiting: bool) -> None:
         """Say whether somebody waits for rows now; without `overlap`, else nothing is decoded."""
-        with self._turn:
+        with self._lock:
             self._waiting = waiting
             self._turn.notify_all()
 
     def __iter__(self) -> Iterator[Loaded]:
         while True:
-            with self._done:
+            with self._lock:
                 while not (self._ready() or (self._ended and not self._pending)):
                     self._done.wait()
                 if not self._pending:
@@ -243,7 +244,7 @@ class ReadAhead:
 
         Where the iterator of rows blocks, its thread is left to it.
         """
-        with self._turn:
+        with self._lock:
             self._closed = True
             for condition in (self._room, self._work, self._turn):
                 condition.notify_all()
@@ -269,7 +270,7 @@ class ReadAhead:
         try:
             for row in self._rows:
                 announce(row)
-                with self._room:
+                with self._lock:
                     while len(self._pending) >= self._max_rows and not self._closed:
                         self._room.wait()
                     if self._closed:
@@ -282,14 +283,14 @@ class ReadAhead:
         except BaseException as error:  # It belongs to the thread that takes the rows.
             self._failure = error
         finally:
-            with self._room:
+            with self._lock:
                 self._ended = True
                 self._work.notify_all()
                 self._done.notify_all()
 
     def _decode_groups(self) -> None:
         while True:
-            with self._work:
+            with self._lock:
                 while not (self._unclaimed or self._ended or self._closed):
                     self._work.wait()
                 if self._closed or not self._unclaimed:
@@ -303,7 +304,7 @@ class ReadAhead:
         """Decode some rows, and hand them over together unless it has to wait in between."""
         finished: list[tuple[_Slot, Loaded | None, BaseException | None]] = []
         for slot in slots:
-            with self._turn:
+            with self._lock:
                 if finished and not self._may_decode(slot.number):
                     self._hand_over(finished)
                 while not self._closed and not self._may_decode(slot.number):
@@ -315,10 +316,10 @@ class ReadAhead:
                 loaded = self._decode(slot.row)
             except BaseException as error:  # It belongs to the thread that takes the rows.
                 failure = error
-            with self._turn:
+            with self._lock:
                 self._seconds += (loaded.seconds or 0.0) if loaded is not None else 0.0
             finished.append((slot, loaded, failure))
-        with self._turn:
+        with self._lock:
             self._hand_over(finished)
 
     def _hand_over(self, finished: list[tuple[_Slot, Loaded | None, BaseException | None]]) -> None:
