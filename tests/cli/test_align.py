@@ -124,6 +124,10 @@ def test_a_transcript_that_was_corrected_is_aligned_again(talk: Path, tmp_path: 
     assert rows == [(0, "press three to"), (1, SAID), (2, WRITTEN)]
     assert "2 rows changed and done again" in said
     assert "done again" not in aligned("press three to", SAID, WRITTEN)[0]
+    # A recording that is away for once takes no row with it.
+    talk.rename(tmp_path / "away")
+    said, found = aligned("press three to", SAID, WRITTEN)
+    assert (found, "3 rows no longer there" in said) == (rows, True)
 
 
 def test_bad_usage(talk: Path, tmp_path: Path) -> None:

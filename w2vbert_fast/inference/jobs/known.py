@@ -233,8 +233,10 @@ class Known:
             if isinstance(row.audio, str) and row.audio == STANDARD_INPUT:
                 # What comes the next time is told apart by its content alone.
                 row = replace(row, audio=sys.stdin.buffer.read())
+            missing = False
             if seal is None:
                 key, state = self._of_file(row)
+                missing = state == _MISSING
                 if more := self._depends_on(row):
                     state = f"{state}:{_digest(more)}"
             else:
@@ -244,7 +246,7 @@ class Known:
                 found = self._find(key, state)
                 if found is not None and not again(*found[1:]):
                     continue
-                if found is None and state == _MISSING and self._went_well(key, row.name):
+                if found is None and missing and self._went_well(key, row.name):
                     continue
                 if self.by_content and isinstance(row.audio, str):
                     key_before = _path_key(row)  # where it was missing
